@@ -1,0 +1,87 @@
+# `make demo` and `make test` do all set-up themselves; `make help` lists the targets.
+# Needs Python >= 3.10 with its venv module, g++ and make; never root.
+#
+#   PYTHON=...     the interpreter that .venv is made from
+#   PIP_FLAGS=...  further flags for pip, e.g. to choose torch's CPU build (README, "Install")
+#   PROMPT=...     the question `make demo` asks
+#   PYTEST_FLAGS=. further flags for pytest
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+PROMPT ?= What is a Mixture-of-Experts model?
+
+# A stamp carries the content of the requirements in its name: unchanged content means nothing to do,
+# whatever the files' dates say; changed content means one pip run.
+content = $(shell cat $(1) | cksum | cut -d' ' -f1)
+RUN_STAMP := $(VENV)/.run-$(call content,requirements.txt)
+DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-dev.txt)
+
+DEMO := build/demo
+DEMO_SOURCES := examples/train_demo.py examples/demo_corpus.txt
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(PY):
+	@suits() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }; \
+	found=; \
+	for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10; do \
+	  if command -v "$$python" >/dev/null && suits "$$python"; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "Set-up needs Python >= 3.10 with its venv module, and found none on PATH:" \
+	    "install it (Debian, Ubuntu: python3 and python3-venv) or run make PYTHON=/path/to/python3." >&2; \
+	  exit 2; \
+	fi; \
+	echo "set-up: creating $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv $(VENV)
+
+$(RUN_STAMP): $(PY)
+	@echo "set-up: installing requirements.txt (the first time this downloads torch)"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	@rm -f $(VENV)/.run-* && touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "set-up: installing requirements-dev.txt"
+	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
+	@rm -f $(VENV)/.dev-* && touch $@
+
+.PHONY: setup setup-dev gpu
+setup: $(RUN_STAMP) ## create .venv and install what the product needs
+setup-dev: $(DEV_STAMP) ## the same, and what tests and lint need
+gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-gpu.txt
+
+.PHONY: lint format
+lint: $(DEV_STAMP) ## ruff (lint, format) and mypy --strict
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(DEV_STAMP) ## let ruff rewrite what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+.PHONY: test nightly
+test: $(DEV_STAMP) ## every test but the nightly ones
+	@$(PY) -m pytest -q -m "not nightly" $(PYTEST_FLAGS)
+
+nightly: $(DEV_STAMP) ## the tests that take minutes
+	@$(PY) -m pytest -q -m nightly $(PYTEST_FLAGS)
+
+.PHONY: clean distclean
+clean: ## remove builds, the demo model and caches
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	@rm -rf $(VENV)
