@@ -1,0 +1,268 @@
+"""What happened in a run: typed events appended on the hot path, read after it.
+
+Appending does no I/O and never waits for a device. A layer event is 88 packed bytes, its expert
+ids two bytes each, so that a night of prompts (a million layer events) stays under 150 MB and
+leaves the garbage collector nothing to walk. Durations that only the device knows are handed over
+as objects with `.resolve() -> us` and are asked after the run.
+
+The seven durations of a layer:
+  attention, router, plan, cpu, copy_wait, combine  are disjoint spans of one clock, in this order;
+      with what a pass spends outside its layers they add up to the pass's duration.
+      `router` includes the copy of routing and hidden state to the host, `copy_wait` is time stood
+      still for an expert's copy, `combine` ends when the layer's output is ready: it includes what
+      the accelerator still needed after the CPU had finished.
+  gpu  is the accelerator's own time for the layer's hits. It runs beside the others.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Phase = Literal["prefill", "decode"]
+Table = npt.NDArray[Any]
+
+
+class DeviceTime(Protocol):
+    """A duration that the device still holds, such as a pair of CUDA events."""
+
+    def resolve(self) -> float:
+        """Microseconds; may wait for the device."""
+
+
+Duration = float | DeviceTime
+
+DURATIONS = (
+    "attention_us",
+    "router_us",
+    "plan_us",
+    "cpu_us",
+    "gpu_us",
+    "copy_wait_us",
+    "combine_us",
+)
+_COUNTS = (
+    "pass_index",
+    "layer",
+    "n_tokens",
+    "top_k",
+    "cached",
+    "hits",
+    "misses",
+    "fetches",
+    "evictions",
+)
+_BYTES = ("cpu_bytes", "gpu_bytes", "fetch_bytes")
+
+LAYER_DTYPE = np.dtype(
+    [(name, "<i4") for name in _COUNTS]
+    + [(name, "<f4") for name in DURATIONS]
+    + [(name, "<i8") for name in _BYTES]
+)
+_LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(_BYTES)}q")
+
+PASS_DTYPE = np.dtype(
+    [("decode", "?"), ("n_tokens", "<i8"), ("prompt", "<i8"), ("duration_s", "<f8")]
+)
+TOKEN_DTYPE = np.dtype(
+    [("pass_index", "<i8"), ("prompt", "<i8"), ("time_s", "<f8"), ("unix_s", "<f8")]
+)
+
+
+class LayerEvent(NamedTuple):
+    """One MoE layer of one forward pass; the fields are those of `Recorder.layer`.
+
+    `ids` and `n_hits_of_token` have one entry per token; `n_hits_of_token` is None where the layer
+    is not cached.
+    """
+
+    pass_index: int
+    layer: int
+    ids: list[list[int]]
+    n_hits_of_token: list[int] | None
+    hits: int
+    misses: int
+    fetches: int
+    evictions: int
+    attention_us: float
+    router_us: float
+    plan_us: float
+    cpu_us: float
+    gpu_us: float
+    copy_wait_us: float
+    combine_us: float
+    cpu_bytes: int
+    gpu_bytes: int
+    fetch_bytes: int
+
+
+class Recorder:
+    """Append-only record of one run. Written by the inference thread alone, read after the run."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self._passes: list[tuple[bool, int, int, float]] = []
+        self._tokens: list[tuple[int, int, float, float]] = []
+        self._layers = bytearray()
+        self._ids = array("h")
+        self._n_hits_of_token = array("h")
+        self._pending: list[tuple[int, str, DeviceTime]] = []
+        self._resolved: list[tuple[int, str, float]] = []
+        self._open_pass: tuple[bool, int, int] | None = None
+        self._pass_index = 0
+
+    def begin_pass(self, phase: Phase, n_tokens: int, prompt: int) -> None:
+        """A forward pass over `n_tokens` tokens starts; `prompt` is the (first) prompt's number."""
+        self._open_pass = (phase == "decode", n_tokens, prompt)
+
+    def layer(
+        self,
+        layer: int,
+        ids: Sequence[Sequence[int]],
+        n_hits_of_token: Sequence[int] | None,
+        hits: int,
+        misses: int,
+        fetches: int,
+        evictions: int,
+        attention_us: Duration = 0.0,
+        router_us: Duration = 0.0,
+        plan_us: Duration = 0.0,
+        cpu_us: Duration = 0.0,
+        gpu_us: Duration = 0.0,
+        copy_wait_us: Duration = 0.0,
+        combine_us: Duration = 0.0,
+        cpu_bytes: int = 0,
+        gpu_bytes: int = 0,
+        fetch_bytes: int = 0,
+    ) -> None:
+        """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
+
+        `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
+        `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once),
+        `fetch_bytes` those whose copy to the accelerator this layer started.
+        """
+        n_tokens = len(ids)
+        top_k = len(ids[0]) if n_tokens else 0
+        if n_tokens == 1:
+            self._ids.extend(ids[0])
+        else:
+            self._ids.extend(chain.from_iterable(ids))
+        cached = n_hits_of_token is not None
+        if n_hits_of_token is not None:
+            self._n_hits_of_token.extend(n_hits_of_token)
+        which = (self._pass_index, layer, n_tokens, top_k, cached)
+        counts = (hits, misses, fetches, evictions)
+        durations = (attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us)
+        n_bytes = (cpu_bytes, gpu_bytes, fetch_bytes)
+        try:
+            self._layers += _LAYER_ROW.pack(*which, *counts, *durations, *n_bytes)
+        except struct.error:  # a duration that is not a number yet
+            known = self._defer(durations)
+            self._layers += _LAYER_ROW.pack(*which, *counts, *known, *n_bytes)
+
+    def _defer(self, durations: Sequence[Duration]) -> list[float]:
+        """The durations with 0 for each that the device still holds; those are asked later."""
+        row = len(self._layers) // _LAYER_ROW.size
+        known = []
+        for name, duration in zip(DURATIONS, durations, strict=True):
+            if isinstance(duration, (int, float)):
+                known.append(float(duration))
+            else:
+                self._pending.append((row, name, duration))
+                known.append(0.0)
+        return known
+
+    def end_pass(self, duration_s: float) -> None:
+        """The pass begun last is done; `duration_s` is its wall-clock time."""
+        if self._open_pass is None:
+            raise ValueError("end_pass without begin_pass")
+        self._passes.append((*self._open_pass, duration_s))
+        self._open_pass = None
+        self._pass_index += 1
+
+    def token(self, prompt: int, time_s: float, unix_s: float) -> None:
+        """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
+        token of a prompt, after its request (that is its TTFT).
+
+        In a batched pass the calls come in the order of the pass's rows.
+        """
+        last_pass = self._pass_index - (self._open_pass is None)
+        self._tokens.append((last_pass, prompt, time_s, unix_s))
+
+    def resolve(self) -> None:
+        """Ask the device for the durations it still holds; call it outside of timed parts."""
+        pending, self._pending = self._pending, []
+        self._resolved += [(row, name, time.resolve()) for row, name, time in pending]
+
+    # Reading. A pass that never ended (an interrupted run) is left out with its layers.
+
+    def pass_table(self) -> Table:
+        """One row per finished forward pass, PASS_DTYPE."""
+        return np.array(self._passes, dtype=PASS_DTYPE)
+
+    def token_table(self) -> Table:
+        """One row per generated token, TOKEN_DTYPE."""
+        return np.array(self._tokens, dtype=TOKEN_DTYPE)
+
+    def layer_table(self) -> Table:
+        """One row per MoE layer of a finished pass, LAYER_DTYPE; asks devices first."""
+        self.resolve()
+        table = np.frombuffer(bytes(self._layers), dtype=LAYER_DTYPE).copy()
+        for row, name, duration_us in self._resolved:
+            table[name][row] = duration_us
+        return table[table["pass_index"] < self._pass_index]
+
+    def expert_ids(self) -> npt.NDArray[np.int16]:
+        """The ids of all layer events, end to end: T * K of each row of `layer_table`."""
+        rows = self.layer_table()
+        n_ids = int((rows["n_tokens"].astype(np.int64) * rows["top_k"]).sum())
+        return np.frombuffer(self._ids.tobytes(), dtype=np.int16)[:n_ids]
+
+    def hits_of_tokens(self) -> npt.NDArray[np.int16]:
+        """`n_hits_of_token` of all cached layer events, end to end: T of each cached row."""
+        rows = self.layer_table()
+        n_entries = int((rows["n_tokens"].astype(np.int64) * rows["cached"]).sum())
+        return np.frombuffer(self._n_hits_of_token.tobytes(), dtype=np.int16)[:n_entries]
+
+    def layer_events(self) -> Iterator[LayerEvent]:
+        """The layer events of all finished passes, one typed tuple each."""
+        all_ids, all_hits = self.expert_ids().tolist(), self.hits_of_tokens().tolist()
+        id_end = hits_end = 0
+        for row in self.layer_table():
+            values = dict(zip(LAYER_DTYPE.names or (), row.tolist(), strict=True))
+            n_tokens, top_k = values.pop("n_tokens"), values.pop("top_k")
+            id_start, id_end = id_end, id_end + n_tokens * top_k
+            ids = [all_ids[id_start + t * top_k :][:top_k] for t in range(n_tokens)]
+            n_hits_of_token = None
+            if values.pop("cached"):
+                hits_start, hits_end = hits_end, hits_end + n_tokens
+                n_hits_of_token = all_hits[hits_start:hits_end]
+            yield LayerEvent(ids=ids, n_hits_of_token=n_hits_of_token, **values)
+
+
+class NullRecorder:
+    """The recorder of `--no-record`: the same calls, nothing kept."""
+
+    enabled = False
+
+    def begin_pass(self, phase: Phase, n_tokens: int, prompt: int) -> None:
+        """Nothing."""
+
+    def layer(self, *event: object, **fields: object) -> None:
+        """Nothing."""
+
+    def end_pass(self, duration_s: float) -> None:
+        """Nothing."""
+
+    def token(self, prompt: int, time_s: float, unix_s: float) -> None:
+        """Nothing."""
+
+    def resolve(self) -> None:
+        """Nothing."""

@@ -1,0 +1,104 @@
+"""The recorder keeps what it is told, in order, compactly, and asks devices only when read."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from recorder import LayerEvent, NullRecorder, Recorder
+
+
+class DeviceSpan:
+    """A duration that counts how often it was asked for."""
+
+    def __init__(self, us: float) -> None:
+        self.us = us
+        self.asked = 0
+
+    def resolve(self) -> float:
+        self.asked += 1
+        return self.us
+
+
+def test_events_come_back_typed_and_in_order() -> None:
+    recorder = Recorder()
+    recorder.begin_pass("prefill", 2, 7)
+    spans_us = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5)
+    recorder.layer(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 10)
+    recorder.layer(1, [[0, 1], [2, 3]], None, 0, 0, 0, 0)
+    recorder.end_pass(0.25)
+    recorder.token(7, 0.25, 1000.5)
+    recorder.begin_pass("decode", 1, 7)
+    recorder.layer(0, [[6, -1]], [0], 0, 2, 0, 0, cpu_bytes=2**40)
+    recorder.end_pass(0.125)
+    recorder.token(7, 0.125, 1000.75)
+
+    assert list(recorder.layer_events()) == [
+        LayerEvent(0, 0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 10),
+        LayerEvent(0, 1, [[0, 1], [2, 3]], None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        LayerEvent(1, 0, [[6, -1]], [0], 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2**40, 0, 0),
+    ]
+    assert recorder.pass_table().tolist() == [(False, 2, 7, 0.25), (True, 1, 7, 0.125)]
+    assert recorder.token_table().tolist() == [(0, 7, 0.25, 1000.5), (1, 7, 0.125, 1000.75)]
+
+
+def test_device_durations_are_asked_once_and_only_after_the_run() -> None:
+    recorder = Recorder()
+    attention, gpu = DeviceSpan(11.0), DeviceSpan(22.0)
+    recorder.begin_pass("decode", 1, 0)
+    recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, attention_us=attention, cpu_us=3, gpu_us=gpu)
+    recorder.end_pass(0.1)
+    assert attention.asked == gpu.asked == 0
+    for _ in range(2):
+        (event,) = recorder.layer_events()
+        assert (event.attention_us, event.cpu_us, event.gpu_us) == (11.0, 3.0, 22.0)
+    assert attention.asked == gpu.asked == 1
+
+
+def test_a_pass_that_never_ended_is_left_out() -> None:
+    recorder = Recorder()
+    for duration_s in (0.1, None):
+        recorder.begin_pass("decode", 1, 0)
+        recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0)
+        if duration_s is not None:
+            recorder.end_pass(duration_s)
+    assert len(recorder.pass_table()) == 1
+    assert len(recorder.layer_table()) == 1
+    assert recorder.expert_ids().tolist() == [1, 2]
+    assert recorder.hits_of_tokens().tolist() == [1]
+
+
+def test_an_empty_recorder_reads_as_empty() -> None:
+    recorder = Recorder()
+    assert list(recorder.layer_events()) == []
+    assert len(recorder.pass_table()) == len(recorder.token_table()) == 0
+
+
+def test_end_pass_needs_a_begun_pass() -> None:
+    with pytest.raises(ValueError, match="without begin_pass"):
+        Recorder().end_pass(0.1)
+
+
+def test_events_leave_the_garbage_collector_nothing_to_walk() -> None:
+    recorder = Recorder()
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(1000):
+        recorder.begin_pass("decode", 1, 0)
+        recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0)
+        recorder.end_pass(0.1)
+        recorder.token(0, 0.1, 1.0)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_the_null_recorder_takes_the_same_calls() -> None:
+    recorder = NullRecorder()
+    recorder.begin_pass("decode", 1, 0)
+    recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, cpu_us=3.0, fetch_bytes=4)
+    recorder.end_pass(0.1)
+    recorder.token(0, 0.1, 1.0)
+    recorder.resolve()
+    assert not recorder.enabled
+    assert Recorder().enabled
