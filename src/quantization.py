@@ -4,20 +4,20 @@ A matrix W [R, C] is cut into groups of 32 consecutive inputs of one row; each g
 float16 scale, so `w ~= q * scale` costs 8.5 or 4.5 bits per weight. R is padded to a multiple of 16
 and C to a multiple of 32 with zero weights; RB = Rpad / 16, G = Cpad / 32.
 
-    scales  float16 [RB, G, 16]          row rb*16 + r, group g                    at [rb, g, r]
-    int8    uint8   [RB, G, 8, 16, 4]    row rb*16 + r, column g*32 + s*4 + j      at [rb, g, s, r, j]
+    scales  float16 [RB, G, 16]        row rb*16 + r, group g                   at [rb, g, r]
+    int8    uint8   [RB, G, 8, 16, 4]  row rb*16 + r, column g*32 + s*4 + j     at [rb, g, s, r, j]
             two's complement, q in -127..127
-    int4    uint8   [RB, G, 4, 16, 4]    low nibble  q + 8 of column g*32 + s*4 + j
-                                         high nibble q + 8 of column g*32 + 16 + s*4 + j,  q in -8..7
+    int4    uint8   [RB, G, 4, 16, 4]  low nibble  q + 8 of column g*32 + s*4 + j
+            q in -8..7                 high nibble q + 8 of column g*32 + 16 + s*4 + j
 
 Sixteen rows by four columns are one 64-byte vector: `vpdpbusd` or `maddubs` with four broadcast
-activation bytes accumulates sixteen rows with neither a horizontal sum nor a permutation. A scale may
-be negative: int4's range reaches one step further down, and the group's largest weight goes there.
+activation bytes accumulates sixteen rows with neither a horizontal sum nor a permutation. A scale
+may be negative: int4 reaches one step further down, and the group's largest weight goes there.
 
-The scale of each group is the best of a few candidates by squared error, then of their least-squares
-refit. GGML's choice (Q8_0: max/127, Q4_0: signed max/-8) is the first candidate, so no group is worse
-than round-to-nearest; measured on Gaussian weights the squared error is 0.81 of Q8_0's and 0.90 of
-Q4_0's (48 candidates would give 0.886 for int4).
+The scale of each group is the best of a few candidates by squared error, then of their
+least-squares refit. GGML's choice (Q8_0: max/127, Q4_0: signed max/-8) is the first candidate, so
+no group is worse than round-to-nearest; on Gaussian weights the squared error is 0.81 of Q8_0's and
+0.90 of Q4_0's (48 candidates would give 0.886 for int4).
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def packed_shapes(
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantise W [R, C], any floating dtype and device, to `bits` 8 or 4.
 
-    Returns the packed weights (uint8) and the scales (float16) in `packed_shapes`. Works in chunks of
-    rows: scratch memory stays at a few MiB. UserError when a weight is NaN or infinite, or too large
-    for a float16 scale (8.3e6 for int8, 5.2e5 for int4); a group whose largest weight is below half of
-    the smallest scale (3e-8) becomes zero.
+    Returns the packed weights (uint8) and the scales (float16) in `packed_shapes`. Works in chunks
+    of rows: scratch memory stays at a few MiB. UserError when a weight is NaN or infinite, or too
+    large for a float16 scale (8.3e6 for int8, 5.2e5 for int4); a group whose largest weight is
+    below half of the smallest scale (3e-8) becomes zero.
     """
     rows, columns = weight.shape
     packed_shape, scale_shape = packed_shapes(rows, columns, bits)
@@ -110,15 +110,13 @@ def _search_scale(x: Tensor, bits: int) -> Tensor:
             f"int{bits} needs finite weights of magnitude at most {limit:.3g}, found {largest}: "
             "check the checkpoint, or prepare it with --expert-dtype bf16"
         )
-    best_error, best = None, extreme
-    for divisor in _DIVISORS[bits]:
+    best = _representable(extreme / _DIVISORS[bits][0])
+    best_error = _squared_error(x, best, bits)
+    for divisor in _DIVISORS[bits][1:]:
         scale = _representable(extreme / divisor)
         error = _squared_error(x, scale, bits)
-        if best_error is None:
-            best_error, best = error, scale
-        else:
-            best = torch.where(error < best_error, scale, best)
-            best_error = torch.minimum(error, best_error)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
     q = _round(x, best, bits)
     refit = _representable((x * q).sum(0) / q.square_().sum(0).clamp_(min=1))
     best = torch.where(_squared_error(x, refit, bits) < best_error, refit, best)
@@ -157,8 +155,5 @@ def _pack(q: Tensor, bits: int) -> Tensor:
     words = by_column[:, 0] | (by_column[:, 1] << 8)
     words |= by_column[:, 2] << 16
     words |= by_column[:, 3] << 24
-    return words.permute(1, 2, 0, 3).contiguous().view(torch.uint8).view(*_tile_shape(q, bits))
-
-
-def _tile_shape(q: Tensor, bits: int) -> tuple[int, int, int, int, int]:
-    return (q.shape[1], q.shape[2], bits, TILE_ROWS, 4)
+    tiles = words.permute(1, 2, 0, 3).contiguous().view(torch.uint8)
+    return tiles.view(row_blocks, groups, bits, TILE_ROWS, 4)
