@@ -1,0 +1,178 @@
+"""The prepared folder and its manifest.
+
+    manifest.json               written last: a folder without it is not prepared
+    dense.safetensors           everything but the experts, under the names of transformers' module
+    dense-00001-of-00003...     tree (several shards when large)
+    experts-00000.safetensors   per MoE layer, one uint8 tensor `blocks` [E, block_bytes], its data
+                                at a multiple of 4096 bytes; a block is an
+                                `expert_format.BlockLayout`
+
+A dense matrix in int8 or int4 is stored as `<name>.packed` and `<name>.scale` (the tiles of
+`quantization.py`); `Manifest.packed_weights` holds its logical shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from errors import UserError
+from safetensors_file import write_file_atomically
+from shards import (
+    DenseShard,
+    MoeLayer,
+    check_size,
+    dense_shard_from_json,
+    dense_shard_to_json,
+    moe_layer_from_json,
+    moe_layer_to_json,
+    read_dense_tensor,
+    verify_shard,
+)
+
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME: Final = "manifest.json"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A dense matrix stored in int8 or int4: logical shape [n_rows, n_columns], `bits` 8 or 4."""
+
+    name: str
+    bits: int
+    n_rows: int
+    n_columns: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds.
+
+    `config` and `generation_config` are JSON dictionaries of transformers; `model_dtype` is the
+    dtype of the model to build, `bfloat16` or `float32`; `dense_format` is `bf16`, `fp32`, `int8`
+    or `int4`; `weight_format` is the experts' format.
+    """
+
+    folder: Path
+    source: str
+    created_with: dict[str, str]
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    model_dtype: str
+    weight_format: str
+    dense_format: str
+    dense_files: tuple[DenseShard, ...]
+    packed_weights: tuple[PackedWeight, ...]
+    moe_layers: tuple[MoeLayer, ...]
+
+    @property
+    def shards(self) -> tuple[DenseShard | MoeLayer, ...]:
+        return (*self.dense_files, *self.moe_layers)
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(layer.n_experts * layer.layout.block_bytes for layer in self.moe_layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(shard.file_bytes - shard.data_offset_bytes for shard in self.dense_files)
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write `manifest.json` atomically; the shards must be in place."""
+    data = {
+        "format_version": FORMAT_VERSION,
+        "source": manifest.source,
+        "created_with": manifest.created_with,
+        "model_dtype": manifest.model_dtype,
+        "weight_format": manifest.weight_format,
+        "dense_format": manifest.dense_format,
+        "config": manifest.config,
+        "generation_config": manifest.generation_config,
+        "packed_weights": [asdict(weight) for weight in manifest.packed_weights],
+        "dense": [dense_shard_to_json(shard) for shard in manifest.dense_files],
+        "moe_layers": [moe_layer_to_json(layer) for layer in manifest.moe_layers],
+    }
+    path = manifest.folder / MANIFEST_NAME
+    write_file_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder, with every shard present at its full size.
+
+    UserError when the folder is missing, not prepared or of another format version, or when a shard
+    is missing or truncated.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"expected a prepared model folder at {folder}, found "
+            f"{'a file' if folder.exists() else 'nothing'}; check the path"
+        )
+    path = folder / MANIFEST_NAME
+    try:
+        data = json.loads(path.read_bytes())
+        version = data["format_version"]
+    except FileNotFoundError as error:
+        raise UserError(_not_prepared(folder)) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(_damaged(path)) from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was prepared in format version {version}, this program reads version "
+            f"{FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
+        )
+    try:
+        manifest = Manifest(
+            folder=folder,
+            source=data["source"],
+            created_with=data["created_with"],
+            config=data["config"],
+            generation_config=data["generation_config"],
+            model_dtype=data["model_dtype"],
+            weight_format=data["weight_format"],
+            dense_format=data["dense_format"],
+            packed_weights=tuple(PackedWeight(**weight) for weight in data["packed_weights"]),
+            dense_files=tuple(dense_shard_from_json(folder, shard) for shard in data["dense"]),
+            moe_layers=tuple(moe_layer_from_json(folder, layer) for layer in data["moe_layers"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(_damaged(path)) from error
+    for shard in manifest.shards:
+        check_size(shard)
+    return manifest
+
+
+def _not_prepared(folder: Path) -> str:
+    flag = "" if (folder / "params.json").exists() else " --hf"
+    return (
+        f"{folder} is not prepared yet (it has no {MANIFEST_NAME}); run: python3 "
+        f'weights_preprocessor.py --input-path "{folder}" --output-path "{folder}"{flag}'
+    )
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"{path} is damaged: it is not the manifest of a prepared folder; "
+        "prepare the model again with weights_preprocessor.py --force"
+    )
+
+
+def iterate_dense(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Every dense tensor by its stored name, one at a time, each checked."""
+    for shard in manifest.dense_files:
+        for tensor in shard.tensors:
+            yield tensor.name, read_dense_tensor(shard, tensor)
+
+
+def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    """Check every byte of every shard; UserError names the first damaged file."""
+    for shard in manifest.shards:
+        verify_shard(shard, on_bytes)
