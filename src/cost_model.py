@@ -1,0 +1,182 @@
+"""What a layer's experts cost on the CPU, on the GPU and on the bus between them.
+
+Each side is a straight line, a + b*n, measured on this machine (hardware.py) or computed from a
+hardware file (simulator.py); nothing here knows a constant of its own. The predictions overlap the
+sides as the dispatcher does: hits on the GPU, misses on the CPU and copies on the bus, at once.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class SideCost:
+    """One side's time for a call over some experts: call + sum over experts (expert + token * n).
+
+    `call_us` is paid once per call, `expert_us` per expert (reading its weights), `token_us` per
+    token of an expert (arithmetic). All in microseconds.
+    """
+
+    call_us: float
+    expert_us: float
+    token_us: float
+
+    def us(self, n_experts: int, n_tokens: int) -> float:
+        """Return the time of one call in us; `n_tokens` is the sum over the call's experts."""
+        if not n_experts:
+            return 0.0
+        return self.call_us + n_experts * self.expert_us + n_tokens * self.token_us
+
+
+@dataclass(frozen=True)
+class PrefillSplit:
+    """Which experts of a layer each side computes, and what that is predicted to take.
+
+    `gpu_experts` are in the order to compute them: cached ones first, then those to copy, most
+    tokens first, so that the copies overlap with arithmetic from the start.
+    """
+
+    gpu_experts: tuple[int, ...]
+    cpu_experts: tuple[int, ...]
+    n_copies: int
+    gpu_us: float
+    cpu_us: float
+
+    @property
+    def us(self) -> float:
+        """The predicted time of the layer's experts: both sides run at once."""
+        return max(self.gpu_us, self.cpu_us)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The measured costs of one machine for one model's experts.
+
+    `copy_call_us` is the fixed cost of a host-to-device copy; `copy_gbps` its speed alone and
+    `copy_gbps_shared` while the CPU computes experts; `cpu_shared_factor` (>= 1) how many times
+    longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
+    `dense_us_per_layer` everything of a decode layer that is not experts.
+    """
+
+    cpu: SideCost
+    gpu: SideCost
+    copy_call_us: float
+    copy_gbps: float
+    copy_gbps_shared: float
+    cpu_shared_factor: float
+    block_bytes: int
+    dense_us_per_layer: float
+
+    def __post_init__(self) -> None:
+        assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
+        assert self.cpu_shared_factor >= 1 and self.block_bytes > 0, self
+
+    def copy_us(self, shared: bool) -> float:
+        """Return the time to copy one expert in us; `shared`: while the CPU computes experts."""
+        gbps = self.copy_gbps_shared if shared else self.copy_gbps
+        return self.copy_call_us + self.block_bytes / gbps / 1e3
+
+    def cpu_us(self, n_experts: int, n_tokens: int, copying: bool) -> float:
+        """Return the CPU's time for a layer in us; `copying`: while copies keep the bus busy."""
+        return self.cpu.us(n_experts, n_tokens) * (self.cpu_shared_factor if copying else 1.0)
+
+    def fetch_us(self, n_copies: int, last_tokens: int, compute_us: float, shared: bool) -> float:
+        """Return the GPU's time in us for `compute_us` of work on experts that are being copied.
+
+        Double-buffered: an expert is computed while the next one is copied, so the slower of the
+        two sets the pace and only the last expert's arithmetic (`last_tokens`) is left over.
+        """
+        if not n_copies:
+            return compute_us
+        return max(compute_us, n_copies * self.copy_us(shared) + self.gpu.us(1, last_tokens))
+
+    def decode_layer_us(self, n_hits: int, n_misses: int, copying: bool) -> float:
+        """Return one decode layer in us: hits on the GPU while the CPU computes the misses."""
+        return self.dense_us_per_layer + max(
+            self.gpu.us(n_hits, n_hits), self.cpu_us(n_misses, n_misses, copying)
+        )
+
+    def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
+        """Return one decode step in us from the number of chosen experts that hit in each layer."""
+        return sum(self.decode_layer_us(n, top_k - n, copying) for n in hits_of_layer)
+
+    def should_fetch_now(
+        self, hit_counts: Sequence[int], miss_counts: Sequence[int], backlog_us: float = 0.0
+    ) -> list[bool]:
+        """Return for each missed expert whether to wait for its copy rather than use the CPU.
+
+        The counts are tokens of each hit and each missed expert (1 in decode of one sequence);
+        `backlog_us` is the copy time already queued. The number of copies waited for minimises
+        max(CPU, GPU); the experts with the most tokens are the ones copied. Whole experts are
+        compared, no share of the bus is rounded, and a miss left to the CPU may still be fetched
+        in the background: the answer "none" never starves the cache.
+        """
+        split = self._split(list(hit_counts), list(miss_counts), backlog_us)
+        waited = set(split.gpu_experts[len(hit_counts) :])
+        return [len(hit_counts) + i in waited for i in range(len(miss_counts))]
+
+    def split_prefill(self, counts: Sequence[int], cached: Collection[int]) -> PrefillSplit:
+        """Share a layer's experts between the CPU and fetch + GPU so that both finish together.
+
+        `counts[e]` is the number of prompt tokens on expert e (0: not needed); `cached` are the
+        experts that are ready on the GPU, which need no copy and stay there. The others are
+        shared by tokens: the fuller an expert, the more the GPU saves for the same copy. Every
+        such split is tried and the fastest is returned; ties copy less. O(E log E), no rounding.
+        """
+        held = [e for e, n in enumerate(counts) if n and e in cached]
+        rest = [e for e, n in enumerate(counts) if n and e not in cached]
+        split = self._split([counts[e] for e in held], [counts[e] for e in rest], 0.0)
+        expert = [*held, *rest]
+        return replace(
+            split,
+            gpu_experts=tuple(expert[i] for i in split.gpu_experts),
+            cpu_experts=tuple(expert[i] for i in split.cpu_experts),
+        )
+
+    def _split(self, held: list[int], rest: list[int], backlog_us: float) -> PrefillSplit:
+        """The fastest split; experts are numbered through `held`, then `rest`."""
+        order = sorted(range(len(rest)), key=lambda i: -rest[i])
+        n_held, gpu_tokens, cpu_tokens = len(held), sum(held), sum(rest)
+        best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
+        for n in range(len(rest) + 1):
+            last = rest[order[n - 1]] if n else 0
+            gpu_tokens += last
+            cpu_tokens -= last
+            on_cpu = len(rest) - n
+            compute_us = self.gpu.us(n_held + n, gpu_tokens)
+            gpu_us = self.fetch_us(n, last, compute_us, on_cpu > 0) + (backlog_us if n else 0.0)
+            cpu_us = self.cpu_us(on_cpu, cpu_tokens, n > 0 or backlog_us > 0)
+            if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
+                best_n, best_gpu_us, best_cpu_us = n, gpu_us, cpu_us
+        numbers = [n_held + i for i in order]
+        return PrefillSplit(
+            gpu_experts=(*range(n_held), *numbers[:best_n]),
+            cpu_experts=tuple(sorted(numbers[best_n:])),
+            n_copies=best_n,
+            gpu_us=best_gpu_us,
+            cpu_us=best_cpu_us,
+        )
+
+    def to_json(self) -> str:
+        """Return the costs as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "CostModel":
+        """Read back what `to_json` wrote.
+
+        Raises UserError for a text that is not such an object, so that a stale or damaged
+        calibration is measured anew instead of trusted.
+        """
+        try:
+            fields = json.loads(text)
+            fields.update({side: SideCost(**fields[side]) for side in ("cpu", "gpu")})
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"expected a calibration as a JSON object of costs, found one that does not "
+                f"fit ({type(error).__name__}: {error}); delete it and calibrate again"
+            ) from None

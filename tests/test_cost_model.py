@@ -1,0 +1,130 @@
+"""The cost model against hand arithmetic and against trying every assignment."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from cost_model import CostModel, SideCost
+from errors import UserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# Round numbers: a copy takes 10 + 1000 us alone and 10 + 2000 us beside the CPU.
+COST = CostModel(
+    cpu=SideCost(call_us=20, expert_us=600, token_us=100),
+    gpu=SideCost(call_us=15, expert_us=50, token_us=1),
+    copy_call_us=10,
+    copy_gbps=10,
+    copy_gbps_shared=5,
+    cpu_shared_factor=1.5,
+    block_bytes=10_000_000,
+    dense_us_per_layer=70,
+)
+
+
+def test_one_side_is_a_straight_line_and_nothing_costs_nothing():
+    assert COST.cpu.us(2, 5) == 20 + 2 * 600 + 5 * 100
+    assert COST.cpu.us(0, 0) == 0
+    assert COST.copy_us(shared=False) == 1010
+    assert COST.copy_us(shared=True) == 2010
+
+
+def test_decode_layer_overlaps_its_sides():
+    assert COST.decode_layer_us(2, 0, copying=False) == 70 + 15 + 2 * 51
+    assert COST.decode_layer_us(1, 1, copying=False) == 70 + 720  # max, not the sum
+    assert COST.decode_layer_us(0, 2, copying=True) == 70 + 1.5 * 1420
+    assert COST.decode_step_us([2, 1, 0], 2, copying=False) == (70 + 117) + (70 + 720) + (70 + 1420)
+
+
+def test_double_buffered_fetches_hide_the_shorter_of_copy_and_compute():
+    assert COST.fetch_us(0, 0, 300, shared=False) == 300
+    assert COST.fetch_us(3, 4, 500, shared=False) == 3 * 1010 + 15 + 50 + 4  # copies set the pace
+    assert COST.fetch_us(1, 4, 9000, shared=False) == 9000  # compute sets the pace
+
+
+def test_short_prompts_stay_off_the_bus_and_long_ones_use_both_sides():
+    assert COST.split_prefill([1, 0, 2], cached=()).cpu_experts == (0, 2)  # 1520 < one copy
+    split = COST.split_prefill([400, 30, 300, 0, 2], cached=())
+    # CPU for the few tokens of expert 4; 400, 300 and 30 tokens cost 3-40 ms there, a copy 2.
+    assert split.gpu_experts == (0, 2, 1)
+    assert split.cpu_experts == (4,)
+    assert split.n_copies == 3
+    assert split.gpu_us == 3 * 2010 + 15 + 50 + 30
+    assert split.us == max(split.gpu_us, 1.5 * (20 + 600 + 200))
+
+
+def test_cached_experts_are_computed_where_they_are():
+    split = COST.split_prefill([1, 1, 1], cached={1})
+    assert split.gpu_experts == (1,) and split.cpu_experts == (0, 2)
+    assert split.n_copies == 0
+    assert COST.split_prefill([0, 0], cached={0}).us == 0
+
+
+def brute_force_us(cost: CostModel, counts: list[int], cached: set[int]) -> float:
+    """The best time over every subset of experts to copy."""
+    held = [e for e, n in enumerate(counts) if n and e in cached]
+    rest = [e for e, n in enumerate(counts) if n and e not in cached]
+    best = float("inf")
+    for size in range(len(rest) + 1):
+        for copied in itertools.combinations(rest, size):
+            on_cpu = [counts[e] for e in rest if e not in copied]
+            on_gpu = [counts[e] for e in (*held, *copied)]
+            gpu_us = cost.gpu.us(len(on_gpu), sum(on_gpu))
+            if copied:
+                last_us = cost.gpu.us(1, min(counts[e] for e in copied))
+                gpu_us = max(gpu_us, size * cost.copy_us(bool(on_cpu)) + last_us)
+            cpu_us = cost.cpu.us(len(on_cpu), sum(on_cpu)) * (1.5 if copied else 1)
+            best = min(best, max(gpu_us, cpu_us))
+    return best
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=7),
+    cached=st.sets(st.integers(0, 6)),
+    gbps=st.sampled_from([1.0, 10.0, 300.0]),
+    token_us=st.sampled_from([0.5, 20.0, 400.0]),
+)
+def test_prefill_split_is_within_a_gpu_call_of_the_best_of_all(counts, cached, gbps, token_us):
+    cost = replace(
+        COST, copy_gbps=gbps, copy_gbps_shared=gbps, cpu=replace(COST.cpu, token_us=token_us)
+    )
+    split = cost.split_prefill(counts, cached)
+    computed = sorted((*split.gpu_experts, *split.cpu_experts))
+    assert computed == [e for e, n in enumerate(counts) if n]
+    best_us = brute_force_us(cost, counts, cached)
+    assert best_us <= split.us + 1e-6
+    # Fullest-first is exact up to the arithmetic of one expert on the GPU.
+    assert split.us <= best_us + cost.gpu.us(1, max(counts)) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("gbps", "backlog_us", "misses", "expected"),
+    [
+        (5.0, 0.0, [1, 1], [False, False]),  # copy 2010: the CPU does both in 1420
+        (20.0, 0.0, [1, 1], [True, False]),  # copy 510 beside one on the CPU, 1080
+        (200.0, 0.0, [1, 1], [True, True]),  # copies 120 in all
+        (20.0, 900.0, [1, 1], [True, False]),  # 900 + 576 < 1.5 * 1420: the bus is busy either way
+        (20.0, 9000.0, [1, 1], [False, False]),  # the bus is taken
+        (20.0, 0.0, [1, 9], [False, True]),  # the fuller expert is the one to copy
+        (20.0, 0.0, [], []),
+    ],
+)
+def test_waiting_for_a_copy_must_beat_the_cpu(gbps, backlog_us, misses, expected):
+    cost = replace(COST, copy_gbps=gbps, copy_gbps_shared=gbps)
+    assert cost.should_fetch_now([], misses, backlog_us) == expected
+
+
+def test_json_round_trip():
+    assert CostModel.from_json(COST.to_json()) == COST
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cpu": 3}', COST.to_json().replace("cpu", "c")])
+def test_a_damaged_calibration_is_a_sentence(text):
+    with pytest.raises(UserError, match="calibrate again"):
+        CostModel.from_json(text)
+
+
+def test_an_impossible_calibration_is_a_sentence():
+    with pytest.raises(UserError, match="calibrate again"):
+        CostModel.from_json(COST.to_json().replace('"copy_gbps": 10', '"copy_gbps": 0'))
