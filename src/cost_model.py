@@ -79,25 +79,28 @@ class CostModel:
         gbps = self.copy_gbps_shared if shared else self.copy_gbps
         return self.copy_call_us + self.block_bytes / gbps / 1e3
 
-    def cpu_us(self, n_experts: int, n_tokens: int, copying: bool) -> float:
-        """Return the CPU's time for a layer in us; `copying`: while copies keep the bus busy."""
-        return self.cpu.us(n_experts, n_tokens) * (self.cpu_shared_factor if copying else 1.0)
+    def overlap_us(self, cpu_us: float, n_copies: float) -> tuple[float, float]:
+        """Return when CPU work and copies that begin together each end, in us.
 
-    def fetch_us(self, n_copies: int, last_tokens: int, compute_us: float, shared: bool) -> float:
-        """Return the GPU's time in us for `compute_us` of work on experts that are being copied.
-
-        Double-buffered: an expert is computed while the next one is copied, so the slower of the
-        two sets the pace and only the last expert's arithmetic (`last_tokens`) is left over.
+        `cpu_us` is the work's time on a quiet machine. Both are slower while both run, and each
+        has its full speed again when the other has ended.
         """
-        if not n_copies:
-            return compute_us
-        return max(compute_us, n_copies * self.copy_us(shared) + self.gpu.us(1, last_tokens))
+        if not cpu_us or not n_copies:
+            return cpu_us, n_copies * self.copy_us(shared=False)
+        copies_us = n_copies * self.copy_us(shared=True)
+        slow_us = cpu_us * self.cpu_shared_factor
+        if copies_us <= slow_us:
+            return cpu_us + copies_us * (1 - 1 / self.cpu_shared_factor), copies_us
+        left = (copies_us - slow_us) / self.copy_us(shared=True)
+        return slow_us, slow_us + left * self.copy_us(shared=False)
 
     def decode_layer_us(self, n_hits: int, n_misses: int, copying: bool) -> float:
-        """Return one decode layer in us: hits on the GPU while the CPU computes the misses."""
-        return self.dense_us_per_layer + max(
-            self.gpu.us(n_hits, n_hits), self.cpu_us(n_misses, n_misses, copying)
-        )
+        """Return one decode layer in us: hits on the GPU while the CPU computes the misses.
+
+        `copying`: background copies keep the bus busy all the while.
+        """
+        cpu_us = self.cpu.us(n_misses, n_misses) * (self.cpu_shared_factor if copying else 1)
+        return self.dense_us_per_layer + max(self.gpu.us(n_hits, n_hits), cpu_us)
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
         """Return one decode step in us from the number of chosen experts that hit in each layer."""
@@ -140,15 +143,16 @@ class CostModel:
         """The fastest split; experts are numbered through `held`, then `rest`."""
         order = sorted(range(len(rest)), key=lambda i: -rest[i])
         n_held, gpu_tokens, cpu_tokens = len(held), sum(held), sum(rest)
+        backlog = backlog_us / self.copy_us(shared=True)
         best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
         for n in range(len(rest) + 1):
             last = rest[order[n - 1]] if n else 0
             gpu_tokens += last
             cpu_tokens -= last
-            on_cpu = len(rest) - n
-            compute_us = self.gpu.us(n_held + n, gpu_tokens)
-            gpu_us = self.fetch_us(n, last, compute_us, on_cpu > 0) + (backlog_us if n else 0.0)
-            cpu_us = self.cpu_us(on_cpu, cpu_tokens, n > 0 or backlog_us > 0)
+            cpu_us, copies_us = self.overlap_us(self.cpu.us(len(rest) - n, cpu_tokens), backlog + n)
+            gpu_us = self.gpu.us(n_held + n, gpu_tokens)
+            if n:  # double-buffered: only the last copy's arithmetic is not hidden
+                gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
             if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
                 best_n, best_gpu_us, best_cpu_us = n, gpu_us, cpu_us
         numbers = [n_held + i for i in order]

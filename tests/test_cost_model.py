@@ -4,10 +4,11 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from cost_model import CostModel, SideCost
-from errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cost_model import CostModel, SideCost
+from errors import UserError
 
 # Round numbers: a copy takes 10 + 1000 us alone and 10 + 2000 us beside the CPU.
 COST = CostModel(
@@ -36,21 +37,31 @@ def test_decode_layer_overlaps_its_sides():
     assert COST.decode_step_us([2, 1, 0], 2, copying=False) == (70 + 117) + (70 + 720) + (70 + 1420)
 
 
-def test_double_buffered_fetches_hide_the_shorter_of_copy_and_compute():
-    assert COST.fetch_us(0, 0, 300, shared=False) == 300
-    assert COST.fetch_us(3, 4, 500, shared=False) == 3 * 1010 + 15 + 50 + 4  # copies set the pace
-    assert COST.fetch_us(1, 4, 9000, shared=False) == 9000  # compute sets the pace
+def test_sharing_slows_both_sides_only_while_both_run():
+    assert COST.overlap_us(900, 0) == (900, 0)
+    assert COST.overlap_us(0, 2) == (0, 2020)
+    # Copies end first, after 2010: the CPU has done 2010 / 1.5 = 1340 of 3000 by then.
+    assert COST.overlap_us(3000, 1) == pytest.approx((2010 + 1660, 2010))
+    # The CPU ends first, after 1.5 * 600 = 900: half of the copies' time left is then saved.
+    assert COST.overlap_us(600, 2) == pytest.approx((900, 900 + (4020 - 900) * 1010 / 2010))
 
 
 def test_short_prompts_stay_off_the_bus_and_long_ones_use_both_sides():
-    assert COST.split_prefill([1, 0, 2], cached=()).cpu_experts == (0, 2)  # 1520 < one copy
+    assert COST.split_prefill([1, 0, 1], cached=()).cpu_experts == (0, 2)  # 1420 < one copy
     split = COST.split_prefill([400, 30, 300, 0, 2], cached=())
-    # CPU for the few tokens of expert 4; 400, 300 and 30 tokens cost 3-40 ms there, a copy 2.
+    # CPU for the few tokens of expert 4; 400, 300 and 30 tokens cost 3-40 ms there, a copy 1-2.
     assert split.gpu_experts == (0, 2, 1)
     assert split.cpu_experts == (4,)
     assert split.n_copies == 3
-    assert split.gpu_us == 3 * 2010 + 15 + 50 + 30
-    assert split.us == max(split.gpu_us, 1.5 * (20 + 600 + 200))
+    assert split.cpu_us == 1.5 * (20 + 600 + 200)
+    copies_us = COST.overlap_us(820, 3)[1]
+    assert split.us == split.gpu_us == copies_us + 15 + 50 + 30
+
+
+def test_double_buffering_hides_the_shorter_of_copy_and_compute():
+    slow_gpu = replace(COST, gpu=SideCost(call_us=0, expert_us=0, token_us=50))
+    split = slow_gpu.split_prefill([100, 100], cached=())
+    assert split.cpu_experts == () and split.us == 2 * 100 * 50  # not the copies' 2020 on top
 
 
 def test_cached_experts_are_computed_where_they_are():
@@ -69,11 +80,10 @@ def brute_force_us(cost: CostModel, counts: list[int], cached: set[int]) -> floa
         for copied in itertools.combinations(rest, size):
             on_cpu = [counts[e] for e in rest if e not in copied]
             on_gpu = [counts[e] for e in (*held, *copied)]
+            cpu_us, copies_us = cost.overlap_us(cost.cpu.us(len(on_cpu), sum(on_cpu)), size)
             gpu_us = cost.gpu.us(len(on_gpu), sum(on_gpu))
             if copied:
-                last_us = cost.gpu.us(1, min(counts[e] for e in copied))
-                gpu_us = max(gpu_us, size * cost.copy_us(bool(on_cpu)) + last_us)
-            cpu_us = cost.cpu.us(len(on_cpu), sum(on_cpu)) * (1.5 if copied else 1)
+                gpu_us = max(gpu_us, copies_us + cost.gpu.us(1, min(counts[e] for e in copied)))
             best = min(best, max(gpu_us, cpu_us))
     return best
 
@@ -101,10 +111,10 @@ def test_prefill_split_is_within_a_gpu_call_of_the_best_of_all(counts, cached, g
 @pytest.mark.parametrize(
     ("gbps", "backlog_us", "misses", "expected"),
     [
-        (5.0, 0.0, [1, 1], [False, False]),  # copy 2010: the CPU does both in 1420
+        (4.0, 0.0, [1, 1], [False, False]),  # one copy 2510: the CPU does both in 1420
         (20.0, 0.0, [1, 1], [True, False]),  # copy 510 beside one on the CPU, 1080
         (200.0, 0.0, [1, 1], [True, True]),  # copies 120 in all
-        (20.0, 900.0, [1, 1], [True, False]),  # 900 + 576 < 1.5 * 1420: the bus is busy either way
+        (20.0, 900.0, [1, 1], [True, False]),  # 900 + 510 + 66 < 1420 + 900 / 3
         (20.0, 9000.0, [1, 1], [False, False]),  # the bus is taken
         (20.0, 0.0, [1, 9], [False, True]),  # the fuller expert is the one to copy
         (20.0, 0.0, [], []),
