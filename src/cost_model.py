@@ -107,19 +107,19 @@ class CostModel:
         return sum(self.decode_layer_us(n, top_k - n, copying) for n in hits_of_layer)
 
     def should_fetch_now(
-        self, hit_counts: Sequence[int], miss_counts: Sequence[int], backlog_us: float = 0.0
+        self, n_hits: int, miss_counts: Sequence[int], backlog_us: float = 0.0
     ) -> list[bool]:
         """Return for each missed expert whether to wait for its copy rather than use the CPU.
 
-        The counts are tokens of each hit and each missed expert (1 in decode of one sequence);
+        `miss_counts` holds the tokens of each missed expert (1 in decode of one sequence);
         `backlog_us` is the copy time already queued. The number of copies waited for minimises
         max(CPU, GPU); the experts with the most tokens are the ones copied. Whole experts are
         compared, no share of the bus is rounded, and a miss left to the CPU may still be fetched
         in the background: the answer "none" never starves the cache.
         """
-        split = self._split(list(hit_counts), list(miss_counts), backlog_us)
-        waited = set(split.gpu_experts[len(hit_counts) :])
-        return [len(hit_counts) + i in waited for i in range(len(miss_counts))]
+        split = self._split([1] * n_hits, list(miss_counts), backlog_us)
+        waited = set(split.gpu_experts[n_hits:])
+        return [n_hits + i in waited for i in range(len(miss_counts))]
 
     def split_prefill(self, counts: Sequence[int], cached: Collection[int]) -> PrefillSplit:
         """Share a layer's experts between the CPU and fetch + GPU so that both finish together.

@@ -163,9 +163,7 @@ class ExpertCache:
                     wanted.setdefault(expert)
             if len(wanted) == self.n_ways:
                 break
-        for expert in wanted:  # in use first: no admission below may evict one of them
-            if expert in slot_of:
-                self._used_in_step[slot_of[expert]] = self._step[layer]
+        self.protect(layer, list(wanted))  # no admission below may evict one of them
         admitted = [expert for expert in wanted if expert not in slot_of][:quota]
         fetches: list[tuple[int, int]] = []
         for expert in reversed(wanted):
@@ -175,6 +173,37 @@ class ExpertCache:
                 self.policy.hit(slot_of[expert])
         self.end_step(layer)
         return fetches
+
+    def ready(self, layer: int) -> dict[int, int]:
+        """Return the slots of the layer's ready experts, by expert; counts and touches nothing."""
+        if layer >= self.n_indexes:
+            return {}
+        return {e: slot for e, slot in self._slots[layer].items() if self._state[slot] == _READY}
+
+    def protect(self, layer: int, experts: Sequence[int]) -> None:
+        """Keep those of `experts` that are there from being victims until `end_step`."""
+        if layer < self.n_indexes:
+            for expert in experts:
+                slot = self._slots[layer].get(expert)
+                if slot is not None:
+                    self._used_in_step[slot] = self._step[layer]
+
+    def protect(self, layer: int, experts: Sequence[int]) -> None:
+        """Until the step of `layer` ends, keep those of `experts` that are there from eviction.
+
+        Nothing is counted and the policy sees nothing.
+        """
+        if layer < self.n_indexes:
+            for expert in experts:
+                slot = self._slots[layer].get(expert)
+                if slot is not None:
+                    self._used_in_step[slot] = self._step[layer]
+
+    def ready(self, layer: int) -> dict[int, int]:
+        """Return the slot of each ready expert of `layer`; nothing is counted."""
+        if layer >= self.n_indexes:
+            return {}
+        return {e: slot for e, slot in self._slots[layer].items() if self._state[slot] == _READY}
 
     def slot_of(self, layer: int, expert: int) -> int | None:
         """Return the slot that holds or awaits `expert`, whatever its state, or None."""

@@ -122,7 +122,7 @@ def test_prefill_split_is_within_a_gpu_call_of_the_best_of_all(counts, cached, g
 )
 def test_waiting_for_a_copy_must_beat_the_cpu(gbps, backlog_us, misses, expected):
     cost = replace(COST, copy_gbps=gbps, copy_gbps_shared=gbps)
-    assert cost.should_fetch_now([], misses, backlog_us) == expected
+    assert cost.should_fetch_now(0, misses, backlog_us) == expected
 
 
 def test_json_round_trip():
