@@ -247,22 +247,10 @@ class Recorder:
             yield LayerEvent(ids=ids, n_hits_of_token=n_hits_of_token, **values)
 
 
-class NullRecorder:
-    """The recorder of `--no-record`: the same calls, nothing kept."""
+class NullRecorder(Recorder):
+    """The recorder of `--no-record`: passes and tokens for the printed totals, no layer events."""
 
     enabled = False
 
-    def begin_pass(self, phase: Phase, n_tokens: int, prompt: int) -> None:
-        """Nothing."""
-
     def layer(self, *event: object, **fields: object) -> None:
-        """Nothing."""
-
-    def end_pass(self, duration_s: float) -> None:
-        """Nothing."""
-
-    def token(self, prompt: int, time_s: float, unix_s: float) -> None:
-        """Nothing."""
-
-    def resolve(self) -> None:
-        """Nothing."""
+        """Nothing is kept."""

@@ -93,12 +93,14 @@ def test_events_leave_the_garbage_collector_nothing_to_walk() -> None:
     assert len(gc.get_objects()) - before < 100
 
 
-def test_the_null_recorder_takes_the_same_calls() -> None:
+def test_the_null_recorder_takes_the_same_calls_and_keeps_no_layers() -> None:
     recorder = NullRecorder()
     recorder.begin_pass("decode", 1, 0)
     recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, cpu_us=3.0, fetch_bytes=4)
     recorder.end_pass(0.1)
     recorder.token(0, 0.1, 1.0)
     recorder.resolve()
+    assert len(recorder.layer_table()) == 0
+    assert len(recorder.pass_table()) == len(recorder.token_table()) == 1
     assert not recorder.enabled
     assert Recorder().enabled

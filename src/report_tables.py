@@ -1,0 +1,259 @@
+"""The rows of a run's CSV files: the reference's columns first, further ones after.
+
+| file | one row per | units |
+|---|---|---|
+| out.csv | forward pass | ms, mean over layers, unless the name says otherwise |
+| cache.csv | forward pass | chosen experts that hit, per layer (0 where a layer is not cached) |
+| expert_choices.csv | forward pass (decode in a batch: per sequence) | expert ids |
+| token_gen_time.csv | generated token after a prompt's first | s, tokens/s, MHz, degrees C |
+| cpu_freq_avg.csv | second | degrees C, MHz, W |
+
+`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). Runs of more than
+one prompt have a `Prompt` column at the end of the first four; for a pass over a batch it names the
+batch's first prompt. None is an empty cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recorder import DURATIONS, Recorder, Table
+from sensors import Sample
+from summary import step_times_s, token_energies_j
+
+Row = Sequence[object]
+
+BREAKDOWN_HEADER = ("Index", "attn", "ffn_compute", "ffn_comm")
+BREAKDOWN_MORE = (
+    "phase",
+    "tokens",
+    "step_ms",
+    "rest_ms",
+    *(name.removesuffix("_us") for name in DURATIONS),
+    "cpu_bytes",
+    "gpu_bytes",
+    "fetch_bytes",
+)
+CACHEHIT_MORE = (
+    "Phase",
+    "Tokens",
+    "Hits",
+    "Misses",
+    "Pairs",
+    "At Least One",
+    "At Least Two",
+    "Fetches",
+    "Evictions",
+)
+TOKEN_HEADER = (
+    "Index",
+    "Time",
+    "Timestamp",
+    "Accumulated Generation Throughput (tokens/s)",
+    "CPU Frequency",
+    "CPU Temperature",
+)
+TOKEN_MORE = ("CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)")
+FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0")
+FREQUENCY_MORE = ("CPU Power (W)", "GPU Power (W)")
+_EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
+
+
+def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
+    """Rows of out.csv.
+
+    `ffn_compute` is the longer of the CPU's and the accelerator's time, which overlap, and
+    `ffn_comm` what else the experts' part took (waiting for copies, handing over, adding up): with
+    attn, router, plan and rest they add up to the step.
+    """
+    passes, layers = recorder.pass_table(), recorder.layer_table()
+    prompts = _PromptColumn(recorder)
+    yield (*BREAKDOWN_HEADER, *BREAKDOWN_MORE, *prompts.header)
+    n_layers = np.bincount(layers["pass_index"], minlength=len(passes))
+    mean_ms = {
+        name: _sums(layers[name], layers["pass_index"], len(passes)) / np.maximum(n_layers, 1) / 1e3
+        for name in DURATIONS
+    }
+    expert_us = np.sum([layers[name].astype(np.float64) for name in _EXPERT_PARTS], axis=0)
+    compute_us = np.minimum(np.maximum(layers["cpu_us"], layers["gpu_us"]), expert_us)
+    compute_ms, expert_ms = (
+        _sums(us, layers["pass_index"], len(passes)) / np.maximum(n_layers, 1) / 1e3
+        for us in (compute_us, expert_us)
+    )
+    parts_ms = sum(mean_ms[name] for name in DURATIONS if name != "gpu_us")
+    step_ms = passes["duration_s"] * 1e3
+    columns = [
+        mean_ms["attention_us"],
+        compute_ms,
+        expert_ms - compute_ms,
+        _phases(passes),
+        passes["n_tokens"],
+        step_ms,
+        step_ms - parts_ms * n_layers,
+        *mean_ms.values(),
+        *(
+            _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
+            for name in ("cpu_bytes", "gpu_bytes", "fetch_bytes")
+        ),
+        *prompts.columns(passes),
+    ]
+    yield from _numbered(columns)
+
+
+def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
+    """Rows of cache.csv; `Pairs` are the (token, cached layer) pairs of the pass."""
+    passes, layers = recorder.pass_table(), recorder.layer_table()
+    n_layers = _n_layers(layers)
+    hits = np.zeros((len(passes), n_layers), dtype=np.int64)
+    hits[layers["pass_index"], layers["layer"]] = layers["hits"]
+    cached = layers[layers["cached"] == 1]
+    pass_of_pair = np.repeat(cached["pass_index"], cached["n_tokens"])
+    n_hits_of_pair = recorder.hits_of_tokens()
+    prompts = _PromptColumn(recorder)
+    columns = [
+        *hits.T,
+        _phases(passes),
+        passes["n_tokens"],
+        *(
+            _sums(cached[name], cached["pass_index"], len(passes)).astype(np.int64)
+            for name in ("hits", "misses")
+        ),
+        np.bincount(pass_of_pair, minlength=len(passes)),
+        np.bincount(pass_of_pair[n_hits_of_pair >= 1], minlength=len(passes)),
+        np.bincount(pass_of_pair[n_hits_of_pair >= 2], minlength=len(passes)),
+        *(
+            _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
+            for name in ("fetches", "evictions")
+        ),
+        *prompts.columns(passes),
+    ]
+    yield ("Index", *(f"Block_{n}" for n in range(n_layers)), *CACHEHIT_MORE, *prompts.header)
+    yield from _numbered(columns)
+
+
+def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
+    """Rows of expert_choices.csv: a prefill is its index alone, a decode K ids for each layer.
+
+    In a batch a decode pass has one row per sequence, all with the pass's index.
+    """
+    passes, layers, ids = recorder.pass_table(), recorder.layer_table(), recorder.expert_ids()
+    tokens = recorder.token_table()
+    prompts = _PromptColumn(recorder)
+    n_layers = _n_layers(layers)
+    widths = np.zeros(n_layers, dtype=np.int64)
+    np.maximum.at(widths, layers["layer"], layers["top_k"])
+    starts = np.concatenate([[0], np.cumsum(widths)])
+    blocks = [f"Block_{n}" for n in range(n_layers) for _ in range(widths[n])]
+    yield ("Index", *blocks, *prompts.header)
+    id_ends = np.cumsum(layers["n_tokens"].astype(np.int64) * layers["top_k"])
+    id_starts = np.concatenate([[0], id_ends])
+    first_row = np.searchsorted(layers["pass_index"], np.arange(len(passes) + 1))
+    for index, one in enumerate(passes):
+        if not one["decode"]:
+            padding = [""] * len(blocks) if prompts.header else []
+            yield (index, *padding, *prompts.cells(int(one["prompt"])))
+            continue
+        rows = range(first_row[index], first_row[index + 1])
+        n_sequences = max((int(layers["n_tokens"][row]) for row in rows), default=1)
+        cells = np.full((n_sequences, len(blocks)), -1, dtype=np.int64)
+        for row in rows:
+            top_k, start = int(layers["top_k"][row]), starts[layers["layer"][row]]
+            chosen = ids[id_starts[row] : id_starts[row + 1]].reshape(-1, top_k)
+            cells[: len(chosen), start : start + top_k] = chosen
+        owners = tokens["prompt"][tokens["pass_index"] == index].tolist()
+        owners += [int(one["prompt"])] * (n_sequences - len(owners))
+        for owner, sequence in zip(owners, cells.tolist(), strict=False):
+            yield (index, *("" if e < 0 else e for e in sequence), *prompts.cells(owner))
+
+
+def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
+    """Rows of token_gen_time.csv; energies are the token's own (its share of a batch's step)."""
+    passes, tokens = recorder.pass_table(), recorder.token_table()
+    tokens = tokens[tokens["pass_index"] < len(passes)]
+    prompts = _PromptColumn(recorder)
+    yield (*TOKEN_HEADER, *TOKEN_MORE, *prompts.header)
+    tokens = tokens[passes["decode"][tokens["pass_index"]]]
+    pass_indexes, times_s = step_times_s(tokens)
+    elapsed_s = np.cumsum(times_s)[np.searchsorted(pass_indexes, tokens["pass_index"])]
+    so_far = np.searchsorted(tokens["pass_index"], tokens["pass_index"], side="right")
+    sampled_at = np.array([sample.unix_s for sample in samples])
+    cpu_j, gpu_j = (
+        token_energies_j(tokens, samples, sensor) for sensor in ("cpu_energy_j", "gpu_energy_j")
+    )
+    for index, token in enumerate(tokens):
+        unix_s = float(token["unix_s"])
+        latest = int(np.searchsorted(sampled_at, unix_s, side="right")) - 1
+        sample = samples[max(latest, 0)] if samples else Sample(unix_s)
+        yield (
+            index,
+            float(token["time_s"]),
+            int(unix_s),
+            float(so_far[index] / elapsed_s[index]) if elapsed_s[index] > 0 else None,
+            sample.busiest_mhz,
+            sample.cpu_temperature_c,
+            None if cpu_j is None else float(cpu_j[index]),
+            None if gpu_j is None else float(gpu_j[index]),
+            sample.gpu_power_w,
+            *prompts.cells(int(token["prompt"])),
+        )
+
+
+def frequency_rows(samples: Sequence[Sample]) -> Iterable[Row]:
+    """Rows of cpu_freq_avg.csv: the last sample of each second; powers since the row before."""
+    yield (*FREQUENCY_HEADER, *FREQUENCY_MORE)
+    by_second = {int(sample.unix_s): sample for sample in samples}
+    before: Sample | None = None
+    for second, sample in by_second.items():
+        cpu_w, gpu_w = (
+            _mean_power_w(before, sample, sensor) for sensor in ("cpu_energy_j", "gpu_energy_j")
+        )
+        gpu_w = sample.gpu_power_w if gpu_w is None else gpu_w
+        yield (second, sample.cpu_temperature_c, sample.busiest_mhz, cpu_w, gpu_w)
+        before = sample
+
+
+class _PromptColumn:
+    """The `Prompt` column, which only runs of more than one prompt have."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        owners = (recorder.pass_table()["prompt"], recorder.token_table()["prompt"])
+        self._present = len(np.unique(np.concatenate(owners))) > 1
+        self.header = ("Prompt",) if self._present else ()
+
+    def cells(self, prompt: int) -> tuple[int, ...]:
+        return (prompt,) if self._present else ()
+
+    def columns(self, passes: Table) -> tuple[Table, ...]:
+        return (passes["prompt"],) if self._present else ()
+
+
+def _numbered(columns: Sequence[npt.NDArray[Any] | list[str]]) -> Iterable[Row]:
+    plain = [c if isinstance(c, list) else c.tolist() for c in columns]
+    return ((index, *row) for index, row in enumerate(zip(*plain, strict=True)))
+
+
+def _phases(passes: Table) -> list[str]:
+    return ["decode" if decode else "prefill" for decode in passes["decode"]]
+
+
+def _n_layers(layers: Table) -> int:
+    return int(layers["layer"].max()) + 1 if len(layers) else 0
+
+
+def _sums(values: Table, pass_index: Table, n_passes: int) -> npt.NDArray[np.float64]:
+    sums = np.zeros(n_passes)
+    np.add.at(sums, pass_index, values)
+    return sums
+
+
+def _mean_power_w(before: Sample | None, sample: Sample, sensor: str) -> float | None:
+    if before is None:
+        return None
+    start_j, end_j = getattr(before, sensor), getattr(sample, sensor)
+    if start_j is None or end_j is None or sample.unix_s <= before.unix_s:
+        return None
+    return float((end_j - start_j) / (sample.unix_s - before.unix_s))

@@ -1,0 +1,176 @@
+"""Writes a run's files: five CSVs and run.json, together and atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from errors import UserError
+from provenance import git_state, versions
+from recorder import Recorder
+from report_tables import (
+    Row,
+    breakdown_rows,
+    cachehit_rows,
+    expert_choice_rows,
+    frequency_rows,
+    token_rows,
+)
+from sensors import Sample
+from summary import RunSummary
+
+Status = Literal["completed", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where each file goes."""
+
+    breakdown: Path
+    cachehit: Path
+    expert_choices: Path
+    token_gen_time: Path
+    cpu_freq_avg: Path
+    run_json: Path
+
+    @classmethod
+    def in_folder(
+        cls,
+        folder: Path | None = None,
+        breakdown_csv: Path = Path("out.csv"),
+        cachehit_csv: Path = Path("cache.csv"),
+    ) -> ReportPaths:
+        """All files under `folder` (by default the working directory)."""
+        folder = folder or Path()
+        return cls(
+            breakdown=folder / breakdown_csv,
+            cachehit=folder / cachehit_csv,
+            expert_choices=folder / "expert_choices.csv",
+            token_gen_time=folder / "token_gen_time.csv",
+            cpu_freq_avg=folder / "cpu_freq_avg.csv",
+            run_json=folder / "run.json",
+        )
+
+    def all(self) -> list[Path]:
+        return [getattr(self, entry.name) for entry in fields(self)]
+
+    def partial(self) -> ReportPaths:
+        """The names that an unfinished run uses where finished results lie: out.partial.csv."""
+        names = {
+            entry.name: (path := getattr(self, entry.name)).with_name(
+                f"{path.stem}.partial{path.suffix}"
+            )
+            for entry in fields(self)
+        }
+        return replace(self, **names)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What only the caller knows of a run; plain JSON values in the mappings."""
+
+    command: Sequence[str] = ()
+    tool_version: str = ""
+    source_folder: Path = Path(__file__).parent
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    samples: Sequence[Sample] = ()
+    notes: Sequence[str] = ()
+    started_unix_s: float | None = None
+    status: Status = "completed"
+
+
+def write_reports(
+    recorder: Recorder, paths: ReportPaths, info: RunInfo, summary: RunSummary
+) -> list[Path]:
+    """Write all files atomically and return where they are.
+
+    A run that did not complete never replaces files of an earlier one: where any is in the way,
+    all of its own are named `*.partial.*`. A run that finished no forward pass writes nothing.
+    Raises UserError where the files cannot be written; no temporary file stays behind.
+    """
+    if not len(recorder.pass_table()):
+        return []
+    if info.status != "completed" and any(path.exists() for path in paths.all()):
+        paths = paths.partial()
+    tables = {
+        paths.breakdown: breakdown_rows(recorder),
+        paths.cachehit: cachehit_rows(recorder),
+        paths.expert_choices: expert_choice_rows(recorder),
+        paths.token_gen_time: token_rows(recorder, info.samples),
+        paths.cpu_freq_avg: frequency_rows(info.samples),
+    }
+    texts = {path: _csv_text(rows) for path, rows in tables.items()}
+    texts[paths.run_json] = json.dumps(_run_document(paths, info, summary), indent=2) + "\n"
+    _write_together(texts)
+    return list(texts)
+
+
+def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
+    started = info.started_unix_s
+    return {
+        "format_version": 1,
+        "status": info.status,
+        "started": None
+        if started is None
+        else datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(info.command),
+        "versions": {"tool": info.tool_version, **versions()},
+        "git": git_state(info.source_folder),
+        "hardware": dict(info.hardware),
+        "model": dict(info.model),
+        "layout": dict(info.layout),
+        "calibration": None if info.calibration is None else dict(info.calibration),
+        "summary": summary.to_json(),
+        "notes": list(info.notes),
+        "files": {
+            entry.name: getattr(paths, entry.name).name
+            for entry in fields(paths)
+            if entry.name != "run_json"
+        },
+    }
+
+
+def _csv_text(rows: Iterable[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
+def _write_together(texts: Mapping[Path, str]) -> None:
+    """All files to temporary names, then all renamed: none is ever seen half-written."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary[path].open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in texts:
+            temporary[path].replace(path)
+    except OSError as error:
+        raise UserError(
+            f"expected to write the run's reports to {path.parent}, but {error.strerror}: "
+            "choose another --output-dir or make room"
+        ) from error
+    finally:
+        for leftover in temporary.values():
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)

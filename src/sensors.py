@@ -1,0 +1,287 @@
+"""What the machine's sensors say while a run is going: frequency, temperature, energy, power.
+
+Every reader tolerates the absence of its sensor: it then gives None (an empty cell) and one line
+that says what is missing and how to have it. Nothing here raises for a missing sensor.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pynvml
+
+POWERCAP_ROOT = Path("/sys/class/powercap")
+# Names under which psutil lists CPU package sensors (Intel, AMD, Arm boards), best first.
+_CPU_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "acpitz")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading. Energies are joules since the sampler started; None where no sensor is."""
+
+    unix_s: float
+    busiest_mhz: float | None = None
+    cpu_temperature_c: float | None = None
+    cpu_energy_j: float | None = None
+    gpu_energy_j: float | None = None
+    gpu_power_w: float | None = None
+
+
+class RaplReader:
+    """CPU package energy from Linux powercap, counter wrap handled, all packages together.
+
+    `root` is the powercap folder. `note` says why there is no reading, or is None.
+    """
+
+    def __init__(self, root: Path = POWERCAP_ROOT) -> None:
+        self.note: str | None = None
+        self._counters: list[_WrappingCounter] = []
+        packages = sorted(zone for zone in root.glob("intel-rapl:*") if _is_package(zone))
+        if not packages:
+            self.note = "CPU energy: no powercap RAPL on this machine, energy columns stay empty"
+            return
+        try:
+            self._counters = [_WrappingCounter(zone) for zone in packages]
+        except PermissionError:
+            self.note = (
+                f"CPU energy: {packages[0]}/energy_uj is readable by root only, energy columns "
+                f"stay empty; to enable: sudo chmod a+r {root}/intel-rapl:*/energy_uj"
+            )
+        except (OSError, ValueError) as error:
+            self.note = f"CPU energy: {packages[0]} cannot be read ({error})"
+
+    def read_j(self) -> float | None:
+        """Joules since this reader was made, or None."""
+        if not self._counters:
+            return None
+        try:
+            return sum(counter.read_uj() for counter in self._counters) / 1e6
+        except (OSError, ValueError) as error:
+            self.note = f"CPU energy: the RAPL counter stopped being readable ({error})"
+            self._counters = []
+            return None
+
+
+def _is_package(zone: Path) -> bool:
+    """Top-level zones named package-N: subzones are part of them, psys and dram are not the CPU."""
+    try:
+        return zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package")
+    except OSError:
+        return False
+
+
+class _WrappingCounter:
+    def __init__(self, zone: Path) -> None:
+        self._path = zone / "energy_uj"
+        self._range_uj = int((zone / "max_energy_range_uj").read_text())
+        self._last_uj = int(self._path.read_text())
+        self._total_uj = 0
+
+    def read_uj(self) -> int:
+        now_uj = int(self._path.read_text())
+        step_uj = now_uj - self._last_uj
+        self._total_uj += step_uj if step_uj >= 0 else step_uj + self._range_uj
+        self._last_uj = now_uj
+        return self._total_uj
+
+
+class NvmlReader:
+    """Energy and power of one NVIDIA GPU through NVML.
+
+    The total-energy counter is used where the GPU has one (Volta and later), else power samples are
+    integrated over time. `nvml` is the pynvml module (nvidia-ml-py) or a stand-in.
+    """
+
+    def __init__(
+        self,
+        device_index: int = 0,
+        nvml: ModuleType | Any = pynvml,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.note: str | None = None
+        self._handle: Any = None
+        self._clock = clock
+        self._sampled_j = 0.0
+        self._last: tuple[float, float] | None = None
+        self._nvml: Any = nvml
+        try:
+            nvml.nvmlInit()
+            self._handle = nvml.nvmlDeviceGetHandleByIndex(device_index)
+        except nvml.NVMLError as error:
+            self.note = f"GPU energy: NVML is not available ({error}), its columns stay empty"
+            return
+        self._start_mj = self._counter_mj()
+
+    def _counter_mj(self) -> int | None:
+        try:
+            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._nvml.NVMLError:
+            return None
+
+    def read_power_w(self) -> float | None:
+        """The GPU's power draw now, W, or None."""
+        if self._handle is None:
+            return None
+        try:
+            return int(self._nvml.nvmlDeviceGetPowerUsage(self._handle)) / 1e3
+        except self._nvml.NVMLError:
+            return None
+
+    def read_j(self) -> float | None:
+        """Joules since this reader was made, or None."""
+        if self._handle is None:
+            return None
+        if self._start_mj is not None:
+            now_mj = self._counter_mj()
+            return None if now_mj is None else (now_mj - self._start_mj) / 1e3
+        power_w, now_s = self.read_power_w(), self._clock()
+        if power_w is None:
+            return None
+        if self._last is not None:
+            last_s, last_w = self._last
+            self._sampled_j += (now_s - last_s) * (power_w + last_w) / 2
+        self._last = (now_s, power_w)
+        return self._sampled_j
+
+
+class CpuReader:
+    """Frequency of the busiest cores and CPU temperature through psutil (or a stand-in)."""
+
+    def __init__(self, n_busiest: int, source: ModuleType | Any = psutil) -> None:
+        self._n_busiest = max(1, n_busiest)
+        self._source = source
+        self._utilisation()  # psutil reports use since the previous call
+
+    def _utilisation(self) -> list[float]:
+        try:
+            return list(self._source.cpu_percent(percpu=True))
+        except (OSError, NotImplementedError):
+            return []
+
+    def read_mhz(self) -> float | None:
+        """Mean MHz of the `n_busiest` cores with the highest use since the last call, or None."""
+        use = self._utilisation()
+        try:
+            mhz = [core.current for core in self._source.cpu_freq(percpu=True) or []]
+        except (AttributeError, OSError, NotImplementedError):
+            return None
+        if not mhz:
+            return None
+        if len(mhz) == len(use):
+            mhz = [mhz[core] for core in sorted(range(len(use)), key=use.__getitem__, reverse=True)]
+        busiest = mhz[: self._n_busiest]
+        mean = sum(busiest) / len(busiest)
+        return mean if mean > 0 else None
+
+    def read_temperature_c(self) -> float | None:
+        """The CPU's temperature in degrees Celsius (hottest of its sensors), or None."""
+        try:
+            sensors = self._source.sensors_temperatures()
+        except (AttributeError, OSError, NotImplementedError):
+            return None
+        for name in _CPU_SENSORS:
+            readings = [entry.current for entry in sensors.get(name, []) if entry.current]
+            if readings:
+                return float(max(readings))
+        return None
+
+
+class SensorSampler:
+    """Reads all sensors once per `period_s` on a thread of its own, from start() to stop().
+
+    A context manager. `samples` is complete after stop(): the first is taken by start(), the last
+    by stop(), so that even a run shorter than the period has two.
+    """
+
+    def __init__(
+        self,
+        n_busiest: int,
+        *,
+        period_s: float = 1.0,
+        cpu: CpuReader | None = None,
+        rapl: RaplReader | None = None,
+        gpu: NvmlReader | None = None,
+    ) -> None:
+        self._period_s = period_s
+        self._cpu = cpu or CpuReader(n_busiest)
+        self._rapl = rapl or RaplReader()
+        self._gpu = gpu
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._last: Sample | None = None
+        self.samples: list[Sample] = []
+
+    def _read(self) -> None:
+        self._last = Sample(
+            unix_s=time.time(),
+            busiest_mhz=self._cpu.read_mhz(),
+            cpu_temperature_c=self._cpu.read_temperature_c(),
+            cpu_energy_j=self._rapl.read_j(),
+            gpu_energy_j=self._gpu.read_j() if self._gpu else None,
+            gpu_power_w=self._gpu.read_power_w() if self._gpu else None,
+        )
+        self.samples.append(self._last)
+
+    def _loop(self) -> None:
+        while not self._stopped.wait(self._period_s):
+            self._read()
+
+    def start(self) -> None:
+        """Take the first sample and keep sampling until stop()."""
+        self._read()
+        self._thread = threading.Thread(target=self._loop, name="sensors", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> Sequence[Sample]:
+        """Take the last sample and end the thread; returns all samples. May be called again."""
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
+            self._read()
+        return self.samples
+
+    def __enter__(self) -> SensorSampler:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each sensor that is missing, known once a sample was taken."""
+        notes = [reader.note for reader in (self._rapl, self._gpu) if reader and reader.note]
+        last = self._last
+        if last is not None and last.cpu_temperature_c is None:
+            notes.append("CPU temperature: no sensor on this machine, its cells stay empty")
+        if last is not None and last.busiest_mhz is None:
+            notes.append("CPU frequency: not reported on this machine, its cells stay empty")
+        return notes
+
+
+def energies_at(
+    unix_s: npt.NDArray[np.float64], samples: Sequence[Sample], sensor: str
+) -> npt.NDArray[np.float64] | None:
+    """Joules that `sensor` (`cpu_energy_j` or `gpu_energy_j`) had counted by each moment.
+
+    Linear between samples, flat before the first and after the last; None without two samples.
+    """
+    known = [(s.unix_s, getattr(s, sensor)) for s in samples if getattr(s, sensor) is not None]
+    if len(known) < 2:
+        return None
+    at_s, joules = zip(*known, strict=True)
+    start_s = at_s[0]  # small numbers keep the precision that unix time would eat
+    counted_j: npt.NDArray[np.float64] = np.interp(
+        unix_s - start_s, np.array(at_s) - start_s, joules
+    )
+    return counted_j
