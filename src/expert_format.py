@@ -1,8 +1,8 @@
 """One expert's block: the contiguous bytes that file, host memory, CPU kernel and GPU slot share.
 
-Shapes, here and everywhere: `T` tokens, `K` top-k, `E` experts per layer, `L` MoE layers, `H` hidden
-size, `I` expert intermediate size, `N` cache indexes, `M` cache ways. `R` is the rows of the first
-matrix: `2 * I` for a gated expert (gate rows, then up rows), `I` for a gateless one.
+Shapes, here and everywhere: `T` tokens, `K` top-k, `E` experts per layer, `L` MoE layers,
+`H` hidden size, `I` expert intermediate size, `N` cache indexes, `M` cache ways. `R` is the rows
+of the first matrix: `2 * I` for a gated expert (gate rows, then up rows), `I` for a gateless one.
 
 An expert computes `down @ act(gate_up @ x + gate_up_bias) + down_bias`. Its block holds, in the
 order the CPU kernel streams them: `gate_up`, its scales and bias, `down`, its scales and bias.

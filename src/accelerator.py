@@ -1,0 +1,141 @@
+"""The GPU's side of a run, real or emulated: slots, their directory, and the copies into them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from cost_model import CostModel
+from expert_cache import ExpertCache
+from expert_fetcher import ExpertFetcher
+from expert_store import ExpertStore
+from gpu_experts import GpuExperts
+from miss_trial import MissTrial
+from next_layer import PrefetchStats, Router
+from plan import MissMode
+
+N_STAGING_SLOTS = 2  # one is computed while the other is filled
+
+
+@dataclass
+class Accelerator:
+    """Owns what the dispatcher needs beside the CPU. Driven by the thread of the forward pass.
+
+    Slots beyond the cache's are for staging: experts streamed through once, on demand. `routers`
+    has one entry per MoE layer when fetching ahead is on. `quota` is the most background fetches
+    of one forward pass.
+    """
+
+    store: ExpertStore
+    cache: ExpertCache
+    gpu: GpuExperts
+    fetcher: ExpertFetcher
+    quota: int
+    miss_policy: Literal["cpu", "fetch", "auto"] = "cpu"
+    costs: CostModel | None = None
+    routers: Sequence[Router | None] = ()
+    trial: MissTrial | None = field(init=False)
+    prefetch: PrefetchStats = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.gpu.n_slots >= self.cache.n_slots + N_STAGING_SLOTS
+        self.trial = MissTrial() if self.miss_policy == "auto" else None
+        self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
+        self.failed_copies = 0
+        self._next_staging = 0
+
+    @property
+    def mode(self) -> MissMode:
+        """How the current step treats a miss."""
+        if self.trial is not None:
+            return self.trial.mode
+        return "fetch" if self.miss_policy == "fetch" else "cpu"
+
+    @property
+    def backlog_us(self) -> float:
+        """Predicted time until the copies already queued are done."""
+        if self.costs is None:
+            return 0.0
+        return self.fetcher.in_flight * self.costs.copy_us(shared=True)
+
+    def collect_copies(self) -> None:
+        """Tell the directory which copies have ended since the last call."""
+        for completion in self.fetcher.poll():
+            if completion.error is not None:
+                self._warn(completion.error)
+            if completion.slot >= self.cache.n_slots:
+                continue
+            if completion.error is None:
+                self.cache.mark_ready(completion.slot)
+            else:
+                self.cache.cancel(completion.slot)
+
+    def fetch_background(self, layer: int, experts: Sequence[int], quota: int) -> int:
+        """Start copying missed experts for the tokens to come; returns how many."""
+        pairs = self.cache.start_fetches(layer, experts, quota)
+        for expert, slot in pairs:
+            self.fetcher.fetch(slot, self.store.block(layer, expert))
+        return len(pairs)
+
+    def slot_for_waited(self, layer: int, expert: int, staging_only: bool) -> tuple[int, bool]:
+        """A slot that holds or will hold `expert`, and whether a copy was started for it.
+
+        The expert's own slot when it is on its way; else a way of its index; else, or with
+        `staging_only`, a staging slot, which the caller computes from once.
+        """
+        slot = self.cache.slot_of(layer, expert)
+        if slot is not None:
+            return slot, False
+        if not staging_only:
+            slot = self.cache.admit(layer, expert)
+        if slot is None:
+            slot = self.cache.n_slots + self._next_staging
+            self._next_staging = (self._next_staging + 1) % N_STAGING_SLOTS
+        self.fetcher.fetch(slot, self.store.block(layer, expert))
+        return slot, True
+
+    def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """The experts that `layer` is expected to choose, int64 [T, K] on hidden's device.
+
+        `hidden` [T, H] is the previous layer's input. None when fetching ahead is off, or `layer`
+        is not cached.
+        """
+        if layer >= len(self.routers) or layer >= self.cache.n_indexes:
+            return None
+        router = self.routers[layer]
+        return None if router is None else router(hidden).long()
+
+    def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
+        """Start copying the `guessed` experts of `layer`; returns how many.
+
+        Only while no other copy is queued, and never in the place of an expert that is guessed
+        itself.
+        """
+        self.prefetch.guess(layer, guessed)
+        if self.fetcher.in_flight or quota <= 0:
+            return 0
+        self.cache.protect(layer, guessed)
+        pairs = self.cache.start_fetches(layer, guessed, quota)
+        for expert, slot in pairs:
+            self.fetcher.fetch(slot, self.store.block(layer, expert))
+            self.prefetch.fetch(slot, layer, expert)
+        self.cache.end_step(layer)
+        return len(pairs)
+
+    def close(self) -> None:
+        """End all copies and computations; slots are not to be used afterwards."""
+        self.fetcher.close()
+        self.gpu.close()
+
+    def _warn(self, error: Exception) -> None:
+        if self.failed_copies == 0:
+            print(
+                f"warning: a copy to the accelerator failed ({error}); the CPU computes such "
+                "experts instead, results are not affected",
+                file=sys.stderr,
+            )
+        self.failed_copies += 1

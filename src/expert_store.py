@@ -1,0 +1,113 @@
+"""Every expert's block in host memory, pinned when a GPU will copy from it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from expert_format import BlockLayout
+from shards import MoeLayer, read_block
+
+_READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
+
+
+class ExpertStore:
+    """Host memory holding `E` blocks for each of `L` MoE layers; (layer, expert) -> view.
+
+    One anonymous, page-aligned mapping per layer, touched once: by the read that fills it. With
+    `pin`, each mapping is registered with CUDA where it lies (torch's own pinned allocations
+    round up to a power of two); a refused registration leaves the memory pageable, which
+    `pinned` tells. Not thread-safe while filling; read-only after.
+    """
+
+    def __init__(self, layouts: Sequence[BlockLayout], n_experts: Sequence[int]) -> None:
+        self.layouts = tuple(layouts)
+        self.n_experts = tuple(n_experts)
+        self.pinned = False
+        self._registered: list[int] = []
+        self._blocks: list[Tensor] = []
+        for layout, count in zip(self.layouts, self.n_experts, strict=True):
+            mapping = mmap.mmap(-1, layout.block_bytes * count)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them is slower, not wrong
+                    mapping.madvise(mmap.MADV_HUGEPAGE)
+            blocks = torch.frombuffer(mapping, dtype=torch.uint8)
+            self._blocks.append(blocks.view(count, layout.block_bytes))
+        self._pointers = [
+            torch.arange(count, dtype=torch.int64) * layout.block_bytes + blocks.data_ptr()
+            for layout, count, blocks in zip(
+                self.layouts, self.n_experts, self._blocks, strict=True
+            )
+        ]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layouts)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(blocks.numel() for blocks in self._blocks)
+
+    def block(self, layer: int, expert: int) -> Tensor:
+        """The block of one expert, a uint8 [block_bytes] view."""
+        return self._blocks[layer][expert]
+
+    def blocks(self, layer: int) -> Tensor:
+        """All blocks of one layer, a uint8 [E, block_bytes] view."""
+        return self._blocks[layer]
+
+    def pointers(self, layer: int) -> Tensor:
+        """The addresses of one layer's blocks, int64 [E]."""
+        return self._pointers[layer]
+
+    def read(
+        self, layers: Sequence[MoeLayer], progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Fill every block from the experts files, several checked reads at a time.
+
+        `progress` is called with the bytes of each block as it arrives. Raises UserError when a
+        file ends early, cannot be read, or does not match its checksum.
+        """
+        jobs = [
+            (layer, expert, self._blocks[position][expert])
+            for position, layer in enumerate(layers)
+            for expert in range(layer.n_experts)
+        ]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            pending = [pool.submit(read_block, *job) for job in jobs]
+            try:
+                for job, done in zip(jobs, pending, strict=True):
+                    done.result()
+                    if progress is not None:
+                        progress(job[2].numel())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def pin(self) -> str | None:
+        """Register the memory with CUDA; returns a line for the user when it was refused."""
+        runtime = torch.cuda.cudart()
+        for blocks in self._blocks:
+            code = runtime.cudaHostRegister(blocks.data_ptr(), blocks.numel(), 0)
+            if int(code) != 0:
+                self.close()
+                return (
+                    f"pinning {self.total_bytes / 1e9:.1f} GB of experts was refused (CUDA error "
+                    f"{int(code)}): copies use pageable memory and are slower; raise the "
+                    "locked-memory limit (ulimit -l) to avoid it"
+                )
+            self._registered.append(blocks.data_ptr())
+        self.pinned = True
+        return None
+
+    def close(self) -> None:
+        """Unregister pinned memory; the views stay readable."""
+        for pointer in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(pointer)
+        self._registered.clear()
+        self.pinned = False

@@ -1,0 +1,56 @@
+"""Moves one layer's routing and hidden state to the host, and the CPU's result back.
+
+With a GPU this is one device-to-host copy and one host-to-device copy per layer through pinned
+staging memory; on the CPU nothing moves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostHandoff:
+    """Staging memory for one model; grows to the largest prompt seen.
+
+    Not thread-safe. A result handed to `to_device` is copied asynchronously; its memory is
+    reused by the next layer only after that layer's `to_host`, which waits for the stream, so no
+    copy still reads it.
+    """
+
+    def __init__(self) -> None:
+        self._inbox = torch.empty(0, dtype=torch.uint8)
+        self._result = torch.empty(0, dtype=torch.float32)
+
+    def to_host(self, hidden: Tensor, *routing: Tensor) -> list[Tensor]:
+        """`hidden` [T, H] and the small `routing` tensors, contiguous on the host.
+
+        On a GPU all travel in one buffer, and the call waits for the current stream.
+        """
+        if hidden.device.type == "cpu":
+            return [part.contiguous() for part in (hidden, *routing)]
+        parts = sorted((hidden, *routing), key=lambda part: -part.element_size())
+        flat = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+        if self._inbox.numel() < flat.numel():
+            self._inbox = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+        inbox = self._inbox[: flat.numel()]
+        inbox.copy_(flat, non_blocking=True)
+        torch.cuda.current_stream(hidden.device).synchronize()
+        host = {}
+        start = 0
+        for part in parts:  # widest elements first, so that every view is aligned
+            end = start + part.numel() * part.element_size()
+            host[id(part)] = inbox[start:end].view(part.dtype).view(part.shape)
+            start = end
+        return [host[id(part)] for part in (hidden, *routing)]
+
+    def result(self, n_tokens: int, hidden_size: int, device: torch.device) -> Tensor:
+        """Host memory for the CPU's output, fp32 [T, H], pinned when `device` is a GPU."""
+        size = n_tokens * hidden_size
+        if self._result.numel() < size:
+            self._result = torch.empty(size, pin_memory=device.type == "cuda")
+        return self._result[:size].view(n_tokens, hidden_size)
+
+    def to_device(self, result: Tensor, device: torch.device) -> Tensor:
+        """`result` on `device`, asynchronously on a GPU."""
+        return result if device.type == "cpu" else result.to(device, non_blocking=True)

@@ -1,0 +1,208 @@
+"""Builds the transformers model of a prepared folder, without its experts.
+
+The model is built on the meta device, each experts module gives its place to a stand-in that the
+caller supplies, and only dense weights are read, straight to the device. Attention, routers,
+rotary embeddings and the KV cache stay transformers' own, so any architecture whose experts
+follow its convention runs unmodified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from activation_probe import probe_activation
+from checkpoint import Manifest, iterate_dense
+from cpu_linear import CpuLinear
+from errors import UserError
+from expert_format import Activation
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class MoeSite:
+    """One MoE layer's place in the model: which module, and what its experts compute.
+
+    `experts_path` names the experts module, `block` the module that routes and calls it;
+    `act_module` is the model's own activation, [n, R] -> [n, I].
+    """
+
+    layer: int
+    experts_path: str
+    block: nn.Module
+    activation: Activation
+    act_module: Callable[[Tensor], Tensor]
+
+
+def model_config(manifest: Manifest) -> PretrainedConfig:
+    """The transformers config of a prepared folder; UserError for an unknown architecture."""
+    model_type = manifest.config.get("model_type", "")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{manifest.folder} holds a model of type '{model_type}', which the installed "
+            "transformers does not know: install a newer transformers"
+        )
+    return CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The whole model on the meta device: shapes, no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    return model.eval()
+
+
+def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:
+    """The model's MoE layers, in order; UserError when the model has no such module."""
+    sites = []
+    for layer, path in enumerate(experts_paths):
+        try:
+            experts = model.get_submodule(path)
+        except AttributeError as error:
+            raise UserError(
+                f"the prepared model names the experts module '{path}', which the installed "
+                "transformers does not have: prepare the model again with --force"
+            ) from error
+        activation, own = probe_activation(experts)
+        block = model.get_submodule(path.rpartition(".")[0])
+        sites.append(MoeSite(layer, path, block, activation, own))
+    return sites
+
+
+def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> None:
+    """Put `module` in the place of the experts module at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def load_dense(
+    model: PreTrainedModel,
+    manifest: Manifest,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Read the dense weights to `device` and bring the model to life there.
+
+    Checks every tensor's checksum. Non-persistent buffers, such as rotary frequencies, are not
+    in any checkpoint and are computed anew by the model's own initialisation. UserError when a
+    tensor is missing or has another shape than the model.
+    """
+    packed = {weight.name: weight for weight in manifest.packed_weights}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for stored_name, tensor in iterate_dense(manifest):
+        if progress is not None:
+            progress(tensor.nbytes)
+        name, _, part = stored_name.rpartition(".")
+        if name in packed and part in ("packed", "scale"):
+            parts.setdefault(name, {})[part] = tensor
+            if len(parts[name]) == 2:
+                weight, tensors = packed[name], parts.pop(name)
+                _install_packed(model, name, weight.bits, tensors["packed"], tensors["scale"])
+        else:
+            _assign(model, stored_name, tensor.to(device))
+    finish_model(model, device)
+    if manifest.generation_config is not None:
+        model.generation_config = GenerationConfig.from_dict(manifest.generation_config)
+
+
+def finish_model(model: PreTrainedModel, device: torch.device) -> None:
+    """Tie weights and compute what no checkpoint holds; UserError names what is still missing."""
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise UserError(
+            f"the prepared folder lacks the tensor '{missing[0]}'"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ": prepare the model again with --force"
+        )
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            _mark_initialised(tensor)
+    uninitialised = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                filler = torch.full_like(buffer, _filler(buffer.dtype), device=device)
+                module._buffers[name] = filler
+                uninitialised.append((module, name))
+    model.initialize_weights()
+    for module, name in uninitialised:
+        buffer = module.get_buffer(name)
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise UserError(
+                f"buffer '{name}' of {type(module).__name__} is in no checkpoint and the model "
+                "does not initialise it: this architecture is not supported"
+            )
+    model.requires_grad_(False)
+
+
+def use_cpu_kernels(model: PreTrainedModel, kernel: str, isa: str, threads: int | None) -> int:
+    """Route plain bf16 linears of a CPU model through the expert kernels; returns how many.
+
+    Routers and other subclasses of `nn.Linear` keep the model's own arithmetic.
+    """
+    replaced = 0
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+            linear = CpuLinear.from_linear(module, kernel=kernel, isa=isa, threads=threads)
+            install_experts(model, path, linear)
+            replaced += 1
+    return replaced
+
+
+def _filler(dtype: torch.dtype) -> float | int:
+    return float("nan") if dtype.is_floating_point else 0
+
+
+def _mark_initialised(tensor: Tensor) -> None:
+    flagged: Any = tensor
+    flagged._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
+
+
+def _assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        current = module._parameters.get(leaf)
+        if current is None:
+            current = module._buffers[leaf]
+    except (AttributeError, KeyError) as error:
+        raise UserError(
+            f"the prepared folder holds the tensor '{name}', which the installed transformers' "
+            "model does not have: prepare the model again with --force"
+        ) from error
+    if current is None or current.shape != tensor.shape:
+        raise UserError(
+            f"tensor '{name}' has shape {list(tensor.shape)}, the model expects "
+            f"{None if current is None else list(current.shape)}: prepare the model again"
+        )
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _install_packed(
+    model: PreTrainedModel, name: str, bits: int, packed: Tensor, scale: Tensor
+) -> None:
+    path = name.rpartition(".")[0]
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear), path
+    replacement = CpuLinear.from_packed(
+        packed, scale, bits, linear.out_features, linear.in_features, bias=linear.bias
+    )
+    install_experts(model, path, replacement)

@@ -1,0 +1,239 @@
+"""Carries out one MoE layer: hits on the accelerator, misses on the CPU, copies in flight, at once.
+
+`MoeExperts` stands where transformers' experts module stood and hands every call to the model's
+one `MoeDispatcher`. A call copies the routing and the hidden state to the host, plans, launches
+the hits, starts the copies, computes the misses on the calling thread and adds the two results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accelerator import Accelerator
+from cpu_experts import CpuExperts
+from expert_store import ExpertStore
+from handoff import HostHandoff
+from layer_step import LayerStep
+from nvtx_ranges import NvtxRanges
+from plan import Plan, plan_decode, plan_prefill
+from recorder import NullRecorder, Recorder
+
+
+class MoeExperts(nn.Module):
+    """One layer's experts, called as transformers calls its own."""
+
+    def __init__(self, dispatcher: MoeDispatcher, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dispatcher = dispatcher
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H] from `hidden` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K]."""
+        return self.dispatcher.run(self.layer, hidden, top_k_index, top_k_weights)
+
+
+class MoeDispatcher:
+    """Runs the MoE layers of one model, driven by the one thread that calls the model.
+
+    Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
+    first of a batch) that recorded passes belong to.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        cpu: Sequence[CpuExperts],
+        recorder: Recorder | NullRecorder,
+        accelerator: Accelerator | None = None,
+        ranges: NvtxRanges | None = None,
+    ) -> None:
+        self.store = store
+        self.recorder = recorder
+        self.accelerator = accelerator
+        self.prompt = 0
+        self._cpu = cpu
+        self._ranges = ranges or NvtxRanges(enabled=False)
+        self._handoff = HostHandoff()
+        self._decode = False
+        self._token_mask: Tensor | None = None
+        self._quota_left = 0
+        self._pass_started_s = 0.0
+        self._last_end_s = 0.0
+        self._block_started_s = 0.0
+
+    def attach(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Follow `model`'s forward passes and the start of each MoE block."""
+        model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        model.register_forward_hook(self._after_pass)
+        for block in blocks:
+            block.register_forward_pre_hook(self._before_block)
+
+    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        batch, length = ids.shape
+        mask = kwargs.get("attention_mask")
+        self._token_mask = None
+        n_tokens = batch * length
+        if isinstance(mask, Tensor) and mask.dim() == 2 and length > 1:
+            recent = mask[:, -length:].bool().flatten()
+            n_tokens = int(recent.sum())
+            self._token_mask = None if n_tokens == recent.numel() else recent
+        self._decode = length == 1
+        self.recorder.begin_pass("decode" if self._decode else "prefill", n_tokens, self.prompt)
+        if self.accelerator is not None:
+            self._quota_left = self.accelerator.quota
+        self._pass_started_s = self._last_end_s = time.perf_counter()
+
+    def _after_pass(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        duration_s = time.perf_counter() - self._pass_started_s
+        self.recorder.end_pass(duration_s)
+        if self._decode and self.accelerator is not None and self.accelerator.trial is not None:
+            self.accelerator.trial.record(duration_s)
+
+    def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._block_started_s = time.perf_counter()
+
+    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output [T, H] in hidden's dtype, on hidden's device.
+
+        `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
+        batch are left out: their rows are zero.
+        """
+        if self._token_mask is not None:
+            index = index.masked_fill(~self._token_mask[:, None], -1)
+        routing = [index.long(), weights.float()]
+        guess = None
+        if self.accelerator is not None and self._decode:
+            guess = self.accelerator.guess(layer + 1, hidden)
+        if guess is not None:
+            routing.append(guess)
+        host_hidden, host_index, host_weights, *guessed = self._handoff.to_host(hidden, *routing)
+        step = LayerStep(
+            store=self.store,
+            cpu=self._cpu[layer],
+            handoff=self._handoff,
+            layer=layer,
+            hidden=hidden,
+            weights=weights,
+            host_hidden=host_hidden,
+            host_index=host_index,
+            host_weights=host_weights,
+            pairs=host_index.tolist(),
+        )
+        routed_s = time.perf_counter()
+        evictions = 0 if self.accelerator is None else self.accelerator.cache.evictions
+        if self.accelerator is None:
+            plan = Plan({}, (), tuple(_counts(step.pairs)), ())
+        elif self._decode:
+            plan = self._start_decode(self.accelerator, step)
+            if guessed:
+                self._fetch_ahead(self.accelerator, step, guessed[0])
+        else:
+            plan = self._start_prefill(self.accelerator, step)
+        started_s = time.perf_counter()
+        with self._ranges.layer(layer, "cpu experts"):
+            cpu_out = step.compute_on_cpu(plan.cpu)
+        computed_s = time.perf_counter()
+        with self._ranges.layer(layer, "combine"):
+            output = step.combine(cpu_out)
+        end_s = time.perf_counter()
+        if self.recorder.enabled:
+            block_bytes = self.store.layouts[layer].block_bytes
+            cached = self._decode and self._is_cached(layer)
+            hits_of_token = step.hits_of_token(plan) if cached else None
+            n_hits = sum(hits_of_token or ())
+            self.recorder.layer(
+                layer,
+                step.pairs,
+                hits_of_token,
+                hits=n_hits,
+                misses=sum(map(len, step.pairs)) - n_hits if cached else 0,
+                fetches=step.n_fetches,
+                evictions=self._evictions() - evictions,
+                attention_us=(self._block_started_s - self._last_end_s) * 1e6,
+                router_us=(routed_s - self._block_started_s) * 1e6,
+                plan_us=(started_s - routed_s) * 1e6,
+                cpu_us=(computed_s - started_s) * 1e6,
+                gpu_us=step.gpu_us(),
+                combine_us=(end_s - computed_s) * 1e6,
+                cpu_bytes=len(plan.cpu) * block_bytes,
+                gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
+                fetch_bytes=step.n_fetches * block_bytes,
+            )
+        self._last_end_s = end_s
+        return output
+
+    def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
+        """Plan a decode step's layer, launch its hits and start its copies."""
+        counts = _counts(step.pairs)
+        accelerator.collect_copies()
+        slots = accelerator.cache.lookup(step.layer, list(counts))
+        plan = plan_decode(
+            counts, slots, accelerator.mode, accelerator.costs, accelerator.backlog_us
+        )
+        with self._ranges.layer(step.layer, "launch"):
+            step.launch(accelerator, dict(plan.hits))
+            step.launch_waited(accelerator, plan.waited, staging_only=False)
+        fetched = accelerator.fetch_background(step.layer, plan.background, self._quota_left)
+        accelerator.cache.end_step(step.layer)
+        self._quota_left -= fetched
+        step.n_fetches += fetched
+        accelerator.prefetch.observe(step.layer, dict(plan.hits), counts)
+        return plan
+
+    def _fetch_ahead(self, accelerator: Accelerator, step: LayerStep, guess: Tensor) -> None:
+        experts = list(dict.fromkeys(guess.flatten().tolist()))
+        started = accelerator.fetch_ahead(step.layer + 1, experts, self._quota_left)
+        self._quota_left -= started
+        step.n_fetches += started
+
+    def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> Plan:
+        """Plan a prompt's layer, launch its accelerator part, and warm the decode cache.
+
+        Experts that the cache is to hold after this prompt are copied to their slots, and those
+        of them that the plan waits for are computed there, so that none travels twice.
+        """
+        counts = _counts(step.pairs)
+        n_experts = self.store.n_experts[step.layer]
+        accelerator.collect_copies()
+        ready = accelerator.cache.ready(step.layer)
+        plan = plan_prefill(
+            [counts.get(e, 0) for e in range(n_experts)],
+            ready,
+            accelerator.mode,
+            accelerator.costs,
+        )
+        with self._ranges.layer(step.layer, "launch"):
+            step.launch(accelerator, dict(plan.hits))
+            tokens = [token for token in step.pairs if token[0] >= 0]
+            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left)
+            self._quota_left -= len(warmed)
+            step.n_fetches += len(warmed)
+            waited_first = sorted(warmed, key=lambda pair: pair[0] not in plan.waited)
+            for expert, slot in waited_first:
+                accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
+            step.launch_waited(accelerator, plan.waited, staging_only=True)
+        return plan
+
+    def _is_cached(self, layer: int) -> bool:
+        return self.accelerator is not None and layer < self.accelerator.cache.n_indexes
+
+    def _evictions(self) -> int:
+        return 0 if self.accelerator is None else self.accelerator.cache.evictions
+
+
+def _counts(pairs: list[list[int]]) -> dict[int, int]:
+    """Tokens of each chosen expert, in order of first choice; padding (-1) left out."""
+    counts = Counter(expert for token in pairs for expert in token)
+    counts.pop(-1, None)
+    return counts
