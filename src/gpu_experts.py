@@ -1,0 +1,252 @@
+"""The expert cache's slot memory and the expert FFN computed from it.
+
+On CUDA the work goes to the current stream and the host runs on. Without a GPU an emulated
+accelerator, one thread behind a stream of its own, does the same work with torch, at the same time
+as the CPU computes the misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from expert_format import Activation, BlockLayout
+from streams import HostEvent, HostStream
+from torch_experts import ActivationModule, expert_ffn
+
+Allocator = Callable[[int, int, torch.device], Tensor]
+
+# Above this many tokens per hit expert the weights are better unpacked once for a GEMM than read by
+# one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
+# weight); not measured on a GPU.
+_TOKENS_PER_SLOT_FOR_GEMM = 4
+
+
+class SlotOrder(Protocol):
+    """What orders computation against copies into the slots: `expert_fetcher.ExpertFetcher`."""
+
+    def wait_ready(self, slots: list[int], stream: Any) -> list[Any]: ...
+
+    def mark_released(self, slots: list[int], stream: Any) -> None: ...
+
+
+class GroupedKernels(Protocol):
+    """All pairs of a layer in a few launches: `triton_experts.TritonExperts`."""
+
+    def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor: ...
+
+    def expert(self, slot: int, x: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Pending:
+    """A launch under way; `result` hands over its output.
+
+    `copies` are those it waited for: if one failed, the output is garbage and `result` raises the
+    copy's error. `start` and `end` bracket the work in its stream.
+    """
+
+    _out: Tensor | None
+    _copies: list[Any]
+    start: Any
+    end: Any
+    _error: Exception | None = None
+
+    @property
+    def copy_failed(self) -> bool:
+        """Whether a copy this launch read has failed; final once `result` has been called."""
+        return any(copy.error is not None for copy in self._copies)
+
+    def result(self) -> Tensor:
+        """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
+
+        On CUDA the tensor is returned at once, to be used on the launching stream; the emulated
+        accelerator's is waited for. Raises what went wrong in the computation or in a copy it read.
+        """
+        if isinstance(self.end, HostEvent):
+            self.end.synchronize()
+        for copy in self._copies:
+            if copy.error is not None:
+                raise copy.error
+        if self._error is not None:
+            raise self._error
+        assert self._out is not None
+        return self._out
+
+    def resolve(self) -> float:
+        """Microseconds from the start of the work to its end; waits for the end."""
+        self.end.synchronize()
+        return float(self.start.elapsed_time(self.end)) * 1e3
+
+
+class GpuExperts:
+    """`n_slots` blocks on `device` and the expert FFN that reads them.
+
+    `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it the
+    number is halved until it fits; `n_slots` is what it came to and `notices` says so. `kernels` is
+    "triton", "torch" or "auto": Triton on CUDA where it can be imported, else torch, with a notice.
+    `before_compute` is called with the number of hits on the emulated accelerator's thread before
+    each launch's work: it may sleep, or raise.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        activation: Activation,
+        n_slots: int,
+        device: torch.device | str,
+        act_module: ActivationModule | None = None,
+        *,
+        kernels: str = "auto",
+        before_compute: Callable[[int], None] | None = None,
+        allocate: Allocator | None = None,
+    ) -> None:
+        self.layout = layout
+        self.activation = activation
+        self.act_module = act_module
+        self.device = torch.device(device)
+        self.notices: list[str] = []
+        self.slots = self._allocate(n_slots, allocate or _allocate_bytes)
+        self.n_slots = len(self.slots)
+        self._before_compute = before_compute
+        self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
+        self._kernels = self._load_kernels(kernels)
+
+    @property
+    def description(self) -> str:
+        """What computes the hits, for the run's summary."""
+        where = "emulated accelerator (one CPU thread)" if self._thread else str(self.device)
+        return f"{where}, {'Triton' if self._kernels else 'torch'} kernels"
+
+    def launch(
+        self, hidden: Tensor, slot_of_pair: Tensor, top_k_weights: Tensor, order: SlotOrder
+    ) -> Pending:
+        """Start computing the pairs that hit.
+
+        `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` int64 [T, K] on the CPU, a slot
+        or -1 for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for
+        copies into its slots in its stream, not on the host, and later copies wait for it. None of
+        the arguments may be written before `result`.
+        """
+        pairs = _pairs_of_slot(slot_of_pair)
+        slots = list(pairs)
+        if self._thread is None:
+            return self._launch_cuda(hidden, slot_of_pair, top_k_weights, pairs, order)
+        copies = order.wait_ready(slots, self._thread)
+        pending = Pending(None, copies, HostEvent(), HostEvent())
+
+        def work() -> None:
+            try:
+                if self._before_compute is not None:
+                    self._before_compute(sum(map(len, pairs.values())))
+                pending._out = self._forward(hidden, slot_of_pair, top_k_weights, pairs)
+            except Exception as error:  # raised again by result()
+                pending._error = error
+
+        pending.start.record(self._thread)
+        self._thread.submit(work)
+        pending.end.record(self._thread)
+        order.mark_released(slots, self._thread)
+        return pending
+
+    def close(self) -> None:
+        """Finish what was launched; end the emulated accelerator's thread."""
+        if self._thread is not None:
+            self._thread.close()
+        else:
+            torch.cuda.synchronize(self.device)
+
+    def _launch_cuda(
+        self,
+        hidden: Tensor,
+        slot_of_pair: Tensor,
+        top_k_weights: Tensor,
+        pairs: dict[int, list[int]],
+        order: SlotOrder,
+    ) -> Pending:
+        cuda: Any = torch.cuda
+        stream = cuda.current_stream(self.device)
+        slots = list(pairs)
+        copies = order.wait_ready(slots, stream)
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record(stream)
+        out = self._forward(hidden, slot_of_pair, top_k_weights, pairs)
+        end.record(stream)
+        order.mark_released(slots, stream)
+        return Pending(out, copies, start, end)
+
+    def _forward(
+        self,
+        hidden: Tensor,
+        slot_of_pair: Tensor,
+        top_k_weights: Tensor,
+        pairs: dict[int, list[int]],
+    ) -> Tensor:
+        n_hits = sum(map(len, pairs.values()))
+        if self._kernels is not None and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
+            on_device = slot_of_pair.to(torch.int32).to(self.device, non_blocking=True)
+            return self._kernels.grouped(hidden, on_device, top_k_weights)
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        top_k = slot_of_pair.shape[1]
+        flat_weights = top_k_weights.reshape(-1)
+        for slot, members in pairs.items():
+            if len(hidden) == 1:  # decode: nothing to gather, no index to send
+                weight = flat_weights[members[0]]
+                out += self._expert(slot, hidden).float() * weight.float()
+                continue
+            pair = torch.tensor(members).to(hidden.device, non_blocking=True)
+            token = pair // top_k
+            y = self._expert(slot, hidden[token]).float()
+            out.index_add_(0, token, y * flat_weights[pair, None].float())
+        return out
+
+    def _expert(self, slot: int, x: Tensor) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.expert(slot, x)
+        return expert_ffn(self.layout, self.slots[slot], x, self.activation, self.act_module)
+
+    def _allocate(self, n_slots: int, allocate: Allocator) -> Tensor:
+        wanted = n_slots
+        while True:
+            try:
+                slots = allocate(n_slots, self.layout.block_bytes, self.device)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is the CPU's
+                if n_slots == 0 or "alloc" not in f"{type(error).__name__} {error}".lower():
+                    raise
+                n_slots //= 2
+                continue
+            if n_slots < wanted:
+                self.notices.append(
+                    f"out of memory on {self.device}: {n_slots} of {wanted} cache slots "
+                    f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
+                )
+            return slots
+
+    def _load_kernels(self, kernels: str) -> GroupedKernels | None:
+        if kernels == "torch" or (kernels == "auto" and self._thread is not None):
+            return None
+        try:
+            from triton_experts import TritonExperts  # slow to import, and absent on many machines
+        except ImportError as error:
+            if kernels == "triton":
+                raise
+            self.notices.append(f"Triton cannot be imported ({error}): torch computes the hits")
+            return None
+        return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
+
+
+def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
+
+
+def _pairs_of_slot(slot_of_pair: Tensor) -> dict[int, list[int]]:
+    """slot -> its pairs, as t * K + k."""
+    pairs: dict[int, list[int]] = {}
+    for pair, slot in enumerate(slot_of_pair.reshape(-1).tolist()):
+        if slot >= 0:
+            pairs.setdefault(slot, []).append(pair)
+    return pairs

@@ -1,0 +1,98 @@
+"""CUDA's streams and events, emulated by threads for a machine without a GPU.
+
+A stream runs the work submitted to it in order, on its own thread. An event marks a point in a
+stream; other streams and the host can wait for it. Names and meanings are `torch.cuda`'s, so that
+one piece of code orders copies and compute on both.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+
+class _Point:
+    """One recording of an event: reached once, at `time_s`."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.time_s = 0.0
+
+    def reach(self) -> None:
+        self.time_s = time.perf_counter()
+        self.reached.set()
+
+
+class HostStream:
+    """A thread that runs submitted work in order; work must not raise.
+
+    Any thread may submit. `cancelled` turns true when the stream is closed with `cancel`: waits
+    end at once, and work that can be skipped should look at it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.cancelled = threading.Event()
+        self._closed = False
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self._thread.name} is closed")
+        self._work.put(work)
+
+    def wait_event(self, event: HostEvent) -> None:
+        """Hold work submitted from now on until the event's latest recording is reached."""
+        point = event.point
+        if not point.reached.is_set():
+            self.submit(lambda: self._wait(point))
+
+    def synchronize(self) -> None:
+        """Block the caller until everything submitted so far has run."""
+        point = _Point()
+        self.submit(point.reach)
+        point.reached.wait()
+
+    def close(self, cancel: bool = False) -> None:
+        """Run what was submitted (or, with `cancel`, hurry through it) and end the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        if cancel:
+            self.cancelled.set()
+        self._work.put(None)
+        self._thread.join()
+
+    def _wait(self, point: _Point) -> None:
+        while not point.reached.wait(0.05) and not self.cancelled.is_set():
+            pass
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+
+class HostEvent:
+    """A point in a `HostStream`; one never recorded counts as reached, as in CUDA."""
+
+    def __init__(self) -> None:
+        self.point = _Point()
+        self.point.reached.set()
+
+    def record(self, stream: HostStream) -> None:
+        """Move the event behind the work submitted so far; earlier waits keep the old point."""
+        self.point = _Point()
+        stream.submit(self.point.reach)
+
+    def query(self) -> bool:
+        return self.point.reached.is_set()
+
+    def synchronize(self) -> None:
+        self.point.reached.wait()
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        """Milliseconds from this event to `later`; both reached."""
+        return (later.point.time_s - self.point.time_s) * 1e3
