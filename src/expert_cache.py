@@ -188,23 +188,6 @@ class ExpertCache:
                 if slot is not None:
                     self._used_in_step[slot] = self._step[layer]
 
-    def protect(self, layer: int, experts: Sequence[int]) -> None:
-        """Until the step of `layer` ends, keep those of `experts` that are there from eviction.
-
-        Nothing is counted and the policy sees nothing.
-        """
-        if layer < self.n_indexes:
-            for expert in experts:
-                slot = self._slots[layer].get(expert)
-                if slot is not None:
-                    self._used_in_step[slot] = self._step[layer]
-
-    def ready(self, layer: int) -> dict[int, int]:
-        """Return the slot of each ready expert of `layer`; nothing is counted."""
-        if layer >= self.n_indexes:
-            return {}
-        return {e: slot for e, slot in self._slots[layer].items() if self._state[slot] == _READY}
-
     def slot_of(self, layer: int, expert: int) -> int | None:
         """Return the slot that holds or awaits `expert`, whatever its state, or None."""
         return self._slots[layer].get(expert) if layer < self.n_indexes else None
