@@ -55,7 +55,8 @@ class Manifest:
 
     `config` and `generation_config` are JSON dictionaries of transformers; `model_dtype` is the
     dtype of the model to build, `bfloat16` or `float32`; `dense_format` is `bf16`, `fp32`, `int8`
-    or `int4`; `weight_format` is the experts' format.
+    or `int4`; `weight_format` is the experts' format; `source_fingerprint` tells whether the source
+    has changed since.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Manifest:
     dense_files: tuple[DenseShard, ...]
     packed_weights: tuple[PackedWeight, ...]
     moe_layers: tuple[MoeLayer, ...]
+    source_fingerprint: str = ""
 
     @property
     def shards(self) -> tuple[DenseShard | MoeLayer, ...]:
@@ -88,6 +90,7 @@ def write_manifest(manifest: Manifest) -> None:
     data = {
         "format_version": FORMAT_VERSION,
         "source": manifest.source,
+        "source_fingerprint": manifest.source_fingerprint,
         "created_with": manifest.created_with,
         "model_dtype": manifest.model_dtype,
         "weight_format": manifest.weight_format,
@@ -142,6 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
             packed_weights=tuple(PackedWeight(**weight) for weight in data["packed_weights"]),
             dense_files=tuple(dense_shard_from_json(folder, shard) for shard in data["dense"]),
             moe_layers=tuple(moe_layer_from_json(folder, layer) for layer in data["moe_layers"]),
+            source_fingerprint=data["source_fingerprint"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(_damaged(path)) from error

@@ -210,7 +210,9 @@ def build_model(
     blow up and the logits of different tokens differ by more than rounding.
     """
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # state-space layers keep their own initialisation
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

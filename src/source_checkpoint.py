@@ -1,0 +1,187 @@
+"""A checkpoint as users have it, opened for reading in the names and layout of the run time.
+
+Opening reads configuration, file headers and nothing else: it yields the model on the meta device,
+its experts modules and a conversion plan, or a sentence on why the checkpoint cannot be served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from errors import UserError
+from mistral_native import read_native_config, to_hub_tensors
+from moe_convention import ExpertsModule, find_experts
+from source_files import open_hugging_face, open_mistral_native
+from weight_conversion import ConversionPlan
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """An opened checkpoint.
+
+    `model` is on the meta device in the dtype to run in, `dense_names` are its tensors outside the
+    experts that need storing, `unused` the checkpoint's tensors that the model has no place for.
+    `fingerprint` changes with the weight files (name, size, modification time) and config.json.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    generation_config: dict[str, Any] | None
+    model: PreTrainedModel
+    experts: tuple[ExpertsModule, ...]
+    plan: ConversionPlan
+    dense_names: tuple[str, ...]
+    unused: tuple[str, ...]
+    fingerprint: str
+
+    def dense_dtype(self, name: str) -> torch.dtype:
+        """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
+        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.model.dtype)
+        for pattern, dtype in plan.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                return dtype
+        return self.plan.expected(name).dtype
+
+    def iterate_experts(self, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
+        """One layer's experts in order: block field -> tensor in normal form, source dtype."""
+        readers = {
+            field: self.plan.expert_reader(name) for field, name in module.parameters.items()
+        }
+        for expert in range(module.n_experts):
+            yield {field: module.normalise(field, read(expert)) for field, read in readers.items()}
+
+
+def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceCheckpoint:
+    """Open a Hugging Face folder or, without `hugging_face`, Mistral's native one.
+
+    `dtype` is what the model will run in. UserError for a missing or wrong folder, damaged or
+    missing files, missing tensors, a model without experts, an unsupported experts layout or a
+    quantised checkpoint.
+    """
+    _check_folder(folder, hugging_face)
+    if hugging_face:
+        config = _read_config(folder)
+        files = open_hugging_face(folder)
+        tensors = files.tensors
+    else:
+        config = read_native_config(folder)
+        files = open_mistral_native(folder)
+        tensors = to_hub_tensors(files.tensors, config)
+    model = _build_meta_model(folder, config, dtype)
+    experts = find_experts(model)
+    plan = ConversionPlan(model, tensors)
+    of_experts = {name for module in experts for name in module.parameters.values()}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    return SourceCheckpoint(
+        folder=folder,
+        config=config,
+        generation_config=_read_generation_config(folder),
+        model=model,
+        experts=experts,
+        plan=plan,
+        dense_names=tuple(name for name in plan.targets if name not in of_experts),
+        unused=tuple(
+            name for name in plan.unused if not any(re.search(key, name) for key in ignored)
+        ),
+        fingerprint=_fingerprint(folder, hugging_face, files.paths),
+    )
+
+
+def _check_folder(folder: Path, hugging_face: bool) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"expected a model folder at {folder}, found "
+            f"{'a file' if folder.exists() else 'nothing'}; check --input-path"
+        )
+    has_config = (folder / "config.json").exists()
+    has_params = (folder / "params.json").exists()
+    if hugging_face and not has_config:
+        raise UserError(
+            f"{folder} has params.json and no config.json: it is Mistral's native format; "
+            "run again without --hf"
+            if has_params
+            else f"{folder} is no Hugging Face model folder: it has no config.json; "
+            "check --input-path"
+        )
+    if not hugging_face and not has_params:
+        raise UserError(
+            f"{folder} has config.json and no params.json: it is in Hugging Face format; "
+            "run again with --hf"
+            if has_config
+            else f"{folder} is no model folder: it has neither params.json (Mistral's native "
+            "format) nor config.json (Hugging Face format); check --input-path"
+        )
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or unreadable; download it again") from error
+    quantised = raw.get("quantization_config") if isinstance(raw, dict) else None
+    if quantised:
+        method = quantised.get("quant_method", "an unknown method")
+        raise UserError(
+            f"{folder} is quantised ({method}), expected bf16, fp16 or fp32 weights; download a "
+            "bf16 version, or load it with transformers' from_pretrained(..., "
+            "quantization_config=Mxfp4Config(dequantize=True) or "
+            "FineGrainedFP8Config(dequantize=True)), save_pretrained it and prepare that folder"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a config it cannot use
+        raise UserError(
+            f"transformers cannot use {path}: {_first_line(error)}; "
+            "install a newer transformers or download the file again"
+        ) from error
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "generation_config.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or unreadable; download it again") from error
+    return found if isinstance(found, dict) else None
+
+
+def _build_meta_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # a config can be wrong in as many ways as there are models
+        raise UserError(
+            f"transformers cannot build the model of {folder / 'config.json'}: "
+            f"{_first_line(error)}; expected a text-generation (causal LM) model"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def _fingerprint(folder: Path, hugging_face: bool, paths: tuple[Path, ...]) -> str:
+    name = "config.json" if hugging_face else "params.json"
+    digest = hashlib.sha256((folder / name).read_bytes())
+    for path in paths:
+        facts = path.stat()
+        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
