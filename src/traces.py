@@ -1,0 +1,342 @@
+"""Routing traces: which experts each token chose in each layer, read from a file pass by pass.
+
+Three formats, told apart by their content:
+  expert_choices.csv  this tool's and the reference's: `Index`, then K ids for each layer; one row
+      per decoded token (rows of one index are one batch), a prefill is its index alone. The
+      reference's header says 32 layers for every model: where header and rows differ, rows count.
+  *.route.csv         `turn,phase,step,layer,slot,expert,...`, phase 0 prompt and 1 decode, after
+      `#` comments that name the model, its layers and its experts.
+  JSON lines          a header object {"routing_trace": 1, "model": ..., "n_layers": ..., "top_k":
+      ..., "n_experts": ..., "synthetic": ...}, then one object per forward pass:
+      {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}.
+
+Files are streamed: memory holds one pass, whatever the file's size. Anything that does not fit is
+a UserError with its line number.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from errors import UserError
+
+Phase = Literal["prefill", "decode"]
+Ids = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class RoutingPass:
+    """One forward pass: `ids[layer][token][k]`, empty where a prefill's routing is not known."""
+
+    phase: Phase
+    ids: Ids
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """What a trace says about itself.
+
+    `n_experts` is None where only the ids show it; `synthetic` marks routing that no model chose;
+    `notes` are sentences for the reader, such as a header that disagrees with its rows.
+    """
+
+    model: str
+    n_layers: int
+    top_k: int
+    n_experts: int | None
+    synthetic: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A whole trace in memory; `info.n_experts` is always known here."""
+
+    info: TraceInfo
+    passes: tuple[RoutingPass, ...] = field(repr=False)
+
+    @property
+    def n_layers(self) -> int:
+        return self.info.n_layers
+
+    @property
+    def n_experts(self) -> int:
+        assert self.info.n_experts is not None
+        return self.info.n_experts
+
+
+class TraceReader:
+    """Iterates over the passes of a trace file, any number of times.
+
+    `info` is known at once: the file is read up to its first pass that holds ids. `n_experts`,
+    where given, bounds the ids of a file that does not say.
+    """
+
+    def __init__(self, path: Path, n_experts: int | None = None) -> None:
+        self.path = path
+        self._n_experts = n_experts
+        try:
+            with path.open(encoding="utf-8") as lines:
+                first = next((line for line in lines if line.strip()), "")
+                while first.startswith("#"):
+                    first = next(lines, "")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"expected a routing trace at {path}, found none that can be read ({error})"
+            ) from None
+        kinds: dict[str, type[_Format]] = {"{": _JsonLines, "I": _ExpertChoices, "t": _Route}
+        kind = kinds.get(first[:1])
+        if kind is None:
+            raise UserError(
+                f"{path}, line 1: expected a routing trace (a header that starts with Index, or "
+                f"turn,phase,step, or JSON lines), found {first.strip()[:40]!r}"
+            )
+        self._kind = kind
+        reading = self._read()
+        for one in reading.passes():
+            if one.ids:
+                break
+        self.info = reading.info()
+
+    def __iter__(self) -> Iterator[RoutingPass]:
+        return self._read().passes()
+
+    def _read(self) -> _Format:
+        return self._kind(self.path, self._n_experts)
+
+
+def read_trace(path: Path, n_experts: int | None = None) -> Trace:
+    """Read a whole trace; raises UserError for a file that is missing, malformed or empty."""
+    reader = TraceReader(path, n_experts)
+    passes = tuple(reader)
+    if not any(one.phase == "decode" for one in passes):
+        raise UserError(f"{path}: expected at least one decoded token, found {len(passes)} passes")
+    highest = max(e for one in passes for layer in one.ids for token in layer for e in token)
+    info = replace(reader.info, n_experts=reader.info.n_experts or n_experts or highest + 1)
+    return Trace(info, passes)
+
+
+def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> None:
+    """Write a trace as JSON lines."""
+    with path.open("w", encoding="utf-8") as lines:
+        lines.write(json.dumps({"routing_trace": 1, **asdict(info)}) + "\n")
+        for one in passes:
+            lines.write(json.dumps(asdict(one), separators=(",", ":")) + "\n")
+
+
+class _Format:
+    """What the three formats share: the current line number, and checks that name it."""
+
+    def __init__(self, path: Path, n_experts: int | None) -> None:
+        self.path = path
+        self.line_number = 0
+        self.n_experts = n_experts
+        self.model = re.sub(r"\.(expert_choices|route|csv|jsonl)\b", "", path.name)
+        self.synthetic = "synthetic" in path.name
+        self.notes: tuple[str, ...] = ()
+        self.n_layers = 0
+        self.top_k = 0
+
+    def passes(self) -> Iterator[RoutingPass]:
+        raise AssertionError("each format reads its own passes")
+
+    def info(self) -> TraceInfo:
+        return TraceInfo(
+            self.model, self.n_layers, self.top_k, self.n_experts, self.synthetic, self.notes
+        )
+
+    def lines(self) -> Iterator[str]:
+        with self.path.open(encoding="utf-8", errors="replace") as lines:
+            for self.line_number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield line.rstrip("\r\n")
+
+    def error(self, expected: str, found: object) -> UserError:
+        return UserError(
+            f"{self.path}, line {self.line_number}: expected {expected}, found {found}; "
+            "correct the trace or record it again"
+        )
+
+    def token(self, experts: Iterable[int]) -> tuple[int, ...]:
+        """One token's choices, checked: distinct and in range."""
+        ids = tuple(experts)
+        if len(set(ids)) != len(ids):
+            raise self.error("distinct experts of one token", list(ids))
+        for expert in ids:
+            if expert < 0 or (self.n_experts is not None and expert >= self.n_experts):
+                limit = "0 or more" if self.n_experts is None else f"0 to {self.n_experts - 1}"
+                raise self.error(f"an expert id of {limit}", expert)
+        return ids
+
+    def integer(self, text: str, what: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise self.error(f"a whole number as {what}", repr(text)) from None
+
+
+class _ExpertChoices(_Format):
+    def passes(self) -> Iterator[RoutingPass]:
+        lines = (line for line in self.lines() if not line.startswith("#"))
+        header = next(lines).split(",")
+        blocks = [name for name in header[1:] if name.startswith("Block_")]
+        others = header[1 + len(blocks) :]
+        if not blocks or header[0] != "Index" or any(o.startswith("Block_") for o in others):
+            raise self.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header)[:60])
+        self.top_k = blocks.count(blocks[0])
+        width = 0
+        prompt = -1
+        batch: list[list[str]] = []
+        index = ""
+        for line in lines:
+            cells = line.split(",")
+            owner = cells.pop() if others and len(cells) == len(header) else None
+            if not any(cells[1:]):
+                if batch:
+                    yield self._decode(batch, prompt)
+                    batch = []
+                prompt = prompt + 1 if owner is None else self.integer(owner, others[-1])
+                yield RoutingPass("prefill", (), prompt)
+                continue
+            if not width:
+                width = len(cells)
+                self._set_layers(width, len(blocks))
+            if len(cells) != width:
+                raise self.error(f"{width - 1} expert ids like the rows before", len(cells) - 1)
+            if batch and cells[0] != index:
+                yield self._decode(batch, prompt)
+                batch = []
+            index = cells[0]
+            batch.append(cells[1:])
+        if batch:
+            yield self._decode(batch, prompt)
+
+    def _set_layers(self, width: int, n_header_ids: int) -> None:
+        self.n_layers, rest = divmod(width - 1, self.top_k)
+        if rest:
+            raise self.error(f"{self.top_k} expert ids for each layer, as the header", width - 1)
+        if width - 1 != n_header_ids:
+            self.notes = (
+                f"the header names {n_header_ids // self.top_k} layers and the rows hold "
+                f"{self.n_layers}: the rows were read",
+            )
+
+    def _decode(self, batch: list[list[str]], prompt: int) -> RoutingPass:
+        K = self.top_k
+        rows = [[self.integer(cell, "an expert id") for cell in cells] for cells in batch]
+        ids = tuple(
+            tuple(self.token(row[start : start + K]) for row in rows)
+            for start in range(0, self.n_layers * K, K)
+        )
+        return RoutingPass("decode", ids, max(prompt, 0))
+
+
+class _Route(_Format):
+    COLUMNS = "turn,phase,step,layer,slot,expert"
+
+    def passes(self) -> Iterator[RoutingPass]:
+        current: tuple[int, ...] = ()
+        tokens: dict[int, list[list[int]]] = {}
+        n_declared = 0
+        header_seen = False
+        for line in self.lines():
+            if line.startswith("#"):
+                facts = dict(re.findall(r"(\w+)=(\S+)", line))
+                self.model = Path(facts.get("model", self.model)).stem
+                n_declared = self.integer(facts.get("n_layer", str(n_declared)), "n_layer")
+                if "n_expert" in facts:
+                    self.n_experts = self.integer(facts["n_expert"], "n_expert")
+                continue
+            if not header_seen:
+                if not line.startswith(self.COLUMNS):
+                    raise self.error(f"the columns {self.COLUMNS},...", line[:60])
+                header_seen, n_columns = True, line.count(",") + 1
+                continue
+            cells = line.split(",")
+            if len(cells) != n_columns:
+                raise self.error(f"{n_columns} columns", len(cells))
+            turn, phase, step, layer, slot, expert = (
+                self.integer(cell, name)
+                for cell, name in zip(cells, self.COLUMNS.split(","), strict=False)
+            )
+            if phase not in (0, 1):
+                raise self.error("phase 0 (prompt) or 1 (decode)", phase)
+            if layer < 0 or (n_declared and layer >= n_declared):
+                raise self.error(f"a layer of 0 to {n_declared - 1}, as the comment says", layer)
+            # A prompt is one pass, each of its steps a token; a decoded token is a pass.
+            key = (turn, phase, step if phase else 0)
+            if key != current:
+                if current:
+                    yield self._pass(current, tokens)
+                current, tokens = key, {}
+            of_layer = tokens.setdefault(layer, [])
+            if slot == 0:
+                of_layer.append([])
+            if not of_layer or slot != len(of_layer[-1]):
+                raise self.error(f"slot {len(of_layer[-1]) if of_layer else 0} next", slot)
+            of_layer[-1].append(expert)
+            self.token(of_layer[-1])
+        if current:
+            yield self._pass(current, tokens)
+
+    def _pass(self, key: tuple[int, ...], tokens: dict[int, list[list[int]]]) -> RoutingPass:
+        layers = sorted(tokens)
+        self.top_k = self.top_k or len(tokens[layers[0]][0])
+        self.n_layers = self.n_layers or len(layers)
+        if len(layers) != self.n_layers:
+            raise self.error(f"{self.n_layers} layers in the pass before", len(layers))
+        for of_layer in tokens.values():
+            for token in of_layer:
+                if len(token) != self.top_k:
+                    raise self.error(f"{self.top_k} slots for each token before", len(token))
+        ids = tuple(tuple(map(tuple, tokens[layer])) for layer in layers)
+        return RoutingPass("decode" if key[1] else "prefill", ids, key[0])
+
+
+class _JsonLines(_Format):
+    def passes(self) -> Iterator[RoutingPass]:
+        for line in self.lines():
+            try:
+                one = json.loads(line)
+            except ValueError as error:
+                raise self.error("a JSON object", f"{line[:40]!r} ({error})") from None
+            if not isinstance(one, dict):
+                raise self.error("a JSON object", line[:40])
+            if "routing_trace" in one:
+                self._set_facts(one)
+            else:
+                yield self._pass(one)
+
+    def _set_facts(self, facts: dict[str, Any]) -> None:
+        self.model = str(facts.get("model", self.model))
+        self.synthetic = bool(facts.get("synthetic", self.synthetic))
+        self.notes = tuple(facts.get("notes", ()))
+        for name in ("n_layers", "top_k", "n_experts"):
+            value = facts.get(name)
+            if value is not None:
+                setattr(self, name, self.integer(str(value), name))
+
+    def _pass(self, one: dict[str, Any]) -> RoutingPass:
+        phase, ids = one.get("phase"), one.get("ids")
+        if phase not in ("prefill", "decode") or not isinstance(ids, list):
+            raise self.error('"phase" of prefill or decode, and "ids"', str(one)[:60])
+        try:
+            checked = tuple(tuple(self.token(token) for token in layer) for layer in ids)
+        except TypeError:
+            raise self.error("ids as [layer][token][k]", str(ids)[:60]) from None
+        if phase == "decode" or checked:
+            self.n_layers = self.n_layers or len(checked)
+            if len(checked) != self.n_layers:
+                raise self.error(f"{self.n_layers} layers", len(checked))
+            for layer in checked:
+                for token in layer:
+                    self.top_k = self.top_k or len(token)
+                    if len(token) != self.top_k or not all(isinstance(e, int) for e in token):
+                        raise self.error(f"{self.top_k} expert ids for each token", token)
+        return RoutingPass(phase, checked, self.integer(str(one.get("prompt", 0)), "prompt"))
