@@ -14,6 +14,7 @@ A dense matrix in int8 or int4 is stored as `<name>.packed` and `<name>.scale` (
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +103,25 @@ def write_manifest(manifest: Manifest) -> None:
         "moe_layers": [moe_layer_to_json(layer) for layer in manifest.moe_layers],
     }
     path = manifest.folder / MANIFEST_NAME
-    write_file_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+    text = json.dumps(_encode_floats(data), indent=1, allow_nan=False)
+    write_file_atomically(path, f"{text}\n".encode())
+
+
+def _encode_floats(value: Any) -> Any:
+    """Infinity and NaN, which some configs hold and JSON does not know, as transformers does."""
+    if isinstance(value, float) and not math.isfinite(value):
+        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return {"__float__": name}
+    if isinstance(value, dict):
+        return {key: _encode_floats(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode_floats(item) for item in value]
+    return value
+
+
+def decode_floats(data: dict[str, Any]) -> Any:
+    """`object_hook` for `json.loads` that undoes the encoding of Infinity and NaN."""
+    return float(data["__float__"]) if data.keys() == {"__float__"} else data
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -119,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     path = folder / MANIFEST_NAME
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes(), object_hook=decode_floats)
         version = data["format_version"]
     except FileNotFoundError as error:
         raise UserError(_not_prepared(folder)) from error

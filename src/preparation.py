@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import torch
 
-from checkpoint import MANIFEST_NAME, Manifest, write_manifest
+from checkpoint import MANIFEST_NAME, Manifest, decode_floats, write_manifest
 from dense_plan import DensePart, plan_dense
 from errors import UserError
 from expert_format import BlockLayout, WeightFormat, block_layout, pack_block
@@ -234,12 +234,15 @@ class Preparation:
     def _manifest(self, done: dict[str, dict[str, Any]], created_with: dict[str, str]) -> Manifest:
         parts = [part for file in self._dense for part in file.parts]
         packed = (part.packed_weight() for part in parts)
+        text = self._source.config.to_json_string(use_diff=False)
+        config = json.loads(text, object_hook=decode_floats)
+        config.pop("_name_or_path", None)  # a path of this machine
         return Manifest(
             folder=self._output,
             source=str(self._source.folder.resolve()),
             source_fingerprint=self._source.fingerprint,
             created_with=created_with,
-            config=json.loads(self._source.config.to_json_string(use_diff=False)),
+            config=config,
             generation_config=self._source.generation_config,
             model_dtype=str(self._formats.model_dtype).removeprefix("torch."),
             weight_format=self._formats.weight_format,

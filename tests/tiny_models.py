@@ -229,7 +229,7 @@ def build_model(
             else:
                 tensor.copy_(0.1 * noise)
     model.tie_weights()
-    return model
+    return model.requires_grad_(False)
 
 
 def write_hub(model: PreTrainedModel, folder: Path, max_shard_size: int | str = "5GB") -> Path:
