@@ -16,6 +16,7 @@ PY := $(VENV)/bin/python
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 PROMPT ?= What is a Mixture-of-Experts model?
+export PROMPT
 
 # A stamp carries the content of the requirements in its name: unchanged content means nothing to do,
 # whatever the files' dates say; changed content means one pip run.
@@ -25,6 +26,8 @@ DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-dev.txt)
 
 DEMO := build/demo
 DEMO_SOURCES := examples/train_demo.py examples/demo_corpus.txt
+# The prepared demo is made again when what decides the bytes of a prepared folder has changed.
+FORMAT_SOURCES := src/prepare.py src/checkpoint.py src/expert_format.py src/quantization.py
 
 .PHONY: help
 help: ## list the targets
@@ -60,6 +63,24 @@ setup: $(RUN_STAMP) ## create .venv and install what the product needs
 setup-dev: $(DEV_STAMP) ## the same, and what tests and lint need
 gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-gpu.txt
+
+.PHONY: demo
+demo: $(RUN_STAMP) kernels $(DEMO)/prepared/manifest.json ## train a toy, prepare it, ask it PROMPT
+	@echo; echo '$$ python3 src/main.py --model-path $(DEMO)/prepared --prompt "'"$$PROMPT"'" --max-tokens 64'
+	@$(PY) src/main.py --model-path $(DEMO)/prepared --prompt "$$PROMPT" --max-tokens 64
+	@echo
+	@echo "That was a toy: four layers, eight experts, a few dozen answers learned by heart. For a real"
+	@echo "model, download a checkpoint such as mistralai/Mixtral-8x7B-Instruct-v0.1 from the Hugging Face"
+	@echo "hub, then prepare it once and run it; the README's quick start has both commands."
+
+$(DEMO)/hub/config.json: $(DEMO_SOURCES) | $(RUN_STAMP)
+	@echo "demo: training a toy model on this machine (half a minute, once)"
+	@$(PY) examples/train_demo.py --output-path $(DEMO)/hub
+
+$(DEMO)/prepared/manifest.json: $(DEMO)/hub/config.json $(FORMAT_SOURCES) | $(RUN_STAMP)
+	@echo; echo '$$ python3 weights_preprocessor.py --input-path $(DEMO)/hub --output-path $(DEMO)/prepared --hf'
+	@rm -rf $(DEMO)/prepared
+	@$(PY) weights_preprocessor.py --input-path $(DEMO)/hub --output-path $(DEMO)/prepared --hf
 
 .PHONY: lint format
 lint: $(DEV_STAMP) ## ruff (lint, format) and mypy --strict
