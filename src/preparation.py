@@ -8,16 +8,13 @@ time.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -26,8 +23,8 @@ from dense_plan import DensePart, plan_dense
 from errors import UserError
 from expert_format import BlockLayout, WeightFormat, block_layout, pack_block
 from moe_convention import ExpertsModule
+from output_folder import RECORD_NAME, read_record, remove_shards, remove_temporary_files
 from safetensors_file import (
-    TEMPORARY_SUFFIX,
     ShardWriter,
     TensorEntry,
     checksum,
@@ -48,9 +45,6 @@ from shards import (
     verify_shard,
 )
 from source_checkpoint import SourceCheckpoint
-
-RECORD_NAME: Final = "preparation.json"
-_OUR_SHARD: Final = re.compile(r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -174,9 +168,7 @@ class Preparation:
                     continue
                 kept[file.name] = found[file.name]
                 on_bytes(file.n_bytes - len(file.header))
-        for name in record.get("shards", {}):
-            if name not in kept and _OUR_SHARD.fullmatch(name):
-                (self._output / name).unlink(missing_ok=True)
+        remove_shards(self._output, record.get("shards", {}).keys() - kept.keys())
         self._write_record(kept)
         return kept
 
@@ -255,52 +247,6 @@ class Preparation:
                 moe_layer_from_json(self._output, done[file.name]) for file in self._experts
             ),
         )
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second preparation; UserError when another one holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another preparation is writing to {folder}; wait until it has ended"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an interrupted preparation, empty when there is none or it is unreadable."""
-    with suppress(OSError, ValueError):
-        data = json.loads((folder / RECORD_NAME).read_bytes())
-        if isinstance(data, dict) and isinstance(data.get("shards"), dict):
-            return data
-    return {}
-
-
-def remove_temporary_files(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        name = path.name.removesuffix(TEMPORARY_SUFFIX)
-        if _OUR_SHARD.fullmatch(name) or name in (MANIFEST_NAME, RECORD_NAME):
-            path.unlink(missing_ok=True)
-
-
-def remove_prepared(folder: Path) -> None:
-    """Remove a complete preparation, the manifest first; only files that it names and are ours."""
-    path = folder / MANIFEST_NAME
-    names: list[str] = []
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        data = json.loads(path.read_bytes())
-        names = [str(entry["file"]) for entry in (*data["dense"], *data["moe_layers"])]
-    path.unlink(missing_ok=True)
-    for name in names:
-        if _OUR_SHARD.fullmatch(name):
-            (folder / name).unlink(missing_ok=True)
 
 
 def _gigabytes(n_bytes: int) -> str:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from checkpoint import MANIFEST_NAME, Manifest, read_manifest
 from companion_files import copy_companions
 from errors import UserError
-from preparation import Formats, Preparation, exclusive, read_record, remove_prepared
+from output_folder import exclusive, read_record, remove_prepared, tidy
+from preparation import Formats, Preparation
 from source_checkpoint import SourceCheckpoint, open_source
 from version import VERSION
 
@@ -106,6 +107,7 @@ def _run(options: argparse.Namespace) -> int:
         if (output / MANIFEST_NAME).exists():
             if not options.force:
                 _require_same(read_manifest(output), source, formats)
+                tidy(output)
                 print(f"{output} is already prepared; --force prepares it again")
                 return 0
             remove_prepared(output)

@@ -279,7 +279,7 @@ def native_state_dict(model: PreTrainedModel, stacked: bool = False) -> dict[str
     `stacked` is the first release's form: `block_sparse_moe.w1|w2|w3` [E*I, H], w2 transposed.
     """
     config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     native: dict[str, Tensor] = {}
     names = {
         "model.embed_tokens.weight": "tok_embeddings.weight",
@@ -338,7 +338,7 @@ def write_native(
     params = {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
-        "head_dim": config.hidden_size // config.num_attention_heads,
+        "head_dim": config.head_dim or config.hidden_size // config.num_attention_heads,
         "hidden_dim": config.intermediate_size,
         "n_heads": config.num_attention_heads,
         "n_kv_heads": config.num_key_value_heads,
