@@ -44,10 +44,9 @@ class GroupedKernels(Protocol):
 
 @dataclass
 class Pending:
-    """A launch under way; `result` hands over its output.
+    """A launch under way. `start` and `end` bracket its work in its stream.
 
-    `copies` are those it waited for: if one failed, the output is garbage and `result` raises the
-    copy's error. `start` and `end` bracket the work in its stream.
+    `copies` are those it waited for: where one failed the work was left out, and `result` raises.
     """
 
     _out: Tensor | None
@@ -58,24 +57,24 @@ class Pending:
 
     @property
     def copy_failed(self) -> bool:
-        """Whether a copy this launch read has failed; final once `result` has been called."""
+        """Whether a copy that the work needed failed; final once `result` has raised."""
         return any(copy.error is not None for copy in self._copies)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
 
-        On CUDA the tensor is returned at once, to be used on the launching stream; the emulated
-        accelerator's is waited for. Raises what went wrong in the computation or in a copy it read.
+        Hands the tensor over: call it once. On CUDA it returns at once, for use on the launching
+        stream; the emulated accelerator is waited for. Raises what went wrong in the computation or
+        in a copy it needed.
         """
         if isinstance(self.end, HostEvent):
             self.end.synchronize()
-        for copy in self._copies:
-            if copy.error is not None:
-                raise copy.error
-        if self._error is not None:
-            raise self._error
-        assert self._out is not None
-        return self._out
+        error = self._error or _first_error(self._copies)
+        if error is not None:
+            raise error
+        out, self._out = self._out, None  # timings outlive the run's outputs
+        assert out is not None, "result() hands over once"
+        return out
 
     def resolve(self) -> float:
         """Microseconds from the start of the work to its end; waits for the end."""
@@ -123,34 +122,40 @@ class GpuExperts:
         return f"{where}, {'Triton' if self._kernels else 'torch'} kernels"
 
     def launch(
-        self, hidden: Tensor, slot_of_pair: Tensor, top_k_weights: Tensor, order: SlotOrder
+        self,
+        hidden: Tensor,
+        slot_of_pair: Tensor,
+        top_k_weights: Tensor,
+        order: SlotOrder,
+        out: Tensor | None = None,
     ) -> Pending:
         """Start computing the pairs that hit.
 
         `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` int64 [T, K] on the CPU, a slot
         or -1 for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for
         copies into its slots in its stream, not on the host, and later copies wait for it. None of
-        the arguments may be written before `result`.
+        the arguments may be written before `result`. With `out`, fp32 [T, H] on the device, the
+        result is added to it and is it: several launches share one tensor.
         """
         pairs = _pairs_of_slot(slot_of_pair)
         slots = list(pairs)
-        if self._thread is None:
-            return self._launch_cuda(hidden, slot_of_pair, top_k_weights, pairs, order)
-        copies = order.wait_ready(slots, self._thread)
-        pending = Pending(None, copies, HostEvent(), HostEvent())
+        stream = self._thread or _current_stream(self.device)
+        copies = order.wait_ready(slots, stream)
+        pending = Pending(None, copies, *self._new_events())
 
         def work() -> None:
-            try:
-                if self._before_compute is not None:
-                    self._before_compute(sum(map(len, pairs.values())))
-                pending._out = self._forward(hidden, slot_of_pair, top_k_weights, pairs)
-            except Exception as error:  # raised again by result()
-                pending._error = error
+            if self._before_compute is not None:
+                self._before_compute(sum(map(len, pairs.values())))
+            if not pending.copy_failed:
+                pending._out = self._forward(hidden, slot_of_pair, top_k_weights, pairs, out)
 
-        pending.start.record(self._thread)
-        self._thread.submit(work)
-        pending.end.record(self._thread)
-        order.mark_released(slots, self._thread)
+        pending.start.record(stream)
+        if self._thread is None:
+            _run_keeping_error(work, pending)
+        else:
+            self._thread.submit(lambda: _run_keeping_error(work, pending))
+        pending.end.record(stream)
+        order.mark_released(slots, stream)
         return pending
 
     def close(self) -> None:
@@ -160,24 +165,11 @@ class GpuExperts:
         else:
             torch.cuda.synchronize(self.device)
 
-    def _launch_cuda(
-        self,
-        hidden: Tensor,
-        slot_of_pair: Tensor,
-        top_k_weights: Tensor,
-        pairs: dict[int, list[int]],
-        order: SlotOrder,
-    ) -> Pending:
+    def _new_events(self) -> tuple[Any, Any]:
+        if self._thread is not None:
+            return HostEvent(), HostEvent()
         cuda: Any = torch.cuda
-        stream = cuda.current_stream(self.device)
-        slots = list(pairs)
-        copies = order.wait_ready(slots, stream)
-        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-        start.record(stream)
-        out = self._forward(hidden, slot_of_pair, top_k_weights, pairs)
-        end.record(stream)
-        order.mark_released(slots, stream)
-        return Pending(out, copies, start, end)
+        return cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
 
     def _forward(
         self,
@@ -185,12 +177,15 @@ class GpuExperts:
         slot_of_pair: Tensor,
         top_k_weights: Tensor,
         pairs: dict[int, list[int]],
+        out: Tensor | None,
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
         if self._kernels is not None and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
             on_device = slot_of_pair.to(torch.int32).to(self.device, non_blocking=True)
-            return self._kernels.grouped(hidden, on_device, top_k_weights)
-        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            result = self._kernels.grouped(hidden, on_device, top_k_weights)
+            return result if out is None else out.add_(result)
+        if out is None:
+            out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         top_k = slot_of_pair.shape[1]
         flat_weights = top_k_weights.reshape(-1)
         for slot, members in pairs.items():
@@ -243,10 +238,26 @@ def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Ten
     return torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
 
 
+def _current_stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device)
+
+
+def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
+    try:
+        work()
+    except Exception as error:  # raised again by result()
+        pending._error = error
+
+
+def _first_error(copies: list[Any]) -> Exception | None:
+    return next((copy.error for copy in copies if copy.error is not None), None)
+
+
 def _pairs_of_slot(slot_of_pair: Tensor) -> dict[int, list[int]]:
-    """slot -> its pairs, as t * K + k."""
+    """slot -> its pairs, as t * K + k; the cost is that of the hits, not of all pairs."""
+    flat = slot_of_pair.reshape(-1)
+    hits = (flat >= 0).nonzero()[:, 0]
     pairs: dict[int, list[int]] = {}
-    for pair, slot in enumerate(slot_of_pair.reshape(-1).tolist()):
-        if slot >= 0:
-            pairs.setdefault(slot, []).append(pair)
+    for pair, slot in zip(hits.tolist(), flat[hits].tolist(), strict=True):
+        pairs.setdefault(slot, []).append(pair)
     return pairs
