@@ -126,6 +126,21 @@ class Accelerator:
         self.cache.end_step(layer)
         return len(pairs)
 
+    def notes(self) -> list[str]:
+        """What was learnt during the run, as lines for the summary."""
+        lines = []
+        if self.trial is not None:
+            lines.append(self.trial.line)
+        if self.prefetch.chosen:
+            lines.append(
+                f"next-layer prefetch: recall {100 * self.prefetch.recall:.1f}%, "
+                f"{self.prefetch.fetched} experts fetched, "
+                f"{self.prefetch.wasted_bytes / 1e9:.3f} GB of it wasted"
+            )
+        if self.failed_copies:
+            lines.append(f"{self.failed_copies} copies failed; the CPU computed those experts")
+        return lines
+
     def close(self) -> None:
         """End all copies and computations; slots are not to be used afterwards."""
         self.fetcher.close()

@@ -39,7 +39,8 @@ class ModelOptions:
     verify: bool = False
     dummy_shape: str | None = None
     dummy_layers: int | None = None
-    dummy_format: str = "bf16"
+    dummy_format: Literal["bf16", "int8", "int4"] = "bf16"
+    routing_trace: Path | None = None
 
     def __post_init__(self) -> None:
         _require(

@@ -85,11 +85,14 @@ class LayerStep:
         total: Tensor | None = None
         failed: list[int] = []
         for pending, experts in self._pending:
-            part = pending.result()
-            if part is None:
+            try:
+                part = pending.result()
+            except Exception:
+                if not pending.copy_failed:  # a mistake of ours, not of the copy
+                    raise
                 failed.extend(experts)
-            else:
-                total = part if total is None else total + part
+                continue
+            total = part if total is None else total + part
         parts = [cpu_out]
         if failed:
             if cpu_out is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,13 @@ from transformers import (
 )
 
 from activation_probe import probe_activation
-from checkpoint import Manifest, iterate_dense
+from checkpoint import Manifest, PackedWeight, iterate_dense
 from cpu_linear import CpuLinear
 from errors import UserError
-from expert_format import Activation
+from expert_format import Activation, BlockLayout
+from expert_store import ExpertStore
 
+Progress = Callable[[int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -58,7 +60,13 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The whole model on the meta device: shapes, no memory."""
+    """The whole model on the meta device: shapes, no memory.
+
+    An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
+    """
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    if attention == "sdpa" and not model_class._supports_sdpa:
+        attention = "eager"
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
@@ -89,34 +97,71 @@ def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> Non
     setattr(model.get_submodule(parent), name, module)
 
 
-def load_dense(
-    model: PreTrainedModel,
-    manifest: Manifest,
-    device: torch.device,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Read the dense weights to `device` and bring the model to life there.
+class ModelSource(Protocol):
+    """Where a model's weights come from: a prepared folder, or a generator of random ones.
 
-    Checks every tensor's checksum. Non-persistent buffers, such as rotary frequencies, are not
-    in any checkpoint and are computed anew by the model's own initialisation. UserError when a
-    tensor is missing or has another shape than the model.
+    `experts_paths`, `layouts` and `n_experts` have one entry per MoE layer. `load_dense` brings
+    a skeleton to life on a device, `load_experts` fills a store; both call `progress` with the
+    bytes of each piece.
     """
-    packed = {weight.name: weight for weight in manifest.packed_weights}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for stored_name, tensor in iterate_dense(manifest):
-        if progress is not None:
+
+    name: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    weight_format: str
+    dense_format: str
+    experts_paths: list[str]
+    layouts: list[BlockLayout]
+    n_experts: list[int]
+    dense_bytes: int
+
+    def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
+        """Fill every weight but the experts."""
+
+    def load_experts(self, store: ExpertStore, progress: Progress) -> None:
+        """Fill every expert's block."""
+
+
+class PreparedModel:
+    """The source of a real run: a folder that `weights_preprocessor.py` has prepared."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.folder = manifest.folder
+        self.name = manifest.folder.resolve().name
+        self.config = model_config(manifest)
+        self.dtype = DTYPES[manifest.model_dtype]
+        self.weight_format = manifest.weight_format
+        self.dense_format = manifest.dense_format
+        self.experts_paths = [layer.module for layer in manifest.moe_layers]
+        self.layouts = [layer.layout for layer in manifest.moe_layers]
+        self.n_experts = [layer.n_experts for layer in manifest.moe_layers]
+        self.dense_bytes = manifest.dense_bytes
+
+    def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
+        """Read the dense weights to `device`; every tensor's checksum is checked.
+
+        UserError when a tensor is missing, superfluous, or of another shape than the model's.
+        """
+        packed = {weight.name: weight for weight in self.manifest.packed_weights}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for stored_name, tensor in iterate_dense(self.manifest):
             progress(tensor.nbytes)
-        name, _, part = stored_name.rpartition(".")
-        if name in packed and part in ("packed", "scale"):
+            name, _, part = stored_name.rpartition(".")
+            if name not in packed:
+                _assign(model, stored_name, tensor.to(device))
+                continue
             parts.setdefault(name, {})[part] = tensor
             if len(parts[name]) == 2:
-                weight, tensors = packed[name], parts.pop(name)
-                _install_packed(model, name, weight.bits, tensors["packed"], tensors["scale"])
-        else:
-            _assign(model, stored_name, tensor.to(device))
-    finish_model(model, device)
-    if manifest.generation_config is not None:
-        model.generation_config = GenerationConfig.from_dict(manifest.generation_config)
+                tensors = parts.pop(name)
+                _install_packed(model, packed[name], tensors["packed"], tensors["scale"])
+        finish_model(model, device)
+        if self.manifest.generation_config is not None:
+            model.generation_config = GenerationConfig.from_dict(self.manifest.generation_config)
+
+    def load_experts(self, store: ExpertStore, progress: Progress) -> None:
+        """Read every expert's block, checked, several reads at a time."""
+        store.read(self.manifest.moe_layers, progress)
 
 
 def finish_model(model: PreTrainedModel, device: torch.device) -> None:
@@ -150,7 +195,7 @@ def finish_model(model: PreTrainedModel, device: torch.device) -> None:
     model.requires_grad_(False)
 
 
-def use_cpu_kernels(model: PreTrainedModel, kernel: str, isa: str, threads: int | None) -> int:
+def use_cpu_kernels(model: PreTrainedModel, kernel: str, isa: str) -> int:
     """Route plain bf16 linears of a CPU model through the expert kernels; returns how many.
 
     Routers and other subclasses of `nn.Linear` keep the model's own arithmetic.
@@ -158,7 +203,7 @@ def use_cpu_kernels(model: PreTrainedModel, kernel: str, isa: str, threads: int 
     replaced = 0
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            linear = CpuLinear.from_linear(module, kernel=kernel, isa=isa, threads=threads)
+            linear = CpuLinear.from_linear(module, kernel=kernel, isa=isa)
             install_experts(model, path, linear)
             replaced += 1
     return replaced
@@ -197,12 +242,9 @@ def _assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
 
 
 def _install_packed(
-    model: PreTrainedModel, name: str, bits: int, packed: Tensor, scale: Tensor
+    model: PreTrainedModel, weight: PackedWeight, packed: Tensor, scale: Tensor
 ) -> None:
-    path = name.rpartition(".")[0]
+    path = weight.name.rpartition(".")[0]
     linear = model.get_submodule(path)
     assert isinstance(linear, nn.Linear), path
-    replacement = CpuLinear.from_packed(
-        packed, scale, bits, linear.out_features, linear.in_features, bias=linear.bias
-    )
-    install_experts(model, path, replacement)
+    install_experts(model, path, CpuLinear.from_packed(linear, packed, scale, weight.bits))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class MoeDispatcher:
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
         self._decode = False
+        self._skip_experts = False
         self._token_mask: Tensor | None = None
         self._quota_left = 0
         self._pass_started_s = 0.0
@@ -92,7 +94,7 @@ class MoeDispatcher:
             self._quota_left = self.accelerator.quota
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
-    def _after_pass(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
@@ -103,12 +105,26 @@ class MoeDispatcher:
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
 
+    @contextmanager
+    def experts_left_out(self) -> Iterator[None]:
+        """Inside, layers return zeros and nothing is recorded: what all the rest costs."""
+        recorder, self.recorder = self.recorder, NullRecorder()
+        self._skip_experts = True
+        try:
+            yield
+        finally:
+            self.recorder = recorder
+            self._skip_experts = False
+
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The layer's output [T, H] in hidden's dtype, on hidden's device.
 
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
         batch are left out: their rows are zero.
         """
+        if self._skip_experts:
+            self._handoff.to_host(hidden, index, weights)
+            return torch.zeros_like(hidden)
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)
         routing = [index.long(), weights.float()]

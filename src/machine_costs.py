@@ -1,0 +1,223 @@
+"""This machine's cost model for one loaded model, measured in about a second and kept on disk."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration import (
+    SIDE_CALLS,
+    CalibrationCache,
+    Counts,
+    calibrate_copy,
+    calibrate_side,
+    measure_read_gbps,
+)
+from cost_model import CostModel, SideCost
+from cpu_experts import CpuExperts
+from errors import UserError
+from expert_fetcher import ExpertFetcher, make_fetcher
+from expert_store import ExpertStore
+from gpu_experts import GpuExperts
+from hardware import Hardware
+from recorder import Recorder
+
+_STEP_BUDGET_S = 0.3
+
+
+@dataclass(frozen=True)
+class MachineCosts:
+    """The cost model, and the plain-read bandwidth the CPU kernels are held against."""
+
+    model: CostModel
+    read_gbps: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"read_gbps": self.read_gbps, "costs": asdict(self.model)}
+
+
+def machine_costs(
+    store: ExpertStore,
+    cpu: CpuExperts,
+    gpu: GpuExperts | None,
+    decode_step: Callable[[], None],
+    hardware: Hardware,
+    *,
+    dtype: torch.dtype,
+    emulate_pcie_gbps: float | None = None,
+    cache: CalibrationCache | None = None,
+    remeasure: bool = False,
+) -> MachineCosts:
+    """The costs of this machine for the model in `store`, from disk where they are known.
+
+    `decode_step` runs one decode step with every expert left out, for the cost of the rest. The
+    calibration is keyed by the hardware, the block's layout, what computes it and the emulated
+    link. Without `gpu` its costs and the copies' are infinite: nothing is ever sent there.
+    """
+    cache = cache or CalibrationCache()
+    layout = store.layouts[0]
+    shape = {
+        "layout": layout.to_json(),
+        "n_layers": store.n_layers,
+        "n_experts": store.n_experts[0],
+        "cpu": cpu.description,
+        "gpu": None if gpu is None else gpu.description,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype),
+        "emulate_pcie_gbps": emulate_pcie_gbps,
+    }
+    known = None if remeasure else cache.load(hardware.key(), shape)
+    if known is not None:
+        try:
+            return _from_json(known)
+        except (KeyError, TypeError, AssertionError):
+            pass  # written by another version: measured anew
+    costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps)
+    cache.store(hardware.key(), shape, costs.to_json())
+    return costs
+
+
+def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
+    """What `costs` predict for the mean decode step that was recorded, or None without one.
+
+    Each layer's prediction takes the numbers of experts that really ran on either side.
+    """
+    decode = recorder.pass_table()["decode"]
+    layers = recorder.layer_table()
+    layers = layers[decode[layers["pass_index"]]]
+    if not len(layers):
+        return None
+    total_us = 0.0
+    for row in layers:
+        n_gpu = int(row["gpu_bytes"]) // costs.block_bytes
+        n_cpu = int(row["cpu_bytes"]) // costs.block_bytes
+        total_us += costs.decode_layer_us(n_gpu, n_cpu, copying=bool(row["fetches"]))
+    return total_us / int(decode.sum())
+
+
+def _from_json(data: Mapping[str, Any]) -> MachineCosts:
+    fields = dict(data["costs"])
+    sides = {side: SideCost(**fields.pop(side)) for side in ("cpu", "gpu")}
+    return MachineCosts(CostModel(**sides, **fields), float(data["read_gbps"]))
+
+
+def _measure(
+    store: ExpertStore,
+    cpu: CpuExperts,
+    gpu: GpuExperts | None,
+    decode_step: Callable[[], None],
+    dtype: torch.dtype,
+    emulate_pcie_gbps: float | None,
+) -> MachineCosts:
+    run_cpu = _cpu_runner(store, cpu, dtype)
+    block_bytes = store.layouts[0].block_bytes
+    calls = [counts for counts in SIDE_CALLS if len(counts) <= store.n_experts[0]]
+    cpu_cost = calibrate_side(run_cpu, calls)
+    decode_step()
+    started_s, steps = time.perf_counter(), 0
+    while time.perf_counter() - started_s < _STEP_BUDGET_S or steps < 3:
+        decode_step()
+        steps += 1
+    dense_us = (time.perf_counter() - started_s) / steps * 1e6 / store.n_layers
+    infinite = float("inf")
+    gpu_cost = SideCost(0.0, infinite, 0.0)
+    copy = (0.0, 1e-9, 1e-9, 1.0)
+    if gpu is not None:
+        for slot in range(gpu.n_slots):
+            gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
+        gpu_calls = [counts for counts in calls if len(counts) <= gpu.n_slots]
+        order = make_fetcher(gpu.device, gpu.slots)
+        gpu_cost = calibrate_side(_gpu_runner(gpu, order, store, dtype), gpu_calls)
+        order.close()
+        with _Copier(store, gpu, emulate_pcie_gbps) as copier:
+            measured = calibrate_copy(copier.copy, block_bytes, lambda: run_cpu((1, 1)))
+        copy = (
+            measured.copy_call_us,
+            measured.copy_gbps,
+            measured.copy_gbps_shared,
+            measured.cpu_shared_factor,
+        )
+    return MachineCosts(
+        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us), measure_read_gbps()
+    )
+
+
+def _routing(counts: Counts) -> Tensor:
+    """int64 [T, 1]: `counts[e]` tokens on expert e."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
+
+
+def _cpu_runner(
+    store: ExpertStore, cpu: CpuExperts, dtype: torch.dtype
+) -> Callable[[Counts], None]:
+    turns = itertools.count()
+
+    def run(counts: Counts) -> None:
+        turn = next(turns)  # other experts every time: nothing may be left in a cache
+        layer = turn % store.n_layers
+        n_experts = store.n_experts[layer]
+        index = (_routing(counts) + turn // store.n_layers * len(counts)) % n_experts
+        hidden = torch.ones(len(index), store.layouts[layer].hidden_size, dtype=dtype)
+        cpu.run(
+            hidden,
+            store.pointers(layer),
+            torch.ones(n_experts, dtype=torch.uint8),
+            index,
+            torch.ones(index.shape),
+            torch.empty(hidden.shape),
+        )
+
+    return run
+
+
+def _gpu_runner(
+    gpu: GpuExperts, order: ExpertFetcher, store: ExpertStore, dtype: torch.dtype
+) -> Callable[[Counts], None]:
+    def run(counts: Counts) -> None:
+        index = _routing(counts)
+        hidden = torch.ones(
+            len(index), store.layouts[0].hidden_size, dtype=dtype, device=gpu.device
+        )
+        pending = gpu.launch(hidden, index, torch.ones(index.shape, device=gpu.device), order)
+        pending.result()
+        if gpu.device.type == "cuda":
+            torch.cuda.synchronize(gpu.device)
+
+    return run
+
+
+class _Copier:
+    """Copies the first bytes of one block after another to the accelerator's last slot."""
+
+    def __init__(
+        self, store: ExpertStore, gpu: GpuExperts, emulate_pcie_gbps: float | None
+    ) -> None:
+        self._store = store
+        self._gpu = gpu
+        self._emulate_pcie_gbps = emulate_pcie_gbps
+        self._fetchers: dict[int, ExpertFetcher] = {}
+        self._turns = itertools.count()
+
+    def copy(self, n_bytes: int) -> None:
+        if n_bytes not in self._fetchers:
+            slots = self._gpu.slots[:, :n_bytes]
+            self._fetchers[n_bytes] = make_fetcher(self._gpu.device, slots, self._emulate_pcie_gbps)
+        layer, turn = next(self._turns) % self._store.n_layers, next(self._turns)
+        source = self._store.block(layer, turn % self._store.n_experts[layer])
+        self._fetchers[n_bytes].fetch(self._gpu.n_slots - 1, source[:n_bytes])
+        for completion in self._fetchers[n_bytes].drain():
+            if completion.error is not None:
+                raise UserError(f"calibration could not copy an expert: {completion.error}")
+
+    def __enter__(self) -> _Copier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fetcher in self._fetchers.values():
+            fetcher.close()

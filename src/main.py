@@ -1,0 +1,173 @@
+"""Generate text with a Mixture-of-Experts model that does not fit in the GPU: the command line.
+
+Parses, builds the configuration, wires the objects, runs, prints the summary.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from arguments import build_parser, parse, parse_config
+from calibration import format_calibration
+from config import Config
+from cpu_experts import describe_kernels
+from engine import Engine, load_engine, open_source
+from errors import UserError
+from hardware import read_hardware
+from machine_costs import predicted_step_us
+from prompts import read_prompts
+from provenance import versions
+from recorder import NullRecorder, Recorder
+from reports import ReportPaths, RunInfo, Status, write_reports
+from run_prompts import Conversation, encode_prompts, run_prompts
+from sensors import SensorSampler
+from summary import format_summary, summarize
+from tokenization import Tokenizer, load_tokenizer
+from version import VERSION
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
+    try:
+        arguments = parse(argv)
+        if arguments.version:
+            print(_version_text())
+            return 0
+        if not argv:
+            build_parser().print_usage(sys.stderr)
+        return run(parse_config(arguments), argv, show_calibration=arguments.show_calibration)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def run(config: Config, command: Sequence[str], show_calibration: bool = False) -> int:
+    """One run: load, generate for every prompt, write the reports, print the summary."""
+    paths = ReportPaths.in_folder(
+        config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
+    )
+    if config.output.record:
+        _check_writable(paths)
+    texts = read_prompts(config.prompts)
+    source = open_source(config.model)
+    tokenizer = load_tokenizer(source.folder, source.config.model_type)
+    prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
+    longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
+    recorder = Recorder() if config.output.record else NullRecorder()
+    with load_engine(
+        source,
+        config.model,
+        config.cache,
+        recorder,
+        context_tokens=longest * config.generation.batch_size,
+        nvtx=config.output.nvtx,
+        say=_say,
+    ) as engine:
+        for note in engine.notes:
+            _say(note)
+        if config.output.record or show_calibration:
+            engine.calibrate(again=show_calibration)
+        if show_calibration and engine.costs is not None:
+            print("\n".join(format_calibration(engine.costs.to_json())))
+        started_unix_s = time.time()
+        with SensorSampler(n_busiest=torch.get_num_threads()) as sampler:
+            conversations, status = run_prompts(engine, tokenizer, prompts, texts, config)
+        if isinstance(recorder, Recorder):
+            _report(
+                config, engine, recorder, sampler, conversations, status, paths, command,
+                tokenizer, started_unix_s,
+            )  # fmt: skip
+        elif not config.output.hide_responses and config.generation.batch_size > 1:
+            for conversation in conversations:
+                print(f"PROMPT:\n{conversation.prompt}\nRESPONSE:\n{conversation.response}\n")
+    return 0 if status == "completed" else EXIT_INTERRUPTED
+
+
+def _report(
+    config: Config,
+    engine: Engine,
+    recorder: Recorder,
+    sampler: SensorSampler,
+    conversations: Sequence[Conversation],
+    status: Status,
+    paths: ReportPaths,
+    command: Sequence[str],
+    tokenizer: Tokenizer,
+    started_unix_s: float,
+) -> None:
+    """Write the CSVs and run.json, then print the summary."""
+    costs = engine.costs
+    summary = summarize(
+        recorder,
+        samples=sampler.samples,
+        cpu_limit_gbps=None if costs is None else costs.read_gbps,
+        predicted_step_us=None if costs is None else predicted_step_us(recorder, costs.model),
+    )
+    notes = [*engine.run_notes(), *sampler.notes]
+    info = RunInfo(
+        command=["src/main.py", *command],
+        tool_version=VERSION,
+        hardware=read_hardware().to_json(),
+        model=engine.describe() | {"tokenizer": tokenizer.name},
+        layout=asdict(engine.source.layouts[0]),
+        calibration=None if costs is None else costs.to_json(),
+        samples=sampler.samples,
+        notes=notes,
+        started_unix_s=started_unix_s,
+        status=status,
+    )
+    written = write_reports(recorder, paths, info, summary)
+    shown = [] if config.output.hide_responses else conversations
+    text = format_summary(
+        summary,
+        conversations=[(c.prompt, c.response) for c in shown],
+        notes=notes,
+    )
+    print(text, flush=True)
+    if written:
+        _say("wrote " + ", ".join(str(path) for path in written))
+
+
+def _check_writable(paths: ReportPaths) -> None:
+    """Find out before the run, not after it, that its results can be written."""
+    for folder in sorted({path.parent for path in paths.all()}):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"cannot write results to {folder.resolve()} ({error.strerror}): choose another "
+                "--output-dir, or --no-record"
+            ) from error
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _version_text() -> str:
+    lines = [f"moe-cpu-gpu-inference {VERSION}", *describe_kernels()]
+    lines += [f"{name} {number}" for name, number in versions().items() if number]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Runs a list of prompts through a loaded model: batches, streaming, responses as they finish."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from config import Config
+from engine import Engine
+from errors import UserError
+from generation import Generated, generate_batch, make_sampler, stop_ids
+from tokenization import StreamingDetokenizer, Tokenizer
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One prompt and what the model made of it."""
+
+    prompt: str
+    response: str
+    generated: Generated
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], raw: bool, config: PretrainedConfig
+) -> list[list[int]]:
+    """Token ids of every prompt; UserError for one that is longer than the model's context."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = tokenizer.encode(prompt, raw)
+        if limit and len(ids) >= limit:
+            raise UserError(
+                f"prompt {number} has {len(ids)} tokens, but the model's context holds {limit}: "
+                "shorten it"
+            )
+        if not ids:
+            raise UserError(f"prompt {number} has no tokens: give it some text")
+        encoded.append(ids)
+    return encoded
+
+
+class _Responses:
+    """The `--responses-jsonl` file: one line per prompt, on disk as soon as the prompt is done."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: TextIO | None = None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    def write(self, conversation: Conversation) -> None:
+        if self._file is None:
+            return
+        generated = conversation.generated
+        line: dict[str, Any] = {
+            "index": generated.prompt,
+            "prompt": conversation.prompt,
+            "response": conversation.response,
+            "stop": generated.stop,
+            "prompt_tokens": generated.n_prompt_tokens,
+            "generated_tokens": len(generated.ids),
+            "prefill_s": round(generated.prefill_s, 6),
+            "decode_s": round(sum(generated.token_times_s[1:]), 6),
+        }
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def run_prompts(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    config: Config,
+) -> tuple[list[Conversation], Literal["completed", "interrupted"]]:
+    """Generate for every prompt; what was finished before a Ctrl-C is returned and on disk.
+
+    A single prompt at a time streams to stdout as it is generated, unless responses are hidden.
+    """
+    options = config.generation
+    sampler = make_sampler(options.temperature, options.top_p, options.seed, engine.device)
+    eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
+    stream = options.batch_size == 1 and not config.output.hide_responses
+    responses = _Responses(config.output.responses_jsonl)
+    conversations: list[Conversation] = []
+    bar = tqdm(
+        total=len(prompts),
+        desc="prompts",
+        unit="prompt",
+        disable=len(prompts) == 1 or not sys.stderr.isatty() or stream,
+    )
+    batch: dict[int, tuple[Generated, StreamingDetokenizer, list[str]]] = {}
+
+    def finish(record: Generated) -> None:
+        _, detokenizer, pieces = batch.pop(record.prompt)
+        rest = detokenizer.finish()
+        pieces.append(rest)
+        if stream:
+            print(rest + "\n", flush=True)
+        conversation = Conversation(texts[record.prompt], "".join(pieces), record)
+        conversations.append(conversation)
+        responses.write(conversation)
+        bar.update()
+
+    started_s, n_tokens = time.perf_counter(), 0
+    try:
+        for first in range(0, len(prompts), options.batch_size):
+            for record, token in generate_batch(
+                engine.model,
+                prompts[first : first + options.batch_size],
+                max_tokens=options.max_tokens,
+                sampler=sampler,
+                eos_ids=eos_ids,
+                first_prompt=first,
+                on_pass=engine.follow_prompts,
+            ):
+                engine.dispatcher.recorder.token(
+                    record.prompt, record.token_times_s[-1], time.time()
+                )
+                if record.prompt not in batch:
+                    batch[record.prompt] = (record, StreamingDetokenizer(tokenizer), [])
+                if token not in eos_ids:
+                    piece = batch[record.prompt][1].push(token)
+                    batch[record.prompt][2].append(piece)
+                    if stream:
+                        print(piece, end="", flush=True)
+                n_tokens += 1
+                bar.set_postfix_str(
+                    f"{n_tokens / (time.perf_counter() - started_s):.1f} tok/s", refresh=False
+                )
+                if record.stop != "interrupted":
+                    finish(record)
+    except KeyboardInterrupt:
+        for record, _, _ in list(batch.values()):
+            finish(record)
+        return conversations, "interrupted"
+    finally:
+        responses.close()
+        bar.close()
+    return sorted(conversations, key=lambda c: c.generated.prompt), "completed"
