@@ -144,7 +144,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(_not_prepared(folder)) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        raise UserError(_foreign(path)) from error
+    except ValueError as error:
         raise UserError(_damaged(path)) from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -181,11 +183,15 @@ def _not_prepared(folder: Path) -> str:
     )
 
 
-def _damaged(path: Path) -> str:
+def _foreign(path: Path) -> str:
     return (
-        f"{path} is damaged: it is not the manifest of a prepared folder; "
-        "prepare the model again with weights_preprocessor.py --force"
+        f"{path} is not the manifest of a prepared folder (it has no format_version); "
+        "choose another folder"
     )
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is damaged; prepare the model again with weights_preprocessor.py --force"
 
 
 def iterate_dense(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

@@ -59,11 +59,19 @@ def tidy(folder: Path) -> None:
 
 
 def remove_prepared(folder: Path) -> None:
-    """Remove a complete preparation, the manifest first; only files that it names and are ours."""
+    """Remove a complete preparation, the manifest first; only files that it names and are ours.
+
+    UserError when `manifest.json` belongs to something else.
+    """
     path = folder / MANIFEST_NAME
     names: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError):
         data = json.loads(path.read_bytes())
+        if "format_version" not in data:
+            raise UserError(
+                f"{path} belongs to another program, so --force does not replace it; "
+                "choose another --output-path"
+            )
         names = [str(entry["file"]) for entry in (*data["dense"], *data["moe_layers"])]
     path.unlink(missing_ok=True)
     remove_shards(folder, names)

@@ -78,16 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         transformers.logging.set_verbosity_error()
     try:
         return _run(options)
-    except UserError as error:
-        message, code = f"error: {error}", 2
-    except OSError as error:
-        message, code = f"error: {_explain(error, options.output_path)}", 2
-    except KeyboardInterrupt:
-        message, code = "interrupted; run the same command again to go on", 130
-    if options.debug:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    return code
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        if options.debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+        reason = _explain(error, options.output_path) if isinstance(error, OSError) else error
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from transformers.core_model_loading import (
 
 from errors import UserError
 from source_files import LazyTensor
+
+_PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -65,7 +67,7 @@ class ConversionPlan:
                 if target not in self._expected:
                     self.unused.extend(name for name, _ in group.sources)
                     continue
-                self._check_shape(group, target, shape)
+                self._check(group, target, shape)
                 self._group_of[target] = group
         self._tie()
         self._require_all()
@@ -176,10 +178,18 @@ class ConversionPlan:
                     "is incomplete, download it again"
                 )
 
-    def _check_shape(self, group: _Group, target: str, shape: tuple[int, ...]) -> None:
-        expected = tuple(self._expected[target].shape)
+    def _check(self, group: _Group, target: str, shape: tuple[int, ...]) -> None:
+        """UserError when a source tensor has another shape or is not in plain floating point."""
+        wanted, expected = self._expected[target], tuple(self._expected[target].shape)
+        for source, _ in group.sources:
+            found = self._tensors[source].dtype
+            if wanted.is_floating_point() and found not in _PLAIN_DTYPES:
+                raise UserError(
+                    f"tensor {source} in {self._tensors[source].path} has dtype {found}, expected "
+                    "bf16, fp16 or fp32: prepare an unquantised copy of the model"
+                )
+        source = group.sources[0][0]
         if shape != expected:
-            source = group.sources[0][0]
             raise UserError(
                 f"tensor {source} in {self._tensors[source].path} has the wrong shape: {target} "
                 f"needs {expected}, found {shape}; config.json and weights do not belong together"
