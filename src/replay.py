@@ -1,0 +1,168 @@
+"""Replays a routing trace through the production ExpertCache, in the engine's own order.
+
+Per forward pass, layer by layer: copies that have ended become ready; in decode the layer's chosen
+experts are looked up once each and its misses fetched in top-k order while the pass has quota;
+in a prompt the cache is warmed with the experts of its last tokens. Without a timeline every copy
+ends before the next layer begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from belady import Belady, distinct_experts
+from expert_cache import ExpertCache
+from time_model import Timeline
+from traces import RoutingPass
+
+
+@dataclass
+class PhaseHits:
+    """Hits of the cached layers in one phase.
+
+    `pairs` counts (token, cached layer), of which `at_least_one` and `at_least_two` found so many
+    of their experts ready; `lookups` counts (token, cached layer, expert), of which `hits` hit.
+    """
+
+    pairs: int = 0
+    at_least_one: int = 0
+    at_least_two: int = 0
+    lookups: int = 0
+    hits: int = 0
+
+    def rates(self) -> tuple[float, float, float]:
+        """At least one, at least two, per expert, in percent; 0 where there was nothing."""
+        pairs, lookups = max(self.pairs, 1), max(self.lookups, 1)
+        return (
+            100 * self.at_least_one / pairs,
+            100 * self.at_least_two / pairs,
+            100 * self.hits / lookups,
+        )
+
+    def add(self, tokens: Iterable[tuple[int, ...]], ready: Iterable[int]) -> None:
+        present = frozenset(ready)
+        for token in tokens:
+            self.add_token(sum(expert in present for expert in token), len(token))
+
+    def add_token(self, n_hits: int, top_k: int) -> None:
+        self.pairs += 1
+        self.at_least_one += n_hits >= 1
+        self.at_least_two += n_hits >= 2
+        self.lookups += top_k
+        self.hits += n_hits
+
+
+@dataclass
+class Replay:
+    """What a replay counted.
+
+    `fetches` and `evictions` include the warm-up after prompts. `hits_by_layer` has one row for
+    each pass, as the cachehit CSV: hits of each cached layer (empty for a prompt), where kept.
+    `decode_us` is the modelled time of the decode passes, 0 without a timeline.
+    """
+
+    decode: PhaseHits = field(default_factory=PhaseHits)
+    prefill: PhaseHits = field(default_factory=PhaseHits)
+    n_decode_passes: int = 0
+    n_decode_tokens: int = 0
+    fetches: int = 0
+    evictions: int = 0
+    decode_us: float = 0.0
+    prefill_us: float = 0.0
+    hits_by_layer: list[list[int]] = field(default_factory=list)
+
+
+def replay(
+    passes: Iterable[RoutingPass],
+    cache: ExpertCache,
+    quota: int = 64,
+    timeline: Timeline | None = None,
+    keep_layers: bool = False,
+) -> Replay:
+    """Run `passes` through `cache`, whose counters go on from where they were.
+
+    `quota` is the most fetches of one pass. With a `timeline`, copies take their modelled time
+    and `decode_us` is filled; without, they are instant. `keep_layers` fills `hits_by_layer`.
+    """
+    result = Replay()
+    policy = cache.policy
+    fetched_before, evicted_before = cache.admissions, cache.evictions
+    for number, one in enumerate(passes):
+        if isinstance(policy, Belady):
+            policy.begin_pass(number)
+        began_us = timeline.now_us if timeline else 0.0
+        row: list[int] = []
+        if one.phase == "prefill":
+            _replay_prefill(one, cache, quota, timeline, result.prefill)
+            result.prefill_us += timeline.now_us - began_us if timeline else 0.0
+        else:
+            row = _replay_decode(one, cache, quota, timeline, result.decode)
+            result.n_decode_passes += 1
+            result.n_decode_tokens += len(one.ids[0])
+            result.decode_us += timeline.now_us - began_us if timeline else 0.0
+        if keep_layers:
+            result.hits_by_layer.append(row)
+    result.fetches = cache.admissions - fetched_before
+    result.evictions = cache.evictions - evicted_before
+    return result
+
+
+def _replay_decode(
+    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
+) -> list[int]:
+    row: list[int] = []
+    for layer, tokens in enumerate(one.ids):
+        if timeline is not None:
+            timeline.pass_dense()
+            for slot in timeline.arrived():
+                cache.mark_ready(slot)
+        elif layer >= cache.n_indexes:
+            break
+        experts = tokens[0] if len(tokens) == 1 else distinct_experts(tokens)
+        slots = cache.lookup(layer, experts)
+        missed = [e for e, slot in zip(experts, slots, strict=True) if slot < 0]
+        fetches = cache.start_fetches(layer, missed, quota) if missed and quota else []
+        quota -= len(fetches)
+        cache.end_step(layer)
+        if layer < cache.n_indexes:
+            if len(tokens) == 1:
+                n_hits = len(experts) - len(missed)
+                counted.add_token(n_hits, len(experts))
+                row.append(n_hits)
+            else:
+                hits_before = counted.hits
+                counted.add(tokens, set(experts).difference(missed))
+                row.append(counted.hits - hits_before)
+        if timeline is None:
+            for _, slot in fetches:
+                cache.mark_ready(slot)
+        else:
+            n_tokens = max(1, round(sum(map(len, tokens)) / len(experts)))
+            timeline.pass_experts(
+                len(experts) - len(missed), len(missed), [slot for _, slot in fetches], n_tokens
+            )
+    return row
+
+
+def _replay_prefill(
+    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
+) -> None:
+    for layer, tokens in enumerate(one.ids):
+        if timeline is not None:
+            for slot in timeline.arrived():
+                cache.mark_ready(slot)
+            counts = [0] * (1 + max(expert for token in tokens for expert in token))
+            for token in tokens:
+                for expert in token:
+                    counts[expert] += 1
+            timeline.pass_prefill(counts, tuple(cache.ready(layer)))
+        if layer < cache.n_indexes:
+            counted.add(tokens, cache.ready(layer))
+        fetches = cache.warm(layer, tokens, quota)
+        quota -= len(fetches)
+        if timeline is not None:
+            timeline.queue([slot for _, slot in fetches])
+        else:
+            for _, slot in fetches:
+                cache.mark_ready(slot)
