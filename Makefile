@@ -64,10 +64,16 @@ setup-dev: $(DEV_STAMP) ## the same, and what tests and lint need
 gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-gpu.txt
 
+.PHONY: kernels
+kernels: $(RUN_STAMP) ## compile the CPU kernels ahead of their first use
+	@$(PY) src/kernel_build.py >/dev/null
+
 .PHONY: demo
-demo: $(RUN_STAMP) kernels $(DEMO)/prepared/manifest.json ## train a toy, prepare it, ask it PROMPT
-	@echo; echo '$$ python3 src/main.py --model-path $(DEMO)/prepared --prompt "'"$$PROMPT"'" --max-tokens 64'
-	@$(PY) src/main.py --model-path $(DEMO)/prepared --prompt "$$PROMPT" --max-tokens 64
+demo: $(RUN_STAMP) $(DEMO)/prepared/manifest.json ## train a toy, prepare it, ask it PROMPT
+	@echo '$$ python3 src/main.py --model-path $(DEMO)/prepared --prompt "'"$$PROMPT"'"' \
+	  '--max-tokens 64 --output-dir $(DEMO)/run'
+	@$(PY) src/main.py --model-path $(DEMO)/prepared --prompt "$$PROMPT" --max-tokens 64 \
+	  --output-dir $(DEMO)/run
 	@echo
 	@echo "That was a toy: four layers, eight experts, a few dozen answers learned by heart. For a real"
 	@echo "model, download a checkpoint such as mistralai/Mixtral-8x7B-Instruct-v0.1 from the Hugging Face"
@@ -78,7 +84,7 @@ $(DEMO)/hub/config.json: $(DEMO_SOURCES) | $(RUN_STAMP)
 	@$(PY) examples/train_demo.py --output-path $(DEMO)/hub
 
 $(DEMO)/prepared/manifest.json: $(DEMO)/hub/config.json $(FORMAT_SOURCES) | $(RUN_STAMP)
-	@echo; echo '$$ python3 weights_preprocessor.py --input-path $(DEMO)/hub --output-path $(DEMO)/prepared --hf'
+	@echo '$$ python3 weights_preprocessor.py --input-path $(DEMO)/hub --output-path $(DEMO)/prepared --hf'
 	@rm -rf $(DEMO)/prepared
 	@$(PY) weights_preprocessor.py --input-path $(DEMO)/hub --output-path $(DEMO)/prepared --hf
 
@@ -93,11 +99,17 @@ format: $(DEV_STAMP) ## let ruff rewrite what it can
 	@$(PY) -m ruff format .
 
 .PHONY: test nightly
-test: $(DEV_STAMP) ## every test but the nightly ones
+test: $(DEV_STAMP) kernels ## every test but the nightly ones
 	@$(PY) -m pytest -q -m "not nightly" $(PYTEST_FLAGS)
 
-nightly: $(DEV_STAMP) ## the tests that take minutes
+nightly: $(DEV_STAMP) kernels ## the tests that take minutes
 	@$(PY) -m pytest -q -m nightly $(PYTEST_FLAGS)
+
+.PHONY: bench
+bench: $(DEV_STAMP) kernels ## measure this machine; nothing is asserted
+	@for script in benchmarks/bench_*.py; do \
+	  echo; echo "== $$script"; PYTHONPATH=src $(PY) "$$script"; \
+	done
 
 .PHONY: clean distclean
 clean: ## remove builds, the demo model and caches

@@ -26,19 +26,25 @@ LEVELS: dict[int, frozenset[str]] = {
         7: "layer_step",
         6: (
             "accelerator model_loader preparation machine_costs preflight tokenization "
-            "generation xformers_attention prompts"
+            "generation xformers_attention"
         ),
-        5: "gpu_experts dense_plan companion_files",
+        5: "gpu_experts dense_plan companion_files output_folder",
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
-            "source_checkpoint"
+            "cpu_experts source_checkpoint"
         ),
         3: (
             "torch_experts shards miss_trial mistral_native weight_conversion "
-            "moe_convention reports"
+            "moe_convention reports replay cpu_kernels"
         ),
-        2: "arguments expert_format expert_cache plan source_files report_tables calibration",
-        1: "config quantization safetensors_file replacement_policies cost_model traces summary",
+        2: (
+            "arguments expert_format expert_cache plan source_files report_tables "
+            "calibration kernel_build prompts belady time_model"
+        ),
+        1: (
+            "config quantization safetensors_file replacement_policies cost_model traces "
+            "workload summary"
+        ),
         0: "errors version streams handoff next_layer recorder sensors hardware provenance",
     }.items()
 }
