@@ -190,13 +190,15 @@ class GpuExperts:
         flat_weights = top_k_weights.reshape(-1)
         for slot, members in pairs.items():
             if len(hidden) == 1:  # decode: nothing to gather, no index to send
-                weight = flat_weights[members[0]]
-                out += self._expert(slot, hidden).float() * weight.float()
+                weight = flat_weights[members[0]].float()
+                for pair in members[1:]:
+                    weight = weight + flat_weights[pair]
+                out += self._expert(slot, hidden).float() * weight
                 continue
-            pair = torch.tensor(members).to(hidden.device, non_blocking=True)
-            token = pair // top_k
+            chosen = torch.tensor(members).to(hidden.device, non_blocking=True)
+            token = chosen // top_k
             y = self._expert(slot, hidden[token]).float()
-            out.index_add_(0, token, y * flat_weights[pair, None].float())
+            out.index_add_(0, token, y * flat_weights[chosen, None].float())
         return out
 
     def _expert(self, slot: int, x: Tensor) -> Tensor:
@@ -209,8 +211,9 @@ class GpuExperts:
         while True:
             try:
                 slots = allocate(n_slots, self.layout.block_bytes, self.device)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is the CPU's
-                if n_slots == 0 or "alloc" not in f"{type(error).__name__} {error}".lower():
+            except RuntimeError as error:  # the CPU's allocator has no class of its own for it
+                out_of_memory = isinstance(error, torch.OutOfMemoryError)
+                if n_slots == 0 or not (out_of_memory or "allocate memory" in str(error)):
                     raise
                 n_slots //= 2
                 continue

@@ -1,0 +1,85 @@
+"""Compiles the Triton kernels for several GPUs, without one, and prints what came out as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import triton_experts
+
+CAPABILITIES = (75, 90)  # Turing, the oldest with enough memory to matter, and Hopper
+MATRIX = {32: "*fp32", 16: "*bf16", 8: "*i32", 4: "*i32"}
+SHARED = {
+    **dict.fromkeys(("n_columns", "block_words", "matrix_offset", "scale_offset"), "i32"),
+    "bias_offset": "i32",
+    "scales": "*fp16",
+    "biases": "*fp32",
+    "slot_of_pair": "*i32",
+}
+FIRST = {
+    **SHARED,
+    "x": "*bf16",
+    "middle": "*fp32",
+    "intermediate": "i32",
+    "top_k": "i32",
+    "alpha": "fp32",
+    "limit": "fp32",
+}
+SECOND = {**SHARED, "middle": "*fp32", "weights": "*bf16", "out": "*fp32", "hidden_size": "i32"}
+UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "n_columns": "i32"}
+UNALIGNED = ("top_k", "alpha", "limit")
+
+
+def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
+    """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
+    for bits in MATRIX:
+        step = triton_experts._WORDS if bits < 16 else triton_experts._DENSE_COLUMNS
+        tile = {"BITS": bits, "HAS_BIAS": True, "ROWS": triton_experts._ROWS, "STEP": step}
+        matrix = {"matrix": MATRIX[bits]}
+        for kind in ("silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "module"):
+            if kind == "silu" or bits == 8:
+                yield (
+                    f"first-{bits}-{kind}",
+                    triton_experts._first_kernel,
+                    {**FIRST, **matrix},
+                    {**tile, "HAS_GATE": True, "KIND": kind},
+                )
+        yield f"second-{bits}", triton_experts._second_kernel, {**SECOND, **matrix}, tile
+        if bits < 16:
+            constants = {"BITS": bits, "WORDS": triton_experts._WORDS}
+            yield f"unpack-{bits}", triton_experts._unpack_kernel, UNPACK, constants
+
+
+def widest_load(ptx: str) -> int:
+    """Bytes of the widest global load."""
+    loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return max(int(vector or 1) * int(bits) // 8 for vector, bits in loads)
+
+
+def report() -> Iterator[dict[str, object]]:
+    for capability in CAPABILITIES:
+        for name, kernel, types, constants in kernels():
+            names = kernel.arg_names
+            aligned = [n for n in types if n not in UNALIGNED]
+            source = ASTSource(
+                fn=kernel,
+                signature={n: types.get(n, "constexpr") for n in names},
+                constexprs={(names.index(n),): value for n, value in constants.items()},
+                attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+            )
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            yield {
+                "kernel": name,
+                "capability": capability,
+                "cubin_bytes": len(binary.asm["cubin"]),
+                "widest_load_bytes": widest_load(binary.asm["ptx"]),
+            }
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(report())))
