@@ -1,0 +1,73 @@
+// The C ABI that cpu_kernels.py binds: raw pointers, no torch headers, one build for every torch.
+//
+// Functions that return int: 0, or one of the codes below. They are thread-safe; each calling thread
+// keeps its own scratch memory. Arrays are contiguous, in C order.
+#pragma once
+
+#include <cstdint>
+
+#define CPUX_EXPORT extern "C" __attribute__((visibility("default")))
+
+enum { CPUX_OK = 0, CPUX_NO_MEMORY = 1, CPUX_UNKNOWN_ISA = 2 };
+
+// One layer's experts; field offsets are in bytes from a block's start, -1 where there is none.
+struct cpux_layer {
+  int32_t weight_format;  // WeightFormat of kernels.h
+  int32_t activation;     // ActivationKind of kernels.h
+  int32_t has_gate;
+  float alpha, limit;  // of the clamped activation
+  int64_t hidden_size, intermediate_size;
+  int64_t gate_up, gate_up_scale, gate_up_bias;
+  int64_t down, down_scale, down_bias;
+};
+
+// T tokens and what the router chose for them.
+struct cpux_tokens {
+  const void* hidden;      // [T, H], bf16 or fp32
+  int32_t hidden_is_bf16;
+  int64_t n_tokens, top_k, n_experts;
+  const int64_t* index;    // [T, K]; a value outside 0..E-1 is skipped
+  const float* weight;     // [T, K]
+  const int64_t* blocks;   // [E] addresses
+  const uint8_t* on_cpu;   // [E]; an expert with 0 is skipped
+};
+
+// out [T, H] fp32 = sum over the pairs (t, k) on the CPU of weight * expert(hidden). The same
+// bits for the same arguments and instruction set.
+CPUX_EXPORT int cpux_run(const cpux_layer* layer, const cpux_tokens* tokens, int isa, int threads,
+                         float* out);
+
+// The two passes apart, for an activation that is computed by the caller. Pairs are ordered by
+// expert, then token, then position; n_pairs = cpux_count_pairs().
+CPUX_EXPORT int64_t cpux_count_pairs(const cpux_tokens* tokens);
+// first [n_pairs, R] fp32 = gate_up @ hidden + bias
+CPUX_EXPORT int cpux_first(const cpux_layer* layer, const cpux_tokens* tokens, int isa, int threads,
+                           float* first);
+// out [T, H] = weighted sum of down @ middle + bias; middle [n_pairs, I] fp32
+CPUX_EXPORT int cpux_second(const cpux_layer* layer, const cpux_tokens* tokens, int isa,
+                            int threads, const float* middle, float* out);
+
+// One matrix: y [T, rows] = x [T, cols] @ w^T + bias, x and y both bf16 or both fp32; bias fp32
+// [rows] or null; scale null for fp32 and bf16 weights.
+struct cpux_matrix {
+  int32_t weight_format;
+  int64_t rows, cols;
+  const void* w;
+  const uint16_t* scale;
+  const float* bias;
+};
+CPUX_EXPORT int cpux_linear(const cpux_matrix* matrix, const void* x, int is_bf16, int64_t n_tokens,
+                            int isa, int threads, void* y);
+
+// Instruction sets of this build, from scalar (0) upwards.
+CPUX_EXPORT int cpux_n_isas(void);
+CPUX_EXPORT const char* cpux_isa_name(int isa);
+CPUX_EXPORT int cpux_isa_supported(int isa);
+
+// Restricts worker threads to cpus[i], one each, and the calling thread to all of `cpus`.
+CPUX_EXPORT int cpux_pin_threads(const int32_t* cpus, int n_cpus);
+
+// What the machine can do: seconds to read `bytes` from `data` once, in chunks that the threads
+// take as they come; flop/s of independent multiply-adds in registers.
+CPUX_EXPORT double cpux_read_seconds(const void* data, int64_t bytes, int isa, int threads);
+CPUX_EXPORT double cpux_fma_flops_per_s(int isa, int threads, double seconds);

@@ -1,0 +1,117 @@
+// Loops over contiguous floats that the compiler vectorises for each instruction set.
+//
+// Everything here has internal linkage on purpose: each instruction set compiles its own copy, and
+// a copy merged across translation units would run AVX-512 code on a machine that has none.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace cpux {
+namespace {
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of_bf16(uint16_t half) {
+  return float_of_bits(static_cast<uint32_t>(half) << 16);
+}
+
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+inline uint16_t bf16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+
+// e^x to 2 ulp for x in [-87, 88], clamped outside; NaN stays NaN. x = n ln2 + r, degree-6 in r.
+inline float exp_clamped(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 0.16666667f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * float_of_bits((bits_of_float(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+inline float sigmoid_times(float x, float slope) { return x / (1.0f + exp_clamped(-slope * x)); }
+
+template <class Gate>
+inline void activate_each(const float* gate, const float* up, int64_t n, float* out, Gate act) {
+  if (up != nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] = act(gate[i]) * up[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = act(gate[i]);
+  }
+}
+
+inline void activate(int kind, float alpha, float limit, const float* gate, const float* up,
+                     int64_t n, float* out) {
+  switch (kind) {
+    case kSilu:
+      activate_each(gate, up, n, out, [](float x) { return sigmoid_times(x, 1.0f); });
+      break;
+    case kGelu:
+      activate_each(gate, up, n, out,
+                    [](float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); });
+      break;
+    case kGeluTanh:  // 1 + tanh(u) = 2 sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+      activate_each(gate, up, n, out, [](float x) {
+        return sigmoid_times(x, 1.5957691f * (1.0f + 0.044715f * x * x));
+      });
+      break;
+    case kRelu:
+      activate_each(gate, up, n, out, [](float x) { return x < 0.0f ? 0.0f : x; });
+      break;
+    case kRelu2:
+      activate_each(gate, up, n, out, [](float x) { return x < 0.0f ? 0.0f : x * x; });
+      break;
+    case kClampedSwiglu:
+      for (int64_t i = 0; i < n; ++i) {
+        const float g = gate[i] > limit ? limit : gate[i];
+        float u = up[i] > limit ? limit : up[i];
+        u = u < -limit ? -limit : u;
+        out[i] = (u + 1.0f) * sigmoid_times(g, alpha);
+      }
+      break;
+  }
+}
+
+inline void to_float(const void* src, bool is_bf16, int64_t n, float* dst) {
+  if (is_bf16) {
+    const uint16_t* half = static_cast<const uint16_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = float_of_bf16(half[i]);
+  } else {
+    memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
+  }
+}
+
+inline void to_bf16(const float* src, int64_t n, uint16_t* dst) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = bf16_of_float(src[i]);
+}
+
+inline void axpy(float weight, const float* y, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] += weight * y[i];
+}
+
+}  // namespace
+}  // namespace cpux

@@ -1,0 +1,214 @@
+// Products of row-major fp32 and bf16 weights, over a vector type V; included once per
+// instruction set (internal linkage: see elementwise.h).
+//
+// V: lanes, Type, zero, load, store, broadcast(const float*), fma(a, b, c) = a*b + c, sum,
+//    widen(const uint16_t*): lanes bf16 values to fp32.
+#pragma once
+
+#include "elementwise.h"
+
+namespace cpux {
+namespace {
+
+template <class V>
+inline typename V::Type load_weight(const float* w) {
+  return V::load(w);
+}
+template <class V>
+inline typename V::Type load_weight(const uint16_t* w) {
+  return V::widen(w);
+}
+inline float scalar_weight(const float* w) { return *w; }
+inline float scalar_weight(const uint16_t* w) { return float_of_bf16(*w); }
+
+// One token streams one row after another, the next 2 KiB prefetched. More tokens take two rows at
+// a time, so that a load of x serves two products, and prefetch the next two rows.
+constexpr int64_t kStreamAheadBytes = 2048;
+
+template <class V, class W, int kRows, int kTokens>
+inline void dot_block(const W* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
+  constexpr int kUnroll = 4;
+  constexpr int kSets = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;  // independent chains of additions
+  constexpr int kLineElements = 64 / static_cast<int>(sizeof(W));
+  const int64_t ahead = kRows == 1 ? kStreamAheadBytes / static_cast<int64_t>(sizeof(W))
+                                   : kRows * cols;
+  typename V::Type acc[kSets][kRows][kTokens];
+  for (int s = 0; s < kSets; ++s)
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
+  int64_t k = 0;
+  for (; k + kUnroll * V::lanes <= cols; k += kUnroll * V::lanes) {
+    for (int r = 0; r < kRows; ++r) {
+      // As an integer: a prefetch may point past the matrix, C++ pointers may not.
+      const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead * sizeof(W);
+      for (int line = 0; line < kUnroll * V::lanes; line += kLineElements)
+        __builtin_prefetch(reinterpret_cast<const void*>(next + line * sizeof(W)));
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = k + u * V::lanes;
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const typename V::Type wv = load_weight<V>(w + r * cols + at);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+          acc[u % kSets][r][t] = V::fma(wv, V::load(x[t] + at), acc[u % kSets][r][t]);
+      }
+    }
+  }
+  for (; k + V::lanes <= cols; k += V::lanes)
+    for (int r = 0; r < kRows; ++r) {
+      const typename V::Type wv = load_weight<V>(w + r * cols + k);
+      for (int t = 0; t < kTokens; ++t)
+        acc[0][r][t] = V::fma(wv, V::load(x[t] + k), acc[0][r][t]);
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) {
+      typename V::Type total = acc[0][r][t];
+      for (int s = 1; s < kSets; ++s) total = V::add(total, acc[s][r][t]);
+      float sum = V::sum(total);
+      for (int64_t tail = k; tail < cols; ++tail)
+        sum += scalar_weight(w + r * cols + tail) * x[t][tail];
+      y[t * ldy + r] = sum;
+    }
+}
+
+template <class V, class W, int kTokens>
+inline void dot_tokens(const W* w, int64_t cols, int rows, const float* const* x, float* y,
+                       int64_t ldy) {
+  constexpr int kRows = kTokens == 1 ? 1 : 2;
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    dot_block<V, W, kRows, kTokens>(w + r * cols, cols, x, y + r, ldy);
+  for (; r < rows; ++r) dot_block<V, W, 1, kTokens>(w + r * cols, cols, x, y + r, ldy);
+}
+
+template <class V, class W>
+inline void dot_rows_of(const W* w, int64_t cols, int rows, const float* const* x, int n_tokens,
+                        float* y, int64_t ldy) {
+  switch (n_tokens) {
+    case 1: return dot_tokens<V, W, 1>(w, cols, rows, x, y, ldy);
+    case 2: return dot_tokens<V, W, 2>(w, cols, rows, x, y, ldy);
+    case 3: return dot_tokens<V, W, 3>(w, cols, rows, x, y, ldy);
+    default: return dot_tokens<V, W, 4>(w, cols, rows, x, y, ldy);
+  }
+}
+
+template <class V>
+inline void dot_rows(const void* w, int format, int64_t cols, int rows, const float* const* x,
+                     int n_tokens, float* y, int64_t ldy) {
+  if (format == kBf16)
+    dot_rows_of<V>(static_cast<const uint16_t*>(w), cols, rows, x, n_tokens, y, ldy);
+  else
+    dot_rows_of<V>(static_cast<const float*>(w), cols, rows, x, n_tokens, y, ldy);
+}
+
+// Weight panel of fp32: bf16 widened, fp32 copied.
+inline void load_weights_fp32(const void* w, int format, int64_t cols, int rows, int depth,
+                              int valid, void* panel) {
+  float* out = static_cast<float*>(panel);
+  for (int r = 0; r < rows; ++r, out += depth) {
+    const char* row = static_cast<const char*>(w) + r * cols * (format == kBf16 ? 2 : 4);
+    to_float(row, format == kBf16, valid, out);
+    for (int k = valid; k < depth; ++k) out[k] = 0.0f;
+  }
+}
+
+// P: a product over panels: Weight (the element that is broadcast), Vector, lanes,
+//    multiply_add(Weight, Vector of x, fp32 accumulator).
+template <class V, class P, int kVectors, int kRows>
+inline void multiply_block(const typename P::Weight* w, int steps, const typename P::Weight* x,
+                           bool accumulate, float* c) {
+  constexpr int kWidth = kVectors * V::lanes;
+  typename V::Type acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      acc[r][v] = accumulate ? V::load(c + r * kWidth + v * V::lanes) : V::zero();
+  for (int k = 0; k < steps; ++k) {
+    typename P::Vector xv[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) xv[v] = P::load(x + k * kWidth + v * V::lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename P::Vector wv = P::broadcast(w + r * steps + k);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = P::multiply_add(wv, xv[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) V::store(c + r * kWidth + v * V::lanes, acc[r][v]);
+}
+
+// Rows in blocks of kRows while they last, then of 4, 2 and 1.
+template <class V, class P, int kVectors, int kRows>
+inline void multiply_rows(const typename P::Weight* w, int rows, int steps,
+                          const typename P::Weight* x, bool accumulate, float* c) {
+  constexpr int kWidth = kVectors * V::lanes;
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    multiply_block<V, P, kVectors, kRows>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+  if constexpr (kRows > 4)
+    for (; r + 4 <= rows; r += 4)
+      multiply_block<V, P, kVectors, 4>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+  for (; r + 2 <= rows; r += 2)
+    multiply_block<V, P, kVectors, 2>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+  for (; r < rows; ++r)
+    multiply_block<V, P, kVectors, 1>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+}
+
+struct Fp32Product {
+  // One column per step; `V` gives the vector operations.
+  template <class V>
+  struct Of {
+    using Weight = float;
+    using Vector = typename V::Type;
+    static Vector load(const float* x) { return V::load(x); }
+    static Vector broadcast(const float* w) { return V::broadcast(w); }
+    static typename V::Type multiply_add(Vector w, Vector x, typename V::Type acc) {
+      return V::fma(w, x, acc);
+    }
+  };
+};
+
+// A plain loop over `data` with eight vectors in flight: what a reader of memory can reach.
+template <class V>
+inline uint64_t read_bytes(const void* data, int64_t bytes) {
+  constexpr int kStep = 8;
+  const float* p = static_cast<const float*>(data);
+  const int64_t n = bytes / 4;
+  typename V::Type acc[kStep];
+  for (int s = 0; s < kStep; ++s) acc[s] = V::zero();
+  for (int64_t i = 0; i + kStep * V::lanes <= n; i += kStep * V::lanes) {
+    const uintptr_t next = reinterpret_cast<uintptr_t>(p + i) + kStreamAheadBytes;
+    for (int line = 0; line < kStep * V::lanes * 4; line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(next + line));
+#pragma GCC unroll 8
+    for (int s = 0; s < kStep; ++s) acc[s] = V::add(acc[s], V::load(p + i + s * V::lanes));
+  }
+  float sum = 0.0f;
+  for (int s = 0; s < kStep; ++s) sum += V::sum(acc[s]);
+  return bits_of_float(sum);
+}
+
+// Independent multiply-adds in registers: the peak that a GEMM is held against.
+template <class V>
+inline double fma_flops(int64_t iterations, float* sink) {
+  constexpr int kChains = 12;  // latency 4 times two a cycle, and room to spare
+  typename V::Type acc[kChains];
+  const float factor = 0.999999f;
+  const typename V::Type f = V::broadcast(&factor);
+  for (int s = 0; s < kChains; ++s) acc[s] = f;
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 12
+    for (int s = 0; s < kChains; ++s) acc[s] = V::fma(acc[s], f, f);
+  }
+  for (int s = 0; s < kChains; ++s) *sink += V::sum(acc[s]);
+  return 2.0 * V::lanes * kChains * static_cast<double>(iterations);
+}
+
+}  // namespace
+}  // namespace cpux

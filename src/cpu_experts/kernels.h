@@ -1,0 +1,114 @@
+// What one instruction set offers: a table of functions over small pieces of a matrix.
+//
+// Layout of weights: fp32 and bf16 are row-major [rows, cols]. int8 and int4 are tiles of 16 rows by
+// groups of 32 columns, one float16 scale per row and group (RB = rows / 16, G = cols / 32, both
+// rounded up; q is zero in the padding):
+//   scale  [RB, G, 16]
+//   int8   [RB, G, 8, 16, 4]  row rb*16 + r, column g*32 + s*4 + j at [rb, g, s, r, j]
+//   int4   [RB, G, 4, 16, 4]  low nibble q+8 of column g*32 + s*4 + j, high nibble of column + 16
+// Accumulation: fp32 and bf16 weights in fp32. int8 and int4: exact int32 inside a group of 32, then
+// fp32 over groups.
+//
+// Every function is safe on any alignment unless said otherwise, and thread-safe.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cpux {
+
+enum WeightFormat : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+
+enum ActivationKind : int32_t {
+  kSilu = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kRelu = 3,
+  kRelu2 = 4,
+  kClampedSwiglu = 5,
+};
+
+constexpr int kTileRows = 16;
+constexpr int kGroup = 32;
+constexpr int kMaxDotTokens = 4;      // tokens that one dot_rows call takes
+constexpr int kMaxQuantTokens = 8;    // tokens that one quant_rows call may take
+constexpr int kMaxPanelTokens = 64;   // tokens of the widest GEMM panel
+
+// bytes of one row block's group of 32 columns
+constexpr int64_t quant_group_bytes(int format) {
+  return format == kInt8 ? kTileRows * kGroup : kTileRows * kGroup / 2;
+}
+
+// Register-blocked matrix product on small panels: c[r][t] (+)= sum_k w[r][k] * x[k][t].
+// Vectors run along the tokens, so a weight is a broadcast and needs no transposition.
+//   weight panel      [rows][depth]                        element type below
+//   activation panel  [depth / k_step][width][k_step]      width: a multiple of `lanes`, <= panel_tokens
+//   c                 fp32 [rows][width]
+struct Gemm {
+  int element_bytes;  // 4: fp32; 2: bf16
+  int k_step;         // columns that one instruction multiplies: 1 for fp32, 2 for bf16 pairs
+  int lanes;          // tokens in one vector
+  int panel_tokens;   // tokens of a full panel
+  // Copies w[0..rows) x [0..depth) of a row-major matrix with `cols` columns into a weight panel,
+  // widening as needed; columns past `valid` become zero (valid <= depth).
+  void (*load_weights)(const void* w, int format, int64_t cols, int rows, int depth, int valid,
+                       void* panel);
+  void (*multiply)(const void* w_panel, int rows, int depth, const void* x_panel, int width,
+                   bool accumulate, float* c);
+};
+
+// Activations of int8 and int4 products: int8 in groups of 32 with one fp32 scale, per token, and
+// the sum of the group times minus the weights' offset, which the integer product starts from.
+struct QuantFormat {
+  int value_bytes;   // bytes per group of 32: 32 (int8) or 64 (int16 pairs)
+  int block_tokens;  // tokens that one quant_rows call takes, <= kMaxQuantTokens
+};
+
+struct Kernels {
+  const char* name;
+
+  // y[t*ldy + r] = sum_k w[r, k] * x[t][k], t < n_tokens <= kMaxDotTokens, r < rows.
+  void (*dot_rows)(const void* w, int format, int64_t cols, int rows, const float* const* x,
+                   int n_tokens, float* y, int64_t ldy);
+
+  Gemm gemm;              // fp32 panels, exact widening of bf16
+  Gemm gemm_bf16;         // bf16 panels; element_bytes 0 where the instruction is missing
+  int gemm_min_tokens;    // from this many tokens on, gemm beats dot_rows (measured)
+
+  QuantFormat quant[2];   // int8, int4
+  // One group of 32 values (`valid` of them present, the rest zero) to `values` (value_bytes of
+  // `format`), *scale and *start. A group with a NaN or an infinity gets a NaN scale.
+  void (*quantize_group)(const float* x, int valid, int format, void* values, float* scale,
+                         int32_t* start);
+  // One block of 16 rows, groups [g0, g1) of it, n_tokens <= block_tokens tokens:
+  // y[t*ldy + r] (+)= sum over groups. values [G][n_tokens][value_bytes], scales and starts
+  // [G][n_tokens]; w and w_scale point to the row block's group 0.
+  void (*quant_rows)(int format, const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
+                     const void* values, const float* scales, const int32_t* starts, int n_tokens,
+                     bool accumulate, float* y, int64_t ldy);
+
+  // dst[i] = src[i]; src is bf16 when `is_bf16`, else fp32.
+  void (*to_float)(const void* src, bool is_bf16, int64_t n, float* dst);
+  // dst[i] = src[i], to nearest even, NaN kept
+  void (*to_bf16)(const float* src, int64_t n, uint16_t* dst);
+  // out[i] = act(gate[i]) * up[i]; up is null for a gateless expert. out may be gate.
+  void (*activate)(int kind, float alpha, float limit, const float* gate, const float* up,
+                   int64_t n, float* out);
+  // out[i] += weight * y[i]
+  void (*axpy)(float weight, const float* y, int64_t n, float* out);
+
+  // What the machine can do with this instruction set, for benchmarks and calibration.
+  uint64_t (*read_bytes)(const void* data, int64_t bytes);  // a checksum, so the loads stay
+  double (*fma_flops)(int64_t iterations, float* sink);     // flops done by one thread
+};
+
+// The variants. Each table, and the code that builds it, may run only where the CPU has the
+// instructions. The x86-64 ones exist in an x86-64 build alone.
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_vnni_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace cpux

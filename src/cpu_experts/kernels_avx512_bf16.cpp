@@ -1,0 +1,58 @@
+// AVX-512 plus BF16: vdpbf16ps multiplies bf16 pairs with fp32 accumulation (it takes subnormals as
+// zero), so the GEMM reads weights as they are. Activations are rounded to bf16 there, as the model
+// itself does; few tokens are bound by memory and keep the exact fp32 product.
+#include "vectors_avx512.h"
+
+namespace cpux {
+namespace {
+
+void load_weights_bf16(const void* w, int, int64_t cols, int rows, int depth, int valid,
+                       void* panel) {
+  const uint16_t* in = static_cast<const uint16_t*>(w);
+  uint16_t* out = static_cast<uint16_t*>(panel);
+  for (int r = 0; r < rows; ++r, in += cols, out += depth) {
+    memcpy(out, in, static_cast<size_t>(valid) * 2);
+    for (int k = valid; k < depth; ++k) out[k] = 0;
+  }
+}
+
+struct Bf16Product {
+  using Weight = uint32_t;  // two columns
+  using Vector = __m512bh;
+  static Vector load(const Weight* x) { return (__m512bh)_mm512_loadu_si512(x); }
+  static Vector broadcast(const Weight* w) {
+    return (__m512bh)_mm512_set1_epi32(static_cast<int>(*w));
+  }
+  static __m512 multiply_add(Vector w, Vector x, __m512 acc) {
+    return _mm512_dpbf16_ps(acc, x, w);
+  }
+};
+
+void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
+              bool accumulate, float* c) {
+  const uint32_t* w = static_cast<const uint32_t*>(w_panel);
+  const uint32_t* x = static_cast<const uint32_t*>(x_panel);
+  const int steps = depth / 2;
+  switch (width) {
+    case 16: return multiply_rows<Float16, Bf16Product, 1, 16>(w, rows, steps, x, accumulate, c);
+    case 32: return multiply_rows<Float16, Bf16Product, 2, 12>(w, rows, steps, x, accumulate, c);
+    case 48: return multiply_rows<Float16, Bf16Product, 3, 8>(w, rows, steps, x, accumulate, c);
+    default: return multiply_rows<Float16, Bf16Product, 4, 6>(w, rows, steps, x, accumulate, c);
+  }
+}
+
+Kernels with_bf16() {
+  Kernels kernels = *avx512_vnni_kernels();
+  kernels.name = "avx512_bf16";
+  kernels.gemm_bf16 = {2, 2, 16, 64, load_weights_bf16, multiply};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels* avx512_bf16_kernels() {
+  static const Kernels kernels = with_bf16();
+  return &kernels;
+}
+
+}  // namespace cpux

@@ -1,0 +1,368 @@
+// All CPU experts of one layer for T tokens: two passes over their weights, one barrier between.
+//
+// Pass 1 computes tiles of gate and up rows and their activation; pass 2 tiles of output rows. A tile
+// of pass 2 owns its rows of the output and adds the experts in a fixed order: no atomics on floats,
+// so the result has the same bits whichever thread takes which tile. Threads take tiles from a
+// counter as they come.
+#include "layer.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "plan.h"
+
+namespace cpux {
+
+namespace {
+
+// Up to this many tokens are prepared by the calling thread: a barrier costs more.
+constexpr int64_t kSerialTokens = 4;
+// Scratch for the tokens of one chunk; a longer prompt is cut and streams the weights once a chunk.
+constexpr int64_t kChunkBytes = 192 << 20;
+
+struct Scratch {
+  float* gate;
+  float* up;
+  void* slice;
+};
+
+template <class T>
+const T* field(const uint8_t* block, int64_t offset) {
+  return offset < 0 ? nullptr : reinterpret_cast<const T*>(block + offset);
+}
+
+class Chunk {
+ public:
+  Chunk(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens, int64_t t0,
+        int64_t t1, int threads, Arena& arena);
+  void run(float* out);
+  void first(float* first);
+  void second(const float* middle, float* out);
+
+ private:
+  struct Item {
+    Expert* expert;
+    int64_t index;
+  };
+
+  Matrix gate_up(const Expert& e) const;
+  Matrix down(const Expert& e) const;
+  Form form_of(const Expert& e) const {
+    return choose_form(kernels_, layer_.weight_format, e.n_pairs, tokens_.hidden_is_bf16 == 0);
+  }
+
+  // Every Chunk::allocate_* runs on the calling thread, before the parallel region.
+  void allocate_inputs();
+  void allocate_middle();
+
+  void convert_token(int64_t t);
+  void gather(const Item& item);
+  void gather_middle(const Item& item, const float* middle);
+  void gate_tile(int64_t tile, const Scratch& s);
+  void raw_tile(int64_t tile, const Scratch& s, float* first);
+  void store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offset, int up_offset,
+                    const Scratch& s);
+  void down_tile(int64_t tile, const Scratch& s, float* out);
+
+  int64_t tiles(int64_t rows) const { return (rows + tile_ - 1) / tile_; }
+
+  // Runs work(item, scratch) for items [0, n), taken one by one by the threads of a region.
+  template <class F>
+  void share(int64_t* counter, int64_t n, F work) {
+    const Scratch& s = scratch_[omp_get_thread_num()];
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+      if (item >= n) return;
+      work(item, s);
+    }
+  }
+  const Kernels& kernels_;
+  const cpux_layer& layer_;
+  const cpux_tokens& tokens_;
+  const int64_t t0_, n_tokens_;
+  const int threads_;
+  Arena& arena_;
+  const bool quantised_;
+  Plan plan_;
+  int64_t tile_, ld_;
+  Scratch* scratch_;
+  float* x_ = nullptr;              // fp32 rows of the chunk
+  Activations* x_token_ = nullptr;  // quantised rows of the chunk, one token each
+  Item* gathers_ = nullptr;         // what to gather for the experts' inputs, or their middle
+  int64_t n_gathers_ = 0;
+};
+
+Chunk::Chunk(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens, int64_t t0,
+             int64_t t1, int threads, Arena& arena)
+    : kernels_(kernels),
+      layer_(layer),
+      tokens_(tokens),
+      t0_(t0),
+      n_tokens_(t1 - t0),
+      threads_(threads),
+      arena_(arena),
+      quantised_(layer.weight_format == kInt8 || layer.weight_format == kInt4),
+      plan_(make_plan(tokens, t0, t1, arena)) {
+  bool panels = false;
+  for (int64_t e = 0; e < plan_.n_experts; ++e)
+    panels |= !quantised_ && form_of(plan_.experts[e]) != Form::kDot;
+  tile_ = panels ? kPanelTile : kDotTile;
+  ld_ = round_up(tile_, kTileRows) + kTileRows;
+  scratch_ = arena_.take<Scratch>(threads_);
+  for (int i = 0; i < threads_; ++i)
+    scratch_[i] = {arena_.take<float>(product_floats(plan_.most_pairs, tile_)),
+                   arena_.take<float>(product_floats(plan_.most_pairs, tile_)),
+                   arena_.take<uint8_t>(slice_bytes())};
+}
+
+Matrix Chunk::gate_up(const Expert& e) const {
+  return {layer_.weight_format,
+          (layer_.has_gate != 0 ? 2 : 1) * layer_.intermediate_size,
+          layer_.hidden_size,
+          e.block + layer_.gate_up,
+          field<uint16_t>(e.block, layer_.gate_up_scale),
+          field<float>(e.block, layer_.gate_up_bias)};
+}
+
+Matrix Chunk::down(const Expert& e) const {
+  return {layer_.weight_format,
+          layer_.hidden_size,
+          layer_.intermediate_size,
+          e.block + layer_.down,
+          field<uint16_t>(e.block, layer_.down_scale),
+          field<float>(e.block, layer_.down_bias)};
+}
+
+void Chunk::allocate_inputs() {
+  const int64_t h = layer_.hidden_size;
+  x_ = arena_.take<float>(n_tokens_ * h);
+  if (quantised_) {
+    x_token_ = arena_.take<Activations>(n_tokens_);
+    for (int64_t t = 0; t < n_tokens_; ++t)
+      x_token_[t] = allocate(kernels_, Form::kQuantised, layer_.weight_format, 1, h, arena_);
+  }
+  gathers_ = arena_.take<Item>(plan_.n_pairs);
+  for (Expert* e = plan_.experts; e < plan_.experts + plan_.n_experts; ++e) {
+    const Form form = form_of(*e);
+    if (quantised_ && e->n_pairs == 1) {
+      e->x = x_token_[e->pairs[0].token - t0_];
+      continue;
+    }
+    e->x = allocate(kernels_, form, layer_.weight_format, e->n_pairs, h, arena_);
+    if (form == Form::kDot) {
+      for (int64_t p = 0; p < e->n_pairs; ++p)
+        e->x.rows[p] = x_ + (e->pairs[p].token - t0_) * h;
+      continue;
+    }
+    const int64_t n = quantised_ ? e->n_pairs : n_panels(kernels_, e->x);
+    for (int64_t i = 0; i < n; ++i) gathers_[n_gathers_++] = {e, i};
+  }
+}
+
+void Chunk::allocate_middle() {
+  for (Expert* e = plan_.experts; e < plan_.experts + plan_.n_experts; ++e) {
+    e->middle = allocate(kernels_, form_of(*e), layer_.weight_format, e->n_pairs,
+                         layer_.intermediate_size, arena_);
+    if (e->middle.form != Form::kDot) continue;
+    float* rows = arena_.take<float>(e->n_pairs * layer_.intermediate_size);
+    for (int64_t p = 0; p < e->n_pairs; ++p)
+      e->middle.rows[p] = rows + p * layer_.intermediate_size;
+  }
+}
+
+void Chunk::convert_token(int64_t t) {
+  const int64_t h = layer_.hidden_size;
+  const char* source = static_cast<const char*>(tokens_.hidden) +
+                       (t0_ + t) * h * (tokens_.hidden_is_bf16 != 0 ? 2 : 4);
+  kernels_.to_float(source, tokens_.hidden_is_bf16 != 0, h, x_ + t * h);
+  if (quantised_) quantise(kernels_, x_token_[t], 0, 0, h, x_ + t * h);
+}
+
+void Chunk::gather(const Item& item) {
+  const Expert& e = *item.expert;
+  if (quantised_)
+    return copy_quantised(kernels_, e.x, item.index, x_token_[e.pairs[item.index].token - t0_]);
+  const Panel panel = panel_of(kernels_, e.x, item.index);
+  const float* rows[kMaxPanelTokens];
+  for (int64_t t = 0; t < panel.tokens; ++t)
+    rows[t] = x_ + (e.pairs[panel.first + t].token - t0_) * layer_.hidden_size;
+  pack_panel(kernels_, e.x, item.index, rows);
+}
+
+// The tile of gate and up rows, activated, as part of the expert's middle.
+void Chunk::gate_tile(int64_t tile, const Scratch& s) {
+  const int64_t per_expert = tiles(layer_.intermediate_size);
+  const Expert& e = plan_.experts[tile / per_expert];
+  const int64_t i0 = tile % per_expert * tile_;
+  const int64_t i1 = std::min(i0 + tile_, layer_.intermediate_size);
+  const Matrix m = gate_up(e);
+  const int gate_offset = product(kernels_, m, e.x, i0, i1, s.gate, ld_, s.slice);
+  int up_offset = 0;
+  if (layer_.has_gate != 0)
+    up_offset = product(kernels_, m, e.x, layer_.intermediate_size + i0,
+                        layer_.intermediate_size + i1, s.up, ld_, s.slice);
+  store_middle(e, i0, i1, gate_offset, up_offset, s);
+}
+
+void Chunk::store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offset, int up_offset,
+                         const Scratch& s) {
+  const int64_t rows = i1 - i0;
+  const auto activate = [&](int64_t gate_at, int64_t up_at, int64_t n, float* out) {
+    kernels_.activate(layer_.activation, layer_.alpha, layer_.limit, s.gate + gate_at,
+                      layer_.has_gate != 0 ? s.up + up_at : nullptr, n, out);
+  };
+  if (e.middle.form == Form::kDot || e.middle.form == Form::kQuantised) {
+    for (int64_t t = 0; t < e.n_pairs; ++t) {
+      const int64_t at = t * ld_;
+      const bool dot = e.middle.form == Form::kDot;
+      float* out = dot ? const_cast<float*>(e.middle.rows[t]) + i0 : s.gate + at + gate_offset;
+      activate(at + gate_offset, at + up_offset, rows, out);
+      if (!dot) quantise(kernels_, e.middle, t, i0, rows, out);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < n_panels(kernels_, e.middle); ++p) {
+    const Panel panel = panel_of(kernels_, e.middle, p);
+    float* value = s.gate + panel.first * rows;
+    activate(panel.first * rows, panel.first * rows, rows * panel.width, value);
+    store_panel_rows(kernels_, e.middle, p, i0, rows, value);
+  }
+}
+
+// The tile of gate_up rows as they are, for an activation that the caller computes.
+void Chunk::raw_tile(int64_t tile, const Scratch& s, float* first) {
+  const int64_t per_expert = tiles(gate_up(plan_.experts[0]).rows);
+  const Expert& e = plan_.experts[tile / per_expert];
+  const Matrix m = gate_up(e);
+  const int64_t r0 = tile % per_expert * tile_;
+  const int64_t r1 = std::min(r0 + tile_, m.rows);
+  const int offset = product(kernels_, m, e.x, r0, r1, s.gate, ld_, s.slice);
+  float* base = first + e.first_pair * m.rows + r0;
+  for_each_token(kernels_, e.x, r1 - r0, s.gate + offset, ld_, s.up,
+                 [&](int64_t t, const float* y) {
+                   memcpy(base + t * m.rows, y, static_cast<size_t>(r1 - r0) * sizeof(float));
+                 });
+}
+
+void Chunk::gather_middle(const Item& item, const float* middle) {
+  const Expert& e = *item.expert;
+  const int64_t width = layer_.intermediate_size;
+  const float* base = middle + e.first_pair * width;
+  if (e.middle.form == Form::kDot) {
+    e.middle.rows[item.index] = base + item.index * width;
+  } else if (e.middle.form == Form::kQuantised) {
+    quantise(kernels_, e.middle, item.index, 0, width, base + item.index * width);
+  } else {
+    const Panel panel = panel_of(kernels_, e.middle, item.index);
+    const float* rows[kMaxPanelTokens];
+    for (int64_t t = 0; t < panel.tokens; ++t) rows[t] = base + (panel.first + t) * width;
+    pack_panel(kernels_, e.middle, item.index, rows);
+  }
+}
+
+// A tile of output rows: zero, then every expert's weighted share, in the experts' order.
+void Chunk::down_tile(int64_t tile, const Scratch& s, float* out) {
+  const int64_t h = layer_.hidden_size;
+  const int64_t r0 = tile * tile_;
+  const int64_t r1 = std::min(r0 + tile_, h);
+  for (int64_t t = t0_; t < t0_ + n_tokens_; ++t) std::fill(out + t * h + r0, out + t * h + r1, 0.f);
+  for (int64_t i = 0; i < plan_.n_experts; ++i) {
+    const Expert& e = plan_.experts[i];
+    const int offset = product(kernels_, down(e), e.middle, r0, r1, s.gate, ld_, s.slice);
+    for_each_token(kernels_, e.middle, r1 - r0, s.gate + offset, ld_, s.up,
+                   [&](int64_t t, const float* y) {
+                     kernels_.axpy(e.pairs[t].weight, y, r1 - r0, out + e.pairs[t].token * h + r0);
+                   });
+  }
+}
+
+void Chunk::run(float* out) {
+  allocate_inputs();
+  allocate_middle();
+  const bool serial = n_tokens_ <= kSerialTokens;
+  if (serial) {
+    for (int64_t t = 0; t < n_tokens_; ++t) convert_token(t);
+    for (int64_t i = 0; i < n_gathers_; ++i) gather(gathers_[i]);
+  }
+  const int64_t n_gate = plan_.n_experts * tiles(layer_.intermediate_size);
+  int64_t counters[4] = {};
+#pragma omp parallel num_threads(threads_)
+  {
+    if (!serial) {
+      share(&counters[0], n_tokens_, [&](int64_t i, const Scratch&) { convert_token(i); });
+#pragma omp barrier
+      share(&counters[1], n_gathers_, [&](int64_t i, const Scratch&) { gather(gathers_[i]); });
+#pragma omp barrier
+    }
+    share(&counters[2], n_gate, [&](int64_t i, const Scratch& s) { gate_tile(i, s); });
+#pragma omp barrier
+    share(&counters[3], tiles(layer_.hidden_size),
+          [&](int64_t i, const Scratch& s) { down_tile(i, s, out); });
+  }
+}
+
+void Chunk::first(float* first) {
+  if (plan_.n_experts == 0) return;
+  allocate_inputs();
+  int64_t counters[3] = {};
+  const int64_t n_raw = plan_.n_experts * tiles(gate_up(plan_.experts[0]).rows);
+#pragma omp parallel num_threads(threads_)
+  {
+    share(&counters[0], n_tokens_, [&](int64_t i, const Scratch&) { convert_token(i); });
+#pragma omp barrier
+    share(&counters[1], n_gathers_, [&](int64_t i, const Scratch&) { gather(gathers_[i]); });
+#pragma omp barrier
+    share(&counters[2], n_raw, [&](int64_t i, const Scratch& s) { raw_tile(i, s, first); });
+  }
+}
+
+void Chunk::second(const float* middle, float* out) {
+  gathers_ = arena_.take<Item>(plan_.n_pairs);
+  for (Expert* e = plan_.experts; e < plan_.experts + plan_.n_experts; ++e) {
+    e->middle = allocate(kernels_, form_of(*e), layer_.weight_format, e->n_pairs,
+                         layer_.intermediate_size, arena_);
+    const bool panels = e->middle.form == Form::kPanels || e->middle.form == Form::kBf16Panels;
+    const int64_t n = panels ? n_panels(kernels_, e->middle) : e->n_pairs;
+    for (int64_t i = 0; i < n; ++i) gathers_[n_gathers_++] = {e, i};
+  }
+  int64_t counters[2] = {};
+#pragma omp parallel num_threads(threads_)
+  {
+    share(&counters[0], n_gathers_,
+          [&](int64_t i, const Scratch&) { gather_middle(gathers_[i], middle); });
+#pragma omp barrier
+    share(&counters[1], tiles(layer_.hidden_size),
+          [&](int64_t i, const Scratch& s) { down_tile(i, s, out); });
+  }
+}
+
+int64_t chunk_tokens(const cpux_layer& layer, const cpux_tokens& tokens) {
+  const int64_t pair_bytes = (2 * layer.hidden_size + layer.intermediate_size) * 4;
+  const int64_t pairs = std::max<int64_t>(kMaxPanelTokens, kChunkBytes / pair_bytes);
+  return std::max<int64_t>(1, pairs / std::max<int64_t>(1, tokens.top_k));
+}
+
+}  // namespace
+
+void run_layer(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
+               int threads, float* out) {
+  const int64_t step = chunk_tokens(layer, tokens);
+  for (int64_t t = 0; t < tokens.n_tokens; t += step) {
+    const int64_t end = std::min(t + step, tokens.n_tokens);
+    Chunk(kernels, layer, tokens, t, end, threads, fresh_arena()).run(out);
+  }
+}
+
+void run_first(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
+               int threads, float* first) {
+  Chunk(kernels, layer, tokens, 0, tokens.n_tokens, threads, fresh_arena()).first(first);
+}
+
+void run_second(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
+                int threads, const float* middle, float* out) {
+  Chunk(kernels, layer, tokens, 0, tokens.n_tokens, threads, fresh_arena()).second(middle, out);
+}
+
+}  // namespace cpux

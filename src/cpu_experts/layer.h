@@ -1,0 +1,18 @@
+// The entry points of layer.cpp; see api.h for shapes. They throw std::bad_alloc.
+#pragma once
+
+#include "api.h"
+#include "kernels.h"
+
+namespace cpux {
+
+void run_layer(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
+               int threads, float* out);
+void run_first(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
+               int threads, float* first);
+void run_second(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
+                int threads, const float* middle, float* out);
+void run_linear(const Kernels& kernels, const cpux_matrix& matrix, const void* x, bool is_bf16,
+                int64_t n_tokens, int threads, void* y);
+
+}  // namespace cpux

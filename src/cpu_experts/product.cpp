@@ -1,0 +1,270 @@
+#include "product.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace cpux {
+
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kSmallestChunk = 1 << 20;
+
+// fp32 to bf16, nearest even, NaN kept.
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+int64_t padded_cols(const Gemm& gemm, const Activations& a) {
+  return round_up(a.cols, gemm.k_step);
+}
+
+int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
+                int64_t r1, float* c, int64_t ld) {
+  const int64_t element = m.format == kBf16 ? 2 : 4;
+  // More tokens than one call takes: few rows at a time, so that they stay in the first-level cache.
+  const int64_t step = a.n <= kMaxDotTokens ? r1 - r0 : 2;
+  for (int64_t r = r0; r < r1; r += step) {
+    const int rows = static_cast<int>(std::min(step, r1 - r));
+    for (int64_t t = 0; t < a.n; t += kMaxDotTokens)
+      kernels.dot_rows(m.w + r * m.cols * element, m.format, m.cols, rows, a.rows + t,
+                       static_cast<int>(std::min<int64_t>(kMaxDotTokens, a.n - t)),
+                       c + t * ld + (r - r0), ld);
+  }
+  return 0;
+}
+
+int product_quantised(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
+                      int64_t r1, float* c, int64_t ld) {
+  const int64_t groups = a.groups();
+  const QuantFormat format = kernels.quant[m.format - kInt8];
+  const int64_t first_block = r0 / kTileRows;
+  const int64_t end_block = (r1 + kTileRows - 1) / kTileRows;
+  // One block of tokens streams whole rows; more reuse a slice of the weights from the cache.
+  const int64_t step = a.n <= format.block_tokens ? groups : kQuantSliceGroups;
+  for (int64_t g = 0; g < groups; g += step) {
+    for (int64_t t = 0; t < a.n; t += format.block_tokens) {
+      const int n = static_cast<int>(std::min<int64_t>(format.block_tokens, a.n - t));
+      for (int64_t b = first_block; b < end_block; ++b)
+        kernels.quant_rows(m.format, m.w + b * groups * quant_group_bytes(m.format),
+                           m.scale + b * groups * kTileRows, g, std::min(groups, g + step),
+                           a.values + t * groups * format.value_bytes, a.scales + t * groups,
+                           a.starts + t * groups, n, g > 0,
+                           c + t * ld + (b - first_block) * kTileRows, ld);
+    }
+  }
+  return static_cast<int>(r0 - first_block * kTileRows);
+}
+
+void product_panels(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
+                    int64_t r1, float* c, void* slice) {
+  const Gemm& gemm = gemm_of(kernels, a.form);
+  const int rows = static_cast<int>(r1 - r0);
+  const int64_t element = m.format == kBf16 ? 2 : 4;
+  const int64_t depth_max = kSliceBytes / gemm.element_bytes;
+  const int64_t cols = padded_cols(gemm, a);
+  for (int64_t k = 0; k < cols; k += depth_max) {
+    const int depth = static_cast<int>(std::min(depth_max, cols - k));
+    const int valid = static_cast<int>(std::min<int64_t>(depth, m.cols - k));
+    gemm.load_weights(m.w + (r0 * m.cols + k) * element, m.format, m.cols, rows, depth, valid,
+                      slice);
+    for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
+      const Panel panel = panel_of(kernels, a, p);
+      gemm.multiply(slice, rows, depth,
+                    panel_data(kernels, a, p) + k * panel.width * gemm.element_bytes,
+                    static_cast<int>(panel.width), k > 0, c + panel.first * rows);
+    }
+  }
+}
+
+void add_bias(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
+              int offset, float* c, int64_t ld) {
+  const float* bias = m.bias + r0;
+  if (a.form == Form::kDot || a.form == Form::kQuantised) {
+    for (int64_t t = 0; t < a.n; ++t) kernels.axpy(1.0f, bias, r1 - r0, c + t * ld + offset);
+    return;
+  }
+  for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
+    const Panel panel = panel_of(kernels, a, p);
+    float* row = c + panel.first * (r1 - r0);
+    for (int64_t r = 0; r < r1 - r0; ++r, row += panel.width)
+      for (int64_t t = 0; t < panel.width; ++t) row[t] += bias[r];
+  }
+}
+
+}  // namespace
+
+void* Arena::bytes(int64_t size) {
+  size = round_up(std::max<int64_t>(size, 1), kAlignment);
+  if (chunks_.empty() || used_ + size > chunks_.back().size) {
+    const int64_t chunk = std::max(size, kSmallestChunk);
+    chunks_.reserve(chunks_.size() + 1);
+    void* data = std::aligned_alloc(kAlignment, static_cast<size_t>(chunk));
+    if (data == nullptr) throw std::bad_alloc();
+    chunks_.push_back({static_cast<char*>(data), chunk});
+    used_ = 0;
+  }
+  void* result = chunks_.back().data + used_;
+  used_ += size;
+  return result;
+}
+
+void Arena::reset() {
+  if (chunks_.size() > 1) {  // next time, one chunk holds it all
+    int64_t total = 0;
+    for (const Chunk& chunk : chunks_) total += chunk.size;
+    release();
+    bytes(total);
+  }
+  used_ = 0;
+}
+
+void Arena::release() {
+  for (const Chunk& chunk : chunks_) std::free(chunk.data);
+  chunks_.clear();
+}
+
+Arena& fresh_arena() {
+  static thread_local Arena arena;
+  arena.reset();
+  return arena;
+}
+
+Form choose_form(const Kernels& kernels, int format, int64_t n_tokens, bool exact_fp32) {
+  if (format == kInt8 || format == kInt4) return Form::kQuantised;
+  if (kernels.gemm_min_tokens == 0 || n_tokens < kernels.gemm_min_tokens) return Form::kDot;
+  if (format == kBf16 && kernels.gemm_bf16.element_bytes != 0 && !exact_fp32)
+    return Form::kBf16Panels;
+  return Form::kPanels;
+}
+
+Activations allocate(const Kernels& kernels, Form form, int format, int64_t n, int64_t cols,
+                     Arena& arena) {
+  Activations a{};
+  a.form = form;
+  a.format = format;
+  a.n = n;
+  a.cols = cols;
+  if (form == Form::kDot) {
+    a.rows = arena.take<const float*>(n);
+  } else if (form == Form::kQuantised) {
+    const int64_t groups = n * a.groups();
+    a.values = arena.take<uint8_t>(groups * kernels.quant[format - kInt8].value_bytes);
+    a.scales = arena.take<float>(groups);
+    a.starts = arena.take<int32_t>(groups);
+  } else {
+    const Gemm& gemm = gemm_of(kernels, form);
+    a.panels =
+        arena.take<uint8_t>(round_up(n, gemm.lanes) * padded_cols(gemm, a) * gemm.element_bytes);
+  }
+  return a;
+}
+
+const Gemm& gemm_of(const Kernels& kernels, Form form) {
+  return form == Form::kBf16Panels ? kernels.gemm_bf16 : kernels.gemm;
+}
+
+int64_t n_panels(const Kernels& kernels, const Activations& a) {
+  const int64_t width = gemm_of(kernels, a.form).panel_tokens;
+  return (a.n + width - 1) / width;
+}
+
+Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index) {
+  const Gemm& gemm = gemm_of(kernels, a.form);
+  const int64_t first = index * gemm.panel_tokens;
+  const int64_t tokens = std::min<int64_t>(gemm.panel_tokens, a.n - first);
+  return {first, tokens, round_up(tokens, gemm.lanes)};
+}
+
+uint8_t* panel_data(const Kernels& kernels, const Activations& a, int64_t index) {
+  const Gemm& gemm = gemm_of(kernels, a.form);
+  return a.panels + index * gemm.panel_tokens * padded_cols(gemm, a) * gemm.element_bytes;
+}
+
+void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
+                const float* const* x) {
+  const Gemm& gemm = gemm_of(kernels, a.form);
+  const Panel panel = panel_of(kernels, a, index);
+  const int64_t cols = padded_cols(gemm, a);
+  // Lines of the panel are written whole: 16 columns of every token, then the next 16.
+  constexpr int64_t kColumns = 16;
+  for (int64_t k0 = 0; k0 < cols; k0 += kColumns) {
+    const int64_t k1 = std::min(cols, k0 + kColumns);
+    for (int64_t t = 0; t < panel.width; ++t) {
+      for (int64_t k = k0; k < k1; ++k) {
+        const float value = t < panel.tokens && k < a.cols ? x[t][k] : 0.0f;
+        const int64_t at =
+            (k / gemm.k_step * panel.width + t) * gemm.k_step + k % gemm.k_step;
+        if (gemm.element_bytes == 4)
+          reinterpret_cast<float*>(panel_data(kernels, a, index))[at] = value;
+        else
+          reinterpret_cast<uint16_t*>(panel_data(kernels, a, index))[at] = to_bf16(value);
+      }
+    }
+  }
+}
+
+void store_panel_rows(const Kernels& kernels, const Activations& a, int64_t index, int64_t from,
+                      int64_t rows, const float* value) {
+  const Gemm& gemm = gemm_of(kernels, a.form);
+  const int64_t width = panel_of(kernels, a, index).width;
+  uint8_t* data = panel_data(kernels, a, index) + from * width * gemm.element_bytes;
+  if (gemm.element_bytes == 4) {
+    memcpy(data, value, static_cast<size_t>(rows * width) * sizeof(float));
+    return;
+  }
+  uint16_t* out = reinterpret_cast<uint16_t*>(data);
+  for (int64_t r = 0; r < round_up(rows, gemm.k_step); ++r)
+    for (int64_t t = 0; t < width; ++t)
+      out[(r / gemm.k_step * width + t) * gemm.k_step + r % gemm.k_step] =
+          r < rows ? to_bf16(value[r * width + t]) : static_cast<uint16_t>(0);
+}
+
+void quantise(const Kernels& kernels, const Activations& a, int64_t t, int64_t from, int64_t count,
+              const float* x) {
+  const QuantFormat format = kernels.quant[a.format - kInt8];
+  const int64_t block_first = t / format.block_tokens * format.block_tokens;
+  const int64_t block_tokens = std::min<int64_t>(format.block_tokens, a.n - block_first);
+  for (int64_t k = 0; k < count; k += kGroup) {
+    const int64_t at = block_first * a.groups() + (from + k) / kGroup * block_tokens +
+                       (t - block_first);
+    kernels.quantize_group(x + k, static_cast<int>(std::min<int64_t>(kGroup, count - k)), a.format,
+                           a.values + at * format.value_bytes, a.scales + at, a.starts + at);
+  }
+}
+
+void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
+                    const Activations& source) {
+  const QuantFormat format = kernels.quant[a.format - kInt8];
+  const int64_t block_first = t / format.block_tokens * format.block_tokens;
+  const int64_t block_tokens = std::min<int64_t>(format.block_tokens, a.n - block_first);
+  for (int64_t g = 0; g < a.groups(); ++g) {
+    const int64_t at = block_first * a.groups() + g * block_tokens + (t - block_first);
+    memcpy(a.values + at * format.value_bytes, source.values + g * format.value_bytes,
+           static_cast<size_t>(format.value_bytes));
+    a.scales[at] = source.scales[g];
+    a.starts[at] = source.starts[g];
+  }
+}
+
+int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
+            float* c, int64_t ld, void* slice) {
+  int offset = 0;
+  if (a.form == Form::kDot)
+    offset = product_dot(kernels, m, a, r0, r1, c, ld);
+  else if (a.form == Form::kQuantised)
+    offset = product_quantised(kernels, m, a, r0, r1, c, ld);
+  else
+    product_panels(kernels, m, a, r0, r1, c, slice);
+  if (m.bias != nullptr) add_bias(kernels, m, a, r0, r1, offset, c, ld);
+  return offset;
+}
+
+int64_t product_floats(int64_t n, int64_t tile) {
+  return round_up(n, kMaxPanelTokens) * (round_up(tile, kTileRows) + kTileRows);
+}
+
+}  // namespace cpux

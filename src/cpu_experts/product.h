@@ -1,0 +1,135 @@
+// A matrix times the activations of some tokens, in whichever form the token count favours.
+//
+// Forms: few tokens on fp32 or bf16 weights keep their fp32 rows (kDot); many are packed into GEMM
+// panels (kPanels, kBf16Panels); int8 and int4 weights want them quantised (kQuantised).
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+
+namespace cpux {
+
+// Rows that one tile covers: a multiple of 16 (quantised row blocks), of 32 in gate_up (groups of
+// the next product) and of 6, 8, 12 (GEMM register blocks).
+constexpr int kDotTile = 32;
+constexpr int kPanelTile = 48;
+// Columns of a panel slice in bytes per weight row: 48 rows of it and 16 tokens of activations stay
+// in a 256 KiB second-level cache, one register block's share in the first level.
+constexpr int kSliceBytes = 1024;
+constexpr int64_t kQuantSliceGroups = 32;
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+struct Matrix {
+  int format;
+  int64_t rows, cols;
+  const uint8_t* w;
+  const uint16_t* scale;  // int8, int4
+  const float* bias;      // [rows] or null
+};
+
+enum class Form { kDot, kPanels, kBf16Panels, kQuantised };
+
+// `exact_fp32`: the tokens carry fp32 that bf16 panels would round.
+Form choose_form(const Kernels& kernels, int format, int64_t n_tokens, bool exact_fp32);
+
+// n tokens of `cols` values each, in one form.
+struct Activations {
+  Form form;
+  int format;  // of the weights they meet
+  int64_t n, cols;
+  const float** rows;  // kDot: n pointers
+  uint8_t* panels;     // kPanels, kBf16Panels: [panel][cols padded / k_step][width][k_step]
+  uint8_t* values;     // kQuantised: [block][G][tokens of block][value_bytes]
+  float* scales;       // [block][G][tokens of block]
+  int32_t* starts;
+
+  int64_t groups() const { return (cols + kGroup - 1) / kGroup; }
+};
+
+// Grow-only memory for one calling thread; pointers live until reset().
+class Arena {
+ public:
+  ~Arena() { release(); }
+  // 64-byte aligned, uninitialised; throws std::bad_alloc.
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));
+  }
+  void reset();
+
+ private:
+  void* bytes(int64_t size);
+  void release();
+  struct Chunk {
+    char* data;
+    int64_t size;
+  };
+  std::vector<Chunk> chunks_;
+  int64_t used_ = 0;  // of the last chunk
+};
+
+// The calling thread's arena, emptied.
+Arena& fresh_arena();
+
+// Memory for the activations; what is in it must be written by the functions below.
+Activations allocate(const Kernels& kernels, Form form, int format, int64_t n, int64_t cols,
+                     Arena& arena);
+
+// Panels of a gemm form: their number, tokens and width.
+struct Panel {
+  int64_t first, tokens, width;
+};
+const Gemm& gemm_of(const Kernels& kernels, Form form);
+int64_t n_panels(const Kernels& kernels, const Activations& a);
+Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index);
+uint8_t* panel_data(const Kernels& kernels, const Activations& a, int64_t index);
+
+// kPanels: packs panel `index` from the fp32 rows of its tokens, x[0..tokens).
+void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
+                const float* const* x);
+// kPanels: writes rows [from, from + rows) of panel `index`, given as fp32 [rows][width]; `from` a
+// multiple of k_step.
+void store_panel_rows(const Kernels& kernels, const Activations& a, int64_t index, int64_t from,
+                      int64_t rows, const float* value);
+// kQuantised: quantises columns [from, from + count) of token t; `from` a multiple of 32.
+void quantise(const Kernels& kernels, const Activations& a, int64_t t, int64_t from, int64_t count,
+              const float* x);
+// kQuantised: copies token t from the only token of `source`.
+void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
+                    const Activations& source);
+
+// Product of rows [r0, r1), bias included.
+//   kDot, kQuantised: value of (t, r) at c[t * ld + r - r0 + offset]; returns offset < 16
+//   panels:           panel p at c + first * (r1 - r0), fp32 [r1 - r0][width]
+// `ld` >= round_up(r1 - r0, 16) + 16. `slice`: slice_bytes() of scratch for panels, 64-byte aligned.
+int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
+            float* c, int64_t ld, void* slice);
+constexpr int64_t slice_bytes() { return kPanelTile * kSliceBytes; }
+// Calls f(t, y) for each token of a product of `rows` rows, y [rows] contiguous; `row`: scratch.
+template <class F>
+void for_each_token(const Kernels& kernels, const Activations& a, int64_t rows, const float* c,
+                    int64_t ld, float* row, F f) {
+  if (a.form == Form::kDot || a.form == Form::kQuantised) {
+    for (int64_t t = 0; t < a.n; ++t) f(t, c + t * ld);
+    return;
+  }
+  for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
+    const Panel panel = panel_of(kernels, a, p);
+    for (int64_t t = 0; t < panel.tokens; ++t) {
+      const float* column = c + panel.first * rows + t;
+      for (int64_t r = 0; r < rows; ++r) row[r] = column[r * panel.width];
+      f(panel.first + t, static_cast<const float*>(row));
+    }
+  }
+}
+// Floats that `c` needs for n tokens and tiles of at most `tile` rows.
+int64_t product_floats(int64_t n, int64_t tile);
+
+}  // namespace cpux

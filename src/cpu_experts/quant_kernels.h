@@ -1,0 +1,156 @@
+// Products of int8 and int4 tiles with int8 activations, over an integer vector type Q; included
+// once per instruction set (internal linkage: see elementwise.h).
+//
+// A 64-byte line of weights is 16 rows x 4 columns, so four activation bytes broadcast to every
+// lane give each row its partial sum: no horizontal sum, no permutation.
+//
+// Q: lanes (rows of one vector), Int, Float, zero, load, start(const int32_t*), to_float,
+//    load_scales(const uint16_t*), broadcast(const float*), mul, fma, load_float, store_float, and
+//    Product<format>: the integer product of one line (below).
+#pragma once
+
+#include "elementwise.h"
+
+namespace cpux {
+namespace {
+
+constexpr int64_t kQuantAheadBytes = 2048;
+
+// Q::Product<format>:
+//   Sum                   what accumulates inside a group
+//   kLines                lines (of 64 bytes) of weights in a group
+//   Weights, prepare(const uint8_t*)                     one vector of a line, unpacked
+//   add(Sum, Weights, const uint8_t* x, int line)        x: the token's group of activations
+//   first(const int32_t* start), finish(Sum, const int32_t* start) -> Int
+template <class Q, int kFormat, int kTokens>
+inline void quant_block(const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
+                        const uint8_t* x, const float* scales, const int32_t* starts,
+                        bool accumulate, float* y, int64_t ldy) {
+  using P = typename Q::template Product<kFormat>;
+  constexpr int kVectors = kTileRows / Q::lanes;
+  constexpr int64_t kGroupBytes = quant_group_bytes(kFormat);
+  typename Q::Float total[kTokens][kVectors];
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      total[t][v] = accumulate ? Q::load_float(y + t * ldy + v * Q::lanes) : Q::zero_float();
+  for (int64_t g = g0; g < g1; ++g) {
+    const uint8_t* line = w + g * kGroupBytes;
+    if constexpr (kTokens <= 4) {
+      const uintptr_t next = reinterpret_cast<uintptr_t>(line) + kQuantAheadBytes;
+      for (int at = 0; at < kGroupBytes; at += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(next + at));
+    }
+    const uint8_t* xg = x + g * kTokens * P::kValueBytes;
+    const int32_t* start = starts + g * kTokens;
+    typename P::Sum sum[kTokens][kVectors];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[t][v] = P::first(start + t);
+#pragma GCC unroll 8
+    for (int s = 0; s < P::kLines; ++s) {
+      typename P::Weights weights[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) weights[v] = P::prepare(line + s * 64 + v * Q::lanes * 4);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
+        P::template add<kVectors>(sum[t], weights, xg + t * P::kValueBytes, s);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const typename Q::Float ws = Q::load_scales(w_scale + g * kTileRows + v * Q::lanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const typename Q::Float scale = Q::mul(ws, Q::broadcast(scales + g * kTokens + t));
+        total[t][v] =
+            Q::fma(Q::to_float(P::finish(sum[t][v], start + t)), scale, total[t][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) Q::store_float(y + t * ldy + v * Q::lanes, total[t][v]);
+}
+
+template <class Q, int kFormat, int kTokens>
+inline void quant_tokens(const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
+                         const uint8_t* x, const float* scales, const int32_t* starts, int n_tokens,
+                         bool accumulate, float* y, int64_t ldy) {
+  if constexpr (kTokens > 1) {
+    if (n_tokens < kTokens)
+      return quant_tokens<Q, kFormat, kTokens - 1>(w, w_scale, g0, g1, x, scales, starts, n_tokens,
+                                                   accumulate, y, ldy);
+  }
+  quant_block<Q, kFormat, kTokens>(w, w_scale, g0, g1, x, scales, starts, accumulate, y, ldy);
+}
+
+template <class Q>
+inline void quant_rows(int format, const uint8_t* w, const uint16_t* w_scale, int64_t g0,
+                       int64_t g1, const void* values, const float* scales, const int32_t* starts,
+                       int n_tokens, bool accumulate, float* y, int64_t ldy) {
+  const uint8_t* x = static_cast<const uint8_t*>(values);
+  if (format == kInt8)
+    quant_tokens<Q, kInt8, Q::block_tokens>(w, w_scale, g0, g1, x, scales, starts, n_tokens,
+                                            accumulate, y, ldy);
+  else
+    quant_tokens<Q, kInt4, Q::block_tokens>(w, w_scale, g0, g1, x, scales, starts, n_tokens,
+                                            accumulate, y, ldy);
+}
+
+// A group's levels: round(x / scale) in [-127, 127] with scale = max|x| / 127; returns the scale.
+// Below 1e-30 a group is zero (its reciprocal would overflow); NaN or infinity makes the scale NaN.
+inline float quantize_levels(const float* x, int valid, int32_t* levels) {
+  float padded[kGroup] = {};
+  if (valid < kGroup) {
+    memcpy(padded, x, static_cast<size_t>(valid) * sizeof(float));
+    x = padded;
+  }
+  uint32_t largest_bits = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    const uint32_t bits = bits_of_float(x[i]) & 0x7fffffffu;  // ordered like |x|, NaN on top
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  const float largest = float_of_bits(largest_bits);
+  const bool usable = largest_bits < 0x7f800000u && largest > 1e-30f;
+  const float inverse = usable ? 127.0f / largest : 0.0f;
+  for (int i = 0; i < kGroup; ++i) {
+    const float value = usable ? x[i] * inverse : 0.0f;
+    levels[i] = static_cast<int32_t>(bits_of_float(value + 12582912.0f) - 0x4b400000u);
+  }
+  if (largest_bits >= 0x7f800000u) return NAN;
+  return usable ? largest / 127.0f : 0.0f;
+}
+
+// Bytes in order, and -offset * their sum: for products of unsigned weights q + offset.
+inline void quantize_bytes(const float* x, int valid, int32_t offset, void* values, float* scale,
+                           int32_t* start) {
+  int32_t levels[kGroup];
+  *scale = quantize_levels(x, valid, levels);
+  int8_t* out = static_cast<int8_t*>(values);
+  int32_t sum = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    out[i] = static_cast<int8_t>(levels[i]);
+    sum += levels[i];
+  }
+  *start = -offset * sum;
+}
+
+// 16-bit pairs, columns 0 2 1 3 of every four: the weights' even and odd bytes widen in place.
+inline void quantize_pairs(const float* x, int valid, void* values, float* scale, int32_t* start) {
+  int32_t levels[kGroup];
+  *scale = quantize_levels(x, valid, levels);
+  int16_t* out = static_cast<int16_t*>(values);
+  for (int i = 0; i < kGroup; i += 4) {
+    out[i] = static_cast<int16_t>(levels[i]);
+    out[i + 1] = static_cast<int16_t>(levels[i + 2]);
+    out[i + 2] = static_cast<int16_t>(levels[i + 1]);
+    out[i + 3] = static_cast<int16_t>(levels[i + 3]);
+  }
+  *start = 0;
+}
+
+}  // namespace
+}  // namespace cpux

@@ -1,0 +1,60 @@
+// AVX2 + FMA + F16C vectors for float_kernels.h and quant_kernels.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "float_kernels.h"
+#include "quant_kernels.h"
+
+namespace cpux {
+namespace {
+
+struct Float8 {
+  using Type = __m256;
+  static constexpr int lanes = 8;
+  static Type zero() { return _mm256_setzero_ps(); }
+  static Type load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Type v) { _mm256_storeu_ps(p, v); }
+  static Type broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
+  static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(Type v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static Type widen(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+};
+
+// What both AVX2 variants share; they differ in the integer product.
+struct Quant8 {
+  static constexpr int lanes = 8;
+  static constexpr int block_tokens = 4;  // 2 vectors of rows x 4 tokens fill the 16 registers
+  using Float = __m256;
+  static Float zero_float() { return _mm256_setzero_ps(); }
+  static Float load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_float(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static Float broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float to_float(__m256i v) { return _mm256_cvtepi32_ps(v); }
+  static Float load_scales(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+};
+
+inline __m256i load_line_256(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+inline __m256i broadcast4_256(const uint8_t* p) {
+  int32_t word;
+  memcpy(&word, p, sizeof word);
+  return _mm256_set1_epi32(word);
+}
+
+}  // namespace
+}  // namespace cpux

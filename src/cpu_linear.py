@@ -1,0 +1,138 @@
+"""A dense linear layer on the CPU through the expert kernels, in bf16, fp32, int8 or int4."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import quantization
+from cpu_kernels import FORMAT_CODES, CpuKernels, KernelChoice, MatrixArguments, load_kernels
+
+_FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class CpuLinear(nn.Module):
+    """Stands in for `nn.Linear` at inference: y = x W^T + b, y in x's dtype, fp32 accumulation.
+
+    `weight` is bf16 or fp32 [out, in], or None when `packed` (uint8) and `scale` (float16) hold
+    int8 or int4 tiles (`quantization.py`). x is bf16 or fp32 of any leading dimensions; int8 and
+    int4 quantise it to int8 in groups of 32. Where no kernel runs, torch computes the same.
+    """
+
+    weight: nn.Parameter | None
+    packed: Tensor | None
+    scale: Tensor | None
+    bias: nn.Parameter | None
+    _bias_fp32: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        weight: nn.Parameter | None,
+        packed: Tensor | None,
+        scale: Tensor | None,
+        bits: int | None,
+        bias: nn.Parameter | None,
+        kernels: CpuKernels | None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.kernels = kernels
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        # The kernels take an fp32 bias; the parameter keeps the model's own dtype.
+        self.register_buffer(
+            "_bias_fp32", None if bias is None else bias.detach().float().contiguous(), False
+        )
+
+    @staticmethod
+    def from_linear(
+        linear: nn.Linear, *, kernel: KernelChoice = "auto", isa: str = "auto"
+    ) -> CpuLinear:
+        """The same layer over the same bf16 or fp32 weight memory, which must be contiguous."""
+        if linear.weight.dtype not in _FORMAT_OF_DTYPE or not linear.weight.is_contiguous():
+            raise ValueError(
+                f"expected a contiguous bf16 or fp32 weight, got {linear.weight.dtype}"
+            )
+        return CpuLinear(
+            linear.in_features,
+            linear.out_features,
+            weight=linear.weight,
+            packed=None,
+            scale=None,
+            bits=None,
+            bias=linear.bias,
+            kernels=load_kernels(kernel, isa),
+        )
+
+    @staticmethod
+    def from_packed(
+        linear: nn.Linear,
+        packed: Tensor,
+        scale: Tensor,
+        bits: Literal[4, 8],
+        *,
+        kernel: KernelChoice = "auto",
+        isa: str = "auto",
+    ) -> CpuLinear:
+        """A layer of `linear`'s shape and bias over weights that `quantization.quantize` packed."""
+        expected = quantization.packed_shapes(linear.out_features, linear.in_features, bits)
+        if (tuple(packed.shape), tuple(scale.shape)) != expected:
+            raise ValueError(
+                f"expected packed shapes {expected}, got {packed.shape}, {scale.shape}"
+            )
+        return CpuLinear(
+            linear.in_features,
+            linear.out_features,
+            weight=None,
+            packed=packed.contiguous(),
+            scale=scale.contiguous(),
+            bits=bits,
+            bias=linear.bias,
+            kernels=load_kernels(kernel, isa),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernels is None or x.dtype not in _FORMAT_OF_DTYPE or x.device.type != "cpu":
+            return functional.linear(x, self._dense_weight(x.dtype), self.bias)
+        rows = x.detach().reshape(-1, self.in_features).contiguous()
+        y = torch.empty(rows.shape[0], self.out_features, dtype=x.dtype)
+        self.kernels.linear(self._matrix(), rows, y)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        kind = f"int{self.bits}" if self.bits else str(self._plain_weight().dtype)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
+
+    def _plain_weight(self) -> nn.Parameter:
+        assert self.weight is not None
+        return self.weight
+
+    def _matrix(self) -> MatrixArguments:
+        # Addresses are read at each call: loading or moving the module may replace its tensors.
+        bias = None if self._bias_fp32 is None else self._bias_fp32.data_ptr()
+        if self.packed is None:
+            weight = self._plain_weight()
+            code = FORMAT_CODES[_FORMAT_OF_DTYPE[weight.dtype]]
+            address, scale = weight.data_ptr(), None
+        else:
+            assert self.scale is not None
+            code = FORMAT_CODES[f"int{self.bits}"]
+            address, scale = self.packed.data_ptr(), self.scale.data_ptr()
+        return MatrixArguments(code, self.out_features, self.in_features, address, scale, bias)
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        if self.packed is None:
+            return self._plain_weight().to(dtype)
+        assert self.scale is not None and self.bits is not None
+        shape = (self.out_features, self.in_features)
+        return quantization.dequantize(self.packed, self.scale, *shape, self.bits).to(dtype)
