@@ -28,7 +28,7 @@ LEVELS: dict[int, frozenset[str]] = {
             "accelerator model_loader preparation machine_costs preflight tokenization "
             "generation xformers_attention"
         ),
-        5: "gpu_experts dense_plan companion_files output_folder",
+        5: "gpu_experts cpu_linear dense_plan companion_files output_folder",
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
             "cpu_experts source_checkpoint"
@@ -39,12 +39,9 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         2: (
             "arguments expert_format expert_cache plan source_files report_tables "
-            "calibration kernel_build prompts belady time_model"
+            "calibration kernel_build prompts belady time_model workload"
         ),
-        1: (
-            "config quantization safetensors_file replacement_policies cost_model traces "
-            "workload summary"
-        ),
+        1: "config quantization safetensors_file replacement_policies cost_model traces summary",
         0: "errors version streams handoff next_layer recorder sensors hardware provenance",
     }.items()
 }
