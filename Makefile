@@ -68,6 +68,16 @@ gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
 kernels: $(RUN_STAMP) ## compile the CPU kernels ahead of their first use
 	@$(PY) src/kernel_build.py >/dev/null
 
+# The sanitisers' runtime is preloaded, which also makes the product load the sanitised build. Leaks
+# are not looked for: Python and torch keep memory to the end.
+.PHONY: sanitize
+sanitize: $(DEV_STAMP) ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(PY) src/kernel_build.py --sanitize >/dev/null
+	@runtime() { $${CXX:-g++} -print-file-name="$$1"; }; \
+	LD_PRELOAD="$$(runtime libasan.so) $$(runtime libubsan.so) $$(runtime libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(PY) -m pytest -q -p no:cacheprovider tests/test_cpu_*.py $(PYTEST_FLAGS)
+
 .PHONY: demo
 demo: $(RUN_STAMP) $(DEMO)/prepared/manifest.json ## train a toy, prepare it, ask it PROMPT
 	@echo '$$ python3 src/main.py --model-path $(DEMO)/prepared --prompt "'"$$PROMPT"'"' \

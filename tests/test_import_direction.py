@@ -39,9 +39,12 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         2: (
             "arguments expert_format expert_cache plan source_files report_tables "
-            "calibration kernel_build prompts belady time_model workload"
+            "calibration kernel_build prompts belady time_model workload machine_file"
         ),
-        1: "config quantization safetensors_file replacement_policies cost_model traces summary",
+        1: (
+            "config quantization safetensors_file replacement_policies cost_model traces "
+            "summary model_shapes"
+        ),
         0: "errors version streams handoff next_layer recorder sensors hardware provenance",
     }.items()
 }
