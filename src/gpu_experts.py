@@ -227,14 +227,29 @@ class GpuExperts:
     def _load_kernels(self, kernels: str) -> GroupedKernels | None:
         if kernels == "torch" or (kernels == "auto" and self._thread is not None):
             return None
-        try:
-            from triton_experts import TritonExperts  # slow to import, and absent on many machines
-        except ImportError as error:
-            if kernels == "triton":
-                raise
-            self.notices.append(f"Triton cannot be imported ({error}): torch computes the hits")
-            return None
+        if kernels == "triton":
+            return self._triton()
+        return self._triton_if_it_runs()
+
+    def _triton(self) -> GroupedKernels:
+        from triton_experts import TritonExperts  # slow to import, and absent on many machines
+
         return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
+
+    def _triton_if_it_runs(self) -> GroupedKernels | None:
+        """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
+        hidden = torch.zeros(1, self.layout.hidden_size, dtype=torch.bfloat16, device=self.device)
+        no_hits = torch.full((1, 2), -1, dtype=torch.int32, device=self.device)
+        try:
+            triton = self._triton()
+            triton.grouped(hidden, no_hits, torch.zeros(1, 2, device=self.device))
+        except Exception as error:  # whatever it is, torch computes the same
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            self.notices.append(
+                f"Triton kernels cannot run ({first_line}): torch computes the hits, slower"
+            )
+            return None
+        return triton
 
 
 def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:

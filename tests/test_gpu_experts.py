@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import threading
 import time
+import types
 import weakref
 
 import pytest
@@ -272,6 +274,27 @@ def test_other_allocation_errors_are_not_swallowed():
 
 def test_what_computes_the_hits_is_described(rig):
     assert rig(SMALL).gpu.description == "emulated accelerator (one CPU thread), torch kernels"
+
+
+@pytest.mark.parametrize("absent", [True, False], ids=["absent", "broken"])
+def test_torch_takes_over_where_triton_cannot_run(rig, monkeypatch, absent):
+    class Broken:
+        def __init__(self, *_):
+            pass
+
+        def grouped(self, *_):
+            raise RuntimeError("Failed to find C compiler\nPlease specify via CC")
+
+    module = None if absent else types.SimpleNamespace(TritonExperts=Broken)
+    monkeypatch.setitem(sys.modules, "triton_experts", module)
+    gpu = rig(SMALL).gpu
+    assert gpu._triton_if_it_runs() is None
+    (notice,) = gpu.notices
+    reason = "import of triton_experts halted" if absent else "Failed to find C compiler"
+    assert notice.startswith(f"Triton kernels cannot run ({reason}")
+    assert notice.endswith("): torch computes the hits, slower")
+    with pytest.raises((ImportError, RuntimeError)):
+        gpu._triton().grouped()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
