@@ -219,7 +219,7 @@ def load_model(
     return engine.model
 
 
-def open_source(options: ModelOptions) -> PreparedModel:
+def open_prepared(options: ModelOptions) -> PreparedModel:
     """The model that `options` name; with `verify`, every byte of its folder is read first."""
     assert options.model_path is not None
     manifest = read_manifest(options.model_path)

@@ -16,12 +16,14 @@ import torch
 
 from arguments import build_parser, parse, parse_config
 from calibration import format_calibration
-from config import Config
+from config import Config, ModelOptions
 from cpu_experts import describe_kernels
-from engine import Engine, load_engine, open_source
+from dummy_model import DummyModel, DummyTokenizer, dummy_routing
+from engine import Engine, load_engine, open_prepared
 from errors import UserError
 from hardware import read_hardware
 from machine_costs import predicted_step_us
+from model_loader import PreparedModel
 from prompts import read_prompts
 from provenance import versions
 from recorder import NullRecorder, Recorder
@@ -66,8 +68,7 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
     if config.output.record:
         _check_writable(paths)
     texts = read_prompts(config.prompts)
-    source = open_source(config.model)
-    tokenizer = load_tokenizer(source.folder, source.config.model_type)
+    source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
     longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
     recorder = Recorder() if config.output.record else NullRecorder()
@@ -80,6 +81,12 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
         nvtx=config.output.nvtx,
         say=_say,
     ) as engine:
+        if isinstance(source, DummyModel):
+            routing = dummy_routing(source, config.model.routing_trace, config.generation.seed)
+            engine.dispatcher.forced_routing = routing
+            engine.notes.append(
+                f"random weights, routing of {routing.info.model}: the text is meaningless"
+            )
         for note in engine.notes:
             _say(note)
         if config.output.record or show_calibration:
@@ -98,6 +105,14 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
             for conversation in conversations:
                 print(f"PROMPT:\n{conversation.prompt}\nRESPONSE:\n{conversation.response}\n")
     return 0 if status == "completed" else EXIT_INTERRUPTED
+
+
+def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
+    if options.dummy_shape is not None:
+        dummy = DummyModel(options)
+        return dummy, DummyTokenizer(dummy.config.get_text_config().vocab_size)
+    prepared = open_prepared(options)
+    return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
 
 
 def _report(

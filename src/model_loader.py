@@ -149,12 +149,11 @@ class PreparedModel:
             progress(tensor.nbytes)
             name, _, part = stored_name.rpartition(".")
             if name not in packed:
-                _assign(model, stored_name, tensor.to(device))
+                assign(model, stored_name, tensor.to(device))
                 continue
             parts.setdefault(name, {})[part] = tensor
-            if len(parts[name]) == 2:
-                tensors = parts.pop(name)
-                _install_packed(model, packed[name], tensors["packed"], tensors["scale"])
+        for name, tensors in parts.items():  # last: a layer takes its bias along
+            _install_packed(model, packed[name], tensors["packed"], tensors["scale"])
         finish_model(model, device)
         if self.manifest.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(self.manifest.generation_config)
@@ -218,7 +217,8 @@ def _mark_initialised(tensor: Tensor) -> None:
     flagged._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
 
 
-def _assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+def assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer `name`; UserError when the model has none like it."""
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from accelerator import Accelerator
 from cpu_experts import CpuExperts
 from expert_store import ExpertStore
+from forced_routing import ForcedRouting
 from handoff import HostHandoff
 from layer_step import LayerStep
 from nvtx_ranges import NvtxRanges
@@ -43,7 +44,7 @@ class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
-    first of a batch) that recorded passes belong to.
+    first of a batch) that recorded passes belong to; `forced_routing` replaces the routers' choices.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MoeDispatcher:
         self.recorder = recorder
         self.accelerator = accelerator
         self.prompt = 0
+        self.forced_routing: ForcedRouting | None = None
         self._cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
@@ -89,6 +91,8 @@ class MoeDispatcher:
             n_tokens = int(recent.sum())
             self._token_mask = None if n_tokens == recent.numel() else recent
         self._decode = length == 1
+        if self.forced_routing is not None:
+            self.forced_routing.begin_pass(self._decode, batch * length)
         self.recorder.begin_pass("decode" if self._decode else "prefill", n_tokens, self.prompt)
         if self.accelerator is not None:
             self._quota_left = self.accelerator.quota
@@ -122,6 +126,8 @@ class MoeDispatcher:
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
         batch are left out: their rows are zero.
         """
+        if self.forced_routing is not None:
+            index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
             self._handoff.to_host(hidden, index, weights)
             return torch.zeros_like(hidden)

@@ -365,3 +365,17 @@ def write_native(
         else:
             torch.save(part, folder / f"consolidated.{position:02d}.pth")
     return folder
+
+
+def write_mixtral_with_tokenizer(folder: Path, **changes: Any) -> Path:
+    """A random Mixtral in the hub's layout with Mistral's v1 tokenizer, ready for the command line.
+
+    The tokenizer file comes from the mistral-common package.
+    """
+    import mistral_common
+
+    model = build_model(mixtral(vocab_size=32000, **changes), dtype=torch.bfloat16)
+    write_hub(model, folder)
+    data = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    (folder / "tokenizer.model").write_bytes(data.read_bytes())
+    return folder

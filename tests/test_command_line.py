@@ -1,0 +1,309 @@
+"""main.py as a user meets it: what a run prints and leaves, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_parity import prepared
+from tiny_models import write_mixtral_with_tokenizer
+
+import main
+from checkpoint import MANIFEST_NAME
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    source = write_mixtral_with_tokenizer(folder / "hub", max_position_embeddings=64)
+    return prepared(source, folder / "prepared", "--hf")
+
+
+def run(*arguments: object) -> int:
+    return main.main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence of a refused run: on stderr, exit code 2, nothing on stdout."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_prints_the_reference_summary(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--model-path", model, "--prompt", "Hello there", "--max-tokens", 6) == 0
+    out = capsys.readouterr().out
+    start = out.index("====================\nPERFORMANCE BREAKDOWN\n\nPROMPT EVALUATION:\n")
+    summary = out[start:]
+    positions = [
+        summary.index(text)
+        for text in (
+            "token count: ",
+            "total time in sec(s): ",
+            "throughput: ",
+            "TOKEN GENERATION:\n",
+            "In-n-Outs\nAVG seqlen: ",
+            "seqlens: [",
+            "PROMPT:\nHello there\nRESPONSE:\n",
+            "Cache hit 1: ",
+            "\n Cache hit 2: ",
+        )
+    ]
+    assert positions == sorted(positions)
+    assert {path.name for path in run_folder.iterdir()} == {
+        *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv"),
+        *("cpu_freq_avg.csv", "run.json"),
+    }
+
+
+def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None:
+    prompts = run_folder / "prompts.txt"
+    prompts.write_text("One\n\nTwo words\n  Three words here \n", encoding="utf-8")
+    for batch_size in (1, 2):
+        path = run_folder / f"responses-{batch_size}.jsonl"
+        code = run(
+            *("--model-path", model, "--prompt-path", prompts, "--n-prompts", 5),
+            *("--max-tokens", 4, "--batch-size", batch_size, "--hide-resp"),
+            *("--responses-jsonl", path, "--output-dir", run_folder / f"run-{batch_size}"),
+        )
+        assert code == 0
+    single, batched = (
+        sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["index"])
+        for path in sorted(run_folder.glob("responses-*.jsonl"))
+    )
+    assert [line["prompt"] for line in single] == [
+        *("One", "Two words", "Three words here", "One", "Two words")
+    ]
+    assert all(line["generated_tokens"] == 4 for line in single + batched)
+    assert [line["prompt"] for line in batched] == [line["prompt"] for line in single]
+
+
+def test_hidden_responses_stay_hidden(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--model-path", model, "--prompt", "Hello", "--max-tokens", 3, "--hide-resp")
+    assert "RESPONSE" not in capsys.readouterr().out
+
+
+def test_sampling_repeats_with_its_seed(model: Path, run_folder: Path) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        path = run_folder / "r.jsonl"
+        run(
+            *("--model-path", model, "--prompt", "Hello", "--max-tokens", 8, "--hide-resp"),
+            *("--temperature", 2.0, "--top-p", 0.95, "--seed", seed, "--responses-jsonl", path),
+        )
+        texts.append(json.loads(path.read_text())["response"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
+    lengths = []
+    for flags in ((), ("--raw-prompt",)):
+        path = run_folder / "r.jsonl"
+        run(
+            *("--model-path", model, "--prompt", "Hello", "--max-tokens", 1, "--hide-resp"),
+            *("--responses-jsonl", path, *flags),
+        )
+        lengths.append(json.loads(path.read_text())["prompt_tokens"])
+    assert lengths[1] < lengths[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--prompt", "x"), "--max-tokens is missing"),
+        (("--max-tokens", "4"), "exactly one of --prompt and --prompt-path, found neither"),
+        (("--prompt", "x", "--prompt-path", "f", "--max-tokens", "4"), "found both"),
+        (("--prompt", "  ", "--max-tokens", "4"), "the prompt is empty"),
+        (("--prompt", "x", "--max-tokens", "-3"), "--max-tokens of at least 1, found -3"),
+        (("--prompt", "x", "--max-tokens", "many"), "invalid int value: 'many'"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0"), "--top-p in (0, 1]"),
+        (("--prompt", "x", "--max-tokens", "4", "--temperature", "-1"), "--temperature of 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--batch-size", "0"), "--batch-size of at least"),
+        (("--prompt", "x", "--max-tokens", "4", "--n-prompts", "0"), "--n-prompts of at least 1"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-nblocks", "-1"), "found -1"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-nblocks", "2"), "both positive"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-quota", "-1"), "--cache-quota of 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-such-flag"), "unrecognized arguments"),
+        (("--prompt", "x", "--max-tokens", "4", "--device", "cuda"), "torch sees no GPU"),
+        (("--prompt", "x", "--max-tokens", "4", "--attention", "xformers"), "needs an NVIDIA GPU"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-isa", "6502"), "6502"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "a-b"), "such as 0-7,16"),
+        (("--prompt", "word " * 80, "--max-tokens", "4"), "the model's context holds 64"),
+        (("--prompt-path", "no-such-file", "--max-tokens", "4"), "No such file"),
+    ],
+)
+def test_bad_arguments(
+    arguments: tuple[str, ...],
+    expected: str,
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if expected == "torch sees no GPU" and main.torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert expected in refused(capsys, "--model-path", model, *arguments)
+    assert not any(run_folder.iterdir()), "a refused run leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n \n\t\n", "holds no prompt"),
+        (b"\xff\xfe\x00\x01\x80", "not a UTF-8 text file"),
+        (b"text\0more", "binary file"),
+    ],
+)
+def test_bad_prompt_files(
+    content: bytes,
+    expected: str,
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run_folder / "prompts").write_bytes(content)
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    assert expected in refused(capsys, *arguments)
+
+
+def test_huge_prompt_file(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run_folder / "prompts").open("wb") as file:
+        file.truncate(65 << 20)  # sparse: takes no room
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    assert "split it" in refused(capsys, *arguments)
+
+
+def test_missing_and_unprepared_folders(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--prompt", "x", "--max-tokens", 4)
+    assert "found nothing" in refused(capsys, "--model-path", run_folder / "none", *arguments)
+    unprepared = refused(capsys, "--model-path", model.parent / "hub", *arguments)
+    assert "python3 weights_preprocessor.py --input-path" in unprepared
+    assert "--hf" in unprepared
+
+
+def _damaged(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder / "damaged"))
+
+
+def test_damaged_folders(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--prompt", "x", "--max-tokens", 4)
+
+    folder = _damaged(model, run_folder / "a")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["format_version"] = 99
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert "format version 99" in refused(capsys, "--model-path", folder, *arguments)
+
+    folder = _damaged(model, run_folder / "b")
+    with (folder / "experts-00001.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "experts-00001.safetensors" in message
+    assert "truncated" in message
+
+    folder = _damaged(model, run_folder / "c")
+    with (folder / "experts-00000.safetensors").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\x55")
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "experts-00000.safetensors" in message
+    assert "checksum" in message
+
+    folder = _damaged(model, run_folder / "d")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    dropped = manifest["dense"][0]["tensors"].pop()
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert dropped["name"] in refused(capsys, "--model-path", folder, *arguments)
+
+    folder = _damaged(model, run_folder / "e")
+    (folder / "tokenizer.model").unlink()
+    assert "tokenizer" in refused(capsys, "--model-path", folder, *arguments)
+
+
+def test_unwritable_output(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "file").write_text("in the way")
+    arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
+    assert "cannot write results" in refused(capsys, *arguments, "--output-dir", "file/below")
+    assert "cannot write" in refused(capsys, *arguments, "--responses-jsonl", "file/below.jsonl")
+
+
+def test_memory_is_checked_before_loading(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import preflight
+
+    class Little:
+        available = 1 << 20
+
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", Little)
+    message = refused(capsys, "--model-path", model, "--prompt", "x", "--max-tokens", 4)
+    assert "--expert-dtype int8" in message
+
+
+def test_ctrl_c_keeps_finished_prompts(model: Path, run_folder: Path) -> None:
+    prompts = run_folder / "prompts.txt"
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(500)))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
+            *("--prompt-path", prompts, "--max-tokens", "20", "--hide-resp"),
+            *("--responses-jsonl", "responses.jsonl"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=run_folder,
+    )
+    responses = run_folder / "responses.jsonl"
+    deadline_s = time.monotonic() + 120
+    while not (responses.exists() and responses.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    lines = [json.loads(line) for line in responses.read_text().splitlines()]
+    assert 3 <= len(lines) < 500
+    assert all(line["stop"] != "interrupted" for line in lines[:-1])
+    assert "PERFORMANCE BREAKDOWN" in out
+    assert json.loads((run_folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert "transformers" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        run("--help")
+    assert exit_info.value.code == 0
+    assert "--cache-nblocks" in capsys.readouterr().out

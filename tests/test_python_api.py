@@ -1,0 +1,61 @@
+"""A loaded model is a real transformers model: generate(), streamers, processors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_parity import eager, prepared
+from tiny_models import CONFIGS, build_model, write_hub
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from engine import load_model
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Forbid(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.token] = float("-inf")
+        return scores
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_nblocks": 2, "cache_nways": 2}])
+def test_generate_with_a_streamer(cache: dict[str, int], tmp_path: Path) -> None:
+    source = write_hub(build_model(CONFIGS["mixtral"]()), tmp_path / "source")
+    folder = prepared(source, tmp_path / "prepared", "--hf", "--expert-dtype", "fp32")
+    model, reference = load_model(folder, device="cpu", **cache), eager(source, torch.float32)
+    ids = torch.tensor([[5, 9, 33, 71], [0, 0, 12, 40]])
+    mask = (ids > 0).long()
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = reference.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **settings), expected)
+
+    streamer = Collector()
+    single = model.generate(ids[:1], attention_mask=mask[:1], streamer=streamer, **settings)
+    assert streamer.ended
+    assert streamer.tokens == single[0].tolist()
+
+    first = int(expected[0, 4])
+    processors = LogitsProcessorList([Forbid(first)])
+    other = model.generate(
+        ids[:1], attention_mask=mask[:1], logits_processor=processors, **settings
+    )
+    assert first not in other[0, 4:].tolist()
+    assert model.num_parameters() < reference.num_parameters()  # its experts are not in the module
+    model.engine.close()
