@@ -77,16 +77,6 @@ class Timeline:
         for slot in slots:
             self._queue.append([slot, self.costs.copy_us(shared=False)])
 
-    def pass_copies(self, n_experts: int) -> None:
-        """Wait for `n_experts` copies and compute each as it arrives: fetching on demand."""
-        for _ in range(n_experts):
-            self._queue.append([-1, self.costs.copy_us(shared=False)])
-        self._pass_alone(sum(left for _, left in self._queue))
-        self._arrived = [slot for slot in self._arrived if slot >= 0]
-        last_us = self.costs.gpu.us(1, 1)
-        self.busy.gpu_us += self.costs.gpu.us(n_experts, n_experts)
-        self._pass_alone(last_us)
-
     def _pass_alone(self, us: float) -> None:
         """Let `us` pass in which the copies have the bus and the DRAM to themselves."""
         self.now_us += us
@@ -119,6 +109,15 @@ class Timeline:
         if copy[1] < 1e-6:
             self._queue.popleft()
             self._arrived.append(int(copy[0]))
+
+
+def prefetch_step_us(costs: CostModel, n_layers: int, top_k: int) -> float:
+    """A decode step that prefetches every layer's experts, without a cache, in us.
+
+    The next layer's experts are known (Pre-gated MoE) and are copied while this layer computes.
+    """
+    compute_us = costs.dense_us_per_layer + costs.gpu.us(top_k, top_k)
+    return n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
 
 
 def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> float:

@@ -43,7 +43,8 @@ class TraceInfo:
     """What a trace says about itself.
 
     `n_experts` is None where only the ids show it; `synthetic` marks routing that no model chose;
-    `notes` are sentences for the reader, such as a header that disagrees with its rows.
+    `notes` are sentences for the reader, such as a header that disagrees with its rows;
+    `expert_bytes` is the mean size of an expert where the file tells it.
     """
 
     model: str
@@ -52,6 +53,7 @@ class TraceInfo:
     n_experts: int | None
     synthetic: bool = False
     notes: tuple[str, ...] = ()
+    expert_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,21 @@ class _Format:
         self.notes: tuple[str, ...] = ()
         self.n_layers = 0
         self.top_k = 0
+        self.expert_bytes: list[int] = []
 
     def passes(self) -> Iterator[RoutingPass]:
         raise AssertionError("each format reads its own passes")
 
     def info(self) -> TraceInfo:
+        n_bytes = self.expert_bytes
         return TraceInfo(
-            self.model, self.n_layers, self.top_k, self.n_experts, self.synthetic, self.notes
+            self.model,
+            self.n_layers,
+            self.top_k,
+            self.n_experts,
+            self.synthetic,
+            self.notes,
+            sum(n_bytes) // len(n_bytes) if n_bytes else None,
         )
 
     def lines(self) -> Iterator[str]:
@@ -250,6 +260,9 @@ class _Route(_Format):
                 facts = dict(re.findall(r"(\w+)=(\S+)", line))
                 self.model = Path(facts.get("model", self.model)).stem
                 n_declared = self.integer(facts.get("n_layer", str(n_declared)), "n_layer")
+                if "expert_bytes" in facts:
+                    n_bytes = self.integer(facts["expert_bytes"], "expert_bytes")
+                    self.expert_bytes.append(n_bytes)
                 if "n_expert" in facts:
                     self.n_experts = self.integer(facts["n_expert"], "n_expert")
                 continue
@@ -317,6 +330,8 @@ class _JsonLines(_Format):
         self.model = str(facts.get("model", self.model))
         self.synthetic = bool(facts.get("synthetic", self.synthetic))
         self.notes = tuple(facts.get("notes", ()))
+        if facts.get("expert_bytes") is not None:
+            self.expert_bytes = [self.integer(str(facts["expert_bytes"]), "expert_bytes")]
         for name in ("n_layers", "top_k", "n_experts"):
             value = facts.get(name)
             if value is not None:
