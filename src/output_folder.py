@@ -21,15 +21,19 @@ _OUR_SHARD: Final = re.compile(r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safete
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second preparation; UserError when another one holds it."""
+    """Hold the folder against a second preparation; UserError when another one holds it.
+
+    On a file system that cannot lock folders, such as some network ones, nothing is held.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another preparation is writing to {folder}; wait until it has ended"
-            ) from error
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another preparation is writing to {folder}; wait until it has ended"
+                ) from error
         yield
     finally:
         os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import prepare
 import quantization
 from checkpoint import Manifest, iterate_dense, read_manifest, verify
 from expert_format import BlockLayout, unpack_block
+from moe_convention import find_experts
 from shards import MoeLayer, read_block
+from source_files import LazyTensor
+from weight_conversion import ConversionPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITERS: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
@@ -178,6 +182,51 @@ def test_packed_dense_covers_attention_mlp_and_head_only(
         and name not in getattr(model, "all_tied_weights_keys", {})
     }
     assert stored == rest
+
+
+def test_half_precision_source(tmp_path: Path) -> None:
+    model = tiny_models.build_model(tiny_models.olmoe(), dtype=torch.float16)
+    source = tiny_models.write_hub(model, tmp_path / "source")
+    manifest = prepare_folder(source, tmp_path / "out", "--hf")
+    rounded = model.to(torch.bfloat16)
+    assert_same_experts(manifest, rounded)
+    assert_same_dense(manifest, rounded)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["aria_text", "glm4_moe", "granitemoehybrid", "jamba", "minimax_m2", "qwen3_next", "zaya"],
+)
+def test_architectures_nobody_listed_can_be_planned(model_type: str) -> None:
+    """From the hub's names at full size, on the meta device: nothing is missing or left over."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
+    tensors = {
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, Path(), lambda *_: pytest.fail("read"))
+        for name, tensor in tiny_models.hub_state_dict(model).items()
+    }
+    plan = ConversionPlan(model, tensors)
+    assert plan.unused == []
+    experts = {name for module in find_experts(model) for name in module.parameters.values()}
+    assert experts < set(plan.targets)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build_model(tiny_models.mixtral())
+    source = tiny_models.write_hub(model, tmp_path / "source")
+    terminal, pipe = Terminal(), io.StringIO()
+    for name, stream in (("terminal", terminal), ("pipe", pipe)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        prepare_folder(source, tmp_path / name, "--hf")
+    assert pipe.getvalue() == ""
+    assert "preparing: 100%" in terminal.getvalue() and "B/s" in terminal.getvalue()
 
 
 def test_non_contiguous_and_shared_tensors_of_a_bin_file(tmp_path: Path) -> None:

@@ -198,6 +198,19 @@ def test_disk_full(
     assert contents(output) == reference
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_system_that_cannot_reserve_room(
+    code: int,
+    source: Path,
+    reference: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fail_at(monkeypatch, "posix_fallocate", 0, OSError(code, "no"))
+    assert run(source, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == reference
+
+
 def test_too_little_room_is_said_before_writing(
     source: Path,
     tmp_path: Path,
