@@ -1,0 +1,212 @@
+"""The whole mechanism under load: every layer's output against the oracle, step after step.
+
+Random routing over the real dispatcher, directory, fetcher and accelerator, with delayed, failing
+and overtaking copies and a slow accelerator. Another test takes one of the two waits out and shows
+that the same comparison then fails.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from expert_cases import random_blocks
+from torch import Tensor, nn
+
+from accelerator import N_STAGING_SLOTS, Accelerator
+from cpu_experts import CpuExperts
+from expert_cache import ExpertCache
+from expert_fetcher import ExpertFetcher, HostFetcher
+from expert_format import Activation, block_layout
+from expert_store import ExpertStore
+from gpu_experts import GpuExperts
+from moe_dispatcher import MoeDispatcher, MoeExperts
+from recorder import NullRecorder
+from replacement_policies import make_policy
+from torch_experts import experts_forward
+
+HIDDEN, N_LAYERS, N_EXPERTS, TOP_K = 16, 3, 8, 2
+LAYOUT = block_layout("fp32", HIDDEN, 16)
+SILU = Activation("silu")
+
+
+class Layers(nn.Module):
+    """A model of MoE layers only, with a routing of its own making."""
+
+    def __init__(self, dispatcher: MoeDispatcher, store: ExpertStore, seed: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MoeExperts(dispatcher, i) for i in range(N_LAYERS))
+        self._store = store
+        self._rng = random.Random(seed)
+        self.wrong_layers = 0
+        dispatcher.attach(self, [])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Compare every layer with the oracle on `input_ids` [B, S] tokens; count those wrong."""
+        n_tokens = input_ids.numel()
+        hidden = torch.randn(n_tokens, HIDDEN)
+        for layer, experts in enumerate(self.layers):
+            # Near the last choice more often than not, as real routing is: hits need locality.
+            pool = range(N_EXPERTS) if self._rng.random() < 0.4 else range(layer, layer + 4)
+            index = torch.tensor([self._rng.sample(pool, TOP_K) for _ in range(n_tokens)])
+            weights = torch.rand(n_tokens, TOP_K)
+            blocks = dict(enumerate(self._store.blocks(layer)))
+            expected = experts_forward(LAYOUT, blocks, hidden, index, weights, SILU)
+            out = experts(hidden, index, weights)
+            self.wrong_layers += not torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
+        return hidden
+
+
+class Run:
+    """A dispatcher over a cache that is too small, wired as the engine wires it."""
+
+    def __init__(
+        self,
+        fetcher_class: type[ExpertFetcher] = HostFetcher,
+        before_copy: Callable[[int], None] | None = None,
+        before_compute: Callable[[int], None] | None = None,
+        n_indexes: int = N_LAYERS,
+        n_ways: int = 2,
+        policy: str = "LRU",
+        miss_policy: str = "cpu",
+        quota: int = 64,
+        n_streams: int = 1,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.store = ExpertStore([LAYOUT] * N_LAYERS, [N_EXPERTS] * N_LAYERS)
+        for layer in range(N_LAYERS):
+            self.store.blocks(layer).copy_(random_blocks(LAYOUT, N_EXPERTS, seed=layer))
+        self.gpu = GpuExperts(
+            LAYOUT,
+            SILU,
+            n_indexes * n_ways + N_STAGING_SLOTS,
+            "cpu",
+            before_compute=before_compute,
+        )
+        self.fetcher = fetcher_class(self.gpu.slots, before_copy=before_copy, n_streams=n_streams)
+        self.cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
+        self.accelerator = Accelerator(
+            self.store, self.cache, self.gpu, self.fetcher, quota, miss_policy
+        )
+        cpu = CpuExperts(LAYOUT, SILU, kernel="torch")
+        self.dispatcher = MoeDispatcher(
+            self.store, [cpu] * N_LAYERS, NullRecorder(), self.accelerator
+        )
+        self.model = Layers(self.dispatcher, self.store, seed)
+
+    def steps(self, n: int) -> int:
+        """One prompt, then `n` decode steps with a prompt now and then; the wrong layers."""
+        with torch.no_grad():
+            for step in range(n):
+                self.model(torch.zeros(1, 5 if step % 97 == 0 else 1, dtype=torch.int64))
+        self.accelerator.close()
+        return self.model.wrong_layers
+
+
+def jitter(rng: random.Random, most_s: float) -> Callable[[int], None]:
+    def wait(_: int) -> None:
+        if rng.random() < 0.2:
+            time.sleep(rng.random() * most_s)
+
+    return wait
+
+
+def without_ready_wait() -> type[ExpertFetcher]:
+    class Mutant(HostFetcher):
+        def wait_ready(self, slots, stream):
+            return []
+
+    return Mutant
+
+
+def without_released_wait() -> type[ExpertFetcher]:
+    class Mutant(HostFetcher):
+        def _wait_released(self, slot, stream):
+            pass
+
+    return Mutant
+
+
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+@pytest.mark.parametrize(
+    ("n_indexes", "n_ways", "policy", "quota", "n_streams"),
+    [
+        (3, 2, "LRU", 64, 1),
+        (3, 1, "FIFO", 64, 1),
+        (2, 4, "LFU", 1, 2),
+        (3, 8, "RANDOM", 64, 2),
+        (1, 3, "LFRU", 64, 1),
+    ],
+)
+def test_outputs_stay_right_under_random_delays(
+    n_indexes, n_ways, policy, quota, n_streams, miss_policy
+):
+    rng = random.Random(n_indexes)
+    run = Run(
+        before_copy=jitter(rng, 0.0005),
+        before_compute=jitter(rng, 0.0005),
+        n_indexes=n_indexes,
+        n_ways=n_ways,
+        policy=policy,
+        quota=quota,
+        n_streams=n_streams,
+        miss_policy=miss_policy,
+    )
+    assert run.steps(200) == 0
+    assert run.fetcher.copies > 0
+    if miss_policy == "cpu" and quota > 1:
+        assert run.cache.hits > 0
+
+
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+def test_failing_copies_cost_time_not_correctness(capsys, miss_policy):
+    rng = random.Random(5)
+
+    def fails_often(slot: int) -> None:
+        if rng.random() < 0.3:
+            raise OSError("injected")
+
+    run = Run(before_copy=fails_often, miss_policy=miss_policy)
+    assert run.steps(200) == 0
+    assert run.fetcher.failures > 20
+    assert run.fetcher.copies > 20
+    warnings = capsys.readouterr().err.strip().splitlines()
+    assert len(warnings) == 1
+    assert "injected" in warnings[0]
+
+
+def test_the_run_ends_with_copies_in_flight():
+    run = Run(before_copy=lambda slot: time.sleep(0.02))
+    assert run.steps(3) == 0
+    assert run.fetcher.in_flight > 0
+
+
+@pytest.mark.parametrize("mutation", [without_ready_wait, without_released_wait])
+def test_the_comparison_notices_a_missing_wait(mutation):
+    """Misses that wait for their copies put both orders to use at every step."""
+    run = Run(
+        mutation(),
+        before_copy=lambda slot: time.sleep(0.001 if mutation is without_ready_wait else 0),
+        before_compute=lambda n: time.sleep(0.001 if mutation is without_released_wait else 0),
+        n_ways=1,
+        miss_policy="fetch",
+    )
+    assert run.steps(40) > 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+def test_soak_of_ten_thousand_steps(miss_policy):
+    rng = random.Random(11)
+    run = Run(
+        before_copy=jitter(rng, 0.0003),
+        before_compute=jitter(rng, 0.0003),
+        miss_policy=miss_policy,
+        n_streams=2,
+    )
+    assert run.steps(10_000) == 0
+    assert run.fetcher.copies > 5_000
