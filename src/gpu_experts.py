@@ -7,7 +7,7 @@ as the CPU computes the misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ Allocator = Callable[[int, int, torch.device], Tensor]
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
 _TOKENS_PER_SLOT_FOR_GEMM = 4
+# Of 8 pairs a loop finds the hits in 1.3 us and torch in 6; of 16384, mostly misses, in 330 and 21.
+_PAIRS_WORTH_FILTERING = 64
 
 
 class SlotOrder(Protocol):
@@ -272,10 +274,14 @@ def _first_error(copies: list[Any]) -> Exception | None:
 
 
 def _pairs_of_slot(slot_of_pair: Tensor) -> dict[int, list[int]]:
-    """slot -> its pairs, as t * K + k; the cost is that of the hits, not of all pairs."""
+    """slot -> its pairs, as t * K + k."""
     flat = slot_of_pair.reshape(-1)
-    hits = (flat >= 0).nonzero()[:, 0]
+    hits: Sequence[int] = range(flat.numel())
+    if flat.numel() > _PAIRS_WORTH_FILTERING:
+        there = (flat >= 0).nonzero()[:, 0]
+        hits, flat = there.tolist(), flat[there]
     pairs: dict[int, list[int]] = {}
-    for pair, slot in zip(hits.tolist(), flat[hits].tolist(), strict=True):
-        pairs.setdefault(slot, []).append(pair)
+    for pair, slot in zip(hits, flat.tolist(), strict=True):
+        if slot >= 0:
+            pairs.setdefault(slot, []).append(pair)
     return pairs

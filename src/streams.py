@@ -11,6 +11,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
+
+_IDLE_S: Final = 0.2  # how soon an idle thread notices that the program is over
 
 
 class _Point:
@@ -29,14 +32,15 @@ class HostStream:
     """A thread that runs submitted work in order; work must not raise.
 
     Any thread may submit. `cancelled` turns true when the stream is closed with `cancel`: waits
-    end at once, and work that can be skipped should look at it.
+    end at once, and work that can be skipped should look at it. A stream that nobody closed ends
+    with the program. (A daemon thread would be killed inside torch then, which aborts the process.)
     """
 
     def __init__(self, name: str) -> None:
         self.cancelled = threading.Event()
         self._closed = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -67,12 +71,25 @@ class HostStream:
         self._thread.join()
 
     def _wait(self, point: _Point) -> None:
-        while not point.reached.wait(0.05) and not self.cancelled.is_set():
-            pass
+        while not point.reached.wait(_IDLE_S):
+            if self.cancelled.is_set() or _program_is_over():
+                return
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+        while True:
+            try:
+                work = self._work.get(timeout=_IDLE_S)
+            except queue.Empty:
+                if _program_is_over():
+                    return
+                continue
+            if work is None:
+                return
             work()
+
+
+def _program_is_over() -> bool:
+    return not threading.main_thread().is_alive()
 
 
 class HostEvent:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +102,30 @@ def test_cancelling_ends_a_wait_that_would_never_end(other):
     stream.close(cancel=True)
     assert seen == [True]
     gate.set()
+
+
+PROGRAM = """
+import torch
+from streams import HostEvent, HostStream
+
+busy, blocked, idle = (HostStream(name) for name in ("busy", "blocked", "idle"))
+gate = HostEvent()
+for _ in range(200):
+    busy.submit(lambda: torch.randn(256, 256) @ torch.randn(256, 256))
+gate.record(busy)
+blocked.wait_event(gate)
+blocked.submit(lambda: print("done", flush=True))
+"""
+
+
+def test_a_program_that_closes_nothing_still_ends_well():
+    source = Path(__file__).resolve().parent.parent / "src"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
