@@ -1,0 +1,250 @@
+"""What this machine can do: bandwidths and cost lines, measured in about a second, kept on disk.
+
+What to measure is passed in as callables, so that the same code measures native kernels, CUDA and
+the emulated accelerator. All figures are medians of repeated timings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cost_model import SideCost
+
+MAX_AGE_S = 30 * 24 * 3600.0
+# Calls over one or more experts with one or more tokens each: enough to tell the three costs apart.
+SIDE_CALLS = ((1,), (1, 1), (1, 1, 1, 1), (8,), (8, 8), (32,), (32, 32, 32, 32))
+
+Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CopyCost:
+    """Copies to the accelerator: alone, and while the CPU computes experts from the same DRAM.
+
+    `cpu_shared_factor` is how many times longer the CPU's work takes while copies run.
+    """
+
+    copy_call_us: float
+    copy_gbps: float
+    copy_gbps_shared: float
+    cpu_shared_factor: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def median_us(
+    work: Callable[[], object], budget_s: float = 0.1, min_calls: int = 5, max_calls: int = 1000
+) -> float:
+    """Median time of one call, us, over `budget_s` of calls after one to warm up."""
+    work()
+    times_us: list[float] = []
+    started = time.perf_counter()
+    while len(times_us) < max_calls:
+        before = time.perf_counter()
+        work()
+        now = time.perf_counter()
+        times_us.append((now - before) * 1e6)
+        if len(times_us) >= min_calls and now - started >= budget_s:
+            break
+    return statistics.median(times_us)
+
+
+def measure_read_gbps(
+    read: Callable[[], int] | None = None, *, buffer_bytes: int = 2**29, budget_s: float = 0.2
+) -> float:
+    """Plain-read memory bandwidth, GB/s, on the threads torch uses.
+
+    `read` reads memory larger than the caches and returns how many bytes; by default torch sums a
+    buffer of `buffer_bytes`, which should be several times the last-level cache.
+    """
+    if read is None:
+        buffer = torch.ones(buffer_bytes // 4)
+
+        def read() -> int:
+            buffer.sum()
+            return buffer.nbytes
+
+    return read() / median_us(read, budget_s) / 1e3
+
+
+def calibrate_side(
+    run: Callable[[Counts], None],
+    calls: Sequence[Counts] = SIDE_CALLS,
+    budget_s: float = 0.05,
+) -> SideCost:
+    """Fit `call_us + sum over experts (expert_us + token_us * n)` to measured medians.
+
+    `run(counts)` makes one call over len(counts) experts with so many tokens each, and returns when
+    it is done. Each of `calls` is timed for about `budget_s`.
+    """
+    return fit_side(calls, [median_us(partial(run, counts), budget_s) for counts in calls])
+
+
+def fit_side(calls: Sequence[Counts], times_us: Sequence[float]) -> SideCost:
+    """The non-negative costs with the least squared *relative* error over the timed calls.
+
+    Relative, so that a decode call of 100 us weighs as much as a prefill call of 100 ms.
+    """
+    times = np.asarray(times_us, dtype=np.float64)
+    terms = np.array([(1.0, len(counts), sum(counts)) for counts in calls]) / times[:, None]
+    target = np.ones(len(times))
+    best, best_error = np.zeros(3), float("inf")
+    # Three unknowns: of all subsets held at zero, the best of those whose fit is non-negative.
+    for size in (3, 2, 1):
+        for free in itertools.combinations(range(3), size):
+            costs = np.zeros(3)
+            costs[list(free)] = np.linalg.lstsq(terms[:, free], target, rcond=None)[0]
+            error = float(((terms @ costs - target) ** 2).sum())
+            if costs.min() >= 0 and error < best_error:
+                best, best_error = costs, error
+    return SideCost(*(float(cost) for cost in best))
+
+
+def calibrate_copy(
+    copy: Callable[[int], None],
+    block_bytes: int,
+    cpu_work: Callable[[], object],
+    budget_s: float = 0.1,
+) -> CopyCost:
+    """Measure copies alone, then with `cpu_work` on another thread, and what it does to that work.
+
+    `copy(n_bytes)` copies so many bytes (at most `block_bytes`) to the accelerator and returns when
+    they are there. Both callables must release the interpreter lock while they work.
+    """
+    sizes = [max(block_bytes // 16, 1), max(block_bytes // 4, 1), block_bytes]
+    alone_us = [median_us(partial(copy, n_bytes), budget_s) for n_bytes in sizes]
+    call_us, us_per_byte = _line(sizes, alone_us)
+    cpu_alone_us = median_us(cpu_work, budget_s)
+    with _without_pause(cpu_work):
+        shared_us = median_us(partial(copy, block_bytes), budget_s)
+    with _without_pause(partial(copy, block_bytes)):
+        cpu_shared_us = median_us(cpu_work, budget_s)
+    gbps = 1e-3 / us_per_byte
+    slowdown = max(1.0, shared_us / alone_us[-1])
+    return CopyCost(
+        copy_call_us=call_us,
+        copy_gbps=gbps,
+        copy_gbps_shared=gbps / slowdown,
+        cpu_shared_factor=max(1.0, cpu_shared_us / cpu_alone_us),
+    )
+
+
+def _line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:
+    """(fixed us, us per byte), both non-negative, by relative least squares."""
+    times = np.asarray(times_us)
+    terms = np.array([(1.0, size) for size in sizes]) / times[:, None]
+    fixed_us, us_per_byte = np.linalg.lstsq(terms, np.ones(len(times)), rcond=None)[0]
+    if fixed_us < 0 or us_per_byte <= 0:
+        return 0.0, float(times[-1] / sizes[-1])
+    return float(fixed_us), float(us_per_byte)
+
+
+@contextmanager
+def _without_pause(work: Callable[[], object]) -> Iterator[None]:
+    """`work` runs over and over on another thread, from its first completion to the exit.
+
+    What it raises there is raised here on exit.
+    """
+    started, stop = threading.Event(), threading.Event()
+
+    def loop() -> None:
+        try:
+            while not stop.is_set():
+                work()
+                started.set()
+        finally:
+            started.set()
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="calibration") as thread:
+        looping = thread.submit(loop)
+        started.wait()
+        try:
+            yield
+        finally:
+            stop.set()
+        looping.result()
+
+
+class CalibrationCache:
+    """Calibrations kept as JSON files, one per hardware and model shape, until they expire.
+
+    `folder` defaults to the user's cache directory (XDG_CACHE_HOME, else ~/.cache).
+    """
+
+    def __init__(self, folder: Path | None = None, max_age_s: float = MAX_AGE_S) -> None:
+        self.folder = folder or _user_cache() / "moe-cpu-gpu-inference"
+        self._max_age_s = max_age_s
+
+    def path(self, hardware: Mapping[str, Any], shape: Mapping[str, Any]) -> Path:
+        """Where a calibration of this hardware (`Hardware.key()`) and model shape is kept."""
+        facts = json.dumps([hardware, shape], sort_keys=True, default=str)
+        return self.folder / f"calibration-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+
+    def load(self, hardware: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The calibration stored for these facts, or None: never stored, expired or unreadable."""
+        try:
+            document = json.loads(self.path(hardware, shape).read_text())
+            age_s = time.time() - document["measured_unix_s"]
+            calibration = document["calibration"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        fresh = 0 <= age_s <= self._max_age_s
+        return calibration if fresh and isinstance(calibration, dict) else None
+
+    def store(
+        self,
+        hardware: Mapping[str, Any],
+        shape: Mapping[str, Any],
+        calibration: Mapping[str, Any],
+    ) -> bool:
+        """Keep a calibration; False where the folder cannot be written (it is then not kept)."""
+        path = self.path(hardware, shape)
+        document = {
+            "measured_unix_s": time.time(),
+            "hardware": hardware,
+            "shape": shape,
+            "calibration": calibration,
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(document, indent=2, default=str) + "\n")
+            temporary.replace(path)
+        except OSError:
+            return False
+        return True
+
+
+def _user_cache() -> Path:
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(configured) if configured.startswith("/") else Path.home() / ".cache"
+
+
+def format_calibration(calibration: Mapping[str, Any]) -> list[str]:
+    """Lines for `--show-calibration`: nested names joined by dots, numbers to four digits."""
+    lines = []
+    for name, value in calibration.items():
+        if isinstance(value, Mapping):
+            lines += [f"{name}.{line}" for line in format_calibration(value)]
+        else:
+            lines.append(
+                f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
+            )
+    return lines

@@ -1,0 +1,155 @@
+"""Cost lines are fitted exactly to exact timings, and calibrations are kept until they expire."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from calibration import (
+    SIDE_CALLS,
+    CalibrationCache,
+    calibrate_copy,
+    calibrate_side,
+    fit_side,
+    format_calibration,
+    measure_read_gbps,
+    median_us,
+)
+from cost_model import SideCost
+
+HARDWARE = {"cpu": "Test CPU", "gpu": None}
+SHAPE = {"hidden_size": 64}
+
+
+def costs_us(cost: SideCost) -> list[float]:
+    return [cost.us(len(counts), sum(counts)) for counts in SIDE_CALLS]
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [SideCost(20.0, 300.0, 5.0), SideCost(0.0, 300.0, 5.0), SideCost(20.0, 300.0, 0.0)],
+)
+def test_the_fit_recovers_exact_costs(cost: SideCost) -> None:
+    fitted = fit_side(SIDE_CALLS, costs_us(cost))
+    assert fitted.call_us == pytest.approx(cost.call_us, abs=1e-6)
+    assert fitted.expert_us == pytest.approx(cost.expert_us, rel=1e-9)
+    assert fitted.token_us == pytest.approx(cost.token_us, abs=1e-9)
+
+
+def test_the_fit_bears_noise_and_never_goes_negative() -> None:
+    rng = random.Random(1)
+    for true in (SideCost(20.0, 300.0, 5.0), SideCost(0.0, 50.0, 0.1), SideCost(500.0, 0.0, 30.0)):
+        noisy = [us * rng.uniform(0.97, 1.03) for us in costs_us(true)]
+        fitted = fit_side(SIDE_CALLS, noisy)
+        assert min(fitted.call_us, fitted.expert_us, fitted.token_us) >= 0
+        for measured, predicted in zip(noisy, costs_us(fitted), strict=True):
+            assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_every_call_is_run_with_its_counts() -> None:
+    seen = []
+    calibrate_side(seen.append, calls=[(1,), (1, 1), (4,)], budget_s=0.0)
+    assert set(seen) == {(1,), (1, 1), (4,)}
+
+
+def test_the_median_ignores_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations_s = iter([9.0, 1.0, 1.0, 50.0, 1.0, 1.0])  # the first call warms up
+    now_s = 0.0
+
+    def work() -> None:
+        nonlocal now_s
+        now_s += next(durations_s)
+
+    monkeypatch.setattr("calibration.time.perf_counter", lambda: now_s)
+    assert median_us(work, budget_s=0.0, min_calls=5) == 1e6
+
+
+def test_copies_are_measured_alone_and_beside_the_cpu() -> None:
+    """Sleeping stand-ins: 2 us per KiB and 200 us a call; neither slows the other down."""
+    copied = []
+
+    def copy(n_bytes: int) -> None:
+        copied.append(n_bytes)
+        time.sleep((200 + n_bytes / 512) / 1e6)
+
+    cost = calibrate_copy(copy, 2**20, lambda: time.sleep(0.002), budget_s=0.02)
+    assert max(copied) == 2**20
+    assert set(copied) == {2**16, 2**18, 2**20}
+    assert 0 < cost.copy_gbps_shared <= cost.copy_gbps
+    assert cost.cpu_shared_factor >= 1.0
+    assert cost.copy_call_us >= 0.0
+
+
+def test_a_copy_that_fails_is_not_waited_for() -> None:
+    calls = 0
+
+    def copy(n_bytes: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        calibrate_copy(copy, 4096, lambda: None, budget_s=0.0)
+
+
+def test_read_bandwidth_is_bytes_over_time() -> None:
+    def read() -> int:
+        time.sleep(0.01)
+        return 10_000_000  # in 10 ms or more: at most 1 GB/s
+
+    assert 0.01 < measure_read_gbps(read, budget_s=0.02) <= 1.0
+    assert measure_read_gbps(buffer_bytes=2**22, budget_s=0.01) > 0.01
+
+
+def test_a_calibration_is_kept_per_hardware_and_shape(tmp_path: Path) -> None:
+    cache = CalibrationCache(tmp_path / "cache")
+    assert cache.load(HARDWARE, SHAPE) is None
+    assert cache.store(HARDWARE, SHAPE, {"cpu": {"call_us": 3.5}})
+    assert cache.load(HARDWARE, SHAPE) == {"cpu": {"call_us": 3.5}}
+    assert cache.load({**HARDWARE, "cpu": "Other"}, SHAPE) is None
+    assert cache.load(HARDWARE, {"hidden_size": 128}) is None
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+
+
+def test_a_calibration_expires(tmp_path: Path) -> None:
+    cache = CalibrationCache(tmp_path, max_age_s=100.0)
+    cache.store(HARDWARE, SHAPE, {"read_gbps": 50.0})
+    path = cache.path(HARDWARE, SHAPE)
+    document = json.loads(path.read_text())
+    for age_s, expected in ((50, {"read_gbps": 50.0}), (150, None), (-3600, None)):
+        document["measured_unix_s"] = time.time() - age_s
+        path.write_text(json.dumps(document))
+        assert cache.load(HARDWARE, SHAPE) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"measured_unix_s": "now"}'])
+def test_a_damaged_calibration_is_measured_anew(tmp_path: Path, text: str) -> None:
+    cache = CalibrationCache(tmp_path)
+    cache.path(HARDWARE, SHAPE).write_text(text)
+    assert cache.load(HARDWARE, SHAPE) is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert not CalibrationCache(tmp_path / "file").store(HARDWARE, SHAPE, {})
+
+
+def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert CalibrationCache().folder == tmp_path / "moe-cpu-gpu-inference"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    assert CalibrationCache().folder == Path.home() / ".cache" / "moe-cpu-gpu-inference"
+
+
+def test_lines_for_people() -> None:
+    calibration = {"read_gbps": 51.98765, "cpu": {"call_us": 3.0, "kernel": "avx512"}}
+    assert format_calibration(calibration) == [
+        "read_gbps = 51.99",
+        "cpu.call_us = 3",
+        "cpu.kernel = avx512",
+    ]

@@ -1,0 +1,62 @@
+"""NVTX ranges nest as the passes and layers do, and off means that nothing is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import nvtx
+
+from nvtx_ranges import NvtxRanges
+
+
+class FakeNvtx:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def push_range(self, name: str) -> None:
+        self.calls.append(f"push {name}")
+
+    def pop_range(self) -> None:
+        self.calls.append("pop")
+
+    @contextmanager
+    def annotate(self, name: str) -> Iterator[None]:
+        self.calls.append(f"enter {name}")
+        yield
+        self.calls.append(f"exit {name}")
+
+
+def one_pass(ranges: NvtxRanges) -> None:
+    ranges.begin_pass("decode")
+    for layer in range(2):
+        with ranges.layer(layer, "cpu experts"):
+            pass
+    ranges.end_pass()
+
+
+def test_ranges_nest_per_pass_and_layer() -> None:
+    library = FakeNvtx()
+    one_pass(NvtxRanges(enabled=True, library=library))
+    assert library.calls == [
+        "push decode",
+        "enter layer 0 cpu experts",
+        "exit layer 0 cpu experts",
+        "enter layer 1 cpu experts",
+        "exit layer 1 cpu experts",
+        "pop",
+    ]
+
+
+def test_off_calls_nothing() -> None:
+    library = FakeNvtx()
+    ranges = NvtxRanges(enabled=False, library=library)
+    one_pass(ranges)
+    assert library.calls == []
+    assert ranges.layer(0, "plan") is ranges.layer(1, "plan")  # nothing is made
+
+
+def test_the_real_library_takes_the_calls() -> None:
+    ranges = NvtxRanges(enabled=True)
+    one_pass(ranges)
+    assert isinstance(ranges.layer(0, "plan"), nvtx.annotate)
