@@ -19,7 +19,7 @@ SOURCE = ROOT / "src"
 LEVELS: dict[int, frozenset[str]] = {
     level: frozenset(names.split())
     for level, names in {
-        11: "main prepare",
+        11: "main prepare simulator",
         10: "run_prompts",
         9: "engine",
         8: "moe_dispatcher",
@@ -28,10 +28,13 @@ LEVELS: dict[int, frozenset[str]] = {
             "accelerator model_loader preparation machine_costs preflight tokenization "
             "generation xformers_attention"
         ),
-        5: "gpu_experts cpu_linear dense_plan companion_files output_folder",
+        5: (
+            "gpu_experts cpu_linear dense_plan companion_files output_folder "
+            "simulator_arguments"
+        ),
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
-            "cpu_experts source_checkpoint"
+            "cpu_experts source_checkpoint sweep paper autotune"
         ),
         3: (
             "torch_experts shards miss_trial mistral_native weight_conversion "
