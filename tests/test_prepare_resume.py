@@ -125,7 +125,8 @@ def test_killed_by_the_system_in_the_middle(
     command = [sys.executable, "-c", slow, *paths]
     child = subprocess.Popen(command, cwd=ROOT / "src")
     deadline = time.monotonic() + 60
-    while not (output / "experts-00000.safetensors").exists():
+    record = output / "preparation.json"
+    while not (record.exists() and '"experts-00000' in record.read_text()):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
@@ -218,8 +219,9 @@ def test_too_little_room_is_said_before_writing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
-    usage = prepare.Preparation.__module__
-    monkeypatch.setattr(f"{usage}.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        "preparation.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
     assert run(source, output) == 2
     message = capsys.readouterr().err
     assert "too little room" in message and "0.00 GB free" in message
@@ -241,6 +243,27 @@ def test_control_c(
     assert not list(output.glob("*.partial")) and not (output / "manifest.json").exists()
     assert run(source, output) == 0
     assert contents(output) == reference
+
+
+def test_control_c_while_libraries_load(source: Path, tmp_path: Path) -> None:
+    interrupted = (
+        "import sys, prepare\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.exit(prepare.main(sys.argv[1:]))\n"
+    )
+    paths = ["--input-path", str(source), "--output-path", str(tmp_path / "out"), "--hf"]
+    done = subprocess.run(
+        [sys.executable, "-c", interrupted, *paths],
+        cwd=ROOT / "src",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; run the same command again to go on\n"
 
 
 def test_prepared_once_is_enough(
