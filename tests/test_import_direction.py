@@ -23,7 +23,7 @@ LEVELS: dict[int, frozenset[str]] = {
         10: "run_prompts",
         9: "engine",
         8: "moe_dispatcher",
-        7: "layer_step",
+        7: "layer_step prepare_model",
         6: (
             "accelerator model_loader preparation machine_costs preflight tokenization "
             "generation xformers_attention"
