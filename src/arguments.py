@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cpu(parser.add_argument_group("CPU experts"))
     _add_output(parser.add_argument_group("results"))
     other = parser.add_argument_group("other")
-    other.add_argument("--show-calibration", action="store_true", help="measure and show the costs")
+    other.add_argument(
+        "--show-calibration", action="store_true", help="measure this machine, show it and exit"
+    )
     other.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     other.add_argument("--version", action="store_true", help="show versions and CPU kernels, exit")
     return parser
@@ -131,6 +133,9 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         "--cache-auto", action="store_true", help="choose N and M from free GPU memory and speeds"
     )
     group.add_argument(
+        "--cache-memory-gb", type=float, metavar="X", help="with --cache-auto: use at most X GB"
+    )
+    group.add_argument(
         "--trace", type=Path, metavar="FILE", help="with --cache-auto: a routing trace to tune on"
     )
     group.add_argument(
@@ -177,7 +182,15 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def parse_config(arguments: argparse.Namespace) -> Config:
     """The checked configuration; UserError for values that make no sense."""
-    if arguments.max_tokens is None:
+    prompt, prompt_path, max_tokens = arguments.prompt, arguments.prompt_path, arguments.max_tokens
+    if prompt is None and prompt_path is None:
+        if arguments.dummy_weights is not None:
+            prompt = "Random weights have nothing to say."
+        elif arguments.show_calibration:
+            prompt = "Nothing is generated."
+    if max_tokens is None and arguments.show_calibration:
+        max_tokens = 1
+    if max_tokens is None:
         raise UserError("--max-tokens is missing: say how many tokens to generate per prompt")
     if arguments.model_path is None and arguments.dummy_weights is None:
         raise UserError("--model-path is missing: name a folder weights_preprocessor.py prepared")
@@ -185,9 +198,6 @@ def parse_config(arguments: argparse.Namespace) -> Config:
         raise UserError("--routing-trace needs --dummy-weights: a real model routes for itself")
     if arguments.trace is not None and not arguments.cache_auto:
         raise UserError("--trace needs --cache-auto, which tunes the cache on it")
-    prompt, prompt_path = arguments.prompt, arguments.prompt_path
-    if arguments.dummy_weights is not None and prompt is None and prompt_path is None:
-        prompt = "Random weights have nothing to say."
     return Config(
         model=ModelOptions(
             model_path=arguments.model_path,
@@ -212,10 +222,11 @@ def parse_config(arguments: argparse.Namespace) -> Config:
             prefetch=arguments.prefetch,
             emulate_pcie_gbps=arguments.emulate_pcie_gbps,
             trace=arguments.trace,
+            memory_gb=arguments.cache_memory_gb,
             seed=arguments.seed,
         ),
         generation=GenerationOptions(
-            max_tokens=arguments.max_tokens,
+            max_tokens=max_tokens,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             seed=arguments.seed,

@@ -66,6 +66,7 @@ class CacheOptions:
     prefetch: Prefetch = "off"
     emulate_pcie_gbps: float | None = None
     trace: Path | None = None
+    memory_gb: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +84,10 @@ class CacheOptions:
         _require(
             not (self.auto and self.n_indexes),
             "expected --cache-auto or --cache-nblocks with --cache-nways, found both",
+        )
+        _require(
+            self.memory_gb is None or (self.auto and self.memory_gb > 0),
+            "expected --cache-memory-gb above 0 and together with --cache-auto",
         )
         _require(
             self.emulate_pcie_gbps is None or self.emulate_pcie_gbps > 0,

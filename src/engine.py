@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,12 @@ from transformers import PreTrainedModel
 
 import xformers_attention
 from accelerator import N_STAGING_SLOTS, Accelerator
+from accelerator_setup import Workbench, build_accelerator, fitted_cache
 from checkpoint import read_manifest, verify
 from config import CacheOptions, ModelOptions
 from cpu_experts import CpuExperts
 from errors import UserError
-from expert_cache import ExpertCache, make_policy
-from expert_fetcher import make_fetcher
 from expert_store import ExpertStore
-from gpu_experts import GpuExperts
 from hardware import read_hardware
 from machine_costs import MachineCosts, machine_costs
 from model_loader import (
@@ -38,7 +36,6 @@ from model_loader import (
     use_cpu_kernels,
 )
 from moe_dispatcher import MoeDispatcher, MoeExperts
-from next_layer import Router, find_router
 from nvtx_ranges import NvtxRanges
 from preflight import kv_cache_bytes, make_budget
 from recorder import NullRecorder, Recorder
@@ -59,6 +56,8 @@ class Engine:
     dispatcher: MoeDispatcher
     device: torch.device
     cpu: CpuExperts
+    sites: list[MoeSite]
+    kv_bytes: int
     costs: MachineCosts | None = None
     emulate_pcie_gbps: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -67,11 +66,48 @@ class Engine:
     def accelerator(self) -> Accelerator | None:
         return self.dispatcher.accelerator
 
+    def use_cache(self, options: CacheOptions) -> None:
+        """Serve the experts with another cache from now on; the weights stay where they are.
+
+        Further lines join `notes`. UserError when the cache cannot be built.
+        """
+        if self.accelerator is not None:
+            self.accelerator.close()
+            self.dispatcher.accelerator = None
+        self.emulate_pcie_gbps = options.emulate_pcie_gbps
+        options = fitted_cache(options, self.source, self.notes)
+        if options.wants_accelerator:
+            workbench = Workbench(
+                self.source,
+                self.store,
+                self.cpu,
+                self.sites,
+                self.device,
+                self.decode_step,
+                self.notes,
+            )
+            self.dispatcher.accelerator, self.costs = build_accelerator(
+                workbench, options, self.kv_bytes
+            )
+
     def calibrate(self, again: bool = False) -> None:
         """Know the machine's costs: measured once, then from disk; `again` measures anew."""
         if self.costs is None or again:
-            gpu = None if self.accelerator is None else self.accelerator.gpu
-            self.costs = _measure(self, gpu, self.emulate_pcie_gbps, again)
+            self.costs = machine_costs(
+                self.store,
+                self.cpu,
+                None if self.accelerator is None else self.accelerator.gpu,
+                self.decode_step,
+                read_hardware(),
+                dtype=self.source.dtype,
+                emulate_pcie_gbps=self.emulate_pcie_gbps,
+                remeasure=again,
+            )
+
+    def decode_step(self) -> None:
+        """One decode step with every expert left out: what all the rest costs."""
+        with self.dispatcher.experts_left_out(), torch.inference_mode():
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
 
     def follow_prompts(self, prompts: Sequence[int]) -> None:
         """Record the coming pass under the first of `prompts`."""
@@ -123,7 +159,7 @@ def load_engine(
     *,
     context_tokens: int = _DEFAULT_CONTEXT_TOKENS,
     nvtx: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Engine:
     """Check memory, build the model, read its weights and install the experts.
 
@@ -140,9 +176,9 @@ def load_engine(
             "only the CPU serves: use --device cpu, or prepare with --dense-dtype bf16"
         )
     notes: list[str] = []
-    cache = _fitted(cache, source, notes)
     model = build_skeleton(source.config, source.dtype, options.attention)
     sites = find_moe_sites(model, source.experts_paths)
+    kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(
         device,
         expert_bytes=sum(
@@ -150,12 +186,11 @@ def load_engine(
             for layout, n in zip(source.layouts, source.n_experts, strict=True)
         ),
         dense_bytes=source.dense_bytes,
-        kv_bytes=kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize),
-        slot_bytes=(cache.n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes
-        if cache.n_slots
-        else 0,
+        kv_bytes=kv_bytes,
+        slot_bytes=_slot_bytes(cache, source),
     )
-    say(budget.table())
+    if say is not None:
+        say(budget.table())
     budget.check(source.weight_format)
 
     store = ExpertStore(source.layouts, source.n_experts)
@@ -182,11 +217,11 @@ def load_engine(
         dispatcher=dispatcher,
         device=device,
         cpu=cpu[0],
-        emulate_pcie_gbps=cache.emulate_pcie_gbps,
+        sites=sites,
+        kv_bytes=kv_bytes,
         notes=notes,
     )
-    if cache.wants_accelerator:
-        _add_accelerator(engine, sites, cache)
+    engine.use_cache(cache)
     return engine
 
 
@@ -241,25 +276,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _fitted(cache: CacheOptions, source: ModelSource, notes: list[str]) -> CacheOptions:
-    """The cache cut to what the model can use."""
-    if not cache.wants_accelerator:
-        return cache
-    if len({(layout, n) for layout, n in zip(source.layouts, source.n_experts, strict=True)}) > 1:
-        raise UserError(
-            f"the MoE layers of {source.name} differ in shape, which the expert cache does not "
-            "serve: run without --cache-nblocks"
-        )
-    n_layers, n_experts = len(source.layouts), source.n_experts[0]
-    fitted = replace(
-        cache, n_indexes=min(cache.n_indexes, n_layers), n_ways=min(cache.n_ways, n_experts)
-    )
-    if (fitted.n_indexes, fitted.n_ways) != (cache.n_indexes, cache.n_ways):
-        notes.append(
-            f"cache {cache.n_indexes} x {cache.n_ways} cut to {fitted.n_indexes} x "
-            f"{fitted.n_ways}: the model has {n_layers} MoE layers of {n_experts} experts"
-        )
-    return fitted
+def _slot_bytes(cache: CacheOptions, source: ModelSource) -> int:
+    if not cache.n_slots:
+        return 0
+    n_slots = min(cache.n_indexes, len(source.layouts)) * min(cache.n_ways, source.n_experts[0])
+    return (n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes
 
 
 def _cpu_experts(source: ModelSource, site: MoeSite, options: ModelOptions) -> CpuExperts:
@@ -270,93 +291,6 @@ def _cpu_experts(source: ModelSource, site: MoeSite, options: ModelOptions) -> C
         kernel=options.cpu_kernel,
         isa=options.cpu_isa,
         affinity=options.cpu_affinity,
-    )
-
-
-def _add_accelerator(engine: Engine, sites: list[MoeSite], options: CacheOptions) -> None:
-    """Allocate slots, calibrate, and hand the dispatcher its accelerator."""
-    if options.auto:
-        options = _chosen_cache(engine, options)
-    gpu = GpuExperts(
-        engine.store.layouts[0],
-        sites[0].activation,
-        options.n_slots + N_STAGING_SLOTS,
-        engine.device,
-        act_module=sites[0].act_module,
-    )
-    engine.notes.extend(gpu.notices)
-    options = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, engine.notes)
-    if engine.device.type == "cpu":
-        engine.notes.append(
-            "the accelerator is emulated: a CPU thread stands in for the GPU"
-            + (
-                f", copies run at {options.emulate_pcie_gbps:g} GB/s"
-                if options.emulate_pcie_gbps
-                else ""
-            )
-        )
-    engine.costs = _measure(engine, gpu, options.emulate_pcie_gbps)
-    routers = []
-    if options.prefetch == "next-layer":
-        routers = [_router(engine, site) for site in sites]
-    engine.dispatcher.accelerator = Accelerator(
-        store=engine.store,
-        cache=ExpertCache(
-            options.n_indexes, options.n_ways, make_policy(options.policy, options.seed)
-        ),
-        gpu=gpu,
-        fetcher=make_fetcher(engine.device, gpu.slots, options.emulate_pcie_gbps),
-        quota=options.quota,
-        miss_policy=options.miss_policy,
-        costs=engine.costs.model,
-        routers=routers,
-    )
-
-
-def _router(engine: Engine, site: MoeSite) -> Router:
-    router = find_router(
-        site.block,
-        engine.store.n_experts[site.layer],
-        engine.store.layouts[site.layer].hidden_size,
-    )
-    if router is None:
-        raise UserError(
-            f"--prefetch next-layer cannot call the router of {site.experts_path} on its own: "
-            "use --prefetch off for this architecture"
-        )
-    return router
-
-
-def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:
-    """The cache cut to `n_slots`: fewer ways first, then fewer indexes."""
-    if n_slots >= options.n_slots:
-        return options
-    if n_slots < 1:
-        raise UserError(
-            "not even one expert fits beside the model on the accelerator: use --cache-nblocks 0"
-        )
-    n_indexes = min(options.n_indexes, n_slots)
-    fitted = replace(options, n_indexes=n_indexes, n_ways=n_slots // n_indexes)
-    notes.append(f"the cache is {fitted.n_indexes} x {fitted.n_ways} for lack of memory")
-    return fitted
-
-
-def _measure(
-    engine: Engine, gpu: GpuExperts | None, emulate_pcie_gbps: float | None, again: bool = False
-) -> MachineCosts:
-    def decode_step() -> None:
-        with engine.dispatcher.experts_left_out(), torch.inference_mode():
-            engine.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=engine.device))
-
-    return machine_costs(
-        engine.store,
-        engine.cpu,
-        gpu,
-        decode_step,
-        read_hardware(),
-        dtype=engine.source.dtype,
-        emulate_pcie_gbps=emulate_pcie_gbps,
-        remeasure=again,
     )
 
 

@@ -66,7 +66,8 @@ class LayerStep:
             return None
         on_cpu = torch.zeros(self.store.n_experts[self.layer], dtype=torch.uint8)
         on_cpu[list(experts)] = 1
-        out = self.handoff.result(*self.hidden.shape, self.hidden.device)
+        n_tokens, hidden_size = self.hidden.shape
+        out = self.handoff.result(n_tokens, hidden_size, self.hidden.device)
         self.cpu.run(
             self.host_hidden,
             self.store.pointers(self.layer),

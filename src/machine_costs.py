@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -76,7 +77,7 @@ def machine_costs(
     if known is not None:
         try:
             return _from_json(known)
-        except (KeyError, TypeError, AssertionError):
+        except (KeyError, TypeError, UserError):
             pass  # written by another version: measured anew
     costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps)
     cache.store(hardware.key(), shape, costs.to_json())
@@ -102,9 +103,7 @@ def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
 
 
 def _from_json(data: Mapping[str, Any]) -> MachineCosts:
-    fields = dict(data["costs"])
-    sides = {side: SideCost(**fields.pop(side)) for side in ("cpu", "gpu")}
-    return MachineCosts(CostModel(**sides, **fields), float(data["read_gbps"]))
+    return MachineCosts(CostModel.from_json(json.dumps(data["costs"])), float(data["read_gbps"]))
 
 
 def _measure(

@@ -26,7 +26,7 @@ from machine_costs import predicted_step_us
 from model_loader import PreparedModel
 from prompts import read_prompts
 from provenance import versions
-from recorder import NullRecorder, Recorder
+from recorder import Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
 from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import SensorSampler
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if not argv:
             build_parser().print_usage(sys.stderr)
-        return run(parse_config(arguments), argv, show_calibration=arguments.show_calibration)
+        return run(parse_config(arguments), argv, arguments.show_calibration)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -71,7 +71,7 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
     longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
-    recorder = Recorder() if config.output.record else NullRecorder()
+    recorder = Recorder() if config.output.record else None
     with load_engine(
         source,
         config.model,
@@ -92,11 +92,16 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
         if config.output.record or show_calibration:
             engine.calibrate(again=show_calibration)
         if show_calibration and engine.costs is not None:
-            print("\n".join(format_calibration(engine.costs.to_json())))
+            print(
+                "\n".join(
+                    [*read_hardware().describe(), *format_calibration(engine.costs.to_json())]
+                )
+            )
+            return 0
         started_unix_s = time.time()
         with SensorSampler(n_busiest=torch.get_num_threads()) as sampler:
             conversations, status = run_prompts(engine, tokenizer, prompts, texts, config)
-        if isinstance(recorder, Recorder):
+        if recorder is not None:
             _report(
                 config, engine, recorder, sampler, conversations, status, paths, command,
                 tokenizer, started_unix_s,

@@ -24,6 +24,7 @@ from transformers import (
 
 from activation_probe import probe_activation
 from checkpoint import Manifest, PackedWeight, iterate_dense
+from cpu_kernels import KernelChoice
 from cpu_linear import CpuLinear
 from errors import UserError
 from expert_format import Activation, BlockLayout
@@ -108,12 +109,18 @@ class ModelSource(Protocol):
     name: str
     config: PretrainedConfig
     dtype: torch.dtype
-    weight_format: str
-    dense_format: str
     experts_paths: list[str]
     layouts: list[BlockLayout]
     n_experts: list[int]
     dense_bytes: int
+
+    @property
+    def weight_format(self) -> str:
+        """The experts' format."""
+
+    @property
+    def dense_format(self) -> str:
+        """The format of the large dense matrices."""
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Fill every weight but the experts."""
@@ -131,12 +138,18 @@ class PreparedModel:
         self.name = manifest.folder.resolve().name
         self.config = model_config(manifest)
         self.dtype = DTYPES[manifest.model_dtype]
-        self.weight_format = manifest.weight_format
-        self.dense_format = manifest.dense_format
         self.experts_paths = [layer.module for layer in manifest.moe_layers]
         self.layouts = [layer.layout for layer in manifest.moe_layers]
         self.n_experts = [layer.n_experts for layer in manifest.moe_layers]
         self.dense_bytes = manifest.dense_bytes
+
+    @property
+    def weight_format(self) -> str:
+        return self.manifest.weight_format
+
+    @property
+    def dense_format(self) -> str:
+        return self.manifest.dense_format
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Read the dense weights to `device`; every tensor's checksum is checked.
@@ -194,7 +207,7 @@ def finish_model(model: PreTrainedModel, device: torch.device) -> None:
     model.requires_grad_(False)
 
 
-def use_cpu_kernels(model: PreTrainedModel, kernel: str, isa: str) -> int:
+def use_cpu_kernels(model: PreTrainedModel, kernel: KernelChoice, isa: str) -> int:
     """Route plain bf16 linears of a CPU model through the expert kernels; returns how many.
 
     Routers and other subclasses of `nn.Linear` keep the model's own arithmetic.
@@ -247,4 +260,6 @@ def _install_packed(
     path = weight.name.rpartition(".")[0]
     linear = model.get_submodule(path)
     assert isinstance(linear, nn.Linear), path
-    install_experts(model, path, CpuLinear.from_packed(linear, packed, scale, weight.bits))
+    install_experts(
+        model, path, CpuLinear.from_packed(linear, packed, scale, 8 if weight.bits == 8 else 4)
+    )

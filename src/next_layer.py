@@ -36,8 +36,18 @@ def find_router(block: nn.Module, n_experts: int, hidden_size: int) -> Router | 
         except (RuntimeError, TypeError, ValueError):
             continue
         if ids is not None:
-            return lambda hidden, router=child: _integer_output(router(hidden))  # type: ignore[misc]
+            return _IdsOnly(child)
     return None
+
+
+@dataclass(frozen=True)
+class _IdsOnly:
+    router: nn.Module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        ids = _integer_output(self.router(hidden))
+        assert ids is not None  # it gave some for the probe
+        return ids
 
 
 def _integer_output(output: Any) -> Tensor | None:

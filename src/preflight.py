@@ -101,3 +101,14 @@ def make_budget(
         host_bytes=psutil.virtual_memory().available,
         gpu_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
+
+
+def free_slot_bytes(device: torch.device, kv_bytes: int) -> int:
+    """Memory left for expert slots beside a loaded model, its KV cache to come and workspace.
+
+    An emulated accelerator is given half of the free host memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return max(0, int(torch.cuda.mem_get_info(device)[0]) - kv_bytes - _WORKSPACE_BYTES)
+    return max(0, (psutil.virtual_memory().available - kv_bytes - _WORKSPACE_BYTES) // 2)

@@ -30,7 +30,7 @@ def apply_activation(
         gate = gate.clamp(max=activation.limit)
         up = up.clamp(min=-activation.limit, max=activation.limit)
         return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
-    gate, up = first.chunk(2, dim=-1) if has_gate else (first, None)
+    gate = first.chunk(2, dim=-1)[0] if has_gate else first
     if activation.kind == "silu":
         value = functional.silu(gate)
     elif activation.kind == "gelu":
@@ -41,7 +41,7 @@ def apply_activation(
         value = functional.relu(gate)
     else:
         value = functional.relu(gate).square()
-    return value if up is None else value * up
+    return value * first.chunk(2, dim=-1)[1] if has_gate else value
 
 
 def expert_ffn(
