@@ -35,14 +35,16 @@ UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "
 UNALIGNED = ("top_k", "alpha", "limit")
 
 
-def kernels() -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
+def kernels(
+    every_activation: bool,
+) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
     for bits in MATRIX:
         step = triton_experts._WORDS if bits < 16 else triton_experts._DENSE_COLUMNS
         tile = {"BITS": bits, "HAS_BIAS": True, "ROWS": triton_experts._ROWS, "STEP": step}
         matrix = {"matrix": MATRIX[bits]}
         for kind in ("silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "module"):
-            if kind == "silu" or bits == 8:
+            if kind == "silu" or (bits == 8 and every_activation):
                 yield (
                     f"first-{bits}-{kind}",
                     triton_experts._first_kernel,
@@ -63,7 +65,7 @@ def widest_load(ptx: str) -> int:
 
 def report() -> Iterator[dict[str, object]]:
     for capability in CAPABILITIES:
-        for name, kernel, types, constants in kernels():
+        for name, kernel, types, constants in kernels(capability == CAPABILITIES[-1]):
             names = kernel.arg_names
             aligned = [n for n in types if n not in UNALIGNED]
             source = ASTSource(
