@@ -18,13 +18,13 @@ FORMATS = ("fp32", "bf16", "int8", "int4")
 CASES = [
     *(Case(f, 64, 48) for f in FORMATS),
     *(Case(f, 37, 29, "clamped_swiglu", has_bias=True) for f in FORMATS),
-    *(Case(f, 260, 19, "gelu", has_gate=False, has_bias=True, n_tokens=1) for f in FORMATS),
+    *(Case(f, 260, 9, "gelu", has_gate=False, has_bias=True, n_tokens=1) for f in FORMATS),
     *(
         Case("int8", 33, 21, kind, has_bias=True, n_tokens=2)
         for kind in ("gelu_tanh", "relu", "relu2", "module")
     ),
     Case("int4", 32, 16, n_tokens=1, top_k=1, n_experts=1),
-    *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in FORMATS),
+    *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in ("bf16", "int8", "int4")),
 ]
 
 
@@ -48,9 +48,9 @@ def run(case: Case) -> dict[str, object]:
     rounded = hidden.bfloat16().float(), slots, weights.bfloat16().float()
     expert = gpu._kernels.expert(0, hidden)
     one = expert_ffn(case.layout(), blocks[0], hidden, case.activation(), case.act_module())
-    poisoned = hidden.clone()
+    poisoned = hidden[:1].clone()
     poisoned[0, -1] = float("nan")
-    nan = gpu.launch(poisoned, slots, weights, fetcher).result().isnan().any(1)
+    nan = gpu.launch(poisoned, slots[:1], weights[:1], fetcher).result().isnan().any(1)
     gpu.close()
     fetcher.close()
     return {
