@@ -202,7 +202,7 @@ class _ExpertChoices(_Format):
         self.top_k = blocks.count(blocks[0])
         width = 0
         prompt = -1
-        batch: list[list[str]] = []
+        batch: list[list[tuple[int, ...]]] = []
         index = ""
         for line in lines:
             cells = line.split(",")
@@ -223,7 +223,7 @@ class _ExpertChoices(_Format):
                 yield self._decode(batch, prompt)
                 batch = []
             index = cells[0]
-            batch.append(cells[1:])
+            batch.append(self._token_of_layers(cells[1:]))
         if batch:
             yield self._decode(batch, prompt)
 
@@ -237,14 +237,13 @@ class _ExpertChoices(_Format):
                 f"{self.n_layers}: the rows were read",
             )
 
-    def _decode(self, batch: list[list[str]], prompt: int) -> RoutingPass:
-        K = self.top_k
-        rows = [[self.integer(cell, "an expert id") for cell in cells] for cells in batch]
-        ids = tuple(
-            tuple(self.token(row[start : start + K]) for row in rows)
-            for start in range(0, self.n_layers * K, K)
-        )
-        return RoutingPass("decode", ids, max(prompt, 0))
+    def _token_of_layers(self, cells: list[str]) -> list[tuple[int, ...]]:
+        ids = [self.integer(cell, "an expert id") for cell in cells]
+        starts = range(0, len(ids), self.top_k)
+        return [self.token(ids[start : start + self.top_k]) for start in starts]
+
+    def _decode(self, batch: list[list[tuple[int, ...]]], prompt: int) -> RoutingPass:
+        return RoutingPass("decode", tuple(zip(*batch, strict=True)), max(prompt, 0))
 
 
 class _Route(_Format):

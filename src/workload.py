@@ -2,8 +2,12 @@
 
 Each choice of a token is, with a layer's probability `repeat`, one of the choices of an earlier
 token (how long ago: geometric with mean `memory_tokens`), and otherwise drawn by popularity. Both
-are fitted to how many experts a token shares with the one before it and with the eighth before.
+are fitted to how many experts a token shares with the one, the second and the eighth before it.
 Whatever is made here says that it is synthetic, in its name and in its `synthetic` field.
+
+How like: per-layer LRU hit rates of a fit are within 2 points of its source at top-2 of 8
+(Mixtral's statistics), but 5 to 12 points off for the 128 experts of Qwen3-30B-A3B: two numbers
+are too few for text whose topic moves. A recorded trace is always the better answer.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from pathlib import Path
 from errors import UserError
 from traces import RoutingPass, Trace, TraceInfo
 
-MEMORIES = (1.0, 4.0, 16.0, 64.0)  # mean lags that a fit tries, in tokens
-FIT_TOKENS = 600
-LONG_LAG = 8
+MEMORIES = (1.0, 4.0, 16.0)  # mean lags that a fit tries, in tokens
+FIT_TOKENS = 500
+HIGHEST_REPEAT = 0.95
+LAGS = (1, 2, 8)
 
 # Mean share of a token's two experts that the next token uses again. Jiang et al., "Mixtral of
 # Experts" (2024), table 5: at least one repeats in about 48, 64 and 62% at layers 0, 15 and 31
@@ -153,31 +158,26 @@ def fit_workload(trace: Trace) -> Workload:
         f"fit of {trace.info.model}", trace.info.top_k, tuple(popularity), (0.0,) * trace.n_layers
     )
     targets = [lag_overlap(tokens, 1) for tokens in tokens_of_layer]
-    long_target = _mean([lag_overlap(tokens, LONG_LAG) for tokens in tokens_of_layer])
+    wanted = [_mean([lag_overlap(tokens, lag) for tokens in tokens_of_layer]) for lag in LAGS]
+
+    def misfit(fit: Workload) -> float:
+        reached = [_mean(_overlaps(fit, lag)) for lag in LAGS]
+        return sum(abs(a - b) for a, b in zip(reached, wanted, strict=True))
+
     fits = [with_overlap(replace(plain, memory_tokens=memory), targets) for memory in MEMORIES]
-    return min(fits, key=lambda fit: abs(_mean(_overlaps(fit, LONG_LAG)) - long_target))
+    return min(fits, key=misfit)
 
 
 def with_overlap(workload: Workload, overlaps: Sequence[float]) -> Workload:
-    """Set each layer's `repeat` so that a token shares `overlaps[layer]` of its K experts with the
-    token before it, as closely as two straight lines through three simulations tell."""
-    n_layers = len(workload.popularity)
-    lows, highs = [0.0] * n_layers, [0.95] * n_layers
-    at_lows, at_highs = (_overlaps(replace(workload, repeat=tuple(r)), 1) for r in (lows, highs))
-    for _ in range(2):
-        middles = [
-            low + (high - low) * min(max((target - at_low) / max(at_high - at_low, 1e-9), 0.0), 1.0)
-            for target, low, high, at_low, at_high in zip(
-                overlaps, lows, highs, at_lows, at_highs, strict=True
-            )
-        ]
-        at_middles = _overlaps(replace(workload, repeat=tuple(middles)), 1)
+    """Set each layer's `repeat`, by bisection, so that a token shares `overlaps[layer]` of its K
+    experts with the token before it; 0 where popularity alone gives more."""
+    lows, highs = [0.0] * len(overlaps), [HIGHEST_REPEAT] * len(overlaps)
+    for _ in range(6):
+        middles = [(low + high) / 2 for low, high in zip(lows, highs, strict=True)]
+        reached = _overlaps(replace(workload, repeat=tuple(middles)), 1)
         for layer, target in enumerate(overlaps):
-            if at_middles[layer] < target:
-                lows[layer], at_lows[layer] = middles[layer], at_middles[layer]
-            else:
-                highs[layer], at_highs[layer] = middles[layer], at_middles[layer]
-    return replace(workload, repeat=tuple(middles))
+            (lows if reached[layer] < target else highs)[layer] = middles[layer]
+    return replace(workload, repeat=tuple((a + b) / 2 for a, b in zip(lows, highs, strict=True)))
 
 
 def lag_overlap(tokens: Sequence[Sequence[int]], lag: int) -> float:

@@ -1,0 +1,195 @@
+"""Replays against a step-by-step retelling of the engine, and the clock against hand arithmetic."""
+
+import random
+
+import pytest
+
+from cost_model import CostModel, SideCost
+from expert_cache import ExpertCache, make_policy
+from replay import PhaseHits, replay
+from time_model import Timeline, bound_us, prefetch_step_us
+from traces import RoutingPass
+from workload import even_workload
+
+UNLIMITED = 10**9
+
+
+def passes_of(n_layers: int, n_tokens: int, n_experts=8, top_k=2, prompt=5, seed=3):
+    workload = even_workload(n_layers, n_experts, top_k)
+    return workload.generate(n_tokens, seed, prompt).passes
+
+
+def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
+    """The engine's sequence with instant copies, spelled out on the directory's smallest calls."""
+    cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
+    rows = []
+    for one in passes:
+        fetched, row = 0, []
+        for layer in range(min(n_indexes, len(one.ids))):
+            started = []
+            if one.phase == "prefill":
+                wanted: list[int] = []
+                for token in one.ids[layer][::-1]:
+                    wanted += [e for e in token if e not in wanted]
+                wanted = wanted[:n_ways]
+                cache.protect(layer, wanted)
+                absent = [e for e in wanted if cache.slot_of(layer, e) is None]
+                absent = absent[: quota - fetched]
+                for expert in wanted[::-1]:
+                    slot = cache.slot_of(layer, expert)
+                    if expert in absent:
+                        started.append(cache.admit(layer, expert))
+                    elif slot is not None and quota - fetched > 0:
+                        cache.policy.hit(slot)
+                fetched += len(started)
+            else:
+                (token,) = one.ids[layer]
+                slots = cache.lookup(layer, token)
+                row.append(sum(slot >= 0 for slot in slots))
+                for expert, slot in zip(token, slots, strict=True):
+                    if slot < 0 and fetched < quota:
+                        admitted = cache.admit(layer, expert)
+                        if admitted is not None:
+                            started.append(admitted)
+                            fetched += 1
+            cache.end_step(layer)
+            for slot in started:
+                cache.mark_ready(slot)
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("policy", ["FIFO", "LRU", "LFU", "LFRU", "RANDOM"])
+@pytest.mark.parametrize(("n_indexes", "n_ways"), [(4, 3), (2, 8), (4, 1), (0, 0), (6, 4)])
+@pytest.mark.parametrize("quota", [0, 1, 5, UNLIMITED])
+def test_hits_of_each_pass_and_layer_are_the_engines(policy, n_indexes, n_ways, quota):
+    passes = passes_of(n_layers=4, n_tokens=60) + passes_of(n_layers=4, n_tokens=30, seed=9)
+    result = replay(
+        passes, ExpertCache(n_indexes, n_ways, make_policy(policy)), quota, keep_layers=True
+    )
+    expected = engine_hits(passes, n_indexes, n_ways, policy, quota)
+    assert result.hits_by_layer == expected
+    assert result.decode.hits == sum(map(sum, expected))
+    assert result.n_decode_tokens == result.n_decode_passes == 90
+
+
+def test_rates_of_a_hand_worked_trace():
+    decode = [((0, 1),), ((0, 2),), ((0, 2),), ((3, 4),)]
+    passes = [RoutingPass("decode", (tokens,)) for tokens in decode]
+    result = replay(passes, ExpertCache(1, 4, make_policy("LRU")))
+    # Hits 0, 1, 2, 0 of 2 each.
+    assert result.decode == PhaseHits(pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3)
+    assert result.decode.rates() == (50.0, 25.0, 37.5)
+    assert (result.fetches, result.evictions) == (5, 1)
+    assert PhaseHits().rates() == (0, 0, 0)
+
+
+def test_prompts_count_apart_and_warm_the_cache():
+    prompt = RoutingPass("prefill", (((0, 1), (2, 3)),))
+    result = replay(
+        [prompt, prompt, RoutingPass("decode", (((2, 3),),))], ExpertCache(1, 2, make_policy("LRU"))
+    )
+    assert result.decode.hits == 2
+    assert (result.prefill.pairs, result.prefill.at_least_two, result.prefill.hits) == (4, 1, 2)
+    assert result.fetches == 2
+
+
+def test_a_batch_looks_each_expert_up_once_and_counts_by_token():
+    batch = RoutingPass("decode", (((0, 1), (0, 2), (3, 4)),))
+    cache = ExpertCache(1, 3, make_policy("LRU"))
+    result = replay([batch, batch], cache, keep_layers=True)
+    assert cache.hits + cache.misses == 2 * 5
+    assert cache.hits == 3  # 0, 1 and 2 were admitted first
+    assert result.hits_by_layer == [[0], [4]]  # tokens found 2, 2 and 0 of theirs
+    assert result.decode.at_least_two == 2
+    assert result.n_decode_tokens == 6 and result.n_decode_passes == 2
+
+
+COSTS = CostModel(
+    cpu=SideCost(20, 500, 80),
+    gpu=SideCost(10, 30, 10),
+    copy_call_us=0,
+    copy_gbps=1,
+    copy_gbps_shared=0.5,
+    cpu_shared_factor=2.0,
+    block_bytes=1_000_000,  # a copy takes 1000 us alone, 2000 us beside the CPU
+    dense_us_per_layer=100,
+)
+
+
+def test_one_layer_takes_the_slower_side():
+    timeline = Timeline(COSTS)
+    timeline.pass_dense()
+    timeline.pass_experts(gpu_experts=1, cpu_experts=1, slots=[])
+    assert timeline.now_us == 100 + 600
+    timeline.pass_experts(gpu_experts=2, cpu_experts=0, slots=[])
+    assert timeline.now_us == 700 + 90
+    assert (timeline.busy.cpu_us, timeline.busy.gpu_us) == (600, 100 + 50 + 90)
+
+
+def test_copies_go_on_across_layers_and_slow_the_cpu():
+    timeline = Timeline(COSTS)
+    timeline.pass_experts(0, 1, slots=[7])  # 600 of CPU work takes 1200 beside the copy
+    assert timeline.now_us == 1200
+    assert timeline.arrived() == []  # 1200 / 2000 of the copy done, 400 us left alone
+    timeline.pass_dense()
+    timeline.pass_dense()
+    timeline.pass_dense()
+    assert timeline.arrived() == []
+    timeline.pass_dense()
+    assert timeline.arrived() == [7]
+    assert timeline.arrived() == []
+    timeline.pass_experts(0, 1, slots=[])
+    assert timeline.now_us == 1200 + 400 + 600
+    assert timeline.busy.copy_us == pytest.approx(1600)
+
+
+def test_a_copy_that_ends_gives_the_cpu_its_speed_back():
+    timeline = Timeline(COSTS)
+    timeline.queue([1, 2])
+    timeline.pass_experts(0, 8, slots=[])  # 20 + 8 * 580 = 4660: 2000 done beside two copies
+    assert timeline.now_us == pytest.approx(4000 + 2660)
+    assert timeline.arrived() == [1, 2]
+
+
+def test_latency_never_adds_hits_and_agrees_with_instant_copies_when_it_vanishes():
+    passes = passes_of(n_layers=4, n_tokens=80, prompt=0)
+    instant = replay(passes, ExpertCache(4, 4, make_policy("LRU")), 64)
+    quick = CostModel(**{**COSTS.__dict__, "copy_gbps": 1e6, "copy_gbps_shared": 1e6})
+    no_latency = replay(passes, ExpertCache(4, 4, make_policy("LRU")), 64, Timeline(quick))
+    assert no_latency.decode == instant.decode
+    slow = CostModel(**{**COSTS.__dict__, "copy_gbps": 0.02, "copy_gbps_shared": 0.02})
+    late = replay(passes, ExpertCache(4, 4, make_policy("LRU")), 64, Timeline(slow))
+    assert late.decode.hits < 0.5 * instant.decode.hits
+    assert late.decode_us > no_latency.decode_us
+
+
+def test_without_a_cache_a_step_is_its_layers_on_the_cpu():
+    passes = passes_of(n_layers=3, n_tokens=5, prompt=0)
+    result = replay(passes, ExpertCache(0, 0, make_policy("LRU")), 64, Timeline(COSTS))
+    assert result.decode_us == pytest.approx(5 * 3 * (100 + 20 + 2 * 580))
+    assert result.fetches == 0
+
+
+def test_prefetching_is_as_fast_as_the_slower_of_bus_and_compute():
+    assert prefetch_step_us(COSTS, n_layers=3, top_k=2) == 3 * 2000
+    quick = CostModel(**{**COSTS.__dict__, "copy_gbps": 1e6})
+    assert prefetch_step_us(quick, n_layers=3, top_k=2) == 3 * (100 + 90)
+
+
+def test_no_replay_is_faster_than_the_bound():
+    rng = random.Random(5)
+    for _ in range(20):
+        costs = CostModel(
+            **{
+                **COSTS.__dict__,
+                "copy_gbps": rng.choice([0.2, 1, 20]),
+                "copy_gbps_shared": 0.2,
+                "dense_us_per_layer": rng.choice([1, 100, 3000]),
+            }
+        )
+        passes = passes_of(n_layers=4, n_tokens=40, prompt=0, seed=rng.randrange(100))
+        cache = ExpertCache(4, rng.randint(1, 8), make_policy("LFU"))
+        result = replay(passes, cache, 64, Timeline(costs))
+        hits = result.decode.hits / 40
+        assert result.decode_us >= 40 * bound_us(costs, 4, hits, 8 - hits)
