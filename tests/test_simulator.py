@@ -1,0 +1,182 @@
+"""The simulator's command line, end to end, and its sweeps."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import simulator
+from expert_cache import ExpertCache, make_policy
+from machine_file import load_machine
+from paper import paper_cells
+from replay import replay
+from sweep import Setting, grid, share_one_index, sweep
+from traces import read_trace, write_trace
+from workload import even_workload
+
+ROOT = Path(__file__).resolve().parent.parent
+HARDWARE = str(ROOT / "hardware" / "rtx4090.yaml")
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return even_workload(4, 8, 2, overlap=0.4).generate(60, seed=2, n_prompt_tokens=6)
+
+
+@pytest.fixture
+def trace_file(tmp_path, trace) -> str:
+    write_trace(tmp_path / "trace.jsonl", trace.info, trace.passes)
+    return str(tmp_path / "trace.jsonl")
+
+
+def printed(capsys, *arguments: str, code: int = 0) -> str:
+    assert simulator.main(arguments) == code
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_one_setting_prints_what_the_replay_counted(capsys, trace, trace_file):
+    out = printed(
+        capsys, trace_file, "--cache-nblocks", "3", "--cache-nways", "3",
+        "--cache-replace-policy", "LRU",
+    )  # fmt: skip
+    result = replay(trace.passes, ExpertCache(3, 3, make_policy("LRU")))
+    one, two, per_expert = result.decode.rates()
+    assert "SYNTHETIC routing" in out
+    assert f"at least one {one:.1f}%, at least two {two:.1f}%, per expert {per_expert:.1f}%" in out
+    assert f"fetches: {result.fetches}, evictions: {result.evictions}" in out
+    assert "prefill hits: at least one 0.0%" in out
+    without, with_bypass = map(
+        float, re.search(r"([\d.]+)% without bypass, ([\d.]+)% with", out).groups()
+    )
+    assert per_expert <= without <= with_bypass
+
+
+def test_times_are_printed_with_a_machine(capsys, trace_file):
+    out = printed(
+        capsys, trace_file, "--cache-nblocks", "3", "--cache-nways", "4", "--hardware", HARDWARE,
+        "--cores", "8", "--model", "mixtral-8x7b",
+    )  # fmt: skip
+    speed = float(re.search(r"([\d.]+) tokens/s, [\d.]+ ms a token, [\d.]+ J a token", out)[1])
+    bound = float(re.search(r"full overlap\): ([\d.]+) tokens/s", out)[1])
+    assert 0 < speed < bound
+    assert "8 cores, PCIe 4.0" in out and "12 slots, 4.23 GB" in out
+    assert re.search(r"bytes: [\d.]+ GB fetched, [\d.]+ GB read by the CPU", out)
+
+
+def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file):
+    out = printed(
+        capsys, trace_file, "--one-index", "--cache-nways", "7", "--cache-replace-policy", "LRU"
+    )
+    assert "warning: cyclic-scan cliff" in out and "layers x top-k = 8" in out
+    flat = share_one_index(even_workload(4, 8, 2).generate(200))
+    assert (flat.n_layers, flat.n_experts, len(flat.passes)) == (1, 32, 800)
+    rates = [
+        replay(flat.passes, ExpertCache(1, ways, make_policy("LRU"))).decode.rates()[2]
+        for ways in (4, 16)
+    ]
+    assert rates[0] == 0 and rates[1] > 30
+    out = printed(
+        capsys, trace_file, "--one-index", "--cache-nways", "8", "--cache-replace-policy", "LRU"
+    )
+    assert "cliff" not in out
+
+
+def test_fewer_ways_than_top_k_is_warned_of(capsys, trace_file):
+    assert "warning: 1 ways" in printed(
+        capsys, trace_file, "--cache-nblocks", "2", "--cache-nways", "1"
+    )
+
+
+def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
+    folder = tmp_path / "new" / "folder"
+    printed(capsys, trace_file, "--sweep", "--output-dir", str(folder), "--processes", "2")
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(grid(trace)) == 3 * 4 * 6
+    for row in rows:
+        assert row["synthetic"] == "True"
+        assert float(row["hit_expert"]) <= float(row["bound_bypass"]) + 1e-9
+        if row["policy"] != "RANDOM":
+            setting = Setting(int(row["n_indexes"]), int(row["n_ways"]), row["policy"])
+            (again,) = sweep(trace, [setting])
+            assert float(row["hit_expert"]) == pytest.approx(again.hit_expert, abs=1e-3)
+    header = (folder / "sweep.png").read_bytes()[:8]
+    assert header == b"\x89PNG\r\n\x1a\n"
+
+
+def test_tune_prints_a_front_and_the_flags_to_use(capsys):
+    out = printed(
+        capsys, "--model", "olmoe-1b-7b", "--synthetic", "20", "--tune", "--hardware", HARDWARE,
+        "--memory-gb", "2",
+    )  # fmt: skip
+    assert re.search(r"fastest: --cache-nblocks \d+ --cache-nways \d+ --cache-replace-policy", out)
+    assert len(re.findall(r"  \*$", out, flags=re.M)) >= 2
+    assert "only bf16 gives" in out.lower()
+
+
+def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
+    made = tmp_path / "made.jsonl"
+    printed(capsys, trace_file, "--synthetic", "30", "--write-trace", str(made))
+    again = read_trace(made)
+    assert again.info.synthetic and again.n_layers == 4
+    assert sum(one.phase == "decode" for one in again.passes) == 30
+    assert len(again.passes[0].ids[0]) == 6
+
+
+def test_the_papers_figures():
+    cells = list(paper_cells(load_machine(Path(HARDWARE))))
+    speeds = [cell for cell in cells if cell.unit == "tok/s"]
+    assert len(speeds) == 8 and sum(cell.fitted for cell in speeds) == 2
+    for cell in speeds:
+        limit = 10 if "prefetch" in cell.what else 15
+        assert abs(cell.error_percent) < limit, cell
+    for cell in cells:
+        assert abs(cell.error_percent) < 15, cell
+
+
+def test_the_papers_table_is_printed(capsys):
+    out = printed(capsys, "--paper", "--hardware", HARDWARE)
+    assert "SYNTHETIC" in out and out.count("fitted to it") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "expected a TRACE, or --model"),
+        (["nowhere.csv"], "expected a routing trace"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--paper"], "--paper needs --hardware"),
+        (["--model", "mixtral-8x7b"], "expected --cache-nblocks and --cache-nways"),
+        (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
+        (["--model", "m"], "expected one of the shapes"),
+        (["--model", "olmoe-1b-7b", "--synthetic", "0"], "expected --synthetic of at least 1"),
+        (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
+        (
+            ["--model", "olmoe-1b-7b", "--cache-nblocks", "-1", "--cache-nways", "2"],
+            "expected --cache-nblocks",
+        ),
+        (
+            ["--model", "olmoe-1b-7b", "--cache-nblocks", "2", "--cache-nways", "8",
+             "--cache-replace-policy", "MRU"],
+            "found 'MRU'",
+        ),
+        (
+            ["--model", "mixtral-8x7b", "--tune", "--hardware",
+             str(ROOT / "hardware" / "rtx3080.yaml"), "--memory-gb", "-1"],
+            "GPU memory for mixtral-8x7b",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(capsys, arguments, sentence):
+    out = printed(capsys, *arguments, code=2)
+    assert sentence in out and "Traceback" not in out
+
+
+def test_it_needs_no_tensors_and_starts_at_once():
+    code = "import sys, simulator; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=False)
+    assert done.returncode == 0
