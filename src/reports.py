@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from errors import UserError
 from provenance import git_state, versions
 from recorder import Recorder
@@ -75,7 +77,10 @@ class ReportPaths:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What only the caller knows of a run; plain JSON values in the mappings."""
+    """What only the caller knows of a run; plain JSON values in the mappings.
+
+    `n_threads` are the CPU threads that computed experts.
+    """
 
     command: Sequence[str] = ()
     tool_version: str = ""
@@ -88,6 +93,7 @@ class RunInfo:
     notes: Sequence[str] = ()
     started_unix_s: float | None = None
     status: Status = "completed"
+    n_threads: int = field(default_factory=torch.get_num_threads)
 
 
 def write_reports(
@@ -128,6 +134,7 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
         "command": list(info.command),
         "versions": {"tool": info.tool_version, **versions()},
         "git": git_state(info.source_folder),
+        "n_threads": info.n_threads,
         "hardware": dict(info.hardware),
         "model": dict(info.model),
         "layout": dict(info.layout),
