@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from errors import UserError
 from safetensors_file import TensorEntry, read_header, read_into
@@ -124,7 +125,7 @@ def _place(path: Path, entry: TensorEntry) -> LazyTensor:
 
 
 def _open_bin(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a `torch.save` file; loading to `meta` reads no weights."""
+    """The tensors of a `torch.save` file; loading fake tensors reads no weights."""
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == _ZIP_MAGIC
@@ -141,7 +142,8 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
             "and save it again, or use the safetensors version of the model"
         )
     try:
-        state = torch.load(path, map_location="meta", weights_only=True)
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds: pickle, zip and runtime errors
         raise UserError(
             f"{path} is damaged or holds more than weights: torch.load(weights_only=True) refused "
@@ -158,20 +160,19 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
 
 def _stored(path: Path, tensor: Tensor) -> LazyTensor:
     storage = tensor.untyped_storage()
-    offset = storage._checkpoint_offset  # set by torch.load when it maps to `meta`
+    offset = storage._checkpoint_offset  # where torch.load found it, set for fake tensors
     assert offset is not None
-    first_element = int(tensor.storage_offset())
-    start = offset + first_element * tensor.dtype.itemsize
-    shape = tuple(tensor.shape)
+    start = offset + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    shape = tuple(int(size) for size in tensor.shape)
     if tensor.is_contiguous():
         return _place(path, TensorEntry("", tensor.dtype, shape, start))
 
-    strides, whole_bytes = tensor.stride(), storage.nbytes()
+    strides, dtype = tensor.stride(), tensor.dtype
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
     def read_rows(first: int, last: int) -> Tensor:
-        elements = torch.empty(whole_bytes // tensor.dtype.itemsize, dtype=tensor.dtype)
-        read_into(path, offset, elements)
-        view = torch.as_strided(elements, shape, strides, first_element)
-        return view[first:last].contiguous()
+        elements = torch.empty(span, dtype=dtype)
+        read_into(path, start, elements)
+        return torch.as_strided(elements, shape, strides)[first:last].contiguous()
 
-    return LazyTensor(shape, tensor.dtype, path, read_rows)
+    return LazyTensor(shape, dtype, path, read_rows)

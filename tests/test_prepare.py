@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,6 +228,43 @@ def test_progress_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.Monk
         prepare_folder(source, tmp_path / name, "--hf")
     assert pipe.getvalue() == ""
     assert "preparing: 100%" in terminal.getvalue() and "B/s" in terminal.getvalue()
+
+
+def test_conversions_that_mix_experts_read_the_whole_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weight_conversion._keeps_experts_apart", lambda _: False)
+    model = tiny_models.build_model(tiny_models.qwen3_moe())
+    source = tiny_models.write_hub(model, tmp_path / "source")
+    manifest = prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "fp32")
+    assert_same_experts(manifest, model)
+
+
+def test_names_without_the_base_model_prefix(tmp_path: Path) -> None:
+    """As a checkpoint of the bare model has them; transformers adds the prefix."""
+    model = tiny_models.build_model(tiny_models.mixtral())
+    source = tiny_models.write_bin(model, tmp_path / "source")
+    state = tiny_models.hub_state_dict(model)
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    torch.save(bare, source / "pytorch_model.bin")
+    manifest = prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "fp32")
+    assert_same_experts(manifest, model)
+    assert_same_dense(manifest, model)
+
+
+def test_files_of_older_torch_versions(tmp_path: Path) -> None:
+    """Without the zip's `.format_version` record, offsets come from the zip's directory."""
+    model = tiny_models.build_model(tiny_models.mixtral())
+    source = tiny_models.write_bin(model, tmp_path / "source")
+    path = source / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as whole:
+        records = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as older:
+        for name, data in records.items():
+            if name.rpartition("/")[2] not in (".format_version", ".storage_alignment"):
+                older.writestr(name, data)
+    manifest = prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "fp32")
+    assert_same_dense(manifest, model)
 
 
 def test_non_contiguous_and_shared_tensors_of_a_bin_file(tmp_path: Path) -> None:
