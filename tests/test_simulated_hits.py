@@ -1,0 +1,99 @@
+"""The simulator against the engine: the same hits, pass by pass and layer by layer."""
+
+from pathlib import Path
+
+import pytest
+from test_parity import prepared
+from tiny_models import CONFIGS, build_model, write_hub
+
+from checkpoint import read_manifest
+from config import CacheOptions, ModelOptions
+from engine import Engine, load_engine
+from expert_cache import ExpertCache, make_policy
+from expert_fetcher import Completion
+from generation import generate_batch, make_sampler
+from model_loader import PreparedModel
+from recorded_routing import recorded_trace
+from recorder import Recorder
+from replacement_policies import POLICIES
+from replay import replay
+from traces import Trace, read_trace, write_trace
+
+PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12], [3, 3, 90, 14]]
+N_TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("simulated-hits")
+    source = write_hub(build_model(CONFIGS[request.param]()), root / "hub")
+    folder = prepared(source, root / "prepared", "--hf")
+    options = ModelOptions(folder, device="cpu")
+    with load_engine(PreparedModel(read_manifest(folder)), options, CacheOptions()) as engine:
+        yield engine
+
+
+def run(engine: Engine, options: CacheOptions, batches: list[list[list[int]]]) -> Recorder:
+    """Generate with copies that end before the next layer begins."""
+    engine.use_cache(options)
+    accelerator = engine.accelerator
+    assert accelerator is not None
+    fetcher = accelerator.fetcher
+    poll = fetcher.poll
+
+    def poll_when_done() -> list[Completion]:
+        fetcher.poll = poll  # drain() itself polls
+        try:
+            return fetcher.drain()
+        finally:
+            fetcher.poll = poll_when_done
+
+    fetcher.poll = poll_when_done
+    recorder = engine.dispatcher.recorder = Recorder()
+    sampler = make_sampler(0.0, 1.0, 0, engine.device)
+    for batch in batches:
+        for _ in generate_batch(
+            engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
+        ):
+            pass
+    return recorder
+
+
+def engine_hits(recorder: Recorder) -> list[list[int]]:
+    """Hits of each pass and cached layer; a prompt's are not counted."""
+    rows: list[list[int]] = [[] for _ in recorder.pass_table()]
+    for event in recorder.layer_events():
+        if event.n_hits_of_token is not None:
+            rows[event.pass_index].append(event.hits)
+    return rows
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(("n_indexes", "n_ways"), [(1, 2), (2, 1), (2, 3), (2, 8)])
+@pytest.mark.parametrize("quota", [0, 1, 64])
+def test_hits_equal_the_engines(engine, policy, n_indexes, n_ways, quota, tmp_path: Path):
+    options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
+    recorder = run(engine, options, [[prompt] for prompt in PROMPTS])
+    trace = through_a_file(recorder, engine, tmp_path)
+    cache = ExpertCache(n_indexes, min(n_ways, trace.n_experts), make_policy(policy))
+    result = replay(trace.passes, cache, quota, keep_layers=True)
+    assert result.hits_by_layer == engine_hits(recorder)
+    table = recorder.layer_table()
+    assert result.fetches == table["fetches"].sum()
+    assert result.evictions == table["evictions"].sum()
+
+
+def test_hits_equal_the_engines_in_a_batch(engine, tmp_path: Path):
+    options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU")
+    recorder = run(engine, options, [PROMPTS])
+    trace = through_a_file(recorder, engine, tmp_path)
+    result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
+    assert sum(map(sum, result.hits_by_layer)) > 0
+    assert result.hits_by_layer == engine_hits(recorder)
+
+
+def through_a_file(recorder: Recorder, engine: Engine, folder: Path) -> Trace:
+    """The run's routing, written and read as JSON lines."""
+    trace = recorded_trace(recorder, "tiny", engine.store.n_experts[0], synthetic=False)
+    write_trace(folder / "routing.jsonl", trace.info, trace.passes)
+    return read_trace(folder / "routing.jsonl")
