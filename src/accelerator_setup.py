@@ -155,6 +155,7 @@ def _chosen_cache(
     chosen = replace(
         options,
         auto=False,
+        memory_gb=None,
         n_indexes=choice.n_indexes,
         n_ways=choice.n_ways,
         policy=choice.policy,

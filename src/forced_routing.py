@@ -39,6 +39,10 @@ class ForcedRouting:
             self._next_token += self._n_tokens
         self._decode, self._n_tokens = decode, n_tokens
 
+    def rewind(self) -> None:
+        """Start the trace over."""
+        self._next_token, self._decode = 0, False
+
     def choose(self, layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The trace's ids in the place of `index` int64 [T, K]; all weights equal."""
         source = self._decoded[layer] if self._decode else self._prompt[layer]

@@ -148,8 +148,10 @@ class GpuExperts:
         def work() -> None:
             if self._before_compute is not None:
                 self._before_compute(sum(map(len, pairs.values())))
-            if not pending.copy_failed:
-                pending._out = self._forward(hidden, slot_of_pair, top_k_weights, pairs, out)
+            # The caller's tensors may be inference tensors, and that mode belongs to a thread.
+            with torch.inference_mode():
+                if not pending.copy_failed:
+                    pending._out = self._forward(hidden, slot_of_pair, top_k_weights, pairs, out)
 
         pending.start.record(stream)
         if self._thread is None:

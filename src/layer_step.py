@@ -37,6 +37,7 @@ class LayerStep:
     host_weights: Tensor
     pairs: Pairs
     n_fetches: int = 0
+    _accelerator_out: Tensor | None = None  # one sum for all launches of the step
     _pending: list[tuple[Pending, tuple[int, ...]]] = field(default_factory=list)
 
     def launch(self, accelerator: Accelerator, slots: dict[int, int]) -> None:
@@ -46,8 +47,16 @@ class LayerStep:
             for expert, slot in slots.items():
                 table[expert] = slot
             slot_of_pair = table[self.host_index]  # -1, padding, takes the last entry: -1
+            if self._accelerator_out is None:
+                self._accelerator_out = torch.zeros(
+                    self.hidden.shape, dtype=torch.float32, device=self.hidden.device
+                )
             pending = accelerator.gpu.launch(
-                self.hidden, slot_of_pair, self.weights, accelerator.fetcher
+                self.hidden,
+                slot_of_pair,
+                self.weights,
+                accelerator.fetcher,
+                self._accelerator_out,
             )
             self._pending.append((pending, tuple(slots)))
 
@@ -83,17 +92,15 @@ class LayerStep:
 
         Experts whose copy failed are computed on the CPU here.
         """
-        total: Tensor | None = None
         failed: list[int] = []
         for pending, experts in self._pending:
             try:
-                part = pending.result()
+                pending.result()
             except Exception:
                 if not pending.copy_failed:  # a mistake of ours, not of the copy
                     raise
                 failed.extend(experts)
-                continue
-            total = part if total is None else total + part
+        total = self._accelerator_out
         parts = [cpu_out]
         if failed:
             if cpu_out is not None:

@@ -24,7 +24,7 @@ from handoff import HostHandoff
 from layer_step import LayerStep
 from nvtx_ranges import NvtxRanges
 from plan import Plan, plan_decode, plan_prefill
-from recorder import NullRecorder, Recorder
+from recorder import NullRecorder, Phase, Recorder
 
 
 class MoeExperts(nn.Module):
@@ -93,7 +93,9 @@ class MoeDispatcher:
         self._decode = length == 1
         if self.forced_routing is not None:
             self.forced_routing.begin_pass(self._decode, batch * length)
-        self.recorder.begin_pass("decode" if self._decode else "prefill", n_tokens, self.prompt)
+        phase: Phase = "decode" if self._decode else "prefill"
+        self._ranges.begin_pass(phase)
+        self.recorder.begin_pass(phase, n_tokens, self.prompt)
         if self.accelerator is not None:
             self._quota_left = self.accelerator.quota
         self._pass_started_s = self._last_end_s = time.perf_counter()
@@ -103,6 +105,7 @@ class MoeDispatcher:
             torch.cuda.current_stream().synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
+        self._ranges.end_pass()
         if self._decode and self.accelerator is not None and self.accelerator.trial is not None:
             self.accelerator.trial.record(duration_s)
 
