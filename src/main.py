@@ -29,7 +29,7 @@ from provenance import versions
 from recorder import Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
 from run_prompts import Conversation, encode_prompts, run_prompts
-from sensors import SensorSampler
+from sensors import NvmlReader, SensorSampler
 from summary import format_summary, summarize
 from tokenization import Tokenizer, load_tokenizer
 from version import VERSION
@@ -99,7 +99,8 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
             )
             return 0
         started_unix_s = time.time()
-        with SensorSampler(n_busiest=torch.get_num_threads()) as sampler:
+        gpu_sensors = NvmlReader() if engine.device.type == "cuda" else None
+        with SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors) as sampler:
             conversations, status = run_prompts(engine, tokenizer, prompts, texts, config)
         if recorder is not None:
             _report(
