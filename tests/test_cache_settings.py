@@ -1,5 +1,10 @@
 """The text must not depend on any cache setting: a generated matrix against the run without one.
 
+In fp32 greedy tokens are identical. In bf16, int8 and int4 the two sides round differently (the
+CPU's kernels keep fp32 between their passes, and quantise activations to int8 for integer
+products), so logits agree within a tolerance, and tokens until the first near tie: a step whose
+two best logits are closer than what that tolerance allows two roundings to move them.
+
 On the emulated accelerator every hit is computed by another implementation, on another thread,
 from bytes that a background copy put into a slot; so equal tokens and logits show that directory,
 copies and computation agree.
@@ -9,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +24,20 @@ from test_parity import prepared
 from tiny_models import CONFIGS, build_model, write_hub
 from torch import Tensor
 
-from config import CacheOptions, ModelOptions
 from checkpoint import read_manifest
+from config import CacheOptions, ModelOptions
 from engine import load_engine
+from forced_routing import ForcedRouting
 from generation import generate_batch, make_sampler
 from model_loader import PreparedModel
 from recorder import Recorder
+from workload import even_workload
 
 POLICIES = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 N_TOKENS = 10
 # mixtral: 2 layers of 4 experts, top-2.  qwen3_moe: 2 layers of 8 experts, top-4 (above M = 1, 2).
 SIZES = {"mixtral": ((1, 1), (1, 4), (2, 1), (2, 2), (2, 3)), "qwen3_moe": ((1, 2), (2, 1), (2, 9))}
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03, "int4": 0.05}  # of the logits' norm
 PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12]]
 
 
@@ -60,28 +69,52 @@ def settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
                 )
 
 
-def run(folder: Path, options: CacheOptions) -> tuple[list[list[int]], Tensor, Recorder]:
-    """Greedy tokens of two prompts one by one and as a batch, and the logits of a third text."""
-    recorder = Recorder()
+@dataclass
+class Run:
+    """Greedy tokens of two prompts one by one and as a batch, each step's logits, the events."""
+
+    tokens: list[list[int]]
+    logits: list[Tensor]
+    recorder: Recorder
+
+    def certain(self, tolerance: float) -> list[int]:
+        """How many tokens of each text are decided by more than rounding could move."""
+        counts = []
+        for logits in self.logits:
+            best = logits.topk(2, dim=-1).values
+            # Either run may move either logit by the tolerance times the logits' typical size.
+            movable = 4 * tolerance * logits.norm(dim=-1) / logits.shape[-1] ** 0.5
+            close = (best[:, 0] - best[:, 1] <= movable).nonzero().flatten().tolist()
+            counts.append(close[0] if close else len(logits))
+        return counts
+
+
+def run(folder: Path, options: CacheOptions) -> Run:
+    """Generate with `options`. Below fp32, routing is fixed: a router near a tie would jump."""
+    result = Run([], [], Recorder())
     source = PreparedModel(read_manifest(folder))
-    with load_engine(source, ModelOptions(folder, device="cpu"), options, recorder) as engine:
+    with load_engine(
+        source, ModelOptions(folder, device="cpu"), options, result.recorder
+    ) as engine:
+        if source.weight_format != "fp32":
+            top_k = source.config.num_experts_per_tok
+            shape = (engine.store.n_layers, engine.store.n_experts[0], top_k)
+            trace = even_workload(*shape, overlap=0.4).generate(64, 0, 16)
+            engine.dispatcher.forced_routing = ForcedRouting(trace, *shape)
+        steps: list[Tensor] = []
+        engine.model.register_forward_hook(
+            lambda module, args, output: steps.append(output.logits[:, -1].float())
+        )
         sampler = make_sampler(0.0, 1.0, 0, engine.device)
-        tokens = []
         for batch in ([PROMPTS[0]], [PROMPTS[1]], PROMPTS):
-            records = {
-                record.prompt: record
-                for record, _ in generate_batch(
-                    engine.model,
-                    batch,
-                    max_tokens=N_TOKENS,
-                    sampler=sampler,
-                    eos_ids=frozenset(),
-                )
-            }
-            tokens += [records[i].ids for i in sorted(records)]
-        with torch.inference_mode():
-            logits = engine.model(torch.tensor([PROMPTS[0]])).logits.float()
-    return tokens, logits, recorder
+            steps.clear()
+            generated = generate_batch(
+                engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
+            )
+            records = {record.prompt: record for record, _ in generated}
+            result.tokens += [records[i].ids for i in sorted(records)]
+            result.logits += torch.stack(steps, dim=1).unbind()
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +140,23 @@ def test_settings_do_not_change_the_text(
     name: str, weight_format: str, folders: dict[tuple[str, str], Path]
 ) -> None:
     folder = folders[name, weight_format]
-    tokens, logits, _ = run(folder, CacheOptions())
-    tolerance = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.05, "int4": 0.05}[weight_format]
+    reference, tolerance = run(folder, CacheOptions()), TOLERANCE[weight_format]
+    certain = reference.certain(tolerance if weight_format != "fp32" else 0.0)
+    assert max(certain) > 0
     tried = 0
     for model, fmt, options in settings():
         if (model, fmt) != (name, weight_format):
             continue
-        found_tokens, found_logits, recorder = run(folder, CacheOptions(**options))
-        assert (found_logits - logits).norm() <= tolerance * logits.norm(), options
-        if weight_format == "fp32":
-            assert found_tokens == tokens, options
-        table = recorder.layer_table()
-        decode = recorder.pass_table()["decode"][table["pass_index"]]
+        found = run(folder, CacheOptions(**options))
+        for i, n in enumerate(certain):
+            assert found.tokens[i][:n] == reference.tokens[i][:n], options
+            same = min(n + 1, N_TOKENS)  # these logits follow the same tokens in both runs
+            error = (found.logits[i][:same] - reference.logits[i][:same]).norm()
+            assert error <= tolerance * reference.logits[i][:same].norm(), options
+        table = found.recorder.layer_table()
+        decode = found.recorder.pass_table()["decode"][table["pass_index"]]
         cached = table[decode & (table["layer"] < options["n_indexes"])]
+        assert len(cached)
         assert (cached["hits"] + cached["misses"] == cached["n_tokens"] * cached["top_k"]).all()
         tried += 1
     assert tried >= 24
