@@ -137,6 +137,7 @@ def _report(
     costs = engine.costs
     summary = summarize(
         recorder,
+        seqlens=[conversation.generated.n_prompt_tokens for conversation in conversations],
         samples=sampler.samples,
         cpu_limit_gbps=None if costs is None else costs.read_gbps,
         predicted_step_us=None if costs is None else predicted_step_us(recorder, costs.model),

@@ -118,9 +118,9 @@ def summarize(
 ) -> RunSummary:
     """The summary of everything recorded so far.
 
-    `seqlens` are the prompts' token counts (from the prefill passes where empty), `samples` the
-    sensors', `cpu_limit_gbps` the machine's plain-read bandwidth on the run's threads,
-    `predicted_step_us` the cost model's decode step.
+    `seqlens` are the prompts' token counts (where empty: the prefill passes', which in a batch are
+    sums), `samples` the sensors', `cpu_limit_gbps` the machine's plain-read bandwidth on the run's
+    threads, `predicted_step_us` the cost model's decode step.
     """
     passes, tokens, layers = recorder.pass_table(), recorder.token_table(), recorder.layer_table()
     decode_pass = passes["decode"]
@@ -141,7 +141,7 @@ def summarize(
     times_s = decode_tokens["time_s"]
     step_s = passes["duration_s"][decode_pass]
     return RunSummary(
-        prompt_tokens=sum(seqlens),
+        prompt_tokens=int(passes["n_tokens"][~decode_pass].sum()),
         prompt_s=float(passes["duration_s"][~decode_pass].sum()),
         generated_tokens=len(decode_tokens),
         generation_s=float(step_times_s(decode_tokens)[1].sum()),

@@ -1,0 +1,118 @@
+"""A new user's check: twenty prompts with a cache, the figures, the summary from the CSVs alone."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from plotted import is_drawn
+from recomputed_summary import recompute
+from test_parity import prepared
+from tiny_models import write_mixtral_with_tokenizer
+
+import main
+import patterns
+import plots
+from traces import read_trace
+
+ROOT = Path(__file__).parent.parent
+N_PROMPTS, N_INDEXES, N_WAYS, MAX_TOKENS = 20, 1, 3, 8
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    printed: str
+
+    def summary(self) -> dict[str, float]:
+        document: dict[str, dict[str, float]] = json.loads((self.folder / "run.json").read_text())
+        return document["summary"]
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        with (self.folder / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one at a time", "batches of 3"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("evidence")
+    source = write_mixtral_with_tokenizer(folder / "hub", max_position_embeddings=256)
+    model = prepared(source, folder / "prepared", "--hf")
+    arguments = [
+        *("--model-path", model, "--prompt-path", ROOT / "prompts.txt", "--n-prompts", N_PROMPTS),
+        *("--max-tokens", MAX_TOKENS, "--cache-nblocks", N_INDEXES, "--cache-nways", N_WAYS),
+        *("--batch-size", request.param, "--hide-resp", "--output-dir", folder / "run"),
+    ]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main.main([str(argument) for argument in arguments]) == 0
+    return Run(folder / "run", printed.getvalue())
+
+
+def test_the_csv_files_alone_give_the_summary(run: Run) -> None:
+    summary = run.summary()
+    figures = recompute(run.folder)
+    for name, value in figures.items():
+        assert summary[name] == pytest.approx(value, rel=1e-5), name
+    assert f"Cache hit 1: {figures['cache_hit_1_percent']:.1f}\n" in run.printed
+    assert f"\n Cache hit 2: {figures['cache_hit_2_percent']:.1f}\n" in run.printed
+    printed_tps = [float(tps) for tps in re.findall(r"throughput: ([\d.]+) t/s", run.printed)]
+    assert printed_tps[1] == pytest.approx(figures["generation_throughput"], abs=0.01)
+    assert figures["cache_hit_1_percent"] > 0
+    lengths = re.search(r"^AVG seqlen: ([\d.]+)\nseqlens: (\[.*\])$", run.printed, re.MULTILINE)
+    assert lengths is not None
+    seqlens = json.loads(lengths[2])
+    assert len(seqlens) == N_PROMPTS
+    assert sum(seqlens) == figures["prompt_tokens"]  # padding of a batch is not counted
+    assert float(lengths[1]) == pytest.approx(sum(seqlens) / N_PROMPTS, abs=0.01)
+
+
+def test_hits_and_misses_are_all_choices_of_cached_layers(run: Run) -> None:
+    for row in run.rows("cache.csv"):
+        if row["Phase"] == "decode":
+            choices = int(row["Tokens"]) * N_INDEXES * 2
+            assert int(row["Hits"]) + int(row["Misses"]) == choices
+
+
+def test_the_parts_of_a_step_add_up(run: Run) -> None:
+    """Within 5%: what the layers do not account for is embeddings, head and the loop itself."""
+    n_layers = sum(name.startswith("Block_") for name in run.rows("cache.csv")[0])
+    parts = ("attn", "router", "plan", "ffn_compute", "ffn_comm")
+    for row in run.rows("out.csv"):
+        in_layers_ms = sum(float(row[part]) for part in parts) * n_layers
+        total_ms = in_layers_ms + float(row["rest_ms"])
+        assert total_ms == pytest.approx(float(row["step_ms"]), rel=0.05)
+        assert float(row["rest_ms"]) >= 0  # no time was counted twice
+
+
+def test_every_prompt_has_its_rows(run: Run) -> None:
+    every = {str(prompt) for prompt in range(N_PROMPTS)}
+    tokens = run.rows("token_gen_time.csv")
+    assert {row["Prompt"] for row in tokens} == every
+    assert {row["Prompt"] for row in run.rows("expert_choices.csv")} == every
+    assert len(tokens) == run.summary()["generated_tokens"]
+    decoded = [row for row in run.rows("expert_choices.csv") if row["Block_0"]]
+    assert len(decoded) == len(tokens)  # a row per sequence and step
+
+
+def test_our_own_reader_takes_the_choices(run: Run) -> None:
+    trace = read_trace(run.folder / "expert_choices.csv")
+    decode = [one for one in trace.passes if one.phase == "decode"]
+    assert len(decode) == sum(row["phase"] == "decode" for row in run.rows("out.csv"))
+    assert sum(len(one.ids[0]) for one in decode) == run.summary()["generated_tokens"]
+    assert trace.info.top_k == 2
+
+
+def test_the_figures_are_drawn(run: Run) -> None:
+    assert plots.main([str(run.folder)]) == 0
+    for name in ("breakdown", "tokens", "hits", "experts"):
+        assert is_drawn(run.folder / f"figures/{name}.png")
+    choices = run.folder / "expert_choices.csv"
+    assert patterns.main([str(choices), "--output-dir", str(run.folder / "figures")]) == 0
+    assert is_drawn(run.folder / "figures/patterns.png")
