@@ -19,36 +19,38 @@ SOURCE = ROOT / "src"
 LEVELS: dict[int, frozenset[str]] = {
     level: frozenset(names.split())
     for level, names in {
-        11: "main prepare simulator",
+        11: "main prepare simulator plots patterns",
         10: "run_prompts",
         9: "engine",
         8: "moe_dispatcher",
-        7: "layer_step prepare_model",
+        7: "layer_step accelerator_setup dummy_model prepare_model",
         6: (
-            "accelerator model_loader preparation machine_costs preflight tokenization "
-            "generation xformers_attention"
+            "accelerator model_loader machine_costs preflight tokenization generation "
+            "xformers_attention preparation"
         ),
-        5: (
-            "gpu_experts cpu_linear dense_plan companion_files output_folder "
-            "simulator_arguments"
-        ),
+        5: "gpu_experts dense_plan companion_files output_folder simulator_arguments",
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
-            "cpu_experts source_checkpoint sweep paper autotune"
+            "cpu_experts cpu_linear source_checkpoint autotune sweep paper "
+            "comparison_figures"
         ),
         3: (
-            "torch_experts shards miss_trial mistral_native weight_conversion "
-            "moe_convention reports replay cpu_kernels"
+            "torch_experts cpu_kernels shards mistral_native weight_conversion "
+            "moe_convention miss_trial replay reports run_figures"
         ),
         2: (
-            "arguments expert_format expert_cache plan source_files report_tables "
-            "calibration kernel_build prompts belady time_model workload machine_file"
+            "arguments prompts expert_format expert_cache plan calibration kernel_build "
+            "source_files report_tables belady time_model workload machine_file "
+            "routing_patterns recorded_routing forced_routing"
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
-            "summary model_shapes"
+            "model_shapes summary run_files figures"
         ),
-        0: "errors version streams handoff next_layer recorder sensors hardware provenance",
+        0: (
+            "errors version recorder sensors hardware provenance streams handoff "
+            "next_layer nvtx_ranges"
+        ),
     }.items()
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}

@@ -67,7 +67,7 @@ def script_and_flags(line: str) -> tuple[str, set[str]] | None:
 
 def test_flag_table_is_the_parser() -> None:
     section = (ROOT / "README.md").read_text().split("## Flags")[1].split("\n## ")[0]
-    cells = re.findall(r"^\| (`--[^|]*) \|", section, re.MULTILINE)
+    cells = re.findall(r"^\| `(--[^`]*)` \|", section, re.MULTILINE)
     in_table = {flag for cell in cells for flag in FLAG.findall(cell)}
     in_parser = flags_of("src/main.py") - {"--help"}
     assert in_table == in_parser
