@@ -235,7 +235,7 @@ class HostFetcher(ExpertFetcher):
             for stream in self._streams:
                 stream.close(cancel=True)
 
-    def _new_event(self, timed: bool) -> HostEvent:  # noqa: ARG002 - host events are always timed
+    def _new_event(self, timed: bool) -> HostEvent:  # host events are always timed
         return HostEvent()
 
     def _enqueue(self, copy: Copy, source: Tensor, stream: HostStream) -> None:
