@@ -70,6 +70,11 @@ class CheckpointTokenizer:
                 f"{folder} holds no tokenizer that transformers can read ({error}): copy the "
                 "model's tokenizer files there"
             ) from error
+        if len(self._backend.get_vocab()) <= len(self._backend.all_special_tokens):
+            raise UserError(
+                f"{folder} holds no tokenizer (transformers made an empty one): copy the model's "
+                "tokenizer files there"
+            )
         self.name = f"{type(self._backend).__name__} ({folder.name})"
         eos = self._backend.eos_token_id
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})

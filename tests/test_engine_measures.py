@@ -1,0 +1,184 @@
+"""What a run records must add up, and a replay of its routing must find the same hits."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_parity import prepared
+from tiny_models import CONFIGS, build_model, write_hub
+
+from checkpoint import read_manifest
+from config import CacheOptions, ModelOptions
+from engine import Engine, load_engine
+from expert_cache import ExpertCache, make_policy
+from expert_fetcher import Completion
+from generation import generate_batch, make_sampler
+from model_loader import PreparedModel
+from recorder import Recorder
+from replay import replay
+from reports import ReportPaths, RunInfo, write_reports
+from summary import summarize
+from traces import RoutingPass, read_trace
+
+PROMPT = [5, 17, 40, 8, 22, 71, 9]
+N_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("measures")
+    config = CONFIGS["mixtral"](num_hidden_layers=4, num_local_experts=8)
+    return prepared(write_hub(build_model(config), root / "source"), root / "prepared", "--hf")
+
+
+def open_engine(folder: Path, recorder: Recorder, **options: object) -> Engine:
+    return load_engine(
+        PreparedModel(read_manifest(folder)),
+        ModelOptions(folder, device="cpu"),
+        CacheOptions(**options),  # type: ignore[arg-type]
+        recorder,
+    )
+
+
+def generate(engine: Engine, prompts: list[list[int]]) -> None:
+    for _ in generate_batch(
+        engine.model,
+        prompts,
+        max_tokens=N_TOKENS,
+        sampler=make_sampler(0.0, 1.0, 0, engine.device),
+        eos_ids=frozenset(),
+    ):
+        pass
+
+
+def finish_copies_at_once(engine: Engine) -> None:
+    """Every copy ends before the next layer's lookup."""
+    assert engine.accelerator is not None
+    fetcher, poll = engine.accelerator.fetcher, engine.accelerator.fetcher.poll
+
+    def wait_and_poll() -> list[Completion]:
+        for copy in fetcher._in_flight:
+            copy.ready.synchronize()
+        return poll()
+
+    fetcher.poll = wait_and_poll  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("policy", ["FIFO", "LRU", "RANDOM", "LFU", "LFRU"])
+@pytest.mark.parametrize(("n_indexes", "n_ways", "quota"), [(4, 3, 64), (2, 2, 64), (3, 1, 2)])
+def test_a_replay_finds_the_same_hits(
+    policy: str, n_indexes: int, n_ways: int, quota: int, folder: Path, run_folder: Path
+) -> None:
+    recorder = Recorder()
+    options = {"n_indexes": n_indexes, "n_ways": n_ways, "policy": policy, "quota": quota}
+    with open_engine(folder, recorder, **options) as engine:
+        assert engine.accelerator is not None
+        finish_copies_at_once(engine)
+        generate(engine, [PROMPT])
+        generate(engine, [PROMPT[:3]])
+        evictions = engine.accelerator.cache.evictions
+    write_reports(recorder, ReportPaths.in_folder(), RunInfo(), summarize(recorder))
+
+    # The CSV leaves out the prompts' routing, so their warm-up is replayed from the record.
+    passes, last = [], -1
+    decode = recorder.pass_table()["decode"]
+    for event in recorder.layer_events():
+        if event.pass_index != last:
+            last = event.pass_index
+            passes.append(("decode" if decode[last] else "prefill", []))
+        passes[-1][1].append(tuple(tuple(token) for token in event.ids))
+    trace = [RoutingPass(phase, tuple(ids)) for phase, ids in passes]  # type: ignore[arg-type]
+    replayed = replay(
+        trace,
+        ExpertCache(n_indexes, n_ways, make_policy(policy)),
+        quota=quota,
+        keep_layers=True,
+    )
+    with Path("cache.csv").open() as file:
+        rows = list(csv.reader(file))[1:]
+    found = [[int(cell) for cell in row[1 : 1 + n_indexes]] for row in rows]
+    decode_rows = [row for row, is_decode in zip(found, decode, strict=True) if is_decode]
+    replayed_rows = [row for row in replayed.hits_by_layer if row]
+    assert decode_rows == replayed_rows
+    assert replayed.evictions == evictions
+    assert sum(map(sum, decode_rows)) > 0
+
+    # And the written choices are those that were made.
+    written = read_trace(Path("expert_choices.csv"))
+    assert [one.ids for one in written.passes if one.phase == "decode"] == [
+        one.ids for one in trace if one.phase == "decode"
+    ]
+
+
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+def test_counts_and_bytes_are_conserved(miss_policy: str, folder: Path) -> None:
+    recorder = Recorder()
+    with open_engine(
+        folder, recorder, n_indexes=3, n_ways=2, policy="LRU", miss_policy=miss_policy
+    ) as engine:
+        assert engine.accelerator is not None
+        generate(engine, [PROMPT, PROMPT[2:]])
+        fetcher = engine.accelerator.fetcher
+        fetcher.drain()
+        copied_bytes, copies = fetcher.bytes_copied, fetcher.copies
+        hits, misses = engine.accelerator.cache.hits, engine.accelerator.cache.misses
+        block_bytes = engine.store.layouts[0].block_bytes
+    table = recorder.layer_table()
+    decode = table[recorder.pass_table()["decode"][table["pass_index"]]]
+    cached = decode[decode["layer"] < 3]
+    assert (cached["hits"] + cached["misses"] == 2 * cached["n_tokens"]).all()
+    assert (decode[decode["layer"] == 3]["hits"] == 0).all()
+    assert hits + misses <= (cached["hits"] + cached["misses"]).sum()  # distinct experts of a batch
+    assert int(table["fetch_bytes"].sum()) == copied_bytes
+    assert int(table["fetches"].sum()) == copies
+    # Every chosen expert was read once, on one side.
+    ids = iter(recorder.layer_events())
+    for row, event in zip(table, ids, strict=True):
+        distinct = {expert for token in event.ids for expert in token if expert >= 0}
+        assert row["cpu_bytes"] + row["gpu_bytes"] == len(distinct) * block_bytes
+
+
+def test_parts_of_a_step_add_up(folder: Path) -> None:
+    recorder = Recorder()
+    with open_engine(folder, recorder, n_indexes=2, n_ways=2) as engine:
+        generate(engine, [PROMPT])
+    table, passes = recorder.layer_table(), recorder.pass_table()
+    parts = ("attention_us", "router_us", "plan_us", "cpu_us", "copy_wait_us", "combine_us")
+    by_pass = np.zeros(len(passes))
+    for part in parts:
+        np.add.at(by_pass, table["pass_index"], table[part])
+    assert (by_pass <= passes["duration_s"] * 1e6 * 1.001).all()
+    summary = summarize(recorder)
+    assert summary.step_ms is not None
+    assert sum(summary.parts_ms.values()) == pytest.approx(summary.step_ms, rel=0.05)
+    assert summary.parts_ms["rest"] >= 0
+
+
+def test_padding_is_never_routed(folder: Path) -> None:
+    recorder = Recorder()
+    with open_engine(folder, recorder) as engine, torch.inference_mode():
+        ids = torch.tensor([[0, 0, 0, 5, 17], [5, 17, 40, 8, 22]])
+        mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+        engine.model(ids, attention_mask=mask)
+    assert recorder.pass_table()["n_tokens"].tolist() == [7]
+    for event in recorder.layer_events():
+        padding = [token for token, real in zip(event.ids, mask.flatten(), strict=True) if not real]
+        assert padding == [[-1, -1]] * 3
+        assert all(expert >= 0 for token in event.ids for expert in token if token not in padding)
+
+
+def test_warming_leaves_the_last_tokens_experts(folder: Path) -> None:
+    recorder = Recorder()
+    with open_engine(folder, recorder, n_indexes=4, n_ways=2, policy="LRU") as engine:
+        assert engine.accelerator is not None
+        finish_copies_at_once(engine)
+        with torch.inference_mode():
+            engine.model(torch.tensor([PROMPT]))
+        engine.accelerator.collect_copies()
+        last = {event.layer: set(event.ids[-1]) for event in recorder.layer_events()}
+        for layer, experts in last.items():
+            assert set(engine.accelerator.cache.ready(layer)) == experts
