@@ -58,7 +58,9 @@ class CostModel:
     `copy_call_us` is the fixed cost of a host-to-device copy; `copy_gbps` its speed alone and
     `copy_gbps_shared` while the CPU computes experts; `cpu_shared_factor` (>= 1) how many times
     longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
-    `dense_us_per_layer` everything of a decode layer that is not experts.
+    `dense_us_per_layer` everything of a decode layer that is not experts. `compute_shared_factor`
+    (>= 1) is how many times longer CPU and GPU each take while both compute: 1 for a GPU; an
+    emulated one computes on the CPU's own cores.
     """
 
     cpu: SideCost
@@ -69,10 +71,12 @@ class CostModel:
     cpu_shared_factor: float
     block_bytes: int
     dense_us_per_layer: float
+    compute_shared_factor: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
-        assert self.cpu_shared_factor >= 1 and self.block_bytes > 0, self
+        assert self.cpu_shared_factor >= 1 and self.compute_shared_factor >= 1, self
+        assert self.block_bytes > 0, self
 
     def copy_us(self, shared: bool) -> float:
         """Return the time to copy one expert in us; `shared`: while the CPU computes experts."""
@@ -94,13 +98,18 @@ class CostModel:
         left = (copies_us - slow_us) / self.copy_us(shared=True)
         return slow_us, slow_us + left * self.copy_us(shared=False)
 
+    def compute_us(self, cpu_us: float, gpu_us: float) -> tuple[float, float]:
+        """Return when CPU and GPU work that begin together each end, in us, alone so long."""
+        extra_us = (self.compute_shared_factor - 1) * min(cpu_us, gpu_us)
+        return cpu_us + extra_us, gpu_us + extra_us
+
     def decode_layer_us(self, n_hits: int, n_misses: int, copying: bool) -> float:
         """Return one decode layer in us: hits on the GPU while the CPU computes the misses.
 
         `copying`: background copies keep the bus busy all the while.
         """
         cpu_us = self.cpu.us(n_misses, n_misses) * (self.cpu_shared_factor if copying else 1)
-        return self.dense_us_per_layer + max(self.gpu.us(n_hits, n_hits), cpu_us)
+        return self.dense_us_per_layer + max(self.compute_us(cpu_us, self.gpu.us(n_hits, n_hits)))
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
         """Return one decode step in us from the number of chosen experts that hit in each layer."""
@@ -151,6 +160,7 @@ class CostModel:
             cpu_tokens -= last
             cpu_us, copies_us = self.overlap_us(self.cpu.us(len(rest) - n, cpu_tokens), backlog + n)
             gpu_us = self.gpu.us(n_held + n, gpu_tokens)
+            cpu_us, gpu_us = self.compute_us(cpu_us, gpu_us)
             if n:  # double-buffered: only the last copy's arithmetic is not hidden
                 gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
             if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):

@@ -17,6 +17,7 @@ from calibration import (
     CalibrationCache,
     Counts,
     calibrate_copy,
+    calibrate_sharing,
     calibrate_side,
     measure_read_gbps,
 )
@@ -127,12 +128,16 @@ def _measure(
     infinite = float("inf")
     gpu_cost = SideCost(0.0, infinite, 0.0)
     copy = (0.0, 1e-9, 1e-9, 1.0)
+    sharing = 1.0
     if gpu is not None:
         for slot in range(gpu.n_slots):
             gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
         gpu_calls = [counts for counts in calls if len(counts) <= gpu.n_slots]
         order = make_fetcher(gpu.device, gpu.slots)
-        gpu_cost = calibrate_side(_gpu_runner(gpu, order, store, dtype), gpu_calls)
+        run_gpu = _gpu_runner(gpu, order, store, dtype)
+        gpu_cost = calibrate_side(run_gpu, gpu_calls)
+        if gpu.device.type == "cpu":
+            sharing = calibrate_sharing(lambda: run_cpu((1, 1)), lambda: run_gpu((1,)))
         order.close()
         with _Copier(store, gpu, emulate_pcie_gbps) as copier:
             measured = calibrate_copy(copier.copy, block_bytes, lambda: run_cpu((1, 1)))
@@ -143,7 +148,7 @@ def _measure(
             measured.cpu_shared_factor,
         )
     return MachineCosts(
-        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us), measure_read_gbps()
+        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing), measure_read_gbps()
     )
 
 

@@ -54,11 +54,14 @@ class Timeline:
         with them. Ends when both sides have; copies may be left over.
         """
         costs = self.costs
-        gpu_us = costs.gpu.us(gpu_experts, gpu_experts * n_tokens)
+        cpu_work_us, gpu_us = costs.compute_us(
+            costs.cpu.us(cpu_experts, cpu_experts * n_tokens),
+            costs.gpu.us(gpu_experts, gpu_experts * n_tokens),
+        )
         self.busy.gpu_us += gpu_us
         for slot in slots:
             self._queue.append([slot, costs.copy_us(shared=False)])
-        cpu_us = self._pass_cpu(costs.cpu.us(cpu_experts, cpu_experts * n_tokens))
+        cpu_us = self._pass_cpu(cpu_work_us)
         if gpu_us > cpu_us:
             self._pass_alone(gpu_us - cpu_us)
 

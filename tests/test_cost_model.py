@@ -37,6 +37,14 @@ def test_decode_layer_overlaps_its_sides():
     assert COST.decode_step_us([2, 1, 0], 2, copying=False) == (70 + 117) + (70 + 720) + (70 + 1420)
 
 
+def test_an_emulated_accelerator_shares_the_cores():
+    emulated = replace(COST, compute_shared_factor=1.5)
+    assert emulated.compute_us(1000, 0) == (1000, 0)
+    assert emulated.compute_us(1000, 400) == (1200, 600)
+    assert emulated.decode_layer_us(1, 1, copying=False) == 70 + 720 + 0.5 * 66
+    assert COST.compute_us(1000, 400) == (1000, 400)
+
+
 def test_sharing_slows_both_sides_only_while_both_run():
     assert COST.overlap_us(900, 0) == (900, 0)
     assert COST.overlap_us(0, 2) == (0, 2020)
