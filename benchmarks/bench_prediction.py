@@ -1,6 +1,6 @@
 """Predicted against measured tokens/s and hit rates on this machine, without a GPU.
 
-    python benchmarks/bench_prediction.py [--layers 2] [--tokens 48]
+    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--layers 2] [--tokens 48]
 
 Runs the real engine on random weights of Mixtral's shape (2 layers: 5.6 GB of memory): on the CPU
 alone, and on the emulated accelerator behind three throttled links and two N x M. Each run's own
@@ -11,10 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from config import CacheOptions, ModelOptions
 from dummy_model import DummyModel, dummy_routing

@@ -21,7 +21,7 @@ class ModelShape:
     """A model's sizes: `n_layers` MoE layers of `n_experts`, experts of `hidden` x `intermediate`.
 
     `dense_weights_per_layer` counts attention and shared experts of a layer, `other_weights` the
-    embedding and head.
+    embedding and head; `n_dense_layers` layers come before the first MoE layer.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ModelShape:
     intermediate: int
     dense_weights_per_layer: int
     other_weights: int
+    n_dense_layers: int = 0
 
     @property
     def expert_weights(self) -> int:
@@ -77,15 +78,17 @@ def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
             if config.get(key)
         )
         shared = config.get("n_shared_experts") or 0
+        n_dense_layers = config.get("first_k_dense_replace") or 0
         return ModelShape(
             name=name,
-            n_layers=config["num_hidden_layers"] - (config.get("first_k_dense_replace") or 0),
+            n_layers=config["num_hidden_layers"] - n_dense_layers,
             n_experts=n_experts,
             top_k=config["num_experts_per_tok"],
             hidden=hidden,
             intermediate=intermediate,
             dense_weights_per_layer=_attention_weights(config) + 3 * hidden * intermediate * shared,
             other_weights=2 * config["vocab_size"] * hidden,
+            n_dense_layers=n_dense_layers,
         )
     except (KeyError, StopIteration) as error:
         raise UserError(

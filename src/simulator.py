@@ -61,6 +61,9 @@ def run(options: argparse.Namespace) -> None:
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
+    if options.calibrate is not None:
+        _calibrate(options.calibrate, shape)
+        return
     trace = _routing(options, shape)
     _print_trace(trace)
     if options.write_trace is not None:
@@ -257,6 +260,21 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"
     print(f"fastest: {flags} --cache-replace-policy {best.policy}, experts in {best.weight_format}")
+
+
+def _calibrate(path: Path, shape: ModelShape | None) -> None:
+    if shape is None:
+        raise UserError("--calibrate needs --model: measured with experts of which shape?")
+    from machine_measurement import measure_machine  # torch, which no other task needs
+
+    _make_folder(path.parent)
+    machine = measure_machine(path, shape)
+    bus_gbps = machine.bus_gbps[machine.pcie]
+    print(
+        f"{machine.name}: {machine.cores} cores read {machine.cpu_gbps:.1f} GB/s of experts, "
+        f"the bus {bus_gbps:.1f} GB/s, the GPU {machine.gpu_gbps:.1f} GB/s"
+    )
+    print(f"wrote {path}")
 
 
 def _make_folder(path: Path) -> None:

@@ -83,6 +83,12 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     tasks.add_argument("--tune", action="store_true", help="the fastest cache and its Pareto front")
     tasks.add_argument("--memory-gb", type=float, help="for --tune; default: the GPU's free memory")
+    tasks.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="measure this machine with experts of --model and write its hardware file",
+    )
     tasks.add_argument("--paper", action="store_true", help="the paper's table beside predictions")
     tasks.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR")
     tasks.add_argument(

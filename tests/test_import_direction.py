@@ -20,7 +20,7 @@ LEVELS: dict[int, frozenset[str]] = {
     level: frozenset(names.split())
     for level, names in {
         11: "main prepare simulator plots patterns",
-        10: "run_prompts",
+        10: "machine_measurement run_prompts",
         9: "engine",
         8: "moe_dispatcher",
         7: "layer_step accelerator_setup dummy_model prepare_model",

@@ -127,6 +127,19 @@ def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
     assert len(again.passes[0].ids[0]) == 6
 
 
+def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
+    path = tmp_path / "here" / "machine.yaml"
+    out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
+    assert re.search(r"cores read [\d.]+ GB/s of experts", out)
+    machine = load_machine(path)
+    assert machine.cpu_gbps > 0 and machine.layer_us > 0
+    out = printed(
+        capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
+        "--cache-nblocks", "16", "--cache-nways", "8",
+    )  # fmt: skip
+    assert "tokens/s" in out
+
+
 def test_the_papers_figures():
     cells = list(paper_cells(load_machine(Path(HARDWARE))))
     speeds = [cell for cell in cells if cell.unit == "tok/s"]
@@ -150,6 +163,7 @@ def test_the_papers_table_is_printed(capsys):
         (["nowhere.csv"], "expected a routing trace"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--paper"], "--paper needs --hardware"),
+        (["--calibrate", "here.yaml"], "--calibrate needs --model"),
         (["--model", "mixtral-8x7b"], "expected --cache-nblocks and --cache-nways"),
         (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
         (["--model", "m"], "expected one of the shapes"),
