@@ -66,11 +66,11 @@ class CpuLinear(nn.Module):
         return CpuLinear(
             linear.in_features,
             linear.out_features,
-            weight=linear.weight,
+            weight=_parameter(linear.weight),
             packed=None,
             scale=None,
             bits=None,
-            bias=linear.bias,
+            bias=None if linear.bias is None else _parameter(linear.bias),
             kernels=load_kernels(kernel, isa),
         )
 
@@ -97,7 +97,7 @@ class CpuLinear(nn.Module):
             packed=packed.contiguous(),
             scale=scale.contiguous(),
             bits=bits,
-            bias=linear.bias,
+            bias=None if linear.bias is None else _parameter(linear.bias),
             kernels=load_kernels(kernel, isa),
         )
 
@@ -136,3 +136,8 @@ class CpuLinear(nn.Module):
         assert self.scale is not None and self.bits is not None
         shape = (self.out_features, self.in_features)
         return quantization.dequantize(self.packed, self.scale, *shape, self.bits).to(dtype)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    assert isinstance(tensor, nn.Parameter)
+    return tensor

@@ -21,9 +21,9 @@ inline typename V::Type load_weight(const uint16_t* w) {
 inline float scalar_weight(const float* w) { return *w; }
 inline float scalar_weight(const uint16_t* w) { return float_of_bf16(*w); }
 
-// One token streams one row after another, the next 2 KiB prefetched. More tokens take two rows at
+// One token streams one row after another, 4 KiB ahead prefetched. More tokens take two rows at
 // a time, so that a load of x serves two products, and prefetch the next two rows.
-constexpr int64_t kStreamAheadBytes = 2048;
+constexpr int64_t kStreamAheadBytes = 4096;
 
 template <class V, class W, int kRows, int kTokens>
 inline void dot_block(const W* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {

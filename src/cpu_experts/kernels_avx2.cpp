@@ -30,6 +30,7 @@ struct Avx2Quant::Product<kInt8> {
     for (int v = 0; v < kVectors; ++v) {
       sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(w[v].even, even));
       sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(w[v].odd, odd));
+      keep(sum[v]);
     }
   }
   static __m256i finish(Sum sum, const int32_t*) { return sum; }
@@ -56,6 +57,7 @@ struct Avx2Quant::Product<kInt4> {
     for (int v = 0; v < kVectors; ++v) {
       sum[v] = _mm256_add_epi16(sum[v], _mm256_maddubs_epi16(w[v].low, low));
       sum[v] = _mm256_add_epi16(sum[v], _mm256_maddubs_epi16(w[v].high, high));
+      keep(sum[v]);
     }
   }
   static __m256i finish(Sum sum, const int32_t* start) {

@@ -28,6 +28,7 @@ struct Avx512Quant::Product<kInt8> {
     const __m512i odd = broadcast4_512(x + line * 8 + 4);
     sum[0] = _mm512_add_epi32(sum[0], _mm512_madd_epi16(w[0].even, even));
     sum[0] = _mm512_add_epi32(sum[0], _mm512_madd_epi16(w[0].odd, odd));
+    keep(sum[0]);
   }
   static __m512i finish(Sum sum, const int32_t*) { return sum; }
 };
@@ -52,6 +53,7 @@ struct Avx512Quant::Product<kInt4> {
     const __m512i high = broadcast4_512(x + line * 4 + 16);
     sum[0] = _mm512_add_epi16(sum[0], _mm512_maddubs_epi16(w[0].low, low));
     sum[0] = _mm512_add_epi16(sum[0], _mm512_maddubs_epi16(w[0].high, high));
+    keep(sum[0]);
   }
   static __m512i finish(Sum sum, const int32_t* start) {
     return _mm512_add_epi32(_mm512_madd_epi16(sum, _mm512_set1_epi16(1)),
