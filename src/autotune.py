@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cost_model import CostModel
+from errors import UserError
 from expert_cache import ExpertCache
 from replacement_policies import make_policy
 from replay import replay
@@ -67,8 +68,15 @@ def choose_cache(
 
     Every way to spend the slots is tried, from many indexes of few ways to few of many, on the
     first tokens of `trace`, or without one on synthetic routing of this shape. 0 x 0 when nothing
-    fits or no cache beats the CPU alone. Takes a second or two.
+    fits or no cache beats the CPU alone. Takes a second or two. Raises UserError for a trace of
+    another shape.
     """
+    if trace is not None and (trace.n_layers != n_layers or trace.n_experts > n_experts):
+        raise UserError(
+            f"expected a trace of {n_layers} layers and at most {n_experts} experts, found "
+            f"{trace.n_layers} and {trace.n_experts} in that of {trace.info.model}; give a trace of "
+            "this model, or none"
+        )
     n_slots = min(free_bytes // block_bytes, n_layers * n_experts)
     if trace is None:
         synthetic = typical_workload(n_layers, n_experts, top_k)

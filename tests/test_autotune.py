@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from autotune import choose_cache, first_tokens, layouts, tune
 from cost_model import CostModel, SideCost
+from errors import UserError
 from expert_cache import ExpertCache, make_policy
 from replay import replay
 from time_model import Timeline
@@ -76,6 +77,11 @@ def test_without_a_trace_routing_is_made_up_and_called_so():
     assert choice.n_indexes > 0
     assert "synthetic" in choice.reason
     assert choice == choose_cache(12 * BLOCK, BLOCK, 4, 8, 2, COSTS)
+
+
+def test_a_trace_of_another_model_is_refused():
+    with pytest.raises(UserError, match="trace of 5 layers and at most 8 experts, found 4 and 8"):
+        choose_cache(12 * BLOCK, BLOCK, 5, 8, 2, COSTS, TRACE)
 
 
 @given(n_slots=st.integers(1, 700), n_layers=st.integers(1, 48), n_experts=st.integers(1, 128))
