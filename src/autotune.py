@@ -74,7 +74,7 @@ def choose_cache(
     if trace is not None and (trace.n_layers != n_layers or trace.n_experts > n_experts):
         raise UserError(
             f"expected a trace of {n_layers} layers and at most {n_experts} experts, found "
-            f"{trace.n_layers} and {trace.n_experts} in that of {trace.info.model}; give a trace of "
+            f"{trace.n_layers} and {trace.n_experts} in {trace.info.model}; give a trace of "
             "this model, or none"
         )
     n_slots = min(free_bytes // block_bytes, n_layers * n_experts)
