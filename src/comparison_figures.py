@@ -97,7 +97,7 @@ def draw_cache_sizes(runs: Sequence[RunFiles]) -> Drawing | None:
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(n_values)), [str(n) for n in n_values])
     axes.set_yticks(range(len(m_values)), [str(m) for m in m_values])
-    axes.set_title("Generation throughput")
+    axes.set_title("Generation throughput, median of runs")
     axes.set_xlabel("cache indexes N")
     axes.set_ylabel("ways M")
     figure.colorbar(image, ax=axes, label="tokens/s")

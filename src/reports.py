@@ -102,10 +102,11 @@ def write_reports(
     """Write all files atomically and return where they are.
 
     A run that did not complete never replaces files of an earlier one: where any is in the way,
-    all of its own are named `*.partial.*`. A run that finished no forward pass writes nothing.
+    all of its own are named `*.partial.*`. A run that finished no forward pass, or recorded
+    nothing (`--no-record`), writes nothing.
     Raises UserError where the files cannot be written; no temporary file stays behind.
     """
-    if not len(recorder.pass_table()):
+    if not (recorder.enabled and len(recorder.pass_table())):
         return []
     if info.status != "completed" and any(path.exists() for path in paths.all()):
         paths = paths.partial()

@@ -12,7 +12,7 @@ from synthetic_recording import QUOTA, Shape, record_run, sensor_samples
 
 from errors import UserError
 from expert_cache import ExpertCache, make_policy
-from recorder import Recorder
+from recorder import NullRecorder, Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
 from sensors import Sample
 from summary import RunSummary, summarize
@@ -195,6 +195,15 @@ def test_a_run_without_a_finished_pass_writes_nothing(tmp_path: Path) -> None:
     recorder = Recorder()
     recorder.begin_pass("prefill", 4, 0)
     files, _ = write(tmp_path, SINGLE, status="failed", recorder=recorder)
+    assert files == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_records_nothing_writes_nothing(tmp_path: Path) -> None:
+    recorder = NullRecorder()
+    recorder.begin_pass("prefill", 4, 0)
+    recorder.end_pass(0.1)
+    files, _ = write(tmp_path, SINGLE, recorder=recorder)
     assert files == []
     assert list(tmp_path.iterdir()) == []
 
