@@ -44,7 +44,7 @@ class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
-    first of a batch) that recorded passes belong to; `forced_routing` replaces the routers' choices.
+    first of a batch) that recorded passes belong to; `forced_routing` replaces the routers.
     """
 
     def __init__(

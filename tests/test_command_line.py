@@ -207,9 +207,7 @@ def _damaged(model: Path, folder: Path) -> Path:
     return Path(shutil.copytree(model, folder / "damaged"))
 
 
-def test_damaged_folders(
-    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--prompt", "x", "--max-tokens", 4)
 
     folder = _damaged(model, run_folder / "a")
