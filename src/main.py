@@ -9,8 +9,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -26,14 +27,17 @@ from machine_costs import predicted_step_us
 from model_loader import PreparedModel
 from prompts import read_prompts
 from provenance import versions
+from recorded_routing import recorded_trace
 from recorder import Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
 from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import NvmlReader, SensorSampler
 from summary import format_summary, summarize
 from tokenization import Tokenizer, load_tokenizer
+from traces import write_trace
 from version import VERSION
 
+ROUTING_NAME = "routing.jsonl"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -66,7 +70,9 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
         config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
     )
     if config.output.record:
-        _check_writable(paths)
+        _check_writable({path.parent for path in paths.all()})
+    if config.output.responses_jsonl is not None:
+        _check_writable({config.output.responses_jsonl.parent})
     texts = read_prompts(config.prompts)
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
@@ -100,14 +106,20 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
             return 0
         started_unix_s = time.time()
         gpu_sensors = NvmlReader() if engine.device.type == "cuda" else None
-        with SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors) as sampler:
-            conversations, status = run_prompts(engine, tokenizer, prompts, texts, config)
-        if recorder is not None:
-            _report(
-                config, engine, recorder, sampler, conversations, status, paths, command,
-                tokenizer, started_unix_s,
-            )  # fmt: skip
-        elif not config.output.hide_responses and config.generation.batch_size > 1:
+        sampler = SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors)
+        conversations: list[Conversation] = []
+        status: Status = "failed"
+        try:
+            with sampler:
+                status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
+        finally:  # what was done before an error is evidence too
+            if recorder is not None:
+                _report(
+                    config, engine, recorder, sampler, conversations, status, paths, command,
+                    tokenizer, started_unix_s,
+                )  # fmt: skip
+        streamed = config.output.hide_responses or config.generation.batch_size == 1
+        if recorder is None and not streamed:
             for conversation in conversations:
                 print(f"PROMPT:\n{conversation.prompt}\nRESPONSE:\n{conversation.response}\n")
     return 0 if status == "completed" else EXIT_INTERRUPTED
@@ -156,6 +168,12 @@ def _report(
         status=status,
     )
     written = write_reports(recorder, paths, info, summary)
+    if config.output.output_dir is not None and status == "completed":
+        dummy = isinstance(engine.source, DummyModel)
+        n_experts = engine.store.n_experts[0]
+        routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
+        written.append(config.output.output_dir / ROUTING_NAME)
+        write_trace(written[-1], routing.info, routing.passes)
     shown = [] if config.output.hide_responses else conversations
     text = format_summary(
         summary,
@@ -167,9 +185,9 @@ def _report(
         _say("wrote " + ", ".join(str(path) for path in written))
 
 
-def _check_writable(paths: ReportPaths) -> None:
+def _check_writable(folders: Iterable[Path]) -> None:
     """Find out before the run, not after it, that its results can be written."""
-    for folder in sorted({path.parent for path in paths.all()}):
+    for folder in sorted(folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -88,8 +88,11 @@ def run_prompts(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[str],
     config: Config,
-) -> tuple[list[Conversation], Literal["completed", "interrupted"]]:
-    """Generate for every prompt; what was finished before a Ctrl-C is returned and on disk.
+    conversations: list[Conversation],
+) -> Literal["completed", "interrupted"]:
+    """Generate for every prompt, appending to `conversations` and to the responses file.
+
+    A Ctrl-C ends the run in order: what was begun is kept, marked as interrupted.
 
     A single prompt at a time streams to stdout as it is generated, unless responses are hidden.
     """
@@ -98,7 +101,6 @@ def run_prompts(
     eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
     stream = options.batch_size == 1 and not config.output.hide_responses
     responses = _Responses(config.output.responses_jsonl)
-    conversations: list[Conversation] = []
     bar = tqdm(
         total=len(prompts),
         desc="prompts",
@@ -149,8 +151,9 @@ def run_prompts(
     except KeyboardInterrupt:
         for record, _, _ in list(batch.values()):
             finish(record)
-        return conversations, "interrupted"
+        return "interrupted"
     finally:
         responses.close()
         bar.close()
-    return sorted(conversations, key=lambda c: c.generated.prompt), "completed"
+    conversations.sort(key=lambda conversation: conversation.generated.prompt)
+    return "completed"

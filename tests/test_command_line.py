@@ -17,6 +17,8 @@ from tiny_models import write_mixtral_with_tokenizer
 
 import main
 from checkpoint import MANIFEST_NAME
+from generation import generate_batch
+from traces import read_trace
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +85,9 @@ def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None
             *("--responses-jsonl", path, "--output-dir", run_folder / f"run-{batch_size}"),
         )
         assert code == 0
+        trace = read_trace(run_folder / f"run-{batch_size}" / "routing.jsonl")
+        n_prompt_passes = sum(one.phase == "prefill" for one in trace.passes)
+        assert n_prompt_passes == (5 if batch_size == 1 else 3)
     single, batched = (
         sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["index"])
         for path in sorted(run_folder.glob("responses-*.jsonl"))
@@ -92,6 +97,26 @@ def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None
     ]
     assert all(line["generated_tokens"] == 4 for line in single + batched)
     assert [line["prompt"] for line in batched] == [line["prompt"] for line in single]
+
+
+def test_a_failure_leaves_what_was_done(
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails_on_the_second(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("injected")
+        return generate_batch(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("run_prompts.generate_batch", fails_on_the_second)
+    (run_folder / "prompts").write_text("One\nTwo\n")
+    with pytest.raises(RuntimeError, match="injected"):
+        run("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 3)
+    document = json.loads((run_folder / "run.json").read_text())
+    assert document["status"] == "failed"
+    assert document["summary"]["generated_tokens"] == 2
 
 
 def test_hidden_responses_stay_hidden(
