@@ -38,6 +38,7 @@ class LayerStep:
     pairs: Pairs
     n_fetches: int = 0
     _accelerator_out: Tensor | None = None  # one sum for all launches of the step
+    _failed: list[int] = field(default_factory=list)
     _pending: list[tuple[Pending, tuple[int, ...]]] = field(default_factory=list)
 
     def launch(self, accelerator: Accelerator, slots: dict[int, int]) -> None:
@@ -87,19 +88,22 @@ class LayerStep:
         )
         return out
 
-    def combine(self, cpu_out: Tensor | None) -> Tensor:
-        """The layer's output [T, H] in hidden's dtype; waits for the emulated accelerator.
-
-        Experts whose copy failed are computed on the CPU here.
-        """
-        failed: list[int] = []
+    def wait(self) -> None:
+        """Wait for the emulated accelerator; on a GPU the stream does, and the host runs on."""
         for pending, experts in self._pending:
             try:
                 pending.result()
             except Exception:
                 if not pending.copy_failed:  # a mistake of ours, not of the copy
                     raise
-                failed.extend(experts)
+                self._failed.extend(experts)
+
+    def combine(self, cpu_out: Tensor | None) -> Tensor:
+        """The layer's output [T, H] in hidden's dtype, after `wait`.
+
+        Experts whose copy failed are computed on the CPU here.
+        """
+        failed = self._failed
         total = self._accelerator_out
         parts = [cpu_out]
         if failed:

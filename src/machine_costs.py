@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from hardware import Hardware
 from recorder import Recorder
 
 _STEP_BUDGET_S = 0.3
+_READ_BYTES = 1 << 29  # several times any last-level cache
+_READS = 5
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,17 @@ def _measure(
             measured.cpu_shared_factor,
         )
     return MachineCosts(
-        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing), measure_read_gbps()
+        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing), _read_gbps(store, cpu)
     )
+
+
+def _read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:
+    """Plain-read bandwidth on the kernels' own threads; through torch where no kernel runs."""
+    kernels = cpu.kernels
+    blocks = store.blocks(0)
+    if kernels is None or blocks.nbytes < _READ_BYTES:
+        return measure_read_gbps()
+    return median(kernels.read_gbps(blocks.view(-1)[:_READ_BYTES]) for _ in range(_READS))
 
 
 def _routing(counts: Counts) -> Tensor:

@@ -28,7 +28,7 @@ from model_loader import PreparedModel
 from prompts import read_prompts
 from provenance import versions
 from recorded_routing import recorded_trace
-from recorder import Recorder
+from recorder import NullRecorder, Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
 from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import NvmlReader, SensorSampler
@@ -77,7 +77,7 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
     longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
-    recorder = Recorder() if config.output.record else None
+    recorder = Recorder() if config.output.record else NullRecorder()
     with load_engine(
         source,
         config.model,
@@ -113,15 +113,10 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
             with sampler:
                 status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
         finally:  # what was done before an error is evidence too
-            if recorder is not None:
-                _report(
-                    config, engine, recorder, sampler, conversations, status, paths, command,
-                    tokenizer, started_unix_s,
-                )  # fmt: skip
-        streamed = config.output.hide_responses or config.generation.batch_size == 1
-        if recorder is None and not streamed:
-            for conversation in conversations:
-                print(f"PROMPT:\n{conversation.prompt}\nRESPONSE:\n{conversation.response}\n")
+            _report(
+                config, engine, recorder, sampler, conversations, status, paths, command,
+                tokenizer, started_unix_s,
+            )  # fmt: skip
     return 0 if status == "completed" else EXIT_INTERRUPTED
 
 
@@ -168,7 +163,7 @@ def _report(
         status=status,
     )
     written = write_reports(recorder, paths, info, summary)
-    if config.output.output_dir is not None and status == "completed":
+    if written and config.output.output_dir is not None and status == "completed":
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
         routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)

@@ -90,7 +90,9 @@ class MoeDispatcher:
             recent = mask[:, -length:].bool().flatten()
             n_tokens = int(recent.sum())
             self._token_mask = None if n_tokens == recent.numel() else recent
-        self._decode = length == 1
+        past = kwargs.get("past_key_values")
+        is_first = past is not None and past.get_seq_length() == 0  # a prompt of one token
+        self._decode = length == 1 and not is_first
         if self.forced_routing is not None:
             self.forced_routing.begin_pass(self._decode, batch * length)
         phase: Phase = "decode" if self._decode else "prefill"
@@ -170,6 +172,8 @@ class MoeDispatcher:
             cpu_out = step.compute_on_cpu(plan.cpu)
         computed_s = time.perf_counter()
         with self._ranges.layer(layer, "combine"):
+            step.wait()
+            waited_s = time.perf_counter() if plan.waited else computed_s
             output = step.combine(cpu_out)
         end_s = time.perf_counter()
         if self.recorder.enabled:
@@ -190,7 +194,8 @@ class MoeDispatcher:
                 plan_us=(started_s - routed_s) * 1e6,
                 cpu_us=(computed_s - started_s) * 1e6,
                 gpu_us=step.gpu_us(),
-                combine_us=(end_s - computed_s) * 1e6,
+                copy_wait_us=(waited_s - computed_s) * 1e6,
+                combine_us=(end_s - waited_s) * 1e6,
                 cpu_bytes=len(plan.cpu) * block_bytes,
                 gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
                 fetch_bytes=step.n_fetches * block_bytes,

@@ -126,6 +126,15 @@ def test_hidden_responses_stay_hidden(
     assert "RESPONSE" not in capsys.readouterr().out
 
 
+def test_without_recording_only_the_summary_is_left(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--model-path", model, "--prompt", "Hi", "--raw-prompt", "--max-tokens", 3, "--no-record")
+    out = capsys.readouterr().out
+    assert "TOKEN GENERATION:\ntoken count: 2\n" in out
+    assert not any(run_folder.iterdir())
+
+
 def test_sampling_repeats_with_its_seed(model: Path, run_folder: Path) -> None:
     texts = []
     for seed in (1, 1, 2):
