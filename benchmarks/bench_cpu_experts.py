@@ -44,7 +44,7 @@ POOL_BYTES = 1 << 30  # several times the largest last-level cache in use
 
 @dataclass(frozen=True)
 class Row:
-    """One case. `percent_of_fma_peak` counts fp32 multiply-adds, so integer products may pass 100."""
+    """One case. `percent_of_fma_peak` is of fp32: integer products may pass 100."""
 
     shape: str
     dtype: str
@@ -98,7 +98,7 @@ def measure(
     out = torch.empty(n_tokens, shape.hidden_size)
     work_bytes = shape.n_chosen * pool.used_bytes
     work_flops = 6.0 * n_tokens * shape.n_chosen * shape.hidden_size * shape.intermediate_size
-    many = n_tokens >= 16
+    peak = 0.0
     times, read_ratios, fma_ratios = [], [], []
     started = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - started < budget_s and len(times) < 300):
@@ -108,7 +108,8 @@ def measure(
         times.append(time.perf_counter() - before)
         read_gbps = kernels.read_gbps(_other_bytes(pool, shape.n_chosen))
         read_ratios.append(work_bytes / times[-1] / 1e9 / read_gbps)
-        peak = kernels.fma_gflops(0.02) if many or len(times) == 1 else peak
+        if n_tokens >= 16 or not fma_ratios:
+            peak = kernels.fma_gflops(0.02)
         fma_ratios.append(work_flops / times[-1] / 1e9 / peak)
     times, read_ratios, fma_ratios = times[1:], read_ratios[1:], fma_ratios[1:]  # warm-up
     median = statistics.median(times)

@@ -34,6 +34,8 @@ _COMMON: Final = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
     # Tables and bit patterns cross element types; no code reads errno or floating-point traps.
     *("-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"),
+    # Only the kernels' own multiply-adds fuse: activations and levels are equal on every machine.
+    "-ffp-contract=off",
     # GCC warns inside its own intrinsics (bug 105593).
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
