@@ -26,7 +26,6 @@ class CpuLinear(nn.Module):
     packed: Tensor | None
     scale: Tensor | None
     bias: nn.Parameter | None
-    _bias_fp32: Tensor | None
 
     def __init__(
         self,
@@ -49,10 +48,6 @@ class CpuLinear(nn.Module):
         self.register_parameter("bias", bias)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
-        # The kernels take an fp32 bias; the parameter keeps the model's own dtype.
-        self.register_buffer(
-            "_bias_fp32", None if bias is None else bias.detach().float().contiguous(), False
-        )
 
     @staticmethod
     def from_linear(
@@ -103,10 +98,13 @@ class CpuLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernels is None or x.dtype not in _FORMAT_OF_DTYPE or x.device.type != "cpu":
-            return functional.linear(x, self._dense_weight(x.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, self._dense_weight(x.dtype), bias)
         rows = x.detach().reshape(-1, self.in_features).contiguous()
         y = torch.empty(rows.shape[0], self.out_features, dtype=x.dtype)
-        self.kernels.linear(self._matrix(), rows, y)
+        # The kernels take an fp32 bias; the parameter keeps the model's own dtype.
+        fp32_bias = None if self.bias is None else self.bias.detach().float().contiguous()
+        self.kernels.linear(self._matrix(fp32_bias), rows, y)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -117,15 +115,15 @@ class CpuLinear(nn.Module):
         assert self.weight is not None
         return self.weight
 
-    def _matrix(self) -> MatrixArguments:
+    def _matrix(self, fp32_bias: Tensor | None) -> MatrixArguments:
         # Addresses are read at each call: loading or moving the module may replace its tensors.
-        bias = None if self._bias_fp32 is None else self._bias_fp32.data_ptr()
+        bias = None if fp32_bias is None else fp32_bias.data_ptr()
         if self.packed is None:
             weight = self._plain_weight()
             code = FORMAT_CODES[_FORMAT_OF_DTYPE[weight.dtype]]
             address, scale = weight.data_ptr(), None
         else:
-            assert self.scale is not None
+            assert self.scale is not None and self.scale.dtype == torch.float16
             code = FORMAT_CODES[f"int{self.bits}"]
             address, scale = self.packed.data_ptr(), self.scale.data_ptr()
         return MatrixArguments(code, self.out_features, self.in_features, address, scale, bias)

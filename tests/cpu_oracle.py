@@ -107,6 +107,15 @@ def group_largest(x: Tensor) -> Tensor:
     return largest.expand(*largest.shape[:-1], 32).flatten(-2)[..., : x.shape[-1]]
 
 
+def as_quantised(x: Tensor) -> Tensor:
+    """The kernels' activations: fp32 steps to the nearest of 127 levels, groups of 32."""
+    largest = group_largest(x.float())
+    usable = largest > 1e-30
+    inverse = torch.full_like(largest, 127) / largest  # 127 / largest would multiply a reciprocal
+    levels = torch.where(usable, x.float() * inverse, 0.0).round()
+    return levels.double() * torch.where(usable, largest / 127, 0.0).double()
+
+
 def activate(
     first: Tensor, activation: Activation, has_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_oracle import TINY, U, group_largest
+from cpu_oracle import TINY, U, as_quantised
 from torch import Tensor, nn
 
 import quantization
@@ -15,7 +15,7 @@ NATIVE = load_kernels("native")
 assert NATIVE is not None
 ISAS = supported_isas(NATIVE.library)
 FORMATS = ("fp32", "bf16", "int8", "int4")
-SIZES = ((1, 1), (5, 33), (17, 64), (48, 31), (100, 257), (130, 96))  # out, in
+SIZES = ((1, 1), (5, 33), (17, 64), (48, 31), (100, 257), (130, 96), (33, 2100))  # out, in
 
 
 def make_linear(
@@ -35,15 +35,6 @@ def make_linear(
     layer = CpuLinear.from_packed(linear, packed, scale, bits, kernel=kernel, isa=isa)
     weight = quantization.dequantize(packed, scale, rows, columns, bits)
     return layer, weight.double(), offset.double()
-
-
-def as_quantised(x: Tensor) -> Tensor:
-    """The kernels' activations: fp32 steps to the nearest of 127 levels, groups of 32."""
-    largest = group_largest(x.float())
-    usable = largest > 1e-30
-    inverse = torch.full_like(largest, 127) / largest  # 127 / largest would multiply a reciprocal
-    levels = torch.where(usable, x.float() * inverse, 0.0).round()
-    return levels.double() * torch.where(usable, largest / 127, 0.0).double()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -36,9 +36,11 @@ inline uint16_t bf16_of_float(float value) {
   return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// e^x to 2 ulp for x in [-87, 88], clamped outside; NaN stays NaN. x = n ln2 + r, degree-6 in r.
+// e^x to 2 ulp for x in [-87, 88], e^-87 below; infinity above, so that a quotient by it vanishes
+// however large its numerator. NaN stays NaN. x = n ln2 + r, degree-6 in r.
 inline float exp_clamped(float x) {
-  x = x > 88.0f ? 88.0f : x;
+  const bool overflows = x > 88.0f;
+  x = overflows ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
   const float n = shifted - 12582912.0f;
@@ -50,7 +52,8 @@ inline float exp_clamped(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * float_of_bits((bits_of_float(shifted) - 0x4b400000u + 127u) << 23);
+  const float value = p * float_of_bits((bits_of_float(shifted) - 0x4b400000u + 127u) << 23);
+  return overflows ? INFINITY : value;
 }
 
 inline float sigmoid_times(float x, float slope) { return x / (1.0f + exp_clamped(-slope * x)); }
