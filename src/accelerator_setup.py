@@ -59,6 +59,7 @@ class Workbench:
             self.decode_step,
             read_hardware(),
             dtype=self.source.dtype,
+            dense=f"{self.source.dense_format} {self.source.dense_bytes}",
             emulate_pcie_gbps=emulate_pcie_gbps,
         )
 
@@ -133,6 +134,7 @@ def _chosen_cache(
     gpu = workbench.gpu_experts(N_STAGING_SLOTS)
     costs = workbench.costs(gpu, options.emulate_pcie_gbps)
     gpu.close()
+    del gpu  # its slots are free memory again
     store = workbench.store
     block_bytes = store.layouts[0].block_bytes
     text_config: Any = workbench.source.config.get_text_config()
@@ -159,6 +161,9 @@ def _chosen_cache(
         n_indexes=choice.n_indexes,
         n_ways=choice.n_ways,
         policy=choice.policy,
+        prefetch=options.prefetch if choice.n_indexes else "off",
+        miss_policy=options.miss_policy if choice.n_indexes else "cpu",
+        emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,
     )
     return chosen, costs
 

@@ -196,6 +196,13 @@ def parse_config(arguments: argparse.Namespace) -> Config:
         raise UserError("--model-path is missing: name a folder weights_preprocessor.py prepared")
     if arguments.routing_trace is not None and arguments.dummy_weights is None:
         raise UserError("--routing-trace needs --dummy-weights: a real model routes for itself")
+    if arguments.dummy_weights is None:
+        for flag, given in (
+            ("--dummy-layers", arguments.dummy_layers is not None),
+            ("--dummy-format", arguments.dummy_format != "bf16"),
+        ):
+            if given:
+                raise UserError(f"{flag} needs --dummy-weights: a real model has its own shape")
     if arguments.trace is not None and not arguments.cache_auto:
         raise UserError("--trace needs --cache-auto, which tunes the cache on it")
     return Config(

@@ -89,6 +89,19 @@ class CacheOptions:
             self.memory_gb is None or (self.auto and self.memory_gb > 0),
             "expected --cache-memory-gb above 0 and together with --cache-auto",
         )
+        for flag, asked in (
+            ("--prefetch next-layer", self.prefetch != "off"),
+            ("--miss-policy auto", self.miss_policy == "auto"),
+        ):
+            _require(
+                not asked or self.auto or self.n_slots > 0,
+                f"expected a cache for {flag}: add --cache-nblocks and --cache-nways, "
+                "or --cache-auto",
+            )
+        _require(
+            self.emulate_pcie_gbps is None or self.wants_accelerator,
+            "expected a cache or --miss-policy fetch for --emulate-pcie-gbps, found neither",
+        )
         _require(
             self.emulate_pcie_gbps is None or self.emulate_pcie_gbps > 0,
             f"expected --emulate-pcie-gbps above 0, found {self.emulate_pcie_gbps}",
@@ -122,6 +135,10 @@ class GenerationOptions:
             self.temperature >= 0, f"expected --temperature of 0 or more, found {self.temperature}"
         )
         _require(0 < self.top_p <= 1, f"expected --top-p in (0, 1], found {self.top_p}")
+        _require(
+            self.top_p == 1 or self.temperature > 0,
+            "expected --temperature above 0 for --top-p: greedy decoding has nothing to sample",
+        )
         _require(
             self.batch_size >= 1, f"expected --batch-size of at least 1, found {self.batch_size}"
         )

@@ -39,6 +39,7 @@ from moe_dispatcher import MoeDispatcher, MoeExperts
 from nvtx_ranges import NvtxRanges
 from preflight import kv_cache_bytes, make_budget
 from recorder import NullRecorder, Recorder
+from traces import read_trace
 
 _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
 
@@ -100,6 +101,7 @@ class Engine:
                 self.decode_step,
                 read_hardware(),
                 dtype=self.source.dtype,
+                dense=f"{self.source.dense_format} {self.source.dense_bytes}",
                 emulate_pcie_gbps=self.emulate_pcie_gbps,
                 remeasure=again,
             )
@@ -175,6 +177,11 @@ def load_engine(
             f"the dense weights of {source.name} are prepared as {source.dense_format}, which "
             "only the CPU serves: use --device cpu, or prepare with --dense-dtype bf16"
         )
+    if device.type == "cuda" and cache.emulate_pcie_gbps is not None:
+        raise UserError("--emulate-pcie-gbps is for --device cpu: a GPU's link is not emulated")
+    fitted_cache(cache, source, [])  # refuse before loading what would be refused after
+    if cache.trace is not None:
+        read_trace(cache.trace)
     notes: list[str] = []
     model = build_skeleton(source.config, source.dtype, options.attention)
     sites = find_moe_sites(model, source.experts_paths)

@@ -96,6 +96,8 @@ class ExpertStore:
             code = runtime.cudaHostRegister(blocks.data_ptr(), blocks.numel(), 0)
             if int(code) != 0:
                 self.close()
+                with contextlib.suppress(RuntimeError):  # CUDA hands the old error to the next call
+                    torch.zeros(1, device="cuda")
                 return (
                     f"pinning {self.total_bytes / 1e9:.1f} GB of experts was refused (CUDA error "
                     f"{int(code)}): copies use pageable memory and are slower; raise the "

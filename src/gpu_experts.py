@@ -24,6 +24,8 @@ Allocator = Callable[[int, int, torch.device], Tensor]
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
 _TOKENS_PER_SLOT_FOR_GEMM = 4
+# The grouped kernels' scratch is fp32 for every pair of the call, hit or not: decode only.
+_PAIRS_FOR_GROUPED = 512
 # Of 8 pairs a loop finds the hits in 1.3 us and torch in 6; of 16384, mostly misses, in 330 and 21.
 _PAIRS_WORTH_FILTERING = 64
 
@@ -184,7 +186,8 @@ class GpuExperts:
         out: Tensor | None,
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
-        if self._kernels is not None and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
+        few = slot_of_pair.numel() <= _PAIRS_FOR_GROUPED
+        if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
             on_device = slot_of_pair.to(torch.int32).to(self.device, non_blocking=True)
             result = self._kernels.grouped(hidden, on_device, top_k_weights)
             return result if out is None else out.add_(result)

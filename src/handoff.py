@@ -32,7 +32,8 @@ class HostHandoff:
         parts = sorted((hidden, *routing), key=lambda part: -part.element_size())
         flat = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
         if self._inbox.numel() < flat.numel():
-            self._inbox = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+            with torch.inference_mode(False):  # kept, so it must serve callers in either mode
+                self._inbox = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
         inbox = self._inbox[: flat.numel()]
         inbox.copy_(flat, non_blocking=True)
         torch.cuda.current_stream(hidden.device).synchronize()
@@ -45,10 +46,13 @@ class HostHandoff:
         return [host[id(part)] for part in (hidden, *routing)]
 
     def result(self, n_tokens: int, hidden_size: int, device: torch.device) -> Tensor:
-        """Host memory for the CPU's output, fp32 [T, H], pinned when `device` is a GPU."""
+        """Host memory for the CPU's output, fp32 [T, H]: pinned and reused for a GPU, else new."""
+        if device.type == "cpu":  # it may become the layer's output, which callers may keep
+            return torch.empty(n_tokens, hidden_size)
         size = n_tokens * hidden_size
         if self._result.numel() < size:
-            self._result = torch.empty(size, pin_memory=device.type == "cuda")
+            with torch.inference_mode(False):
+                self._result = torch.empty(size, pin_memory=True)
         return self._result[:size].view(n_tokens, hidden_size)
 
     def to_device(self, result: Tensor, device: torch.device) -> Tensor:

@@ -55,6 +55,7 @@ def machine_costs(
     hardware: Hardware,
     *,
     dtype: torch.dtype,
+    dense: str,
     emulate_pcie_gbps: float | None = None,
     cache: CalibrationCache | None = None,
     remeasure: bool = False,
@@ -62,8 +63,9 @@ def machine_costs(
     """The costs of this machine for the model in `store`, from disk where they are known.
 
     `decode_step` runs one decode step with every expert left out, for the cost of the rest. The
-    calibration is keyed by the hardware, the block's layout, what computes it and the emulated
-    link. Without `gpu` its costs and the copies' are infinite: nothing is ever sent there.
+    calibration is keyed by the hardware, the block's layout, what computes it, the `dense` part's
+    description and the emulated link. Without `gpu` its costs and the copies' are infinite:
+    nothing is ever sent there.
     """
     cache = cache or CalibrationCache()
     layout = store.layouts[0]
@@ -75,6 +77,7 @@ def machine_costs(
         "gpu": None if gpu is None else gpu.description,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
+        "dense": dense,
         "emulate_pcie_gbps": emulate_pcie_gbps,
     }
     known = None if remeasure else cache.load(hardware.key(), shape)

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except (OSError, torch.OutOfMemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        with suppress(OSError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -72,11 +79,15 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
     if config.output.record:
         _check_writable({path.parent for path in paths.all()})
     if config.output.responses_jsonl is not None:
+        if config.output.responses_jsonl.is_dir():
+            raise UserError(f"cannot write {config.output.responses_jsonl}: it is a folder")
         _check_writable({config.output.responses_jsonl.parent})
     texts = read_prompts(config.prompts)
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
     longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(longest, limit or longest)
     recorder = Recorder() if config.output.record else NullRecorder()
     with load_engine(
         source,
@@ -162,13 +173,6 @@ def _report(
         started_unix_s=started_unix_s,
         status=status,
     )
-    written = write_reports(recorder, paths, info, summary)
-    if written and config.output.output_dir is not None and status == "completed":
-        dummy = isinstance(engine.source, DummyModel)
-        n_experts = engine.store.n_experts[0]
-        routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
-        written.append(config.output.output_dir / ROUTING_NAME)
-        write_trace(written[-1], routing.info, routing.passes)
     shown = [] if config.output.hide_responses else conversations
     text = format_summary(
         summary,
@@ -176,6 +180,13 @@ def _report(
         notes=notes,
     )
     print(text, flush=True)
+    written = write_reports(recorder, paths, info, summary)
+    if written and config.output.output_dir is not None and status == "completed":
+        dummy = isinstance(engine.source, DummyModel)
+        n_experts = engine.store.n_experts[0]
+        routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
+        written.append(config.output.output_dir / ROUTING_NAME)
+        write_trace(written[-1], routing.info, routing.passes)
     if written:
         _say("wrote " + ", ".join(str(path) for path in written))
 

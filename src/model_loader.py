@@ -66,7 +66,12 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    if attention == "sdpa" and not model_class._supports_sdpa:
+    if not model_class._supports_sdpa:
+        if attention != "sdpa":
+            raise UserError(
+                f"{model_class.__name__} computes its attention itself: use --attention sdpa, "
+                "which leaves it to the model"
+            )
         attention = "eager"
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -107,6 +107,7 @@ class MoeDispatcher:
             torch.cuda.current_stream().synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
+        self.recorder.resolve()  # the pass is over on the device too: no event need be kept
         self._ranges.end_pass()
         if self._decode and self.accelerator is not None and self.accelerator.trial is not None:
             self.accelerator.trial.record(duration_s)
@@ -249,10 +250,13 @@ class MoeDispatcher:
             warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left)
             self._quota_left -= len(warmed)
             step.n_fetches += len(warmed)
-            waited_first = sorted(warmed, key=lambda pair: pair[0] not in plan.waited)
-            for expert, slot in waited_first:
-                accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
+            for expert, slot in warmed:
+                if expert in plan.waited:
+                    accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
             step.launch_waited(accelerator, plan.waited, staging_only=True)
+            for expert, slot in warmed:  # for the tokens to come: behind what is waited for
+                if expert not in plan.waited:
+                    accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
         return plan
 
     def _is_cached(self, layer: int) -> bool:

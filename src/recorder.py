@@ -117,9 +117,11 @@ class Recorder:
         self._resolved: list[tuple[int, str, float]] = []
         self._open_pass: tuple[bool, int, int] | None = None
         self._pass_index = 0
+        self._finished = (0, 0, 0)
 
     def begin_pass(self, phase: Phase, n_tokens: int, prompt: int) -> None:
         """A forward pass over `n_tokens` tokens starts; `prompt` is the (first) prompt's number."""
+        self._forget_unfinished()
         self._open_pass = (phase == "decode", n_tokens, prompt)
 
     def layer(
@@ -186,6 +188,15 @@ class Recorder:
         self._passes.append((*self._open_pass, duration_s))
         self._open_pass = None
         self._pass_index += 1
+        self._finished = (len(self._layers), len(self._ids), len(self._n_hits_of_token))
+
+    def _forget_unfinished(self) -> None:
+        """Drop what a pass that never ended (an error, a Ctrl-C) has left."""
+        layers, ids, hits = self._finished
+        if len(self._layers) > layers:
+            del self._layers[layers:], self._ids[ids:], self._n_hits_of_token[hits:]
+            rows = layers // _LAYER_ROW.size
+            self._pending = [entry for entry in self._pending if entry[0] < rows]
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first

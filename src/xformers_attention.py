@@ -36,13 +36,19 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **extras: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` [B, heads, S, D] over `key`, `value` [B, kv_heads, S', D].
 
     Returns [B, S, heads, D] and no weights, as transformers expects. `attention_mask` is boolean
     [B, 1, S, S'] or None for plain causal attention.
     """
+    for name in ("s_aux", "softcap"):
+        if extras.get(name) is not None:
+            raise UserError(
+                f"this model's attention needs '{name}', which xformers does not compute: "
+                "use --attention sdpa"
+            )
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     groups = query.shape[1] // key.shape[1]

@@ -181,6 +181,13 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--cpu-isa", "6502"), "6502"),
         (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "a-b"), "such as 0-7,16"),
         (("--prompt", "word " * 80, "--max-tokens", "4"), "the model's context holds 64"),
+        (("--prompt", "x", "--max-tokens", "4", "--prefetch", "next-layer"), "expected a cache"),
+        (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
+        (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--dummy-layers", "2"), "needs --dummy-weights"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
+        (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
         (("--prompt-path", "no-such-file", "--max-tokens", "4"), "No such file"),
     ],
 )

@@ -182,3 +182,32 @@ def test_warming_leaves_the_last_tokens_experts(folder: Path) -> None:
         last = {event.layer: set(event.ids[-1]) for event in recorder.layer_events()}
         for layer, experts in last.items():
             assert set(engine.accelerator.cache.ready(layer)) == experts
+
+
+def test_layer_outputs_are_their_own_memory(folder: Path) -> None:
+    """A hook may keep what a layer gave: the next layer must not write over it."""
+    with open_engine(folder, Recorder()) as engine, torch.no_grad():
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for site in engine.sites:
+            module = engine.model.get_submodule(site.experts_path)
+            module.register_forward_hook(
+                lambda _, arguments, output: kept.append((output, output.clone()))
+            )
+        engine.model(torch.tensor([PROMPT]))
+        with torch.inference_mode():
+            engine.model(torch.tensor([PROMPT]))
+        engine.model(torch.tensor([PROMPT[:2]]))
+    assert len(kept) == 3 * 4
+    assert all(torch.equal(output, copy) for output, copy in kept)
+
+
+def test_an_aborted_pass_leaves_nothing(folder: Path) -> None:
+    recorder = Recorder()
+    with open_engine(folder, recorder) as engine, torch.inference_mode():
+        handle = engine.sites[2].block.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.model(torch.tensor([PROMPT]))
+        handle.remove()
+        engine.model(torch.tensor([PROMPT[:3]]))
+    assert recorder.layer_table()["n_tokens"].tolist() == [3] * 4
+    assert len(recorder.expert_ids()) == 4 * 3 * 2
