@@ -103,14 +103,13 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
     dot_rows_of<V>(static_cast<const float*>(w), cols, rows, x, n_tokens, y, ldy);
 }
 
-// Weight panel of fp32: bf16 widened, fp32 copied.
-inline void load_weights_fp32(const void* w, int format, int64_t cols, int rows, int depth,
-                              int valid, void* panel) {
+// Weight panel of fp32: bf16 widened, fp32 copied. With one column a step, all of `depth` is valid.
+inline void load_weights_fp32(const void* w, int format, int64_t cols, int rows, int depth, int,
+                              void* panel) {
   float* out = static_cast<float*>(panel);
   for (int r = 0; r < rows; ++r, out += depth) {
     const char* row = static_cast<const char*>(w) + r * cols * (format == kBf16 ? 2 : 4);
-    to_float(row, format == kBf16, valid, out);
-    for (int k = valid; k < depth; ++k) out[k] = 0.0f;
+    to_float(row, format == kBf16, depth, out);
   }
 }
 
