@@ -16,8 +16,8 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -31,10 +31,16 @@ from config import CacheOptions, ModelOptions
 from cpu_kernels import load_kernels
 from engine import Engine, load_engine, open_prepared
 from generation import generate_batch, make_sampler
+from hardware import read_hardware
 
 ROOT = Path(__file__).parent.parent
-FORMATS = ("bf16", "int8", "int4")
+BITS = {"bf16": 16.0, "int8": 8.5, "int4": 4.5}  # per weight, with the scales of groups of 32
+FORMATS = tuple(BITS)
+HIDDEN, INNER, KV, VOCABULARY, LAYERS, EXPERTS, TOP_K = 4096, 14336, 1024, 32000, 2, 8, 2
+HEAD_WEIGHTS = VOCABULARY * HIDDEN
+LAYER_WEIGHTS = LAYERS * (TOP_K * 3 * HIDDEN * INNER + 2 * HIDDEN * (HIDDEN + KV))  # per token
 N_PROMPT = 64
+WARM_UP_STEPS = 4
 READ_BYTES = 1 << 28
 # ik_llama.cpp on two AVX2 cores: tokens/s, and the limits of that machine.
 PEER_DECODE = {"bf16": 16.0, "int8": 21.2, "int4": 44.6}
@@ -44,24 +50,32 @@ PEER_FMA_GFLOPS = 235.0
 
 
 @dataclass(frozen=True)
-class Row:
-    """One format. Speeds are medians; `*_low` and `*_high` the quartiles of the same runs.
+class Speed:
+    """Tokens per second in runs that had a limit (GB/s or GFLOP/s) measured beside each of them.
 
-    `decode_vs_peer` and `prefill_vs_peer` compare tokens per second per unit of the limit.
+    `low` and `high` are quartiles. `percent_of_limit` counts the weights' bytes, or their
+    multiply-adds, that the tokens need. `vs_peer` compares tokens per second per unit of the
+    limit; above 1 is faster than the peer.
     """
+
+    tokens_per_s: float
+    low: float
+    high: float
+    limit: float
+    percent_of_limit: float
+    vs_peer: float
+    vs_peer_low: float
+    vs_peer_high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format on one instruction set."""
 
     weight_format: str
     kernels: str
-    decode_tokens_per_s: float
-    decode_low: float
-    decode_high: float
-    read_gbps: float
-    decode_vs_peer: float
-    prefill_tokens_per_s: float
-    prefill_low: float
-    prefill_high: float
-    fma_gflops: float
-    prefill_vs_peer: float
+    decode: Speed
+    prefill: Speed
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -70,7 +84,16 @@ def write_checkpoint(folder: Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = MixtralConfig(
-        num_hidden_layers=2, vocab_size=32000, max_position_embeddings=4096, dtype="bfloat16"
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
     )
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)
@@ -79,29 +102,28 @@ def write_checkpoint(folder: Path) -> Path:
     def matrix(rows: int, columns: int) -> Tensor:
         return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
 
-    hidden, inner, kv = config.hidden_size, config.intermediate_size, 1024
-    up, down = matrix(inner, hidden), matrix(hidden, inner)
+    up, down = matrix(INNER, HIDDEN), matrix(HIDDEN, INNER)
     shards: list[dict[str, Tensor]] = [
         {
-            "model.embed_tokens.weight": matrix(config.vocab_size, hidden),
-            "lm_head.weight": matrix(config.vocab_size, hidden),
-            "model.norm.weight": torch.ones(hidden).bfloat16(),
+            "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN),
+            "lm_head.weight": matrix(VOCABULARY, HIDDEN),
+            "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
         }
     ]
-    for layer in range(2):
+    for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         shard = {
-            f"{prefix}input_layernorm.weight": torch.ones(hidden).bfloat16(),
-            f"{prefix}post_attention_layernorm.weight": torch.ones(hidden).bfloat16(),
-            f"{prefix}self_attn.q_proj.weight": matrix(hidden, hidden),
-            f"{prefix}self_attn.k_proj.weight": matrix(kv, hidden),
-            f"{prefix}self_attn.v_proj.weight": matrix(kv, hidden),
-            f"{prefix}self_attn.o_proj.weight": matrix(hidden, hidden),
-            f"{prefix}block_sparse_moe.gate.weight": matrix(8, hidden),
+            f"{prefix}input_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
+            f"{prefix}post_attention_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
+            f"{prefix}self_attn.q_proj.weight": matrix(HIDDEN, HIDDEN),
+            f"{prefix}self_attn.k_proj.weight": matrix(KV, HIDDEN),
+            f"{prefix}self_attn.v_proj.weight": matrix(KV, HIDDEN),
+            f"{prefix}self_attn.o_proj.weight": matrix(HIDDEN, HIDDEN),
+            f"{prefix}block_sparse_moe.gate.weight": matrix(EXPERTS, HIDDEN),
         }
-        for expert in range(8):  # rotations of one matrix: other values, no time to draw them
+        for expert in range(EXPERTS):  # rotations of one matrix: other values, no time to draw them
             name = f"{prefix}block_sparse_moe.experts.{expert}."
-            shift = 1 + 8 * layer + expert
+            shift = 1 + EXPERTS * layer + expert
             shard[f"{name}w1.weight"] = up.roll(shift, 0).contiguous()
             shard[f"{name}w3.weight"] = up.roll(-shift, 0).contiguous()
             shard[f"{name}w2.weight"] = down.roll(shift, 0).contiguous()
@@ -126,55 +148,84 @@ def prepare(source: Path, folder: Path, weight_format: str) -> Path:
     return folder
 
 
-def measure(engine: Engine, isa: str, n_tokens: int, n_prompts: int) -> tuple[list[float], ...]:
-    """Seconds and limits, in turn: decode steps, reads (GB/s), prompts, multiply-adds (GFLOP/s)."""
+def measure(
+    engine: Engine, isa: str, n_steps: int, n_prompts: int
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Seconds of decode steps, GB/s of a read after each, seconds of prompts, GFLOP/s of each."""
     kernels = load_kernels("auto", isa)
     assert kernels is not None, "the limits are measured by the compiled kernels"
     memory = engine.store.blocks(1).view(-1)[:READ_BYTES]
     sampler = make_sampler(0.0, 1.0, 0, engine.device)
     steps, reads, prompts, peaks = [], [], [], []
-    prompt = [(37 * i + 11) % 32000 for i in range(N_PROMPT)]
+    prompt = [(37 * i + 11) % VOCABULARY for i in range(N_PROMPT)]
     for record, _ in generate_batch(
-        engine.model, [prompt], max_tokens=n_tokens + 4, sampler=sampler, eos_ids=frozenset()
+        engine.model,
+        [prompt],
+        max_tokens=WARM_UP_STEPS + n_steps,
+        sampler=sampler,
+        eos_ids=frozenset(),
     ):
-        if len(record.ids) > 4:  # the first ones warm up
+        if len(record.ids) > WARM_UP_STEPS:
             steps.append(record.token_times_s[-1])
             reads.append(kernels.read_gbps(memory))
-    with torch.inference_mode():
-        for _ in range(n_prompts + 1):
-            peaks.append(kernels.fma_gflops(0.05))
-            started = time.perf_counter()
-            engine.model(torch.tensor([prompt]), logits_to_keep=1)
-            prompts.append(time.perf_counter() - started)
-    return steps, reads, prompts[1:], peaks[1:]
+    for repetition in range(n_prompts + 1):
+        peak = kernels.fma_gflops(0.05)
+        for record, _ in generate_batch(
+            engine.model, [prompt], max_tokens=1, sampler=sampler, eos_ids=frozenset()
+        ):
+            if repetition > 0:  # the first one warms up
+                prompts.append(record.prefill_s)
+                peaks.append(peak)
+    return steps, reads, prompts, peaks
 
 
-def run(folder: Path, weight_format: str, arguments: argparse.Namespace) -> Row:
-    options = ModelOptions(
-        folder, device="cpu", cpu_kernel=arguments.cpu_kernel, cpu_isa=arguments.isa
+def speed(rates: list[float], limits: list[float], cost: float, peer: float) -> Speed:
+    """`cost`: units of the limit that one token per second takes; `peer`: its rate per unit."""
+    ratios = [rate / limit / peer for rate, limit in zip(rates, limits, strict=True)]
+    low, middle, high = quantiles(rates, n=4)
+    ratio_low, ratio, ratio_high = quantiles(ratios, n=4)
+    return Speed(
+        tokens_per_s=middle,
+        low=low,
+        high=high,
+        limit=median(limits),
+        percent_of_limit=100 * ratio * peer * cost,
+        vs_peer=ratio,
+        vs_peer_low=ratio_low,
+        vs_peer_high=ratio_high,
     )
+
+
+def run(folder: Path, weight_format: str, isa: str, arguments: argparse.Namespace) -> Row:
+    options = ModelOptions(folder, device="cpu", cpu_kernel=arguments.cpu_kernel, cpu_isa=isa)
     with load_engine(open_prepared(options), options, CacheOptions()) as engine:
-        steps, reads, prompts, peaks = measure(
-            engine, arguments.isa, arguments.tokens, arguments.prompts
-        )
+        steps, reads, prompts, peaks = measure(engine, isa, arguments.tokens, arguments.prompts)
         description = engine.cpu.description
-    per_read = median(1 / step / read for step, read in zip(steps, reads, strict=True))
-    per_flop = median(N_PROMPT / p / peak for p, peak in zip(prompts, peaks, strict=True))
-    slow, _, fast = quantiles([1 / step for step in steps], n=4)
-    slow_prompt, _, fast_prompt = quantiles([N_PROMPT / p for p in prompts], n=4)
+    matrices = HEAD_WEIGHTS + LAYER_WEIGHTS  # that one decode step reads
+    flops = 2 * (LAYER_WEIGHTS + HEAD_WEIGHTS / N_PROMPT)  # per token: only the last has logits
     return Row(
         weight_format=weight_format,
         kernels=description,
-        decode_tokens_per_s=1 / median(steps),
-        decode_low=slow,
-        decode_high=fast,
-        read_gbps=median(reads),
-        decode_vs_peer=per_read / (PEER_DECODE[weight_format] / PEER_READ_GBPS),
-        prefill_tokens_per_s=N_PROMPT / median(prompts),
-        prefill_low=slow_prompt,
-        prefill_high=fast_prompt,
-        fma_gflops=median(peaks),
-        prefill_vs_peer=per_flop / (PEER_PREFILL[weight_format] / PEER_FMA_GFLOPS),
+        decode=speed(
+            [1 / step for step in steps],
+            reads,
+            matrices * BITS[weight_format] / 8 / 1e9,
+            PEER_DECODE[weight_format] / PEER_READ_GBPS,
+        ),
+        prefill=speed(
+            [N_PROMPT / prompt for prompt in prompts],
+            peaks,
+            flops / 1e9,
+            PEER_PREFILL[weight_format] / PEER_FMA_GFLOPS,
+        ),
+    )
+
+
+def describe(name: str, speed: Speed, unit: str) -> str:
+    return (
+        f"  {name:7} {speed.tokens_per_s:7.2f} tok/s [{speed.low:.2f}, {speed.high:.2f}]"
+        f"  {speed.percent_of_limit:5.1f}% of {speed.limit:.1f} {unit}"
+        f"  {speed.vs_peer:.2f}x the peer [{speed.vs_peer_low:.2f}, {speed.vs_peer_high:.2f}]"
     )
 
 
@@ -184,33 +235,38 @@ def main() -> None:
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="where checkpoints are kept")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--isa", default="auto", help="instruction set of kernels and peak (auto)")
-    parser.add_argument("--cpu-kernel", choices=("auto", "torch"), default="auto")
+    parser.add_argument(
+        "--isa", nargs="+", default=["auto"], help="instruction sets of kernels and limits (auto)"
+    )
+    parser.add_argument(
+        "--cpu-kernel", choices=("auto", "torch"), default="auto", help="torch: without our kernels"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="decode steps measured (32)")
-    parser.add_argument("--prompts", type=int, default=5, help="prompts of 64 tokens measured (5)")
-    parser.add_argument("--prepare-only", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--prompts", type=int, default=7, help="prompts of 64 tokens measured (7)")
+    parser.add_argument("--prepare-only", action="store_true", help="write the checkpoints, stop")
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
     arguments = parser.parse_args()
+    if arguments.tokens < 2 or arguments.prompts < 2:
+        parser.error("expected --tokens and --prompts of at least 2: quartiles need them")
     source = write_checkpoint(arguments.work_dir / "hub")
     rows = []
     for weight_format in arguments.formats:
         folder = prepare(source, arguments.work_dir / weight_format, weight_format)
-        if arguments.prepare_only:
-            continue
-        row = run(folder, weight_format, arguments)
-        rows.append(row)
-        print(
-            f"{row.weight_format:5} {row.kernels:28}"
-            f" decode {row.decode_tokens_per_s:6.2f} tok/s"
-            f" [{row.decode_low:.2f}, {row.decode_high:.2f}] at {row.read_gbps:.1f} GB/s read:"
-            f" {row.decode_vs_peer:.2f}x the peer"
-            f" | prefill {row.prefill_tokens_per_s:7.1f} tok/s"
-            f" [{row.prefill_low:.1f}, {row.prefill_high:.1f}] at {row.fma_gflops:.0f} GFLOP/s:"
-            f" {row.prefill_vs_peer:.2f}x the peer",
-            flush=True,
-        )
+        for isa in () if arguments.prepare_only else arguments.isa:
+            row = run(folder, weight_format, isa, arguments)
+            rows.append(row)
+            print(f"{row.weight_format}, {row.kernels}; limits: {isa}")
+            print(describe("decode", row.decode, "GB/s read"))
+            print(describe("prefill", row.prefill, "GFLOP/s"), flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        document = {
+            "date": date.today().isoformat(),
+            "command": sys.argv,
+            "hardware": read_hardware().to_json(),
+            "torch": torch.__version__,
+            "rows": [asdict(row) for row in rows],
+        }
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
