@@ -178,6 +178,28 @@ def test_any_size_within_the_bound(weight_format, isa):
         assert (error <= bound).all(), (number, float((error / bound).max()))
 
 
+@functools.cache
+def wide_case(weight_format: WeightFormat, n_tokens: int) -> Reference:
+    """Both matrices are wider than one slice of the weights that many tokens share, and odd."""
+    layer = make_layer(weight_format, 2083, 1061, n_experts=1)
+    routed = make_routing(layer, n_tokens, 1)
+    if weight_format in QUANTISED:
+        want, bound, _ = rounded_expected(layer, routed, SILU)
+    else:
+        want, bound = expected(layer, routed, SILU)
+    return Reference(layer, routed, SILU, want, bound)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("n_tokens", [1, 19])
+def test_matrices_of_several_slices(weight_format, isa, n_tokens):
+    case = wide_case(weight_format, n_tokens)
+    experts = CpuExperts(case.layer.layout, SILU, kernel="native", isa=isa)
+    error = (run(experts, case.layer, case.routed).double() - case.want).abs()
+    assert (error <= case.bound).all(), float((error / case.bound).max())
+
+
 def packed_linear(packed: Tensor, scale: Tensor, columns: int, isa: str) -> CpuLinear:
     rows = packed.shape[0] * quantization.TILE_ROWS
     linear = nn.Linear(columns, rows, bias=False, device="meta")

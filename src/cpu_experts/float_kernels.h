@@ -103,12 +103,21 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
     dot_rows_of<V>(static_cast<const float*>(w), cols, rows, x, n_tokens, y, ldy);
 }
 
+// Asks for the next slice of a row while this one is copied: the rows are far apart, and few tokens
+// give no time to wait for them.
+inline void prefetch_next_slice(const void* row, int64_t slice_bytes) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(row) + slice_bytes;
+  for (int64_t line = 0; line < slice_bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, 2);
+}
+
 // Weight panel of fp32: bf16 widened, fp32 copied. With one column a step, all of `depth` is valid.
 inline void load_weights_fp32(const void* w, int format, int64_t cols, int rows, int depth, int,
                               void* panel) {
   float* out = static_cast<float*>(panel);
   for (int r = 0; r < rows; ++r, out += depth) {
     const char* row = static_cast<const char*>(w) + r * cols * (format == kBf16 ? 2 : 4);
+    prefetch_next_slice(row, depth * (format == kBf16 ? 2 : 4));
     to_float(row, format == kBf16, depth, out);
   }
 }

@@ -11,6 +11,7 @@ void load_weights_bf16(const void* w, int, int64_t cols, int rows, int depth, in
   const uint16_t* in = static_cast<const uint16_t*>(w);
   uint16_t* out = static_cast<uint16_t*>(panel);
   for (int r = 0; r < rows; ++r, in += cols, out += depth) {
+    prefetch_next_slice(in, depth * 2);
     memcpy(out, in, static_cast<size_t>(valid) * 2);
     for (int k = valid; k < depth; ++k) out[k] = 0;
   }
