@@ -21,6 +21,7 @@ import torch
 from cpu_experts import CpuExperts
 from cpu_kernels import CpuKernels
 from expert_format import Activation, BlockLayout, WeightFormat, block_layout
+from expert_store import ExpertStore
 from torch_experts import expert_ffn
 
 
@@ -65,7 +66,7 @@ class Pool:
     def __init__(self, layout: BlockLayout, n_chosen: int) -> None:
         n_blocks = max(2 * n_chosen, POOL_BYTES // layout.block_bytes // n_chosen * n_chosen)
         self.layout = layout
-        self.blocks = torch.empty(n_blocks, layout.block_bytes, dtype=torch.uint8)
+        self.blocks = ExpertStore([layout], [n_blocks]).blocks(0)
         self._fill(self.blocks[0])
         self.blocks[1:] = self.blocks[0]
         self.pointers = torch.tensor([block.data_ptr() for block in self.blocks])

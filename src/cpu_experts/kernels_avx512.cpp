@@ -1,4 +1,5 @@
-// AVX-512 F, BW, VL, DQ: the AVX2 kernels twice as wide; the same integer products.
+// AVX-512 F, BW, VL, DQ: the AVX2 kernels twice as wide, except for few tokens on fp32 and bf16
+// weights; the same integer products.
 #include "vectors_avx512.h"
 
 namespace cpux {
@@ -84,7 +85,7 @@ void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int
 
 const Kernels kKernels = {
     "avx512",
-    dot_rows<Float16>,
+    dot_rows<Float8>,  // as fast as memory, and faster than 16 lanes (Zen 4, 4 tokens: 1.2x)
     {4, 1, 16, 64, load_weights_fp32, multiply},
     {},
     5,

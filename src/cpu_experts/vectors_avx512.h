@@ -5,6 +5,7 @@
 
 #include "float_kernels.h"
 #include "quant_kernels.h"
+#include "vectors_avx2.h"
 
 namespace cpux {
 namespace {
