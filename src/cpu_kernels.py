@@ -86,6 +86,27 @@ class MatrixArguments(ctypes.Structure):
     )
 
 
+class AttentionArguments(ctypes.Structure):
+    """`cpux_attention` of api.h."""
+
+    _fields_ = (
+        ("is_bf16", ctypes.c_int32),
+        ("n_batch", ctypes.c_int64),
+        ("n_heads", ctypes.c_int64),
+        ("n_kv_heads", ctypes.c_int64),
+        ("n_keys", ctypes.c_int64),
+        ("key_size", ctypes.c_int64),
+        ("value_size", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("query", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_strides", ctypes.c_int64 * 2),
+        ("value_strides", ctypes.c_int64 * 2),
+        ("mask", ctypes.c_void_p),
+    )
+
+
 _POINTER: Final = ctypes.c_void_p
 _INT: Final = ctypes.c_int
 _LONG: Final = ctypes.c_int64
@@ -100,6 +121,7 @@ _SIGNATURES: Final = {
         _INT,
         (ctypes.POINTER(MatrixArguments), _POINTER, _INT, _LONG, _INT, _INT, _POINTER),
     ),
+    "cpux_attend": (_INT, (ctypes.POINTER(AttentionArguments), _INT, _INT, _POINTER)),
     "cpux_n_isas": (_INT, ()),
     "cpux_isa_name": (ctypes.c_char_p, (_INT,)),
     "cpux_isa_supported": (_INT, (_INT,)),
@@ -158,6 +180,11 @@ class CpuKernels:
                 self.threads,
                 y.data_ptr(),
             )
+        )
+
+    def attend(self, attention: AttentionArguments, out: Tensor) -> None:
+        self._check(
+            self.library.cpux_attend(attention, self.isa_code, self.threads, out.data_ptr())
         )
 
     def read_gbps(self, data: Tensor) -> float:

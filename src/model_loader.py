@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+import cpu_attention
 from activation_probe import probe_activation
 from checkpoint import Manifest, PackedWeight, iterate_dense
-from cpu_kernels import KernelChoice
+from cpu_kernels import KernelChoice, load_kernels
 from cpu_linear import CpuLinear
 from errors import UserError
 from expert_format import Activation, BlockLayout
@@ -215,8 +216,12 @@ def finish_model(model: PreTrainedModel, device: torch.device) -> None:
 def use_cpu_kernels(model: PreTrainedModel, kernel: KernelChoice, isa: str) -> int:
     """Route plain bf16 linears of a CPU model through the expert kernels; returns how many.
 
-    Routers and other subclasses of `nn.Linear` keep the model's own arithmetic.
+    Routers and other subclasses of `nn.Linear` keep the model's own arithmetic. Attention of
+    decode steps goes to the kernels as well where the model leaves it to torch.
     """
+    kernels = load_kernels(kernel, isa)
+    if kernels is not None and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(cpu_attention.register(kernels))
     replaced = 0
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:

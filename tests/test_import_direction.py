@@ -31,7 +31,7 @@ LEVELS: dict[int, frozenset[str]] = {
         5: "gpu_experts dense_plan companion_files output_folder simulator_arguments",
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
-            "cpu_experts cpu_linear source_checkpoint autotune sweep paper "
+            "cpu_experts cpu_linear cpu_attention source_checkpoint autotune sweep paper "
             "comparison_figures"
         ),
         3: (

@@ -107,6 +107,10 @@ int cpux_linear(const cpux_matrix* matrix, const void* x, int is_bf16, int64_t n
   });
 }
 
+int cpux_attend(const cpux_attention* attention, int isa, int threads, void* out) {
+  return guarded(isa, [&](const Kernels& k) { run_attention(k, *attention, threads, out); });
+}
+
 int cpux_n_isas(void) { return kIsaCount; }
 
 const char* cpux_isa_name(int isa) { return kIsas[isa].name; }

@@ -59,6 +59,21 @@ struct cpux_matrix {
 CPUX_EXPORT int cpux_linear(const cpux_matrix* matrix, const void* x, int is_bf16, int64_t n_tokens,
                             int isa, int threads, void* y);
 
+// Attention of one new token per sequence: out [B, heads, Dv] = softmax(scale q k^T) v over its S
+// keys. Heads share keys in groups of heads / kv_heads; query, keys, values and out are all bf16 or
+// all fp32, sums fp32. A sequence without a key gets zeros.
+struct cpux_attention {
+  int32_t is_bf16;
+  int64_t n_batch, n_heads, n_kv_heads, n_keys, key_size, value_size;
+  float scale;
+  const void* query;      // [B, heads, Dk]
+  const void* keys;       // [B, kv_heads, S, Dk], rows contiguous
+  const void* values;     // [B, kv_heads, S, Dv], rows contiguous
+  int64_t key_strides[2], value_strides[2];  // elements from one sequence, and one head, to the next
+  const uint8_t* mask;    // [B, S]; 0 leaves a key out; or null
+};
+CPUX_EXPORT int cpux_attend(const cpux_attention* attention, int isa, int threads, void* out);
+
 // Instruction sets of this build, from scalar (0) upwards.
 CPUX_EXPORT int cpux_n_isas(void);
 CPUX_EXPORT const char* cpux_isa_name(int isa);

@@ -99,6 +99,39 @@ inline void activate(int kind, float alpha, float limit, const float* gate, cons
   }
 }
 
+// The terms of a softmax: x[i] becomes e^(x[i] - largest), exactly 0 below e^-87. Sums run in
+// kLanes chains, so that every instruction set adds in the same order. NaN stays NaN.
+inline float exponentials(float* x, int64_t n, float* sum) {
+  constexpr int kLanes = 16;
+  float largest[kLanes], total[kLanes] = {};
+  for (float& value : largest) value = -INFINITY;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane)
+      largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
+  for (int64_t tail = i; tail < n; ++tail)
+    largest[tail - i] = x[tail] > largest[tail - i] ? x[tail] : largest[tail - i];
+  float top = largest[0];
+  for (int lane = 1; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
+  const float shift = top == -INFINITY ? 0.0f : top;
+  const auto term = [&](float value) {
+    const float e = exp_clamped(value - shift);
+    return value - shift < -87.0f ? 0.0f : e;
+  };
+  for (i = 0; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      x[i + lane] = term(x[i + lane]);
+      total[lane] += x[i + lane];
+    }
+  for (int64_t tail = i; tail < n; ++tail) {
+    x[tail] = term(x[tail]);
+    total[tail - i] += x[tail];
+  }
+  *sum = 0.0f;
+  for (const float value : total) *sum += value;
+  return top;
+}
+
 inline void to_float(const void* src, bool is_bf16, int64_t n, float* dst) {
   if (is_bf16) {
     const uint16_t* half = static_cast<const uint16_t*>(src);

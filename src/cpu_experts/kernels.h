@@ -71,6 +71,11 @@ struct Kernels {
   void (*dot_rows)(const void* w, int format, int64_t cols, int rows, const float* const* x,
                    int n_tokens, float* y, int64_t ldy);
 
+  // y[t*ldy + c] += sum_r weight[t][r] * w[r, c], t < n_tokens <= kMaxDotTokens, c < cols; formats
+  // as in dot_rows, without int8 and int4.
+  void (*mix_rows)(const void* w, int format, int64_t cols, int rows, const float* const* weight,
+                   int n_tokens, float* y, int64_t ldy);
+
   Gemm gemm;              // fp32 panels, exact widening of bf16
   Gemm gemm_bf16;         // bf16 panels; element_bytes 0 where the instruction is missing
   int gemm_min_tokens;    // from this many tokens on, gemm beats dot_rows (measured)
@@ -94,6 +99,8 @@ struct Kernels {
   // out[i] = act(gate[i]) * up[i]; up is null for a gateless expert. out may be gate.
   void (*activate)(int kind, float alpha, float limit, const float* gate, const float* up,
                    int64_t n, float* out);
+  // x[i] = e^(x[i] - largest), 0 for -infinity; returns the largest x[i], and the sum in *sum
+  float (*exponentials)(float* x, int64_t n, float* sum);
   // out[i] += weight * y[i]
   void (*axpy)(float weight, const float* y, int64_t n, float* out);
 

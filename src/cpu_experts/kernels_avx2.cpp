@@ -88,6 +88,7 @@ void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int
 const Kernels kKernels = {
     "avx2",
     dot_rows<Float8>,
+    mix_rows<Float8>,
     {4, 1, 8, 16, load_weights_fp32, multiply},
     {},
     5,
@@ -97,6 +98,7 @@ const Kernels kKernels = {
     to_float,
     to_bf16,
     activate,
+    exponentials,
     axpy,
     read_bytes<Float8>,
     fma_flops<Float8>,

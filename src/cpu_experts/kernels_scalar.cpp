@@ -20,6 +20,17 @@ void dot_rows(const void* w, int format, int64_t cols, int rows, const float* co
   }
 }
 
+void mix_rows(const void* w, int format, int64_t cols, int rows, const float* const* weight,
+              int n_tokens, float* y, int64_t ldy) {
+  for (int t = 0; t < n_tokens; ++t)
+    for (int r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c)
+        y[t * ldy + c] += weight[t][r] *
+                          (format == kBf16
+                               ? float_of_bf16(static_cast<const uint16_t*>(w)[r * cols + c])
+                               : static_cast<const float*>(w)[r * cols + c]);
+}
+
 float float_of_half(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 31u;
@@ -85,6 +96,7 @@ double fma_flops(int64_t iterations, float* sink) {
 const Kernels kKernels = {
     "scalar",
     dot_rows,
+    mix_rows,
     {},
     {},
     0,
@@ -94,6 +106,7 @@ const Kernels kKernels = {
     to_float,
     to_bf16,
     activate,
+    exponentials,
     axpy,
     read_bytes,
     fma_flops,

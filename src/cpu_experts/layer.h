@@ -1,4 +1,4 @@
-// The entry points of layer.cpp; see api.h for shapes. They throw std::bad_alloc.
+// The entry points of layer.cpp, linear.cpp and attention.cpp; see api.h for shapes. They throw std::bad_alloc.
 #pragma once
 
 #include "api.h"
@@ -14,5 +14,6 @@ void run_second(const Kernels& kernels, const cpux_layer& layer, const cpux_toke
                 int threads, const float* middle, float* out);
 void run_linear(const Kernels& kernels, const cpux_matrix& matrix, const void* x, bool is_bf16,
                 int64_t n_tokens, int threads, void* y);
+void run_attention(const Kernels& kernels, const cpux_attention& attention, int threads, void* out);
 
 }  // namespace cpux

@@ -1,0 +1,151 @@
+// Attention of one new token per sequence over the keys and values as the cache holds them.
+//
+// The keys of a sequence and head are cut into chunks, so that a long context is shared by all threads:
+// each chunk computes its scores, their exponentials and its part of the weighted sum of values for
+// the group of heads that share the keys, reading each key and value once. A second pass adds the
+// chunks in order, so the result has the same bits whichever thread took which chunk.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "layer.h"
+#include "product.h"
+
+namespace cpux {
+
+namespace {
+
+constexpr int64_t kChunkKeys = 256;  // 64 KiB of keys of 128 bf16: they stay in the second level
+
+class Attention {
+ public:
+  Attention(const Kernels& kernels, const cpux_attention& a, int threads, Arena& arena);
+  void run(void* out);
+
+ private:
+  void chunk(int64_t item, float* scores);
+  void combine(int64_t row, float* sum, void* out);
+
+  const Kernels& kernels_;
+  const cpux_attention& a_;
+  const int threads_;
+  const int64_t group_, n_chunks_, n_rows_;  // heads that share keys; chunks of keys; B * heads
+  float* query_;    // [B, heads, Dk], scaled
+  float* largest_;  // [B * heads, chunks]
+  float* total_;    // [B * heads, chunks]
+  float* partial_;  // [B * heads, chunks, Dv]
+  float** scores_;  // per thread [kMaxDotTokens, kChunkKeys]
+  float** sum_;     // per thread [Dv]
+};
+
+Attention::Attention(const Kernels& kernels, const cpux_attention& a, int threads, Arena& arena)
+    : kernels_(kernels),
+      a_(a),
+      threads_(threads),
+      group_(a.n_heads / a.n_kv_heads),
+      n_chunks_((a.n_keys + kChunkKeys - 1) / kChunkKeys),
+      n_rows_(a.n_batch * a.n_heads),
+      query_(arena.take<float>(n_rows_ * a.key_size)),
+      largest_(arena.take<float>(n_rows_ * n_chunks_)),
+      total_(arena.take<float>(n_rows_ * n_chunks_)),
+      partial_(arena.take<float>(n_rows_ * n_chunks_ * a.value_size)),
+      scores_(arena.take<float*>(threads)),
+      sum_(arena.take<float*>(threads)) {
+  for (int i = 0; i < threads; ++i) {
+    scores_[i] = arena.take<float>(kMaxDotTokens * kChunkKeys);
+    sum_[i] = arena.take<float>(a.value_size);
+  }
+  kernels.to_float(a.query, a.is_bf16 != 0, n_rows_ * a.key_size, query_);
+  for (int64_t i = 0; i < n_rows_ * a.key_size; ++i) query_[i] *= a.scale;
+}
+
+// One chunk of the keys of one sequence and key head, for every head of its group.
+void Attention::chunk(int64_t item, float* scores) {
+  const int64_t at = item % n_chunks_;
+  const int64_t kv_head = item / n_chunks_ % a_.n_kv_heads;
+  const int64_t batch = item / n_chunks_ / a_.n_kv_heads;
+  const int64_t first = at * kChunkKeys;
+  const int n_keys = static_cast<int>(std::min(kChunkKeys, a_.n_keys - first));
+  const int format = a_.is_bf16 != 0 ? kBf16 : kFp32;
+  const int64_t element = a_.is_bf16 != 0 ? 2 : 4;
+  const char* keys = static_cast<const char*>(a_.keys) +
+                     (batch * a_.key_strides[0] + kv_head * a_.key_strides[1] +
+                      first * a_.key_size) * element;
+  const char* values = static_cast<const char*>(a_.values) +
+                       (batch * a_.value_strides[0] + kv_head * a_.value_strides[1] +
+                        first * a_.value_size) * element;
+  const int64_t first_row = batch * a_.n_heads + kv_head * group_;
+  for (int64_t g = 0; g < group_; g += kMaxDotTokens) {
+    const int n_heads = static_cast<int>(std::min<int64_t>(kMaxDotTokens, group_ - g));
+    const float* query[kMaxDotTokens];
+    const float* weight[kMaxDotTokens];
+    for (int h = 0; h < n_heads; ++h) {
+      query[h] = query_ + (first_row + g + h) * a_.key_size;
+      weight[h] = scores + h * kChunkKeys;
+    }
+    kernels_.dot_rows(keys, format, a_.key_size, n_keys, query, n_heads, scores, kChunkKeys);
+    for (int h = 0; h < n_heads; ++h) {
+      float* x = scores + h * kChunkKeys;
+      if (a_.mask != nullptr)
+        for (int k = 0; k < n_keys; ++k)
+          if (a_.mask[batch * a_.n_keys + first + k] == 0) x[k] = -INFINITY;
+      const int64_t row = (first_row + g + h) * n_chunks_ + at;
+      largest_[row] = kernels_.exponentials(x, n_keys, total_ + row);
+    }
+    float* partial = partial_ + ((first_row + g) * n_chunks_ + at) * a_.value_size;
+    const int64_t stride = n_chunks_ * a_.value_size;
+    for (int h = 0; h < n_heads; ++h)
+      std::fill(partial + h * stride, partial + h * stride + a_.value_size, 0.0f);
+    kernels_.mix_rows(values, format, a_.value_size, n_keys, weight, n_heads, partial, stride);
+  }
+}
+
+// Adds the chunks of one sequence and head.
+void Attention::combine(int64_t row, float* sum, void* out) {
+  const float* largest = largest_ + row * n_chunks_;
+  const float* total = total_ + row * n_chunks_;
+  const float* partial = partial_ + row * n_chunks_ * a_.value_size;
+  float top = -INFINITY;
+  for (int64_t c = 0; c < n_chunks_; ++c) top = largest[c] > top ? largest[c] : top;
+  std::fill(sum, sum + a_.value_size, 0.0f);
+  float denominator = 0.0f;
+  for (int64_t c = 0; c < n_chunks_; ++c) {
+    if (total[c] == 0.0f) continue;  // every key left out; a NaN is not skipped
+    const float factor = largest[c] == top ? 1.0f : expf(largest[c] - top);
+    denominator += factor * total[c];
+    kernels_.axpy(factor, partial + c * a_.value_size, a_.value_size, sum);
+  }
+  const float scale = denominator == 0.0f ? 0.0f : 1.0f / denominator;
+  for (int64_t i = 0; i < a_.value_size; ++i) sum[i] *= scale;
+  if (a_.is_bf16 != 0)
+    kernels_.to_bf16(sum, a_.value_size, static_cast<uint16_t*>(out) + row * a_.value_size);
+  else
+    std::copy(sum, sum + a_.value_size, static_cast<float*>(out) + row * a_.value_size);
+}
+
+void Attention::run(void* out) {
+  const int64_t n_items = a_.n_batch * a_.n_kv_heads * n_chunks_;
+  int64_t next = 0;
+#pragma omp parallel num_threads(threads_)
+  {
+    const int thread = omp_get_thread_num();
+    for (;;) {
+      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item >= n_items) break;
+      chunk(item, scores_[thread]);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < n_rows_; ++row) combine(row, sum_[thread], out);
+  }
+}
+
+}  // namespace
+
+void run_attention(const Kernels& kernels, const cpux_attention& attention, int threads,
+                   void* out) {
+  Attention(kernels, attention, threads, fresh_arena()).run(out);
+}
+
+}  // namespace cpux
