@@ -169,46 +169,50 @@ inline void mix_rows(const void* w, int format, int64_t cols, int rows, const fl
     mix_rows_of<V>(static_cast<const float*>(w), cols, rows, weight, n_tokens, y, ldy);
 }
 
-// Asks for the next slice of a row while this one is copied: the rows are far apart, and few tokens
-// give no time to wait for them.
-inline void prefetch_next_slice(const void* row, int64_t slice_bytes) {
-  const uintptr_t next = reinterpret_cast<uintptr_t>(row) + slice_bytes;
-  for (int64_t line = 0; line < slice_bytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, kSecondLevel);
-}
-
 // Weight panel of fp32: bf16 widened, fp32 copied. With one column a step, all of `depth` is valid.
 inline void load_weights_fp32(const void* w, int format, int64_t cols, int rows, int depth, int,
                               void* panel) {
   float* out = static_cast<float*>(panel);
   for (int r = 0; r < rows; ++r, out += depth) {
     const char* row = static_cast<const char*>(w) + r * cols * (format == kBf16 ? 2 : 4);
-    prefetch_next_slice(row, depth * (format == kBf16 ? 2 : 4));
     to_float(row, format == kBf16, depth, out);
   }
 }
 
 // P: a product over panels: Weight (the element that is broadcast), Vector, lanes,
 //    multiply_add(Weight, Vector of x, fp32 accumulator).
+// `row`: of the panel, where the block starts.
 template <class V, class P, int kVectors, int kRows>
-inline void multiply_block(const typename P::Weight* w, int steps, const typename P::Weight* x,
-                           bool accumulate, float* c) {
+inline void multiply_block(const typename P::Weight* w, int row, int steps,
+                           const typename P::Weight* x, bool accumulate, const Ahead& ahead,
+                           float* c) {
   constexpr int kWidth = kVectors * V::lanes;
+  w += row * steps;
+  c += row * kWidth;
+  const int line_steps = ahead.data == nullptr ? steps : 64 / ahead.step_bytes;
+  uintptr_t next = reinterpret_cast<uintptr_t>(ahead.data) + row * ahead.row_bytes;
   typename V::Type acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = accumulate ? V::load(c + r * kWidth + v * V::lanes) : V::zero();
-  for (int k = 0; k < steps; ++k) {
-    typename P::Vector xv[kVectors];
+  for (int k = 0; k < steps; next += 64) {
+    if (ahead.data != nullptr)
+      for (int r = 0; r < kRows; ++r)
+        __builtin_prefetch(reinterpret_cast<const void*>(next + r * ahead.row_bytes), 0,
+                           kSecondLevel);
+    const int line_end = k + line_steps < steps ? k + line_steps : steps;
+    for (; k < line_end; ++k) {
+      typename P::Vector xv[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) xv[v] = P::load(x + k * kWidth + v * V::lanes);
+      for (int v = 0; v < kVectors; ++v) xv[v] = P::load(x + k * kWidth + v * V::lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const typename P::Vector wv = P::broadcast(w + r * steps + k);
+      for (int r = 0; r < kRows; ++r) {
+        const typename P::Vector wv = P::broadcast(w + r * steps + k);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = P::multiply_add(wv, xv[v], acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = P::multiply_add(wv, xv[v], acc[r][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -220,18 +224,17 @@ inline void multiply_block(const typename P::Weight* w, int steps, const typenam
 // Rows in blocks of kRows while they last, then of 4, 2 and 1.
 template <class V, class P, int kVectors, int kRows>
 inline void multiply_rows(const typename P::Weight* w, int rows, int steps,
-                          const typename P::Weight* x, bool accumulate, float* c) {
-  constexpr int kWidth = kVectors * V::lanes;
+                          const typename P::Weight* x, bool accumulate, const Ahead& ahead,
+                          float* c) {
   int r = 0;
   for (; r + kRows <= rows; r += kRows)
-    multiply_block<V, P, kVectors, kRows>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+    multiply_block<V, P, kVectors, kRows>(w, r, steps, x, accumulate, ahead, c);
   if constexpr (kRows > 4)
     for (; r + 4 <= rows; r += 4)
-      multiply_block<V, P, kVectors, 4>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+      multiply_block<V, P, kVectors, 4>(w, r, steps, x, accumulate, ahead, c);
   for (; r + 2 <= rows; r += 2)
-    multiply_block<V, P, kVectors, 2>(w + r * steps, steps, x, accumulate, c + r * kWidth);
-  for (; r < rows; ++r)
-    multiply_block<V, P, kVectors, 1>(w + r * steps, steps, x, accumulate, c + r * kWidth);
+    multiply_block<V, P, kVectors, 2>(w, r, steps, x, accumulate, ahead, c);
+  for (; r < rows; ++r) multiply_block<V, P, kVectors, 1>(w, r, steps, x, accumulate, ahead, c);
 }
 
 struct Fp32Product {

@@ -39,6 +39,13 @@ constexpr int64_t quant_group_bytes(int format) {
   return format == kInt8 ? kTileRows * kGroup : kTileRows * kGroup / 2;
 }
 
+// Weights that come after those being multiplied, as they lie in the matrix: asked for meanwhile.
+struct Ahead {
+  const void* data;   // null: nothing
+  int64_t row_bytes;  // from one row to the next
+  int step_bytes;     // k_step weights of a row
+};
+
 // Register-blocked matrix product on small panels: c[r][t] (+)= sum_k w[r][k] * x[k][t].
 // Vectors run along the tokens, so a weight is a broadcast and needs no transposition.
 //   weight panel      [rows][depth]                        element type below
@@ -54,7 +61,7 @@ struct Gemm {
   void (*load_weights)(const void* w, int format, int64_t cols, int rows, int depth, int valid,
                        void* panel);
   void (*multiply)(const void* w_panel, int rows, int depth, const void* x_panel, int width,
-                   bool accumulate, float* c);
+                   bool accumulate, const Ahead& ahead, float* c);
 };
 
 // Activations of int8 and int4 products: int8 in groups of 32 with one fp32 scale, per token, and

@@ -75,14 +75,14 @@ void quantize_group(const float* x, int valid, int format, void* values, float* 
 }
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
-              bool accumulate, float* c) {
+              bool accumulate, const Ahead& ahead, float* c) {
   using P = Fp32Product::Of<Float8>;
   const float* w = static_cast<const float*>(w_panel);
   const float* x = static_cast<const float*>(x_panel);
   if (width == 16)
-    multiply_rows<Float8, P, 2, 6>(w, rows, depth, x, accumulate, c);
+    multiply_rows<Float8, P, 2, 6>(w, rows, depth, x, accumulate, ahead, c);
   else
-    multiply_rows<Float8, P, 1, 12>(w, rows, depth, x, accumulate, c);
+    multiply_rows<Float8, P, 1, 12>(w, rows, depth, x, accumulate, ahead, c);
 }
 
 const Kernels kKernels = {

@@ -71,15 +71,15 @@ void quantize_group(const float* x, int valid, int format, void* values, float* 
 }
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
-              bool accumulate, float* c) {
+              bool accumulate, const Ahead& ahead, float* c) {
   using P = Fp32Product::Of<Float16>;
   const float* w = static_cast<const float*>(w_panel);
   const float* x = static_cast<const float*>(x_panel);
   switch (width) {
-    case 16: return multiply_rows<Float16, P, 1, 16>(w, rows, depth, x, accumulate, c);
-    case 32: return multiply_rows<Float16, P, 2, 12>(w, rows, depth, x, accumulate, c);
-    case 48: return multiply_rows<Float16, P, 3, 8>(w, rows, depth, x, accumulate, c);
-    default: return multiply_rows<Float16, P, 4, 6>(w, rows, depth, x, accumulate, c);
+    case 16: return multiply_rows<Float16, P, 1, 12>(w, rows, depth, x, accumulate, ahead, c);
+    case 32: return multiply_rows<Float16, P, 2, 12>(w, rows, depth, x, accumulate, ahead, c);
+    case 48: return multiply_rows<Float16, P, 3, 8>(w, rows, depth, x, accumulate, ahead, c);
+    default: return multiply_rows<Float16, P, 4, 6>(w, rows, depth, x, accumulate, ahead, c);
   }
 }
 

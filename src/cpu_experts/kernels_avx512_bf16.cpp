@@ -11,7 +11,6 @@ void load_weights_bf16(const void* w, int, int64_t cols, int rows, int depth, in
   const uint16_t* in = static_cast<const uint16_t*>(w);
   uint16_t* out = static_cast<uint16_t*>(panel);
   for (int r = 0; r < rows; ++r, in += cols, out += depth) {
-    prefetch_next_slice(in, depth * 2);
     memcpy(out, in, static_cast<size_t>(valid) * 2);
     for (int k = valid; k < depth; ++k) out[k] = 0;
   }
@@ -30,15 +29,15 @@ struct Bf16Product {
 };
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
-              bool accumulate, float* c) {
+              bool accumulate, const Ahead& ahead, float* c) {
   const uint32_t* w = static_cast<const uint32_t*>(w_panel);
   const uint32_t* x = static_cast<const uint32_t*>(x_panel);
   const int steps = depth / 2;
   switch (width) {
-    case 16: return multiply_rows<Float16, Bf16Product, 1, 16>(w, rows, steps, x, accumulate, c);
-    case 32: return multiply_rows<Float16, Bf16Product, 2, 12>(w, rows, steps, x, accumulate, c);
-    case 48: return multiply_rows<Float16, Bf16Product, 3, 8>(w, rows, steps, x, accumulate, c);
-    default: return multiply_rows<Float16, Bf16Product, 4, 6>(w, rows, steps, x, accumulate, c);
+    case 16: return multiply_rows<Float16, Bf16Product, 1, 12>(w, rows, steps, x, accumulate, ahead, c);
+    case 32: return multiply_rows<Float16, Bf16Product, 2, 12>(w, rows, steps, x, accumulate, ahead, c);
+    case 48: return multiply_rows<Float16, Bf16Product, 3, 8>(w, rows, steps, x, accumulate, ahead, c);
+    default: return multiply_rows<Float16, Bf16Product, 4, 6>(w, rows, steps, x, accumulate, ahead, c);
   }
 }
 

@@ -62,20 +62,30 @@ int product_quantised(const Kernels& kernels, const Matrix& m, const Activations
 void product_panels(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
                     int64_t r1, float* c, void* slice) {
   const Gemm& gemm = gemm_of(kernels, a.form);
-  const int rows = static_cast<int>(r1 - r0);
   const int64_t element = m.format == kBf16 ? 2 : 4;
   const int64_t depth_max = kSliceBytes / gemm.element_bytes;
   const int64_t cols = padded_cols(gemm, a);
+  const auto weights = [&](int64_t row, int64_t k) { return m.w + (row * m.cols + k) * element; };
   for (int64_t k = 0; k < cols; k += depth_max) {
     const int depth = static_cast<int>(std::min(depth_max, cols - k));
     const int valid = static_cast<int>(std::min<int64_t>(depth, m.cols - k));
-    gemm.load_weights(m.w + (r0 * m.cols + k) * element, m.format, m.cols, rows, depth, valid,
-                      slice);
-    for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
-      const Panel panel = panel_of(kernels, a, p);
-      gemm.multiply(slice, rows, depth,
-                    panel_data(kernels, a, p) + k * panel.width * gemm.element_bytes,
-                    static_cast<int>(panel.width), k > 0, c + panel.first * rows);
+    for (int64_t r = r0; r < r1; r += kSliceRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kSliceRows, r1 - r));
+      gemm.load_weights(weights(r, k), m.format, m.cols, rows, depth, valid, slice);
+      // Memory works while the first panel is multiplied: on the rows below, or the columns after.
+      Ahead ahead{nullptr, m.cols * element, static_cast<int>(gemm.k_step * element)};
+      if (r + rows < r1)
+        ahead.data = weights(r + rows, k);
+      else if (k + depth < cols)
+        ahead.data = weights(r0, k + depth);
+      for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
+        const Panel panel = panel_of(kernels, a, p);
+        gemm.multiply(slice, rows, depth,
+                      panel_data(kernels, a, p) + k * panel.width * gemm.element_bytes,
+                      static_cast<int>(panel.width), k > 0, ahead,
+                      c + panel.first * (r1 - r0) + (r - r0) * panel.width);
+        ahead.data = nullptr;
+      }
     }
   }
 }
