@@ -78,8 +78,12 @@ class Accelerator:
         """Start copying missed experts for the tokens to come; returns how many."""
         pairs = self.cache.start_fetches(layer, experts, quota)
         for expert, slot in pairs:
-            self.fetcher.fetch(slot, self.store.block(layer, expert))
+            self.fetch(layer, expert, slot)
         return len(pairs)
+
+    def fetch(self, layer: int, expert: int, slot: int) -> None:
+        """Start copying one expert into a slot that is its own or a staging slot."""
+        self.fetcher.fetch(slot, self.store.block(layer, expert))
 
     def slot_for_waited(self, layer: int, expert: int, staging_only: bool) -> tuple[int, bool]:
         """A slot that holds or will hold `expert`, and whether a copy was started for it.
@@ -95,7 +99,7 @@ class Accelerator:
         if slot is None:
             slot = self.cache.n_slots + self._next_staging
             self._next_staging = (self._next_staging + 1) % N_STAGING_SLOTS
-        self.fetcher.fetch(slot, self.store.block(layer, expert))
+        self.fetch(layer, expert, slot)
         return slot, True
 
     def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
@@ -121,7 +125,7 @@ class Accelerator:
         self.cache.protect(layer, guessed)
         pairs = self.cache.start_fetches(layer, guessed, quota)
         for expert, slot in pairs:
-            self.fetcher.fetch(slot, self.store.block(layer, expert))
+            self.fetch(layer, expert, slot)
             self.prefetch.fetch(slot, layer, expert)
         self.cache.end_step(layer)
         return len(pairs)

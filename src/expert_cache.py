@@ -5,7 +5,7 @@ the indexes: slot = index * M + way. A slot is empty, in flight (its copy has be
 Every operation is O(M). Not thread-safe: one thread drives a forward pass and owns the directory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
 from replacement_policies import ReplacementPolicy, make_policy
@@ -145,15 +145,29 @@ class ExpertCache:
                 fetches.append((expert, slot))
         return fetches
 
-    def warm(self, layer: int, ids: Sequence[Sequence[int]], quota: int) -> list[tuple[int, int]]:
+    def warm(
+        self,
+        layer: int,
+        ids: Sequence[Sequence[int]],
+        quota: int,
+        waited: Collection[int] = (),
+    ) -> list[tuple[int, int]]:
         """Admit the experts of a prompt's last tokens; return the (expert, slot) pairs to fetch.
 
         `ids` is [T][K]. The experts of the last tokens are wanted, walking back from the last
-        token until they fill the index; those already there stay, the others are admitted, at
-        most `quota` of them. The policy sees them from the oldest token to the newest, so that
-        the last token's experts are the most recent. No hits or misses are counted.
+        token until they fill the index; those already there stay, the others are admitted:
+
+        - all that are in `waited`, which the prompt itself copies to compute: keeping them is no
+          background fetch, so they are not charged to `quota`;
+        - of the rest, those of the newest tokens, as many as this layer's share of `quota`, what
+          the pass has left: an equal part for each cached layer still to come, rounded up. So the
+          last layers are as warm as the first, and what one layer spares the later ones get.
+
+        `warm_charge` tells what the pairs cost. The policy sees them from the oldest token to the
+        newest, so that the last token's experts are the most recent. No hits or misses are
+        counted.
         """
-        if layer >= self.n_indexes or quota <= 0:
+        if layer >= self.n_indexes:
             return []
         slot_of = self._slots[layer]
         wanted: dict[int, None] = {}
@@ -164,7 +178,10 @@ class ExpertCache:
             if len(wanted) == self.n_ways:
                 break
         self.protect(layer, list(wanted))  # no admission below may evict one of them
-        admitted = [expert for expert in wanted if expert not in slot_of][:quota]
+        share = -(-quota // (self.n_indexes - layer))
+        absent = [expert for expert in wanted if expert not in slot_of]
+        admitted = {expert for expert in absent if expert in waited}
+        admitted.update([expert for expert in absent if expert not in waited][:share])
         fetches: list[tuple[int, int]] = []
         for expert in reversed(wanted):
             if expert in admitted:
@@ -173,6 +190,11 @@ class ExpertCache:
                 self.policy.hit(slot_of[expert])
         self.end_step(layer)
         return fetches
+
+    @staticmethod
+    def warm_charge(fetches: Sequence[tuple[int, int]], waited: Collection[int]) -> int:
+        """Return how many of `warm`'s fetches count against the pass's quota."""
+        return sum(expert not in waited for expert, _ in fetches)
 
     def ready(self, layer: int) -> dict[int, int]:
         """Return the slots of the layer's ready experts, by expert; counts and touches nothing."""

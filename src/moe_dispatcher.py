@@ -152,7 +152,8 @@ class MoeDispatcher:
             handoff=self._handoff,
             layer=layer,
             hidden=hidden,
-            weights=weights,
+            index=routing[0],
+            weights=routing[1],
             host_hidden=host_hidden,
             host_index=host_index,
             host_weights=host_weights,
@@ -200,6 +201,7 @@ class MoeDispatcher:
                 cpu_bytes=len(plan.cpu) * block_bytes,
                 gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
                 fetch_bytes=step.n_fetches * block_bytes,
+                waited=() if self._decode else plan.waited,
             )
         self._last_end_s = end_s
         return output
@@ -214,7 +216,7 @@ class MoeDispatcher:
         )
         with self._ranges.layer(step.layer, "launch"):
             step.launch(accelerator, dict(plan.hits))
-            step.launch_waited(accelerator, plan.waited, staging_only=False)
+            step.launch_waited(accelerator, plan.waited)
         fetched = accelerator.fetch_background(step.layer, plan.background, self._quota_left)
         accelerator.cache.end_step(step.layer)
         self._quota_left -= fetched
@@ -234,29 +236,21 @@ class MoeDispatcher:
         Experts that the cache is to hold after this prompt are copied to their slots, and those
         of them that the plan waits for are computed there, so that none travels twice.
         """
-        counts = _counts(step.pairs)
-        n_experts = self.store.n_experts[step.layer]
         accelerator.collect_copies()
         ready = accelerator.cache.ready(step.layer)
         plan = plan_prefill(
-            [counts.get(e, 0) for e in range(n_experts)],
-            ready,
-            accelerator.mode,
-            accelerator.costs,
+            step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
             step.launch(accelerator, dict(plan.hits))
             tokens = [token for token in step.pairs if token[0] >= 0]
-            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left)
-            self._quota_left -= len(warmed)
+            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left, plan.waited)
+            self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
-            for expert, slot in warmed:
-                if expert in plan.waited:
-                    accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
-            step.launch_waited(accelerator, plan.waited, staging_only=True)
+            step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
             for expert, slot in warmed:  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
-                    accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
+                    accelerator.fetch(step.layer, expert, slot)
         return plan
 
     def _is_cached(self, layer: int) -> bool:

@@ -8,6 +8,7 @@ that the same comparison then fails.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from expert_cases import random_blocks
 from torch import Tensor, nn
 
 from accelerator import N_STAGING_SLOTS, Accelerator
+from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
 from expert_cache import ExpertCache
 from expert_fetcher import ExpertFetcher, HostFetcher
@@ -183,6 +185,59 @@ def test_the_run_ends_with_copies_in_flight():
     run = Run(before_copy=lambda slot: time.sleep(0.02))
     assert run.steps(3) == 0
     assert run.fetcher.in_flight > 0
+
+
+def test_a_prompts_copies_count_those_already_queued():
+    """The warm-up of one layer stands before what the next layer would copy."""
+    gate = threading.Event()
+    run = Run(before_copy=lambda slot: gate.wait(), n_ways=4)
+    run.accelerator.costs = CostModel(
+        cpu=SideCost(0, 100, 25),
+        gpu=SideCost(0, 1, 0.01),
+        copy_call_us=0,
+        copy_gbps=LAYOUT.block_bytes / 150e3,  # 150 us, a little more than the CPU takes
+        copy_gbps_shared=LAYOUT.block_bytes / 150e3,
+        cpu_shared_factor=1,
+        block_bytes=LAYOUT.block_bytes,
+        dense_us_per_layer=0,
+    )
+    seen = []
+    split = CostModel.split_prefill
+
+    def watched(self, counts, cached, backlog_us=0.0):
+        seen.append((backlog_us, run.fetcher.in_flight))
+        return split(self, counts, cached, backlog_us=1e9)  # all on the CPU: nothing waits
+
+    CostModel.split_prefill, original = watched, split
+    try:
+        with torch.no_grad():
+            run.model(torch.zeros(1, 5, dtype=torch.int64))
+    finally:
+        CostModel.split_prefill = original
+    gate.set()
+    run.accelerator.close()
+    assert [in_flight for _, in_flight in seen] == [0, 4, 8]
+    assert [backlog_us for backlog_us, _ in seen] == pytest.approx([0, 600, 1200])
+    assert run.model.wrong_layers == 0
+
+
+@pytest.mark.parametrize("n_tokens", [5, 400])
+def test_a_prompt_is_sorted_by_expert_once_a_layer(monkeypatch, n_tokens):
+    """Every expert is waited for, by a launch of its own; none looks at all pairs again."""
+    sorts = []
+    argsort = torch.argsort
+    monkeypatch.setattr(torch, "argsort", lambda *a, **k: sorts.append(a) or argsort(*a, **k))
+    run = Run(n_ways=2, miss_policy="fetch")
+    by_pair = run.gpu.launch
+    monkeypatch.setattr(run.gpu, "launch", lambda *a, **k: pytest.fail("a table for an expert"))
+    with torch.no_grad():
+        run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+        assert len(sorts) == N_LAYERS
+        assert run.fetcher.in_flight > 0
+        monkeypatch.setattr(run.gpu, "launch", by_pair)
+        run.model(torch.zeros(1, n_tokens, dtype=torch.int64))  # some are there now
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
 
 
 @pytest.mark.parametrize("mutation", [without_ready_wait, without_released_wait])

@@ -365,6 +365,46 @@ def test_warming_within_a_quota_prefers_the_newest():
     assert [expert for expert, _ in cache.warm(0, [[0, 1], [2, 3]], 3)] == [0, 3, 2]
 
 
+def test_warming_shares_the_quota_over_the_layers():
+    """Phi-3.5-MoE's 16 x 8 on the default quota of 64: in each layer the last two tokens'."""
+    cache, left = ExpertCache(16, 8, make_policy("LRU")), 64
+    ids = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for layer in range(16):
+        fetches = cache.warm(layer, ids, left)
+        left -= cache.warm_charge(fetches, ())
+        assert [expert for expert, _ in fetches] == [5, 4, 7, 6]
+    assert left == 0
+
+
+@pytest.mark.parametrize(
+    ("quota", "fetched"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (4, [2, 1, 1]), (99, [4, 4, 4])]
+)
+def test_warming_never_exceeds_the_quota(quota: int, fetched: list[int]):
+    cache, left, found = ExpertCache(3, 4, make_policy("FIFO")), quota, []
+    for layer in range(3):
+        fetches = cache.warm(layer, [[0, 1], [2, 3]], left)
+        left -= cache.warm_charge(fetches, ())
+        found.append(len(fetches))
+    assert found == fetched and left >= 0
+
+
+def test_what_one_layer_spares_the_later_ones_get():
+    cache = ExpertCache(2, 4, make_policy("LRU"))
+    for _, slot in cache.start_fetches(0, [0, 1, 2], 3):
+        cache.mark_ready(slot)
+    fetches = cache.warm(0, [[0, 1], [2, 3]], 4)
+    assert [expert for expert, _ in fetches] == [3]
+    assert len(cache.warm(1, [[0, 1], [2, 3]], 4 - cache.warm_charge(fetches, ()))) == 3
+
+
+def test_what_the_prompt_copies_anyway_is_kept_for_free():
+    cache = ExpertCache(2, 4, make_policy("LRU"))
+    fetches = cache.warm(0, [[0, 1], [2, 3]], 1, waited=(9, 1, 0))
+    assert [expert for expert, _ in fetches] == [1, 0, 2]  # 9 is not wanted, 3 exceeds the share
+    assert cache.warm_charge(fetches, (9, 1, 0)) == 1
+    assert [e for e, _ in cache.warm(1, [[0, 1], [2, 3]], 0, waited=(3,))] == [3]
+
+
 def test_an_unknown_policy_is_a_sentence():
     with pytest.raises(UserError, match=r"FIFO, LRU, RANDOM, LFU, LFRU, found 'MRU'"):
         make_policy("MRU")
