@@ -1,5 +1,6 @@
 """The cache directory against a brute-force model, and its policies against hand and dict."""
 
+import inspect
 import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -403,6 +404,12 @@ def test_what_the_prompt_copies_anyway_is_kept_for_free():
     assert [expert for expert, _ in fetches] == [1, 0, 2]  # 9 is not wanted, 3 exceeds the share
     assert cache.warm_charge(fetches, (9, 1, 0)) == 1
     assert [e for e, _ in cache.warm(1, [[0, 1], [2, 3]], 0, waited=(3,))] == [3]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda policy: policy.__name__)
+def test_a_policy_is_one_class_of_under_thirty_lines(policy: type[ReplacementPolicy]):
+    assert len(inspect.getsource(policy).rstrip().splitlines()) < 30
+    assert policy.__doc__
 
 
 def test_an_unknown_policy_is_a_sentence():
