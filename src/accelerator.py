@@ -46,6 +46,7 @@ class Accelerator:
         self.trial = MissTrial() if self.miss_policy == "auto" else None
         self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
         self.failed_copies = 0
+        self.layers_out_of_memory = 0
         self._next_staging = 0
 
     @property
@@ -116,10 +117,11 @@ class Accelerator:
     def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
         """Start copying the `guessed` experts of `layer`; returns how many.
 
-        Only while no other copy is queued, and never in the place of an expert that is guessed
+        Only while no other copy is under way, and never in the place of an expert that is guessed
         itself.
         """
         self.prefetch.guess(layer, guessed)
+        self.collect_copies()  # one that has ended since keeps nobody from the bus
         if self.fetcher.in_flight or quota <= 0:
             return 0
         self.cache.protect(layer, guessed)
@@ -143,12 +145,27 @@ class Accelerator:
             )
         if self.failed_copies:
             lines.append(f"{self.failed_copies} copies failed; the CPU computed those experts")
+        if self.layers_out_of_memory:
+            lines.append(
+                f"the GPU was out of memory in {self.layers_out_of_memory} layers; the CPU "
+                "computed their experts"
+            )
         return lines
 
     def close(self) -> None:
         """End all copies and computations; slots are not to be used afterwards."""
         self.fetcher.close()
         self.gpu.close()
+
+    def warn_out_of_memory(self) -> None:
+        """The GPU had no room for a layer's scratch, and the CPU has computed its experts."""
+        if self.layers_out_of_memory == 0:
+            print(
+                "warning: the GPU is out of memory for computing experts; the CPU computes them "
+                "instead, results are not affected: use fewer cache slots to avoid it",
+                file=sys.stderr,
+            )
+        self.layers_out_of_memory += 1
 
     def _warn(self, error: Exception) -> None:
         if self.failed_copies == 0:

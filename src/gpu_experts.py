@@ -7,7 +7,7 @@ as the CPU computes the misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,6 +66,11 @@ class Pending:
     def copy_failed(self) -> bool:
         """Whether a copy that the work needed failed; final once `result` has raised."""
         return any(copy.error is not None for copy in self._copies)
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the device had no room for the work's scratch; its output is untouched then."""
+        return isinstance(self._error, torch.OutOfMemoryError)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
@@ -154,26 +159,26 @@ class GpuExperts:
             lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs, out),
         )
 
-    def launch_by_expert(
+    def launch_expert(
         self,
         hidden: Tensor,
-        pairs_of_slot: Mapping[int, Tensor],
+        slot: int,
+        pairs: Tensor,
         top_k_weights: Tensor,
         order: SlotOrder,
         out: Tensor,
     ) -> Pending:
-        """The same for many tokens, added to `out`, fp32 [T, H] on the device.
+        """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
 
-        `pairs_of_slot` maps each slot to its pairs t * K + k, int64 [n] on the device: nothing of
-        the tokens' number is touched on the host, or sent.
+        `pairs` are the expert's, t * K + k, int64 [n] on the device: the host touches and sends
+        nothing that grows with the number of tokens.
         """
 
         def forward() -> Tensor:
-            self._add_by_expert(hidden, pairs_of_slot, top_k_weights, out)
+            self._add_expert(hidden, slot, pairs, top_k_weights, out)
             return out
 
-        n_pairs = sum(map(len, pairs_of_slot.values()))
-        return self._start(list(pairs_of_slot), n_pairs, order, forward)
+        return self._start([slot], len(pairs), order, forward)
 
     def _start(
         self, slots: list[int], n_pairs: int, order: SlotOrder, forward: Callable[[], Tensor]
@@ -182,12 +187,13 @@ class GpuExperts:
         stream = self._thread or _current_stream(self.device)
         copies = order.wait_ready(slots, stream)
         pending = Pending(None, copies, *self._new_events())
+        # The mode belongs to a thread. The caller's, so that it may use the result as its own.
+        inference = torch.is_inference_mode_enabled()
 
         def work() -> None:
             if self._before_compute is not None:
                 self._before_compute(n_pairs)
-            # The caller's tensors may be inference tensors, and that mode belongs to a thread.
-            with torch.inference_mode():
+            with torch.inference_mode(inference), torch.no_grad():
                 if not pending.copy_failed:
                     pending._out = forward()
 
@@ -233,7 +239,8 @@ class GpuExperts:
             members = torch.tensor([pair for of_slot in pairs.values() for pair in of_slot])
             members = members.to(hidden.device, non_blocking=True)
             parts = members.split([len(of_slot) for of_slot in pairs.values()])
-            self._add_by_expert(hidden, dict(zip(pairs, parts, strict=True)), top_k_weights, out)
+            for slot, part in zip(pairs, parts, strict=True):
+                self._add_expert(hidden, slot, part, top_k_weights, out)
             return out
         flat_weights = top_k_weights.reshape(-1)
         for slot, members_of_slot in pairs.items():  # decode: nothing to gather, no index to send
@@ -243,19 +250,12 @@ class GpuExperts:
             out += self._expert(slot, hidden).float() * weight
         return out
 
-    def _add_by_expert(
-        self,
-        hidden: Tensor,
-        pairs_of_slot: Mapping[int, Tensor],
-        top_k_weights: Tensor,
-        out: Tensor,
+    def _add_expert(
+        self, hidden: Tensor, slot: int, pairs: Tensor, top_k_weights: Tensor, out: Tensor
     ) -> None:
-        top_k = top_k_weights.shape[1]
-        flat_weights = top_k_weights.reshape(-1)
-        for slot, pairs in pairs_of_slot.items():
-            token = pairs // top_k
-            y = self._expert(slot, hidden[token]).float()
-            out.index_add_(0, token, y * flat_weights[pairs, None].float())
+        token = pairs // top_k_weights.shape[1]
+        y = self._expert(slot, hidden[token]).float()
+        out.index_add_(0, token, y * top_k_weights.reshape(-1)[pairs, None].float())
 
     def _expert(self, slot: int, x: Tensor) -> Tensor:
         if self._kernels is not None:

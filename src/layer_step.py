@@ -40,6 +40,7 @@ class LayerStep:
     host_weights: Tensor
     pairs: Pairs
     n_fetches: int = 0
+    out_of_memory: bool = False  # after `wait`: the accelerator had no room for some launch
     _shared_out: Tensor | None = None  # one sum for all launches by expert
     _outs: list[Tensor] = field(default_factory=list)
     _failed: list[int] = field(default_factory=list)
@@ -55,7 +56,8 @@ class LayerStep:
         if not slots:
             return
         if self.index.numel() > PAIRS_FOR_TABLE:
-            self._launch_by_expert(accelerator, slots)
+            for expert, slot in slots.items():
+                self._launch_expert(accelerator, expert, slot)
             return
         table = torch.full((self.store.n_experts[self.layer] + 1,), -1, dtype=torch.int64)
         for expert, slot in slots.items():
@@ -90,22 +92,23 @@ class LayerStep:
             if len(self.hidden) == 1:
                 self.launch(accelerator, {expert: slot})
             else:
-                self._launch_by_expert(accelerator, {expert: slot})
+                self._launch_expert(accelerator, expert, slot)
 
-    def _launch_by_expert(self, accelerator: Accelerator, slots: dict[int, int]) -> None:
+    def _launch_expert(self, accelerator: Accelerator, expert: int, slot: int) -> None:
         """A launch whose cost on this thread does not grow with the number of tokens."""
         if self._shared_out is None:
             self._shared_out = torch.zeros(
                 self.hidden.shape, dtype=torch.float32, device=self.hidden.device
             )
-        pending = accelerator.gpu.launch_by_expert(
+        pending = accelerator.gpu.launch_expert(
             self.hidden,
-            {slot: self._pairs_of_expert[expert] for expert, slot in slots.items()},
+            slot,
+            self._pairs_of_expert[expert],
             self.weights,
             accelerator.fetcher,
             self._shared_out,
         )
-        self._pending.append((pending, tuple(slots)))
+        self._pending.append((pending, (expert,)))
 
     @cached_property
     def _pairs_of_expert(self) -> list[Tensor]:
@@ -142,7 +145,8 @@ class LayerStep:
             try:
                 out = pending.result()
             except Exception:
-                if not pending.copy_failed:  # a mistake of ours, not of the copy
+                self.out_of_memory |= pending.out_of_memory
+                if not (pending.copy_failed or pending.out_of_memory):  # a mistake of ours
                     raise
                 self._failed.extend(experts)
             else:
@@ -152,7 +156,7 @@ class LayerStep:
     def combine(self, cpu_out: Tensor | None) -> Tensor:
         """The layer's output [T, H] in hidden's dtype, after `wait`.
 
-        Experts whose copy failed are computed on the CPU here.
+        Experts whose copy failed, or for which the GPU had no memory, are computed on the CPU here.
         """
         parts = list(self._outs)
         failed = self._failed

@@ -175,6 +175,8 @@ class MoeDispatcher:
         computed_s = time.perf_counter()
         with self._ranges.layer(layer, "combine"):
             step.wait()
+            if step.out_of_memory and self.accelerator is not None:
+                self.accelerator.warn_out_of_memory()
             waited_s = time.perf_counter() if plan.waited else computed_s
             output = step.combine(cpu_out)
         end_s = time.perf_counter()

@@ -338,6 +338,7 @@ class TritonExperts:
             IN_WORDS=in_words,
             ROWS=_ROWS,
             STEP=self._step,
+            enable_fp_fusion=True,
         )
         if raw:
             first = middle.to(hidden.dtype)
@@ -358,6 +359,7 @@ class TritonExperts:
             IN_WORDS=in_words,
             ROWS=_ROWS,
             STEP=self._step,
+            enable_fp_fusion=True,
         )
         return out.sum(1) if top_k > 1 else out[:, 0]
 
@@ -388,6 +390,7 @@ class TritonExperts:
             n_columns,
             BITS=self._bits,
             WORDS=_WORDS,
+            enable_fp_fusion=True,
         )
         return torch.nn.functional.linear(x, weight, bias)
 

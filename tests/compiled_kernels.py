@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -75,6 +78,20 @@ def widest_load(ptx: str) -> int:
     return max(int(vector or 1) * int(bits) // 8 for vector, bits in loads)
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of registers spilled, and other local memory, of a thread."""
+    tool = Path(triton.backends.__path__[0]) / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"STACK:(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
+
+
 def report() -> Iterator[dict[str, object]]:
     for capability in CAPABILITIES:
         for name, kernel, types, constants in kernels(capability == CAPABILITIES[-1]):
@@ -92,6 +109,7 @@ def report() -> Iterator[dict[str, object]]:
                 "capability": capability,
                 "cubin_bytes": len(binary.asm["cubin"]),
                 "widest_load_bytes": widest_load(binary.asm["ptx"]),
+                "stack_bytes": stack_bytes(binary.asm["cubin"]),
             }
 
 

@@ -191,6 +191,27 @@ def test_failing_copies_cost_time_not_correctness(capsys, miss_policy):
     assert "injected" in warnings[0]
 
 
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+@pytest.mark.parametrize("n_tokens", [1, 400])
+def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(capsys, miss_policy, n_tokens):
+    rng = random.Random(7)
+
+    def no_room(n_pairs: int) -> None:
+        if n_pairs and rng.random() < 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = Run(before_compute=no_room, miss_policy=miss_policy)
+    run.steps_without_close(30)
+    with torch.no_grad():
+        run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+    assert run.accelerator.layers_out_of_memory > 3
+    assert "out of memory in" in run.accelerator.notes()[-1]
+    (warning,) = capsys.readouterr().err.strip().splitlines()
+    assert "the GPU is out of memory" in warning
+
+
 def test_the_run_ends_with_copies_in_flight():
     run = Run(before_copy=lambda slot: time.sleep(0.02))
     assert run.steps(3) == 0

@@ -120,18 +120,28 @@ def test_launches_can_share_one_output(rig):
 
 
 @pytest.mark.parametrize("weight_format", ["fp32", "int4"])
-def test_a_launch_by_expert_gives_the_same_as_one_by_pair(rig, weight_format):
+def test_launches_by_expert_give_the_same_as_one_by_pair(rig, weight_format):
     case = Case(weight_format, 32, 24, n_tokens=50, top_k=3, n_experts=6)
     hidden, slots, weights = case.routing()
     made, out = rig(case), torch.zeros(50, 32)
-    flat = slots.flatten()
-    pairs = {slot: (flat == slot).nonzero()[:, 0] for slot in (4, 0, 5)}
+    for slot in (4, 0, 5):
+        pairs = (slots.flatten() == slot).nonzero()[:, 0]
+        pending = made.gpu.launch_expert(hidden, slot, pairs, weights, made.fetcher, out)
+        assert pending.result() is out
     ours = slots.where((slots == 4) | (slots == 0) | (slots == 5), -1)
-    pending = made.gpu.launch_by_expert(hidden, pairs, weights, made.fetcher, out)
-    assert pending.result() is out
     torch.testing.assert_close(
         out, case.oracle(made.blocks, hidden, ours, weights), rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_result_is_the_callers_own_in_its_mode(rig):
+    """An inference tensor would be refused by the caller's later in-place or recorded work."""
+    made = rig(SMALL)
+    hidden, slots, weights = SMALL.routing()
+    assert not made.launch(hidden, slots.clamp(min=0), weights).result().is_inference()
+    with torch.inference_mode():
+        hidden = hidden * 1
+        assert made.launch(hidden, slots.clamp(min=0), weights).result().is_inference()
 
 
 def test_the_caller_runs_on_while_the_accelerator_computes(rig):
@@ -340,11 +350,12 @@ class TestCuda:
         case = Case("int4", 256, 192, n_tokens=300, top_k=4, n_experts=8)
         hidden, slots, weights = case.routing()
         made = rig(case, "cuda")
-        out = torch.zeros(300, 256, device="cuda")
-        pairs = {s: (slots.flatten() == s).nonzero()[:, 0].to("cuda") for s in range(8)}
-        made.gpu.launch_by_expert(
-            hidden.to("cuda"), pairs, weights.to("cuda"), made.fetcher, out
-        ).result()
+        out, on_gpu = torch.zeros(300, 256, device="cuda"), hidden.to("cuda")
+        for slot in range(8):
+            pairs = (slots.flatten() == slot).nonzero()[:, 0].to("cuda")
+            made.gpu.launch_expert(
+                on_gpu, slot, pairs, weights.to("cuda"), made.fetcher, out
+            ).result()
         expected = case.oracle(made.blocks, hidden, slots, weights)
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
 

@@ -72,6 +72,10 @@ def test_kernels_compile_for_every_gpu_generation(compiled):
     assert all(row["cubin_bytes"] > 0 for row in compiled)
 
 
+def test_no_register_is_spilled(compiled):
+    assert [row for row in compiled if row["stack_bytes"]] == []
+
+
 def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled):
     """What keeps the kernels at memory speed: pointer arithmetic the compiler can vectorise."""
     narrow = [row for row in compiled if row["widest_load_bytes"] < 16]
@@ -86,6 +90,7 @@ class Launches:
 
     def __getitem__(self, grid):
         def launch(*values, **constants) -> None:
+            assert constants.pop("enable_fp_fusion")
             named = dict(zip(self.kernel.arg_names, values, strict=False)) | constants
             varying = {p.name for p in self.kernel.params if p.do_not_specialize}
             constant = {p.name for p in self.kernel.params if p.is_constexpr}
