@@ -348,6 +348,17 @@ def test_fetches_stop_at_the_quota_and_keep_their_order():
     assert cache.start_fetches(0, [3, 5], 2) == [(5, 2)]  # 3 is on its way and costs nothing
 
 
+def test_a_passs_fetches_are_shared_by_its_layers():
+    """First come first served, the later layers of a deep model would never fetch anything."""
+    cache, left, fetched = ExpertCache(4, 4, make_policy("LRU")), 6, []
+    for layer in range(4):
+        fetches = cache.start_fetches(layer, [0, 1, 2] if layer != 1 else [], left)
+        left -= len(fetches)
+        fetched.append(len(fetches))
+    assert fetched == [2, 0, 2, 2]
+    assert [cache.share(layer, 5) for layer in range(5)] == [2, 2, 3, 5, 0]
+
+
 def test_warming_takes_the_experts_of_the_last_tokens():
     cache = ExpertCache(1, 3, make_policy("LRU"))
     fetches = cache.warm(0, [[0, 1], [2, 3], [4, 5]], 64)
@@ -391,7 +402,7 @@ def test_warming_never_exceeds_the_quota(quota: int, fetched: list[int]):
 
 def test_what_one_layer_spares_the_later_ones_get():
     cache = ExpertCache(2, 4, make_policy("LRU"))
-    for _, slot in cache.start_fetches(0, [0, 1, 2], 3):
+    for _, slot in cache.start_fetches(0, [0, 1, 2], 6):
         cache.mark_ready(slot)
     fetches = cache.warm(0, [[0, 1], [2, 3]], 4)
     assert [expert for expert, _ in fetches] == [3]

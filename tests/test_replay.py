@@ -45,10 +45,11 @@ def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
                 fetched += len(started)
             else:
                 (token,) = one.ids[layer]
+                most = fetched + ceil((quota - fetched) / (n_indexes - layer))
                 slots = cache.lookup(layer, token)
                 row.append(sum(slot >= 0 for slot in slots))
                 for expert, slot in zip(token, slots, strict=True):
-                    if slot < 0 and fetched < quota:
+                    if slot < 0 and fetched < most:
                         admitted = cache.admit(layer, expert)
                         if admitted is not None:
                             started.append(admitted)
