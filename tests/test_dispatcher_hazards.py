@@ -21,7 +21,7 @@ from accelerator import N_STAGING_SLOTS, Accelerator
 from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
 from expert_cache import ExpertCache
-from expert_fetcher import ExpertFetcher, HostFetcher
+from expert_fetcher import ExpertFetcher, HostFetcher, make_fetcher
 from expert_format import Activation, block_layout
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
@@ -32,13 +32,20 @@ from replacement_policies import make_policy
 HIDDEN, N_LAYERS, N_EXPERTS, TOP_K = 16, 3, 8, 2
 LAYOUT = block_layout("fp32", HIDDEN, 16)
 SILU = Activation("silu")
+CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 
 
 class Layers(nn.Module):
     """A model of MoE layers only, with a routing of its own making."""
 
-    def __init__(self, dispatcher: MoeDispatcher, store: ExpertStore, seed: int) -> None:
+    def __init__(
+        self, dispatcher: MoeDispatcher, store: ExpertStore, seed: int, device: str
+    ) -> None:
         super().__init__()
+        self._device = device
         self.layers = nn.ModuleList(MoeExperts(dispatcher, i) for i in range(N_LAYERS))
         self._first = [LAYOUT.field("gate_up").view(store.blocks(i)) for i in range(N_LAYERS)]
         self._second = [LAYOUT.field("down").view(store.blocks(i)) for i in range(N_LAYERS)]
@@ -56,7 +63,7 @@ class Layers(nn.Module):
             index = torch.tensor([self._rng.sample(pool, TOP_K) for _ in range(n_tokens)])
             weights = torch.rand(n_tokens, TOP_K)
             expected = self._oracle(layer, hidden, index, weights)
-            out = experts(hidden, index, weights)
+            out = experts(*(part.to(self._device) for part in (hidden, index, weights))).cpu()
             self.wrong_layers += not torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
         return hidden
 
@@ -84,6 +91,7 @@ class Run:
         quota: int = 64,
         n_streams: int = 1,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(seed)
         self.store = ExpertStore([LAYOUT] * N_LAYERS, [N_EXPERTS] * N_LAYERS)
@@ -93,10 +101,17 @@ class Run:
             LAYOUT,
             SILU,
             n_indexes * n_ways + N_STAGING_SLOTS,
-            "cpu",
+            device,
             before_compute=before_compute,
+            dtype=torch.float32,
         )
-        self.fetcher = fetcher_class(self.gpu.slots, before_copy=before_copy, n_streams=n_streams)
+        if device == "cpu":
+            self.fetcher = fetcher_class(
+                self.gpu.slots, before_copy=before_copy, n_streams=n_streams
+            )
+        else:
+            assert self.store.pin() is None
+            self.fetcher = make_fetcher(device, self.gpu.slots)
         self.cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
         self.accelerator = Accelerator(
             self.store, self.cache, self.gpu, self.fetcher, quota, miss_policy
@@ -105,7 +120,7 @@ class Run:
         self.dispatcher = MoeDispatcher(
             self.store, [cpu] * N_LAYERS, NullRecorder(), self.accelerator
         )
-        self.model = Layers(self.dispatcher, self.store, seed)
+        self.model = Layers(self.dispatcher, self.store, seed, device)
 
     def steps(self, n: int) -> int:
         """One prompt, then `n` decode steps with a prompt now and then; the wrong layers."""
@@ -315,3 +330,43 @@ def test_soak_of_ten_thousand_steps(miss_policy):
     )
     assert run.steps(10_000) == 0
     assert run.fetcher.copies > 5_000
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+class TestCuda:
+    pytestmark = CUDA
+
+    @pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+    @pytest.mark.parametrize(("n_indexes", "n_ways"), [(3, 2), (3, 1), (2, 4), (3, 8)])
+    def test_outputs_stay_right(self, n_indexes, n_ways, miss_policy):
+        run = Run(n_indexes=n_indexes, n_ways=n_ways, miss_policy=miss_policy, device="cuda")
+        run.steps_without_close(200)
+        with torch.no_grad():
+            for n_tokens in (400, 1):
+                run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+        run.accelerator.close()
+        assert run.model.wrong_layers == 0
+        assert run.fetcher.copies > 0
+        run.store.close()
+
+    def test_a_decode_step_is_one_copy_each_way_a_layer(self):
+        run = Run(n_ways=2, device="cuda")
+        run.steps_without_close(20)
+        run.fetcher.drain()
+        hidden = torch.randn(1, HIDDEN, device="cuda")
+        index = torch.tensor([[2, 3]], device="cuda")
+        weights = torch.rand(1, TOP_K, device="cuda")
+        run.dispatcher._decode, run.dispatcher._quota_left = True, 0
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile, torch.no_grad():
+            for experts in run.model.layers:
+                experts(hidden, index, weights)
+            torch.cuda.synchronize()
+        copies = [event.name for event in profile.events() if event.name.startswith("Memcpy")]
+        assert sum("DtoH" in name for name in copies) == N_LAYERS
+        assert sum("HtoD" in name for name in copies) <= N_LAYERS
+        run.accelerator.close()
+        run.store.close()
