@@ -91,6 +91,8 @@ class MoeDispatcher:
             n_tokens = int(recent.sum())
             self._token_mask = None if n_tokens == recent.numel() else recent
         past = kwargs.get("past_key_values")
+        if past is None:
+            past = kwargs.get("cache")  # its name from transformers 5.40 on
         is_first = past is not None and past.get_seq_length() == 0  # a prompt of one token
         self._decode = length == 1 and not is_first
         if self.forced_routing is not None:

@@ -267,6 +267,20 @@ def test_a_prompts_copies_count_those_already_queued():
     assert run.model.wrong_layers == 0
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize(("n_past", "is_decode"), [(0, False), (3, True)])
+def test_a_prompt_of_one_token_is_a_prompt(name, n_past, is_decode):
+    class Past:
+        def get_seq_length(self) -> int:
+            return n_past
+
+    run = Run()
+    one_token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), name: Past()}
+    run.dispatcher._before_pass(run.model, (), one_token)
+    assert run.dispatcher._decode == is_decode
+    run.accelerator.close()
+
+
 @pytest.mark.parametrize("n_tokens", [1, 6])
 def test_a_decode_step_hands_a_layer_over_once_each_way(monkeypatch, n_tokens):
     run = Run(n_ways=2)
