@@ -46,6 +46,7 @@ class Accelerator:
         self.trial = MissTrial() if self.miss_policy == "auto" else None
         self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
         self.failed_copies = 0
+        self.layers_out_of_memory = 0
         self._next_staging = 0
 
     @property
@@ -78,8 +79,12 @@ class Accelerator:
         """Start copying missed experts for the tokens to come; returns how many."""
         pairs = self.cache.start_fetches(layer, experts, quota)
         for expert, slot in pairs:
-            self.fetcher.fetch(slot, self.store.block(layer, expert))
+            self.fetch(layer, expert, slot)
         return len(pairs)
+
+    def fetch(self, layer: int, expert: int, slot: int) -> None:
+        """Start copying one expert into a slot that is its own or a staging slot."""
+        self.fetcher.fetch(slot, self.store.block(layer, expert))
 
     def slot_for_waited(self, layer: int, expert: int, staging_only: bool) -> tuple[int, bool]:
         """A slot that holds or will hold `expert`, and whether a copy was started for it.
@@ -95,7 +100,7 @@ class Accelerator:
         if slot is None:
             slot = self.cache.n_slots + self._next_staging
             self._next_staging = (self._next_staging + 1) % N_STAGING_SLOTS
-        self.fetcher.fetch(slot, self.store.block(layer, expert))
+        self.fetch(layer, expert, slot)
         return slot, True
 
     def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
@@ -112,16 +117,17 @@ class Accelerator:
     def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
         """Start copying the `guessed` experts of `layer`; returns how many.
 
-        Only while no other copy is queued, and never in the place of an expert that is guessed
+        Only while no other copy is under way, and never in the place of an expert that is guessed
         itself.
         """
         self.prefetch.guess(layer, guessed)
+        self.collect_copies()  # one that has ended since keeps nobody from the bus
         if self.fetcher.in_flight or quota <= 0:
             return 0
         self.cache.protect(layer, guessed)
         pairs = self.cache.start_fetches(layer, guessed, quota)
         for expert, slot in pairs:
-            self.fetcher.fetch(slot, self.store.block(layer, expert))
+            self.fetch(layer, expert, slot)
             self.prefetch.fetch(slot, layer, expert)
         self.cache.end_step(layer)
         return len(pairs)
@@ -139,12 +145,27 @@ class Accelerator:
             )
         if self.failed_copies:
             lines.append(f"{self.failed_copies} copies failed; the CPU computed those experts")
+        if self.layers_out_of_memory:
+            lines.append(
+                f"the GPU was out of memory in {self.layers_out_of_memory} layers; the CPU "
+                "computed their experts"
+            )
         return lines
 
     def close(self) -> None:
         """End all copies and computations; slots are not to be used afterwards."""
         self.fetcher.close()
         self.gpu.close()
+
+    def warn_out_of_memory(self) -> None:
+        """The GPU had no room for a layer's scratch, and the CPU has computed its experts."""
+        if self.layers_out_of_memory == 0:
+            print(
+                "warning: the GPU is out of memory for computing experts; the CPU computes them "
+                "instead, results are not affected: use fewer cache slots to avoid it",
+                file=sys.stderr,
+            )
+        self.layers_out_of_memory += 1
 
     def _warn(self, error: Exception) -> None:
         if self.failed_copies == 0:

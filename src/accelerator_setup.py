@@ -49,6 +49,7 @@ class Workbench:
             n_slots,
             self.device,
             act_module=site.act_module,
+            dtype=self.source.dtype,
         )
 
     def costs(self, gpu: GpuExperts, emulate_pcie_gbps: float | None) -> MachineCosts:

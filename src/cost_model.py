@@ -130,17 +130,20 @@ class CostModel:
         waited = set(split.gpu_experts[n_hits:])
         return [n_hits + i in waited for i in range(len(miss_counts))]
 
-    def split_prefill(self, counts: Sequence[int], cached: Collection[int]) -> PrefillSplit:
+    def split_prefill(
+        self, counts: Sequence[int], cached: Collection[int], backlog_us: float = 0.0
+    ) -> PrefillSplit:
         """Share a layer's experts between the CPU and fetch + GPU so that both finish together.
 
         `counts[e]` is the number of prompt tokens on expert e (0: not needed); `cached` are the
-        experts that are ready on the GPU, which need no copy and stay there. The others are
+        experts that are ready on the GPU, which need no copy and stay there; `backlog_us` is the
+        copy time already queued, behind which every copy of this layer waits. The others are
         shared by tokens: the fuller an expert, the more the GPU saves for the same copy. Every
         such split is tried and the fastest is returned; ties copy less. O(E log E), no rounding.
         """
         held = [e for e, n in enumerate(counts) if n and e in cached]
         rest = [e for e, n in enumerate(counts) if n and e not in cached]
-        split = self._split([counts[e] for e in held], [counts[e] for e in rest], 0.0)
+        split = self._split([counts[e] for e in held], [counts[e] for e in rest], backlog_us)
         expert = [*held, *rest]
         return replace(
             split,

@@ -21,8 +21,8 @@ class ExpertStore:
 
     One anonymous, page-aligned mapping per layer, touched once: by the read that fills it. With
     `pin`, each mapping is registered with CUDA where it lies (torch's own pinned allocations
-    round up to a power of two); a refused registration leaves the memory pageable, which
-    `pinned` tells. Not thread-safe while filling; read-only after.
+    round up to a power of two); a refused registration leaves the memory pageable, and `pinned`
+    tells whether all of it is. Not thread-safe while filling; read-only after.
     """
 
     def __init__(self, layouts: Sequence[BlockLayout], n_experts: Sequence[int]) -> None:
@@ -90,20 +90,25 @@ class ExpertStore:
                 raise
 
     def pin(self) -> str | None:
-        """Register the memory with CUDA; returns a line for the user when it was refused."""
+        """Register the memory with CUDA; returns a line for the user when it was refused.
+
+        Layer by layer, so that where a limit is met the first layers, those that are cached, keep
+        their pages locked; the rest stays pageable.
+        """
         runtime = torch.cuda.cudart()
+        pinned_bytes = 0
         for blocks in self._blocks:
             code = runtime.cudaHostRegister(blocks.data_ptr(), blocks.numel(), 0)
             if int(code) != 0:
-                self.close()
-                with contextlib.suppress(RuntimeError):  # CUDA hands the old error to the next call
-                    torch.zeros(1, device="cuda")
+                _forget_cuda_error()
                 return (
-                    f"pinning {self.total_bytes / 1e9:.1f} GB of experts was refused (CUDA error "
-                    f"{int(code)}): copies use pageable memory and are slower; raise the "
+                    f"pinning experts was refused after {pinned_bytes / 1e9:.1f} of "
+                    f"{self.total_bytes / 1e9:.1f} GB (CUDA error {int(code)}): copies of the "
+                    "others use pageable memory, are slower and hold the CPU up; raise the "
                     "locked-memory limit (ulimit -l) to avoid it"
                 )
             self._registered.append(blocks.data_ptr())
+            pinned_bytes += blocks.numel()
         self.pinned = True
         return None
 
@@ -113,3 +118,12 @@ class ExpertStore:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
         self.pinned = False
+
+
+def _forget_cuda_error() -> None:
+    """CUDA hands an old error to whoever launches next: let that be a launch that does not matter.
+
+    torch has no call for it.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

@@ -24,8 +24,9 @@ Allocator = Callable[[int, int, torch.device], Tensor]
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
 _TOKENS_PER_SLOT_FOR_GEMM = 4
-# The grouped kernels' scratch is fp32 for every pair of the call, hit or not: decode only.
-_PAIRS_FOR_GROUPED = 512
+# The most pairs that a launch names one by one, in a table of slots; above, they are to be sorted
+# by expert on the device. The grouped kernels' scratch is fp32 for every pair, hit or not.
+PAIRS_FOR_TABLE = 512
 # Of 8 pairs a loop finds the hits in 1.3 us and torch in 6; of 16384, mostly misses, in 330 and 21.
 _PAIRS_WORTH_FILTERING = 64
 
@@ -42,6 +43,8 @@ class GroupedKernels(Protocol):
     """All pairs of a layer in a few launches: `triton_experts.TritonExperts`."""
 
     def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor: ...
+
+    def warm_up(self, dtype: torch.dtype) -> None: ...
 
     def expert(self, slot: int, x: Tensor) -> Tensor: ...
 
@@ -63,6 +66,11 @@ class Pending:
     def copy_failed(self) -> bool:
         """Whether a copy that the work needed failed; final once `result` has raised."""
         return any(copy.error is not None for copy in self._copies)
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the device had no room for the work's scratch; its output is untouched then."""
+        return isinstance(self._error, torch.OutOfMemoryError)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
@@ -91,7 +99,8 @@ class GpuExperts:
 
     `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it the
     number is halved until it fits; `n_slots` is what it came to and `notices` says so. `kernels` is
-    "triton", "torch" or "auto": Triton on CUDA where it can be imported, else torch, with a notice.
+    "triton", "torch" or "auto": Triton on CUDA where it runs, else torch, with a notice. What a run
+    in `dtype` will launch is compiled here, so that nothing is compiled while decoding.
     `before_compute` is called with the number of hits on the emulated accelerator's thread before
     each launch's work: it may sleep, or raise.
     """
@@ -104,6 +113,7 @@ class GpuExperts:
         device: torch.device | str,
         act_module: ActivationModule | None = None,
         *,
+        dtype: torch.dtype = torch.bfloat16,
         kernels: str = "auto",
         before_compute: Callable[[int], None] | None = None,
         allocate: Allocator | None = None,
@@ -117,7 +127,7 @@ class GpuExperts:
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
         self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
-        self._kernels = self._load_kernels(kernels)
+        self._kernels = self._load_kernels(kernels, dtype)
 
     @property
     def description(self) -> str:
@@ -142,18 +152,50 @@ class GpuExperts:
         result is added to it and is it: several launches share one tensor.
         """
         pairs = _pairs_of_slot(slot_of_pair)
-        slots = list(pairs)
+        return self._start(
+            list(pairs),
+            sum(map(len, pairs.values())),
+            order,
+            lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs, out),
+        )
+
+    def launch_expert(
+        self,
+        hidden: Tensor,
+        slot: int,
+        pairs: Tensor,
+        top_k_weights: Tensor,
+        order: SlotOrder,
+        out: Tensor,
+    ) -> Pending:
+        """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
+
+        `pairs` are the expert's, t * K + k, int64 [n] on the device: the host touches and sends
+        nothing that grows with the number of tokens.
+        """
+
+        def forward() -> Tensor:
+            self._add_expert(hidden, slot, pairs, top_k_weights, out)
+            return out
+
+        return self._start([slot], len(pairs), order, forward)
+
+    def _start(
+        self, slots: list[int], n_pairs: int, order: SlotOrder, forward: Callable[[], Tensor]
+    ) -> Pending:
+        """`forward` in the stream, behind copies into `slots` and before later ones."""
         stream = self._thread or _current_stream(self.device)
         copies = order.wait_ready(slots, stream)
         pending = Pending(None, copies, *self._new_events())
+        # The mode belongs to a thread. The caller's, so that it may use the result as its own.
+        inference = torch.is_inference_mode_enabled()
 
         def work() -> None:
             if self._before_compute is not None:
-                self._before_compute(sum(map(len, pairs.values())))
-            # The caller's tensors may be inference tensors, and that mode belongs to a thread.
-            with torch.inference_mode():
+                self._before_compute(n_pairs)
+            with torch.inference_mode(inference), torch.no_grad():
                 if not pending.copy_failed:
-                    pending._out = self._forward(hidden, slot_of_pair, top_k_weights, pairs, out)
+                    pending._out = forward()
 
         pending.start.record(stream)
         if self._thread is None:
@@ -186,27 +228,34 @@ class GpuExperts:
         out: Tensor | None,
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
-        few = slot_of_pair.numel() <= _PAIRS_FOR_GROUPED
+        few = slot_of_pair.numel() <= PAIRS_FOR_TABLE
         if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
-            on_device = slot_of_pair.to(torch.int32).to(self.device, non_blocking=True)
-            result = self._kernels.grouped(hidden, on_device, top_k_weights)
+            result = self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
             return result if out is None else out.add_(result)
         if out is None:
             out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        top_k = slot_of_pair.shape[1]
+        if len(hidden) > 1:
+            # One small copy for all slots; what is pageable and small does not hold the host up.
+            members = torch.tensor([pair for of_slot in pairs.values() for pair in of_slot])
+            members = members.to(hidden.device, non_blocking=True)
+            parts = members.split([len(of_slot) for of_slot in pairs.values()])
+            for slot, part in zip(pairs, parts, strict=True):
+                self._add_expert(hidden, slot, part, top_k_weights, out)
+            return out
         flat_weights = top_k_weights.reshape(-1)
-        for slot, members in pairs.items():
-            if len(hidden) == 1:  # decode: nothing to gather, no index to send
-                weight = flat_weights[members[0]].float()
-                for pair in members[1:]:
-                    weight = weight + flat_weights[pair]
-                out += self._expert(slot, hidden).float() * weight
-                continue
-            chosen = torch.tensor(members).to(hidden.device, non_blocking=True)
-            token = chosen // top_k
-            y = self._expert(slot, hidden[token]).float()
-            out.index_add_(0, token, y * flat_weights[chosen, None].float())
+        for slot, members_of_slot in pairs.items():  # decode: nothing to gather, no index to send
+            weight = flat_weights[members_of_slot[0]].float()
+            for pair in members_of_slot[1:]:
+                weight = weight + flat_weights[pair]
+            out += self._expert(slot, hidden).float() * weight
         return out
+
+    def _add_expert(
+        self, hidden: Tensor, slot: int, pairs: Tensor, top_k_weights: Tensor, out: Tensor
+    ) -> None:
+        token = pairs // top_k_weights.shape[1]
+        y = self._expert(slot, hidden[token]).float()
+        out.index_add_(0, token, y * top_k_weights.reshape(-1)[pairs, None].float())
 
     def _expert(self, slot: int, x: Tensor) -> Tensor:
         if self._kernels is not None:
@@ -231,25 +280,23 @@ class GpuExperts:
                 )
             return slots
 
-    def _load_kernels(self, kernels: str) -> GroupedKernels | None:
+    def _load_kernels(self, kernels: str, dtype: torch.dtype) -> GroupedKernels | None:
         if kernels == "torch" or (kernels == "auto" and self._thread is not None):
             return None
         if kernels == "triton":
             return self._triton()
-        return self._triton_if_it_runs()
+        return self._triton_if_it_runs(dtype)
 
     def _triton(self) -> GroupedKernels:
         from triton_experts import TritonExperts  # slow to import, and absent on many machines
 
         return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
 
-    def _triton_if_it_runs(self) -> GroupedKernels | None:
+    def _triton_if_it_runs(self, dtype: torch.dtype) -> GroupedKernels | None:
         """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
-        hidden = torch.zeros(1, self.layout.hidden_size, dtype=torch.bfloat16, device=self.device)
-        no_hits = torch.full((1, 2), -1, dtype=torch.int32, device=self.device)
         try:
             triton = self._triton()
-            triton.grouped(hidden, no_hits, torch.zeros(1, 2, device=self.device))
+            triton.warm_up(dtype)
         except Exception as error:  # whatever it is, torch computes the same
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             self.notices.append(

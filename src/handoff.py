@@ -6,6 +6,8 @@ staging memory; on the CPU nothing moves.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,7 @@ class HostHandoff:
         parts = sorted((hidden, *routing), key=lambda part: -part.element_size())
         flat = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
         if self._inbox.numel() < flat.numel():
-            with torch.inference_mode(False):  # kept, so it must serve callers in either mode
-                self._inbox = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+            self._inbox = _staging(flat.numel(), torch.uint8)
         inbox = self._inbox[: flat.numel()]
         inbox.copy_(flat, non_blocking=True)
         torch.cuda.current_stream(hidden.device).synchronize()
@@ -51,10 +52,30 @@ class HostHandoff:
             return torch.empty(n_tokens, hidden_size)
         size = n_tokens * hidden_size
         if self._result.numel() < size:
-            with torch.inference_mode(False):
-                self._result = torch.empty(size, pin_memory=True)
+            self._result = _staging(size, torch.float32)
         return self._result[:size].view(n_tokens, hidden_size)
 
     def to_device(self, result: Tensor, device: torch.device) -> Tensor:
         """`result` on `device`, asynchronously on a GPU."""
         return result if device.type == "cpu" else result.to(device, non_blocking=True)
+
+
+def _staging(size: int, dtype: torch.dtype) -> Tensor:
+    """Pinned memory; where the system refuses to lock more, pageable: slower, not wrong.
+
+    Its copies then hold the host up until they are staged, and say so once.
+    """
+    with torch.inference_mode(False):  # kept, so it must serve callers in either mode
+        try:
+            return torch.empty(size, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            print(
+                f"warning: no memory could be pinned to hand layers over ({_first_line(error)}): "
+                "it goes through pageable memory, slower",
+                file=sys.stderr,
+            )
+            return torch.empty(size, dtype=dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

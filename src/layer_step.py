@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from accelerator import Accelerator
 from cpu_experts import CpuExperts
 from expert_store import ExpertStore
-from gpu_experts import Pending
+from gpu_experts import PAIRS_FOR_TABLE, Pending
 from handoff import HostHandoff
 from plan import Plan
 from recorder import Duration
@@ -23,7 +24,8 @@ Pairs = list[list[int]]
 class LayerStep:
     """One call of one MoE layer. `hidden` is where the model runs, the `host_*` are its copies.
 
-    `host_index` int64 [T, K] holds -1 where a token is padding; `pairs` is the same as a list.
+    `index` int64 [T, K] and `weights` fp32 [T, K] are on hidden's device. `index` and `host_index`
+    hold -1 where a token is padding; `pairs` is the same as a list.
     """
 
     store: ExpertStore
@@ -31,44 +33,93 @@ class LayerStep:
     handoff: HostHandoff
     layer: int
     hidden: Tensor
+    index: Tensor
     weights: Tensor
     host_hidden: Tensor
     host_index: Tensor
     host_weights: Tensor
     pairs: Pairs
     n_fetches: int = 0
-    _accelerator_out: Tensor | None = None  # one sum for all launches of the step
+    out_of_memory: bool = False  # after `wait`: the accelerator had no room for some launch
+    _shared_out: Tensor | None = None  # one sum for all launches by expert
+    _outs: list[Tensor] = field(default_factory=list)
     _failed: list[int] = field(default_factory=list)
     _pending: list[tuple[Pending, tuple[int, ...]]] = field(default_factory=list)
 
+    def counts(self) -> list[int]:
+        """The tokens of each expert of the layer, chosen or not; padding left out."""
+        n_experts = self.store.n_experts[self.layer]
+        return torch.bincount(self.host_index.flatten() + 1, minlength=n_experts + 1)[1:].tolist()
+
     def launch(self, accelerator: Accelerator, slots: dict[int, int]) -> None:
-        """Start computing the experts of `slots` (expert -> slot) on the accelerator."""
-        if slots:
-            table = torch.full((self.store.n_experts[self.layer] + 1,), -1, dtype=torch.int64)
+        """Start computing the experts of `slots` (expert -> slot) on the accelerator, at once."""
+        if not slots:
+            return
+        if self.index.numel() > PAIRS_FOR_TABLE:
             for expert, slot in slots.items():
-                table[expert] = slot
-            slot_of_pair = table[self.host_index]  # -1, padding, takes the last entry: -1
-            if self._accelerator_out is None:
-                self._accelerator_out = torch.zeros(
-                    self.hidden.shape, dtype=torch.float32, device=self.hidden.device
-                )
-            pending = accelerator.gpu.launch(
-                self.hidden,
-                slot_of_pair,
-                self.weights,
-                accelerator.fetcher,
-                self._accelerator_out,
-            )
-            self._pending.append((pending, tuple(slots)))
+                self._launch_expert(accelerator, expert, slot)
+            return
+        table = torch.full((self.store.n_experts[self.layer] + 1,), -1, dtype=torch.int64)
+        for expert, slot in slots.items():
+            table[expert] = slot
+        slot_of_pair = table[self.host_index]  # -1, padding, takes the last entry: -1
+        pending = accelerator.gpu.launch(
+            self.hidden, slot_of_pair, self.weights, accelerator.fetcher
+        )
+        self._pending.append((pending, tuple(slots)))
 
     def launch_waited(
-        self, accelerator: Accelerator, experts: Iterable[int], staging_only: bool
+        self,
+        accelerator: Accelerator,
+        experts: Iterable[int],
+        keep: Mapping[int, int] | None = None,
     ) -> None:
-        """Copy and compute each expert, one launch each, so that a copy hides the previous one."""
+        """Copy and compute each expert, one launch each, so that a copy hides the previous one.
+
+        In a prompt, `keep` maps the experts that the cache is to hold afterwards to their slots;
+        the others pass through a staging slot. Without it, in decode, each is admitted to the
+        cache where its index has a way.
+        """
         for expert in experts:
-            slot, started = accelerator.slot_for_waited(self.layer, expert, staging_only)
-            self.n_fetches += started
-            self.launch(accelerator, {expert: slot})
+            if keep is not None and expert in keep:
+                slot = keep[expert]
+                accelerator.fetch(self.layer, expert, slot)
+            else:
+                slot, started = accelerator.slot_for_waited(
+                    self.layer, expert, staging_only=keep is not None
+                )
+                self.n_fetches += started
+            if len(self.hidden) == 1:
+                self.launch(accelerator, {expert: slot})
+            else:
+                self._launch_expert(accelerator, expert, slot)
+
+    def _launch_expert(self, accelerator: Accelerator, expert: int, slot: int) -> None:
+        """A launch whose cost on this thread does not grow with the number of tokens."""
+        if self._shared_out is None:
+            self._shared_out = torch.zeros(
+                self.hidden.shape, dtype=torch.float32, device=self.hidden.device
+            )
+        pending = accelerator.gpu.launch_expert(
+            self.hidden,
+            slot,
+            self._pairs_of_expert[expert],
+            self.weights,
+            accelerator.fetcher,
+            self._shared_out,
+        )
+        self._pending.append((pending, (expert,)))
+
+    @cached_property
+    def _pairs_of_expert(self) -> list[Tensor]:
+        """Each expert's pairs, as t * K + k, int64 on the accelerator: slices of one sort.
+
+        Their bounds are known here, so that nothing is sent and nothing waited for.
+        """
+        counts = self.counts()
+        n_padding = self.index.numel() - sum(counts)
+        by_expert = torch.argsort(self.index.flatten(), stable=True)
+        return list(by_expert.split([n_padding, *counts])[1:])
 
     def compute_on_cpu(self, experts: Sequence[int]) -> Tensor | None:
         """The CPU's share, fp32 [T, H] on the host, or None without experts."""
@@ -92,30 +143,36 @@ class LayerStep:
         """Wait for the emulated accelerator; on a GPU the stream does, and the host runs on."""
         for pending, experts in self._pending:
             try:
-                pending.result()
+                out = pending.result()
             except Exception:
-                if not pending.copy_failed:  # a mistake of ours, not of the copy
+                self.out_of_memory |= pending.out_of_memory
+                if not (pending.copy_failed or pending.out_of_memory):  # a mistake of ours
                     raise
                 self._failed.extend(experts)
+            else:
+                if all(out is not other for other in self._outs):
+                    self._outs.append(out)
 
     def combine(self, cpu_out: Tensor | None) -> Tensor:
         """The layer's output [T, H] in hidden's dtype, after `wait`.
 
-        Experts whose copy failed are computed on the CPU here.
+        Experts whose copy failed, or for which the GPU had no memory, are computed on the CPU here.
         """
+        parts = list(self._outs)
         failed = self._failed
-        total = self._accelerator_out
-        parts = [cpu_out]
+        if cpu_out is not None:
+            # The next CPU result would take the same memory.
+            own = cpu_out.clone() if failed else cpu_out
+            parts.append(self.handoff.to_device(own, self.hidden.device))
         if failed:
-            if cpu_out is not None:
-                parts = [cpu_out.clone()]
-            parts.append(self.compute_on_cpu(failed))
-        for result in parts:
-            if result is not None:
-                moved = self.handoff.to_device(result, self.hidden.device)
-                total = moved if total is None else total + moved
-        if total is None:
+            late = self.compute_on_cpu(failed)
+            assert late is not None
+            parts.append(self.handoff.to_device(late, self.hidden.device))
+        if not parts:
             return torch.zeros_like(self.hidden)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
         return total.to(self.hidden.dtype)
 
     def gpu_us(self) -> Duration:

@@ -13,6 +13,7 @@ from plan import MissMode
 _WARM_UP_STEPS = 4  # the cache is still filling
 _ROUND_STEPS = 4  # consecutive steps of one mode, so that its effect on the cache shows
 _ROUNDS = 4  # per mode
+TRIAL_STEPS = _WARM_UP_STEPS + 2 * _ROUNDS * _ROUND_STEPS  # until the verdict
 
 
 class MissTrial:
@@ -40,7 +41,7 @@ class MissTrial:
         if self._verdict is None:
             return (
                 f"miss policy auto: undecided after {self._steps} decode steps "
-                f"(needs {_WARM_UP_STEPS + 2 * _ROUNDS * _ROUND_STEPS})"
+                f"(needs {TRIAL_STEPS})"
             )
         kept = "waiting for copies by cost" if self._verdict == "costs" else "cpu"
         medians = {mode: 1e3 * median(values) for mode, values in self._seconds.items()}

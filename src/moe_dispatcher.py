@@ -91,6 +91,8 @@ class MoeDispatcher:
             n_tokens = int(recent.sum())
             self._token_mask = None if n_tokens == recent.numel() else recent
         past = kwargs.get("past_key_values")
+        if past is None:
+            past = kwargs.get("cache")  # its name from transformers 5.40 on
         is_first = past is not None and past.get_seq_length() == 0  # a prompt of one token
         self._decode = length == 1 and not is_first
         if self.forced_routing is not None:
@@ -152,7 +154,8 @@ class MoeDispatcher:
             handoff=self._handoff,
             layer=layer,
             hidden=hidden,
-            weights=weights,
+            index=routing[0],
+            weights=routing[1],
             host_hidden=host_hidden,
             host_index=host_index,
             host_weights=host_weights,
@@ -174,6 +177,8 @@ class MoeDispatcher:
         computed_s = time.perf_counter()
         with self._ranges.layer(layer, "combine"):
             step.wait()
+            if step.out_of_memory and self.accelerator is not None:
+                self.accelerator.warn_out_of_memory()
             waited_s = time.perf_counter() if plan.waited else computed_s
             output = step.combine(cpu_out)
         end_s = time.perf_counter()
@@ -200,6 +205,7 @@ class MoeDispatcher:
                 cpu_bytes=len(plan.cpu) * block_bytes,
                 gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
                 fetch_bytes=step.n_fetches * block_bytes,
+                waited=() if self._decode else plan.waited,
             )
         self._last_end_s = end_s
         return output
@@ -214,7 +220,7 @@ class MoeDispatcher:
         )
         with self._ranges.layer(step.layer, "launch"):
             step.launch(accelerator, dict(plan.hits))
-            step.launch_waited(accelerator, plan.waited, staging_only=False)
+            step.launch_waited(accelerator, plan.waited)
         fetched = accelerator.fetch_background(step.layer, plan.background, self._quota_left)
         accelerator.cache.end_step(step.layer)
         self._quota_left -= fetched
@@ -234,29 +240,21 @@ class MoeDispatcher:
         Experts that the cache is to hold after this prompt are copied to their slots, and those
         of them that the plan waits for are computed there, so that none travels twice.
         """
-        counts = _counts(step.pairs)
-        n_experts = self.store.n_experts[step.layer]
         accelerator.collect_copies()
         ready = accelerator.cache.ready(step.layer)
         plan = plan_prefill(
-            [counts.get(e, 0) for e in range(n_experts)],
-            ready,
-            accelerator.mode,
-            accelerator.costs,
+            step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
             step.launch(accelerator, dict(plan.hits))
             tokens = [token for token in step.pairs if token[0] >= 0]
-            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left)
-            self._quota_left -= len(warmed)
+            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left, plan.waited)
+            self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
-            for expert, slot in warmed:
-                if expert in plan.waited:
-                    accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
-            step.launch_waited(accelerator, plan.waited, staging_only=True)
+            step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
             for expert, slot in warmed:  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
-                    accelerator.fetcher.fetch(slot, self.store.block(step.layer, expert))
+                    accelerator.fetch(step.layer, expert, slot)
         return plan
 
     def _is_cached(self, layer: int) -> bool:

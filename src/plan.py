@@ -61,18 +61,20 @@ def plan_prefill(
     ready: Mapping[int, int],
     mode: MissMode,
     costs: CostModel | None,
+    backlog_us: float = 0.0,
 ) -> Plan:
     """Plan one layer of a prompt.
 
     `counts[e]` is the number of prompt tokens on expert e; `ready` maps experts on the
     accelerator to their slots. With `costs`, the split that is predicted to finish first, so a
     short prompt does not stream the model and a long one does not wait for the CPU. `fetch`
-    streams every expert that is not there. Background fetches are the dispatcher's warm-up,
+    streams every expert that is not there. `backlog_us` is the copy time already queued, such as
+    the warm-up of the layer before. Background fetches are the dispatcher's warm-up,
     after the layer, and not part of this plan.
     """
     chosen = [e for e, n in enumerate(counts) if n]
     if mode != "fetch" and costs is not None:
-        split = costs.split_prefill(counts, _ready_and_chosen(ready, counts))
+        split = costs.split_prefill(counts, _ready_and_chosen(ready, counts), backlog_us)
         hits = {e: ready[e] for e in split.gpu_experts if e in ready}
         waited = tuple(e for e in split.gpu_experts if e not in ready)
         return Plan(hits, waited, split.cpu_experts, ())

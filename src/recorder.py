@@ -79,7 +79,7 @@ class LayerEvent(NamedTuple):
     """One MoE layer of one forward pass; the fields are those of `Recorder.layer`.
 
     `ids` and `n_hits_of_token` have one entry per token; `n_hits_of_token` is None where the layer
-    is not cached.
+    is not cached; `waited` are the experts that a prompt copied to the accelerator to compute.
     """
 
     pass_index: int
@@ -100,6 +100,7 @@ class LayerEvent(NamedTuple):
     cpu_bytes: int
     gpu_bytes: int
     fetch_bytes: int
+    waited: tuple[int, ...] = ()
 
 
 class Recorder:
@@ -113,6 +114,7 @@ class Recorder:
         self._layers = bytearray()
         self._ids = array("h")
         self._n_hits_of_token = array("h")
+        self._waited: dict[int, int] = {}  # row -> a bit per expert
         self._pending: list[tuple[int, str, DeviceTime]] = []
         self._resolved: list[tuple[int, str, float]] = []
         self._open_pass: tuple[bool, int, int] | None = None
@@ -143,13 +145,18 @@ class Recorder:
         cpu_bytes: int = 0,
         gpu_bytes: int = 0,
         fetch_bytes: int = 0,
+        waited: Sequence[int] = (),
     ) -> None:
         """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
 
         `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
         `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once),
-        `fetch_bytes` those whose copy to the accelerator this layer started.
+        `fetch_bytes` those whose copy to the accelerator this layer started. `waited` are the
+        experts that a prompt copied to be computed there.
         """
+        if waited:
+            row = len(self._layers) // _LAYER_ROW.size
+            self._waited[row] = sum(1 << expert for expert in waited)
         n_tokens = len(ids)
         top_k = len(ids[0]) if n_tokens else 0
         if n_tokens == 1:
@@ -197,6 +204,7 @@ class Recorder:
             del self._layers[layers:], self._ids[ids:], self._n_hits_of_token[hits:]
             rows = layers // _LAYER_ROW.size
             self._pending = [entry for entry in self._pending if entry[0] < rows]
+            self._waited = {row: bits for row, bits in self._waited.items() if row < rows}
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
@@ -246,7 +254,7 @@ class Recorder:
         """The layer events of all finished passes, one typed tuple each."""
         all_ids, all_hits = self.expert_ids().tolist(), self.hits_of_tokens().tolist()
         id_end = hits_end = 0
-        for row in self.layer_table():
+        for number, row in enumerate(self.layer_table()):
             values = dict(zip(LAYER_DTYPE.names or (), row.tolist(), strict=True))
             n_tokens, top_k = values.pop("n_tokens"), values.pop("top_k")
             id_start, id_end = id_end, id_end + n_tokens * top_k
@@ -255,7 +263,9 @@ class Recorder:
             if values.pop("cached"):
                 hits_start, hits_end = hits_end, hits_end + n_tokens
                 n_hits_of_token = all_hits[hits_start:hits_end]
-            yield LayerEvent(ids=ids, n_hits_of_token=n_hits_of_token, **values)
+            bits = self._waited.get(number, 0)
+            waited = tuple(expert for expert in range(bits.bit_length()) if bits >> expert & 1)
+            yield LayerEvent(ids=ids, n_hits_of_token=n_hits_of_token, waited=waited, **values)
 
 
 class NullRecorder(Recorder):

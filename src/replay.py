@@ -2,8 +2,10 @@
 
 Per forward pass, layer by layer: copies that have ended become ready; in decode the layer's chosen
 experts are looked up once each and its misses fetched in top-k order while the pass has quota;
-in a prompt the cache is warmed with the experts of its last tokens. Without a timeline every copy
-ends before the next layer begins.
+in a prompt the cache is warmed with the experts of its last tokens, by the same
+`ExpertCache.warm`; what the prompt copied for its own sake is known from the timeline's clock or,
+without one, from the trace, where it was recorded. Without a timeline every copy ends before the
+next layer begins.
 """
 
 from __future__ import annotations
@@ -149,6 +151,7 @@ def _replay_prefill(
     one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
 ) -> None:
     for layer, tokens in enumerate(one.ids):
+        waited = one.waited[layer] if one.waited else ()
         if timeline is not None:
             for slot in timeline.arrived():
                 cache.mark_ready(slot)
@@ -156,11 +159,11 @@ def _replay_prefill(
             for token in tokens:
                 for expert in token:
                     counts[expert] += 1
-            timeline.pass_prefill(counts, tuple(cache.ready(layer)))
+            waited = timeline.pass_prefill(counts, tuple(cache.ready(layer)))
         if layer < cache.n_indexes:
             counted.add(tokens, cache.ready(layer))
-        fetches = cache.warm(layer, tokens, quota)
-        quota -= len(fetches)
+        fetches = cache.warm(layer, tokens, quota, waited)
+        quota -= cache.warm_charge(fetches, waited)
         if timeline is not None:
             timeline.queue([slot for _, slot in fetches])
         else:

@@ -65,8 +65,11 @@ class Timeline:
         if gpu_us > cpu_us:
             self._pass_alone(gpu_us - cpu_us)
 
-    def pass_prefill(self, counts: Sequence[int], ready: Sequence[int]) -> None:
-        """Let one layer of a prompt pass: `counts[e]` tokens on expert e, `ready` ones cached."""
+    def pass_prefill(self, counts: Sequence[int], ready: Sequence[int]) -> tuple[int, ...]:
+        """Let one layer of a prompt pass: `counts[e]` tokens on expert e, `ready` ones cached.
+
+        Returns the experts that it copied to the GPU.
+        """
         split = self.costs.split_prefill(counts, ready)
         self.busy.cpu_us += split.cpu_us
         self.busy.gpu_us += self.costs.dense_us_per_layer + self.costs.gpu.us(
@@ -74,6 +77,7 @@ class Timeline:
         )
         self.busy.copy_us += split.n_copies * self.costs.copy_us(shared=False)
         self.now_us += self.costs.dense_us_per_layer + split.us
+        return tuple(expert for expert in split.gpu_experts if expert not in ready)
 
     def queue(self, slots: Sequence[int]) -> None:
         """Queue copies that nothing waits for, such as the warm-up after a prompt's layer."""

@@ -8,7 +8,8 @@ Three formats, told apart by their content:
       `#` comments that name the model, its layers and its experts.
   JSON lines          a header object {"routing_trace": 1, "model": ..., "n_layers": ..., "top_k":
       ..., "n_experts": ..., "synthetic": ...}, then one object per forward pass:
-      {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}.
+      {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}, and for a prompt
+      that was partly computed on the GPU "waited": [layer][...], the experts copied for that.
 
 Files are streamed: memory holds one pass, whatever the file's size. Anything that does not fit is
 a UserError with its line number.
@@ -31,11 +32,16 @@ Ids = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True)
 class RoutingPass:
-    """One forward pass: `ids[layer][token][k]`, empty where a prefill's routing is not known."""
+    """One forward pass: `ids[layer][token][k]`, empty where a prefill's routing is not known.
+
+    `waited[layer]` are the experts that a prompt copied to the GPU to be computed there; empty
+    where none was, or where the trace does not say.
+    """
 
     phase: Phase
     ids: Ids
     prompt: int = 0
+    waited: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,10 @@ def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> N
     with path.open("w", encoding="utf-8") as lines:
         lines.write(json.dumps({"routing_trace": 1, **asdict(info)}) + "\n")
         for one in passes:
-            lines.write(json.dumps(asdict(one), separators=(",", ":")) + "\n")
+            fields = asdict(one)
+            if not one.waited:
+                del fields["waited"]
+            lines.write(json.dumps(fields, separators=(",", ":")) + "\n")
 
 
 class _Format:
@@ -353,4 +362,15 @@ class _JsonLines(_Format):
                     self.top_k = self.top_k or len(token)
                     if len(token) != self.top_k or not all(isinstance(e, int) for e in token):
                         raise self.error(f"{self.top_k} expert ids for each token", token)
-        return RoutingPass(phase, checked, self.integer(str(one.get("prompt", 0)), "prompt"))
+        prompt = self.integer(str(one.get("prompt", 0)), "prompt")
+        return RoutingPass(phase, checked, prompt, self._waited(one, len(checked)))
+
+    def _waited(self, one: dict[str, Any], n_layers: int) -> tuple[tuple[int, ...], ...]:
+        waited = one.get("waited", [])
+        try:
+            checked = tuple(self.token(layer) for layer in waited)
+        except TypeError:
+            raise self.error("waited as [layer][expert]", str(waited)[:60]) from None
+        if checked and len(checked) != n_layers:
+            raise self.error(f"waited for {n_layers} layers", len(checked))
+        return checked

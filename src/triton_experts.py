@@ -6,6 +6,9 @@ tile and different pairs run side by side, so tokens that share an expert share 
 cache. Packed int8 and int4 are read as int32 words, which lie contiguously as
 [row block, word, 16 rows], and are dequantised in registers. Products and sums are fp32.
 
+In decode the pairs' slots travel as arguments of the launch, not in memory: a step's layer then
+sends the GPU nothing but the CPU's result.
+
 Import this only where Triton is installed. Without a GPU it runs in Triton's interpreter, which is
 how it was tested; its speed on a GPU is not measured yet.
 """
@@ -27,6 +30,30 @@ from torch_experts import ActivationModule, apply_activation
 _ROWS: Final = 16  # of a tile: one row block of the packed layout
 _DENSE_COLUMNS: Final = 256  # per step: 8 KiB of bf16 in a tile
 _WORDS: Final = 128  # per step: 8 KiB of packed weights in a tile
+_SLOT_BITS: Final = 15
+_SLOTS_PER_WORD: Final = 4
+_N_SLOT_WORDS: Final = 4
+_PAIRS_IN_WORDS: Final = _SLOTS_PER_WORD * _N_SLOT_WORDS
+# Set in every word, so that Triton sees a 64-bit argument whatever the slots are.
+_WORD_MARK: Final = 1 << 62
+# What changes from step to step, or between a prompt and decode: no variant is compiled for it.
+_VARYING: Final = ("top_k", "slots_0", "slots_1", "slots_2", "slots_3")
+
+
+@triton.jit
+def _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS: tl.constexpr):
+    """The slot of a pair, -1 where it is not ours: from four words of four slots, or memory."""
+    if IN_WORDS:
+        which = pair // 4
+        word = tl.where(
+            which == 0,
+            slots_0,
+            tl.where(which == 1, slots_1, tl.where(which == 2, slots_2, slots_3)),
+        )
+        slot = ((word >> (15 * (pair % 4)).to(tl.int64)) & 32767) - 1
+    else:
+        slot = tl.load(slot_of_pair + pair).to(tl.int64)
+    return slot
 
 
 @triton.jit
@@ -110,13 +137,17 @@ def _activate(gate, up, alpha, limit, KIND: tl.constexpr, HAS_GATE: tl.constexpr
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _first_kernel(
     x,  # [T, H]
     matrix,  # the slots, as the matrix's words or elements
     scales,  # the slots, as float16
     biases,  # the slots, as float32
-    slot_of_pair,  # int32 [T * K]
+    slot_of_pair,  # int32 [T * K], read unless IN_WORDS
+    slots_0,  # int64: the slots of pairs 0 to 3, each plus one, in 15 bits
+    slots_1,
+    slots_2,
+    slots_3,
     middle,  # fp32 [T * K, I], or [T * K, R] for KIND "module"
     n_columns,
     intermediate,
@@ -131,13 +162,14 @@ def _first_kernel(
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     pair = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = row < intermediate
-    slot = tl.load(slot_of_pair + pair).to(tl.int64)
+    slot = _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS)
     if slot >= 0:
         matrix += slot * (block_words * (2 if BITS == 16 else 1)) + matrix_offset
         scales += slot * (block_words * 2) + scale_offset
@@ -162,14 +194,18 @@ def _first_kernel(
             tl.store(middle + pair.to(tl.int64) * intermediate + row, value, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _second_kernel(
     middle,  # fp32 [T * K, I]
     matrix,
     scales,
     biases,
     slot_of_pair,
-    weights,  # [T * K]
+    slots_0,
+    slots_1,
+    slots_2,
+    slots_3,
+    weights,  # fp32 [T * K]
     out,  # fp32 [T * K, H]
     n_columns,  # I
     hidden_size,
@@ -179,13 +215,14 @@ def _second_kernel(
     bias_offset,
     BITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     pair = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = row < hidden_size
-    slot = tl.load(slot_of_pair + pair).to(tl.int64)
+    slot = _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS)
     value = tl.zeros([ROWS], tl.float32)
     if slot >= 0:
         matrix += slot * (block_words * (2 if BITS == 16 else 1)) + matrix_offset
@@ -256,20 +293,37 @@ class TritonExperts:
         self._scales = slots.view(torch.float16)
         self._biases = slots.view(torch.float32)
         self._step = _WORDS if self._bits < 16 else _DENSE_COLUMNS
+        # Stands where the kernels expect slots in memory and these are in words.
+        self._no_slots = torch.zeros(_PAIRS_IN_WORDS, dtype=torch.int32, device=slots.device)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile every kernel that hidden states of `dtype` will need, by running it once."""
+        layout, device = self._layout, self._slots.device
+        hidden = torch.zeros(2, layout.hidden_size, dtype=dtype, device=device)
+        for n_pairs in (1, _PAIRS_IN_WORDS + 1):  # slots in words, slots in memory
+            self.grouped(
+                hidden[:1],
+                torch.full((1, n_pairs), -1),
+                torch.zeros(1, n_pairs, device=device),
+            )
+        if len(self._slots):
+            self.expert(0, hidden)
 
     def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor:
-        """fp32 [T, H] for `hidden` [T, H], `slot_of_pair` int32 [T, K] (-1: left out) and `weights`
-        [T, K], all on the slots' device."""
+        """fp32 [T, H] for `hidden` [T, H] and `weights` [T, K] on the slots' device.
+
+        `slot_of_pair` int64 [T, K] is on the CPU, -1 for a pair that is left out.
+        """
         layout, activation = self._layout, self._activation
         n_tokens, top_k = slot_of_pair.shape
         n_pairs, width = n_tokens * top_k, layout.intermediate_size
         raw = activation.kind == "module"
         middle = torch.empty(n_pairs, layout.first_rows if raw else width, device=hidden.device)
-        slot_of_pair = slot_of_pair.contiguous()
+        in_words, slots = self._slot_arguments(slot_of_pair)
         _first_kernel[(n_pairs, triton.cdiv(width, _ROWS))](
             hidden.contiguous(),
             *self._memory(),
-            slot_of_pair,
+            *slots,
             middle,
             layout.hidden_size,
             width,
@@ -281,8 +335,10 @@ class TritonExperts:
             HAS_GATE=layout.has_gate,
             HAS_BIAS=layout.has_bias,
             KIND=activation.kind,
+            IN_WORDS=in_words,
             ROWS=_ROWS,
             STEP=self._step,
+            enable_fp_fusion=True,
         )
         if raw:
             first = middle.to(hidden.dtype)
@@ -292,18 +348,20 @@ class TritonExperts:
         _second_kernel[(n_pairs, triton.cdiv(layout.hidden_size, _ROWS))](
             middle,
             *self._memory(),
-            slot_of_pair,
-            weights.contiguous(),
+            *slots,
+            weights.float().contiguous(),
             out,
             width,
             layout.hidden_size,
             *self._offsets("down"),
             BITS=self._bits,
             HAS_BIAS=layout.has_bias,
+            IN_WORDS=in_words,
             ROWS=_ROWS,
             STEP=self._step,
+            enable_fp_fusion=True,
         )
-        return out.sum(1)
+        return out.sum(1) if top_k > 1 else out[:, 0]
 
     def expert(self, slot: int, x: Tensor) -> Tensor:
         """One expert for many tokens: x [n, H] -> [n, H] in x's dtype, through torch's GEMM."""
@@ -332,8 +390,22 @@ class TritonExperts:
             n_columns,
             BITS=self._bits,
             WORDS=_WORDS,
+            enable_fp_fusion=True,
         )
         return torch.nn.functional.linear(x, weight, bias)
+
+    def _slot_arguments(self, slot_of_pair: Tensor) -> tuple[bool, tuple[Tensor | int, ...]]:
+        """Whether the slots are in the words, and the kernels' five arguments that hold them."""
+        n_pairs = slot_of_pair.numel()
+        if n_pairs <= _PAIRS_IN_WORDS and len(self._slots) < (1 << _SLOT_BITS) - 1:
+            words = [_WORD_MARK] * _N_SLOT_WORDS
+            for pair, slot in enumerate(slot_of_pair.flatten().tolist()):
+                word, place = divmod(pair, _SLOTS_PER_WORD)
+                words[word] |= (slot + 1) << (_SLOT_BITS * place)
+            return True, (self._no_slots, *words)
+        # At most 2 KiB: CUDA takes so little from pageable memory without holding the host up.
+        table = slot_of_pair.to(torch.int32).to(self._slots.device, non_blocking=True)
+        return False, (table.contiguous(), *[_WORD_MARK] * _N_SLOT_WORDS)
 
     def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._matrix, self._scales, self._biases

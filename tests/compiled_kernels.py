@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -12,7 +15,8 @@ from triton.compiler import ASTSource
 
 import triton_experts
 
-CAPABILITIES = (75, 90)  # Turing, the oldest with enough memory to matter, and Hopper
+# Turing, the oldest with enough memory to matter; Ampere, Ada, Hopper.
+CAPABILITIES = (75, 80, 89, 90)
 MATRIX = {32: "*fp32", 16: "*bf16", 8: "*i32", 4: "*i32"}
 SHARED = {
     **dict.fromkeys(("n_columns", "block_words", "matrix_offset", "scale_offset"), "i32"),
@@ -20,6 +24,7 @@ SHARED = {
     "scales": "*fp16",
     "biases": "*fp32",
     "slot_of_pair": "*i32",
+    **dict.fromkeys(("slots_0", "slots_1", "slots_2", "slots_3"), "i64"),
 }
 FIRST = {
     **SHARED,
@@ -30,9 +35,9 @@ FIRST = {
     "alpha": "fp32",
     "limit": "fp32",
 }
-SECOND = {**SHARED, "middle": "*fp32", "weights": "*bf16", "out": "*fp32", "hidden_size": "i32"}
+SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
 UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "n_columns": "i32"}
-UNALIGNED = ("top_k", "alpha", "limit")
+UNALIGNED = (*triton_experts._VARYING, "alpha", "limit")
 
 
 def kernels(
@@ -41,7 +46,13 @@ def kernels(
     """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
     for bits in MATRIX:
         step = triton_experts._WORDS if bits < 16 else triton_experts._DENSE_COLUMNS
-        tile = {"BITS": bits, "HAS_BIAS": True, "ROWS": triton_experts._ROWS, "STEP": step}
+        tile = {
+            "BITS": bits,
+            "HAS_BIAS": True,
+            "IN_WORDS": True,
+            "ROWS": triton_experts._ROWS,
+            "STEP": step,
+        }
         matrix = {"matrix": MATRIX[bits]}
         for kind in ("silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "module"):
             if kind == "silu" or (bits == 8 and every_activation):
@@ -51,7 +62,11 @@ def kernels(
                     {**FIRST, **matrix},
                     {**tile, "HAS_GATE": True, "KIND": kind},
                 )
-        yield f"second-{bits}", triton_experts._second_kernel, {**SECOND, **matrix}, tile
+        second = {**SECOND, **matrix}
+        yield f"second-{bits}", triton_experts._second_kernel, second, tile
+        if bits == 16:
+            in_memory = {**tile, "IN_WORDS": False}
+            yield f"second-{bits}-in-memory", triton_experts._second_kernel, second, in_memory
         if bits < 16:
             constants = {"BITS": bits, "WORDS": triton_experts._WORDS}
             yield f"unpack-{bits}", triton_experts._unpack_kernel, UNPACK, constants
@@ -61,6 +76,20 @@ def widest_load(ptx: str) -> int:
     """Bytes of the widest global load."""
     loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
     return max(int(vector or 1) * int(bits) // 8 for vector, bits in loads)
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of registers spilled, and other local memory, of a thread."""
+    tool = Path(triton.backends.__path__[0]) / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"STACK:(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
 
 
 def report() -> Iterator[dict[str, object]]:
@@ -80,6 +109,7 @@ def report() -> Iterator[dict[str, object]]:
                 "capability": capability,
                 "cubin_bytes": len(binary.asm["cubin"]),
                 "widest_load_bytes": widest_load(binary.asm["ptx"]),
+                "stack_bytes": stack_bytes(binary.asm["cubin"]),
             }
 
 

@@ -8,6 +8,7 @@ that the same comparison then fails.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,29 +18,37 @@ from expert_cases import random_blocks
 from torch import Tensor, nn
 
 from accelerator import N_STAGING_SLOTS, Accelerator
+from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
 from expert_cache import ExpertCache
-from expert_fetcher import ExpertFetcher, HostFetcher
+from expert_fetcher import ExpertFetcher, HostFetcher, make_fetcher
 from expert_format import Activation, block_layout
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 from moe_dispatcher import MoeDispatcher, MoeExperts
 from recorder import NullRecorder
 from replacement_policies import make_policy
-from torch_experts import experts_forward
 
 HIDDEN, N_LAYERS, N_EXPERTS, TOP_K = 16, 3, 8, 2
 LAYOUT = block_layout("fp32", HIDDEN, 16)
 SILU = Activation("silu")
+CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 
 
 class Layers(nn.Module):
     """A model of MoE layers only, with a routing of its own making."""
 
-    def __init__(self, dispatcher: MoeDispatcher, store: ExpertStore, seed: int) -> None:
+    def __init__(
+        self, dispatcher: MoeDispatcher, store: ExpertStore, seed: int, device: str
+    ) -> None:
         super().__init__()
+        self._device = device
         self.layers = nn.ModuleList(MoeExperts(dispatcher, i) for i in range(N_LAYERS))
-        self._store = store
+        self._first = [LAYOUT.field("gate_up").view(store.blocks(i)) for i in range(N_LAYERS)]
+        self._second = [LAYOUT.field("down").view(store.blocks(i)) for i in range(N_LAYERS)]
         self._rng = random.Random(seed)
         self.wrong_layers = 0
         dispatcher.attach(self, [])
@@ -53,11 +62,18 @@ class Layers(nn.Module):
             pool = range(N_EXPERTS) if self._rng.random() < 0.4 else range(layer, layer + 4)
             index = torch.tensor([self._rng.sample(pool, TOP_K) for _ in range(n_tokens)])
             weights = torch.rand(n_tokens, TOP_K)
-            blocks = dict(enumerate(self._store.blocks(layer)))
-            expected = experts_forward(LAYOUT, blocks, hidden, index, weights, SILU)
-            out = experts(hidden, index, weights)
+            expected = self._oracle(layer, hidden, index, weights)
+            out = experts(*(part.to(self._device) for part in (hidden, index, weights))).cpu()
             self.wrong_layers += not torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
         return hidden
+
+    def _oracle(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The formula, for all pairs at once and from the host's weights."""
+        first = torch.einsum("tkrh,th->tkr", self._first[layer][index], hidden)
+        gate, up = first.chunk(2, dim=-1)
+        middle = torch.nn.functional.silu(gate) * up
+        y = torch.einsum("tkhi,tki->tkh", self._second[layer][index], middle)
+        return (y * weights[..., None]).sum(1)
 
 
 class Run:
@@ -75,6 +91,7 @@ class Run:
         quota: int = 64,
         n_streams: int = 1,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(seed)
         self.store = ExpertStore([LAYOUT] * N_LAYERS, [N_EXPERTS] * N_LAYERS)
@@ -84,10 +101,17 @@ class Run:
             LAYOUT,
             SILU,
             n_indexes * n_ways + N_STAGING_SLOTS,
-            "cpu",
+            device,
             before_compute=before_compute,
+            dtype=torch.float32,
         )
-        self.fetcher = fetcher_class(self.gpu.slots, before_copy=before_copy, n_streams=n_streams)
+        if device == "cpu":
+            self.fetcher = fetcher_class(
+                self.gpu.slots, before_copy=before_copy, n_streams=n_streams
+            )
+        else:
+            assert self.store.pin() is None
+            self.fetcher = make_fetcher(device, self.gpu.slots)
         self.cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
         self.accelerator = Accelerator(
             self.store, self.cache, self.gpu, self.fetcher, quota, miss_policy
@@ -96,15 +120,18 @@ class Run:
         self.dispatcher = MoeDispatcher(
             self.store, [cpu] * N_LAYERS, NullRecorder(), self.accelerator
         )
-        self.model = Layers(self.dispatcher, self.store, seed)
+        self.model = Layers(self.dispatcher, self.store, seed, device)
 
     def steps(self, n: int) -> int:
         """One prompt, then `n` decode steps with a prompt now and then; the wrong layers."""
+        self.steps_without_close(n)
+        self.accelerator.close()
+        return self.model.wrong_layers
+
+    def steps_without_close(self, n: int) -> None:
         with torch.no_grad():
             for step in range(n):
                 self.model(torch.zeros(1, 5 if step % 97 == 0 else 1, dtype=torch.int64))
-        self.accelerator.close()
-        return self.model.wrong_layers
 
 
 def jitter(rng: random.Random, most_s: float) -> Callable[[int], None]:
@@ -179,10 +206,118 @@ def test_failing_copies_cost_time_not_correctness(capsys, miss_policy):
     assert "injected" in warnings[0]
 
 
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+@pytest.mark.parametrize("n_tokens", [1, 400])
+def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(capsys, miss_policy, n_tokens):
+    rng = random.Random(7)
+
+    def no_room(n_pairs: int) -> None:
+        if n_pairs and rng.random() < 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = Run(before_compute=no_room, miss_policy=miss_policy)
+    run.steps_without_close(30)
+    with torch.no_grad():
+        run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+    assert run.accelerator.layers_out_of_memory > 3
+    assert "out of memory in" in run.accelerator.notes()[-1]
+    (warning,) = capsys.readouterr().err.strip().splitlines()
+    assert "the GPU is out of memory" in warning
+
+
 def test_the_run_ends_with_copies_in_flight():
     run = Run(before_copy=lambda slot: time.sleep(0.02))
     assert run.steps(3) == 0
     assert run.fetcher.in_flight > 0
+
+
+def test_a_prompts_copies_count_those_already_queued():
+    """The warm-up of one layer stands before what the next layer would copy."""
+    gate = threading.Event()
+    run = Run(before_copy=lambda slot: gate.wait(), n_ways=4)
+    run.accelerator.costs = CostModel(
+        cpu=SideCost(0, 100, 25),
+        gpu=SideCost(0, 1, 0.01),
+        copy_call_us=0,
+        copy_gbps=LAYOUT.block_bytes / 150e3,  # 150 us, a little more than the CPU takes
+        copy_gbps_shared=LAYOUT.block_bytes / 150e3,
+        cpu_shared_factor=1,
+        block_bytes=LAYOUT.block_bytes,
+        dense_us_per_layer=0,
+    )
+    seen = []
+    split = CostModel.split_prefill
+
+    def watched(self, counts, cached, backlog_us=0.0):
+        seen.append((backlog_us, run.fetcher.in_flight))
+        return split(self, counts, cached, backlog_us=1e9)  # all on the CPU: nothing waits
+
+    CostModel.split_prefill, original = watched, split
+    try:
+        with torch.no_grad():
+            run.model(torch.zeros(1, 5, dtype=torch.int64))
+    finally:
+        CostModel.split_prefill = original
+    gate.set()
+    run.accelerator.close()
+    assert [in_flight for _, in_flight in seen] == [0, 4, 8]
+    assert [backlog_us for backlog_us, _ in seen] == pytest.approx([0, 600, 1200])
+    assert run.model.wrong_layers == 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize(("n_past", "is_decode"), [(0, False), (3, True)])
+def test_a_prompt_of_one_token_is_a_prompt(name, n_past, is_decode):
+    class Past:
+        def get_seq_length(self) -> int:
+            return n_past
+
+    run = Run()
+    one_token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), name: Past()}
+    run.dispatcher._before_pass(run.model, (), one_token)
+    assert run.dispatcher._decode == is_decode
+    run.accelerator.close()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 6])
+def test_a_decode_step_hands_a_layer_over_once_each_way(monkeypatch, n_tokens):
+    run = Run(n_ways=2)
+    run.steps_without_close(20)
+    handoff, moves = run.dispatcher._handoff, []
+    to_host, to_device = handoff.to_host, handoff.to_device
+    monkeypatch.setattr(handoff, "to_host", lambda *a: moves.append("host") or to_host(*a))
+    monkeypatch.setattr(handoff, "to_device", lambda *a: moves.append("device") or to_device(*a))
+    hits = run.cache.hits
+    with torch.no_grad():
+        for _ in range(10):
+            run.model(torch.zeros(n_tokens, 1, dtype=torch.int64))
+    run.accelerator.close()
+    assert run.cache.hits > hits
+    assert moves.count("host") == 10 * N_LAYERS
+    # None back where every expert hit, never two.
+    assert "device" in moves and "device device" not in " ".join(moves)
+    assert run.model.wrong_layers == 0
+
+
+@pytest.mark.parametrize("n_tokens", [5, 400])
+def test_a_prompt_is_sorted_by_expert_once_a_layer(monkeypatch, n_tokens):
+    """Every expert is waited for, by a launch of its own; none looks at all pairs again."""
+    sorts = []
+    argsort = torch.argsort
+    monkeypatch.setattr(torch, "argsort", lambda *a, **k: sorts.append(a) or argsort(*a, **k))
+    run = Run(n_ways=2, miss_policy="fetch")
+    by_pair = run.gpu.launch
+    monkeypatch.setattr(run.gpu, "launch", lambda *a, **k: pytest.fail("a table for an expert"))
+    with torch.no_grad():
+        run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+        assert len(sorts) == N_LAYERS
+        assert run.fetcher.in_flight > 0
+        monkeypatch.setattr(run.gpu, "launch", by_pair)
+        run.model(torch.zeros(1, n_tokens, dtype=torch.int64))  # some are there now
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
 
 
 @pytest.mark.parametrize("mutation", [without_ready_wait, without_released_wait])
@@ -198,8 +333,7 @@ def test_the_comparison_notices_a_missing_wait(mutation):
     assert run.steps(40) > 0
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+@pytest.mark.parametrize("miss_policy", ["cpu", pytest.param("fetch", marks=pytest.mark.nightly)])
 def test_soak_of_ten_thousand_steps(miss_policy):
     rng = random.Random(11)
     run = Run(
@@ -210,3 +344,43 @@ def test_soak_of_ten_thousand_steps(miss_policy):
     )
     assert run.steps(10_000) == 0
     assert run.fetcher.copies > 5_000
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+class TestCuda:
+    pytestmark = CUDA
+
+    @pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+    @pytest.mark.parametrize(("n_indexes", "n_ways"), [(3, 2), (3, 1), (2, 4), (3, 8)])
+    def test_outputs_stay_right(self, n_indexes, n_ways, miss_policy):
+        run = Run(n_indexes=n_indexes, n_ways=n_ways, miss_policy=miss_policy, device="cuda")
+        run.steps_without_close(200)
+        with torch.no_grad():
+            for n_tokens in (400, 1):
+                run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+        run.accelerator.close()
+        assert run.model.wrong_layers == 0
+        assert run.fetcher.copies > 0
+        run.store.close()
+
+    def test_a_decode_step_is_one_copy_each_way_a_layer(self):
+        run = Run(n_ways=2, device="cuda")
+        run.steps_without_close(20)
+        run.fetcher.drain()
+        hidden = torch.randn(1, HIDDEN, device="cuda")
+        index = torch.tensor([[2, 3]], device="cuda")
+        weights = torch.rand(1, TOP_K, device="cuda")
+        run.dispatcher._decode, run.dispatcher._quota_left = True, 0
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile, torch.no_grad():
+            for experts in run.model.layers:
+                experts(hidden, index, weights)
+            torch.cuda.synchronize()
+        copies = [event.name for event in profile.events() if event.name.startswith("Memcpy")]
+        assert sum("DtoH" in name for name in copies) == N_LAYERS
+        assert sum("HtoD" in name for name in copies) <= N_LAYERS
+        run.accelerator.close()
+        run.store.close()

@@ -1,5 +1,6 @@
 """The cache directory against a brute-force model, and its policies against hand and dict."""
 
+import inspect
 import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -347,6 +348,17 @@ def test_fetches_stop_at_the_quota_and_keep_their_order():
     assert cache.start_fetches(0, [3, 5], 2) == [(5, 2)]  # 3 is on its way and costs nothing
 
 
+def test_a_passs_fetches_are_shared_by_its_layers():
+    """First come first served, the later layers of a deep model would never fetch anything."""
+    cache, left, fetched = ExpertCache(4, 4, make_policy("LRU")), 6, []
+    for layer in range(4):
+        fetches = cache.start_fetches(layer, [0, 1, 2] if layer != 1 else [], left)
+        left -= len(fetches)
+        fetched.append(len(fetches))
+    assert fetched == [2, 0, 2, 2]
+    assert [cache.share(layer, 5) for layer in range(5)] == [2, 2, 3, 5, 0]
+
+
 def test_warming_takes_the_experts_of_the_last_tokens():
     cache = ExpertCache(1, 3, make_policy("LRU"))
     fetches = cache.warm(0, [[0, 1], [2, 3], [4, 5]], 64)
@@ -363,6 +375,52 @@ def test_warming_takes_the_experts_of_the_last_tokens():
 def test_warming_within_a_quota_prefers_the_newest():
     cache = ExpertCache(1, 4, make_policy("FIFO"))
     assert [expert for expert, _ in cache.warm(0, [[0, 1], [2, 3]], 3)] == [0, 3, 2]
+
+
+def test_warming_shares_the_quota_over_the_layers():
+    """Phi-3.5-MoE's 16 x 8 on the default quota of 64: in each layer the last two tokens'."""
+    cache, left = ExpertCache(16, 8, make_policy("LRU")), 64
+    ids = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for layer in range(16):
+        fetches = cache.warm(layer, ids, left)
+        left -= cache.warm_charge(fetches, ())
+        assert [expert for expert, _ in fetches] == [5, 4, 7, 6]
+    assert left == 0
+
+
+@pytest.mark.parametrize(
+    ("quota", "fetched"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (4, [2, 1, 1]), (99, [4, 4, 4])]
+)
+def test_warming_never_exceeds_the_quota(quota: int, fetched: list[int]):
+    cache, left, found = ExpertCache(3, 4, make_policy("FIFO")), quota, []
+    for layer in range(3):
+        fetches = cache.warm(layer, [[0, 1], [2, 3]], left)
+        left -= cache.warm_charge(fetches, ())
+        found.append(len(fetches))
+    assert found == fetched and left >= 0
+
+
+def test_what_one_layer_spares_the_later_ones_get():
+    cache = ExpertCache(2, 4, make_policy("LRU"))
+    for _, slot in cache.start_fetches(0, [0, 1, 2], 6):
+        cache.mark_ready(slot)
+    fetches = cache.warm(0, [[0, 1], [2, 3]], 4)
+    assert [expert for expert, _ in fetches] == [3]
+    assert len(cache.warm(1, [[0, 1], [2, 3]], 4 - cache.warm_charge(fetches, ()))) == 3
+
+
+def test_what_the_prompt_copies_anyway_is_kept_for_free():
+    cache = ExpertCache(2, 4, make_policy("LRU"))
+    fetches = cache.warm(0, [[0, 1], [2, 3]], 1, waited=(9, 1, 0))
+    assert [expert for expert, _ in fetches] == [1, 0, 2]  # 9 is not wanted, 3 exceeds the share
+    assert cache.warm_charge(fetches, (9, 1, 0)) == 1
+    assert [e for e, _ in cache.warm(1, [[0, 1], [2, 3]], 0, waited=(3,))] == [3]
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=lambda policy: policy.__name__)
+def test_a_policy_is_one_class_of_under_thirty_lines(policy: type[ReplacementPolicy]):
+    assert len(inspect.getsource(policy).rstrip().splitlines()) < 30
+    assert policy.__doc__
 
 
 def test_an_unknown_policy_is_a_sentence():

@@ -119,6 +119,31 @@ def test_launches_can_share_one_output(rig):
     )
 
 
+@pytest.mark.parametrize("weight_format", ["fp32", "int4"])
+def test_launches_by_expert_give_the_same_as_one_by_pair(rig, weight_format):
+    case = Case(weight_format, 32, 24, n_tokens=50, top_k=3, n_experts=6)
+    hidden, slots, weights = case.routing()
+    made, out = rig(case), torch.zeros(50, 32)
+    for slot in (4, 0, 5):
+        pairs = (slots.flatten() == slot).nonzero()[:, 0]
+        pending = made.gpu.launch_expert(hidden, slot, pairs, weights, made.fetcher, out)
+        assert pending.result() is out
+    ours = slots.where((slots == 4) | (slots == 0) | (slots == 5), -1)
+    torch.testing.assert_close(
+        out, case.oracle(made.blocks, hidden, ours, weights), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_result_is_the_callers_own_in_its_mode(rig):
+    """An inference tensor would be refused by the caller's later in-place or recorded work."""
+    made = rig(SMALL)
+    hidden, slots, weights = SMALL.routing()
+    assert not made.launch(hidden, slots.clamp(min=0), weights).result().is_inference()
+    with torch.inference_mode():
+        hidden = hidden * 1
+        assert made.launch(hidden, slots.clamp(min=0), weights).result().is_inference()
+
+
 def test_the_caller_runs_on_while_the_accelerator_computes(rig):
     gate, hits = threading.Event(), []
 
@@ -282,19 +307,19 @@ def test_torch_takes_over_where_triton_cannot_run(rig, monkeypatch, absent):
         def __init__(self, *_):
             pass
 
-        def grouped(self, *_):
+        def warm_up(self, *_):
             raise RuntimeError("Failed to find C compiler\nPlease specify via CC")
 
     module = None if absent else types.SimpleNamespace(TritonExperts=Broken)
     monkeypatch.setitem(sys.modules, "triton_experts", module)
     gpu = rig(SMALL).gpu
-    assert gpu._triton_if_it_runs() is None
+    assert gpu._triton_if_it_runs(torch.bfloat16) is None
     (notice,) = gpu.notices
     reason = "import of triton_experts halted" if absent else "Failed to find C compiler"
     assert notice.startswith(f"Triton kernels cannot run ({reason}")
     assert notice.endswith("): torch computes the hits, slower")
     with pytest.raises((ImportError, RuntimeError)):
-        gpu._triton().grouped()
+        gpu._triton().warm_up()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -320,6 +345,19 @@ class TestCuda:
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
         out = made.launch(hidden.bfloat16(), slots, weights.bfloat16()).result().cpu()
         torch.testing.assert_close(out, expected, rtol=5e-2, atol=1e-1)
+
+    def test_a_launch_by_expert_agrees_with_the_cpu_oracle(self, rig):
+        case = Case("int4", 256, 192, n_tokens=300, top_k=4, n_experts=8)
+        hidden, slots, weights = case.routing()
+        made = rig(case, "cuda")
+        out, on_gpu = torch.zeros(300, 256, device="cuda"), hidden.to("cuda")
+        for slot in range(8):
+            pairs = (slots.flatten() == slot).nonzero()[:, 0].to("cuda")
+            made.gpu.launch_expert(
+                on_gpu, slot, pairs, weights.to("cuda"), made.fetcher, out
+            ).result()
+        expected = case.oracle(made.blocks, hidden, slots, weights)
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
 
     def test_fetch_compute_and_evict_without_a_pause_of_the_host(self, rig):
         case = Case("bf16", 512, 512, n_tokens=1, top_k=1, n_experts=8)

@@ -65,6 +65,13 @@ def test_a_long_prompt_does_not_wait_for_the_cpu() -> None:
     assert set(plan.waited) | set(plan.cpu) == {0, 1, 3}
 
 
+def test_copies_queued_before_a_prompts_layer_delay_its_own() -> None:
+    free = plan_prefill([4, 4], {}, "cpu", FAST_BUS)
+    assert set(free.waited) == {0, 1}
+    queued = plan_prefill([4, 4], {}, "cpu", FAST_BUS, backlog_us=10_000)
+    assert (queued.waited, queued.cpu) == ((), (0, 1))
+
+
 def test_every_chosen_expert_is_planned_once() -> None:
     counts = [3, 0, 9, 1, 0, 200, 4, 7]
     for model in (FAST_BUS, SLOW_BUS, None):

@@ -1,6 +1,7 @@
 """Replays against a step-by-step retelling of the engine, and the clock against hand arithmetic."""
 
 import random
+from math import ceil
 
 import pytest
 
@@ -34,20 +35,21 @@ def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
                 wanted = wanted[:n_ways]
                 cache.protect(layer, wanted)
                 absent = [e for e in wanted if cache.slot_of(layer, e) is None]
-                absent = absent[: quota - fetched]
+                absent = absent[: ceil((quota - fetched) / (n_indexes - layer))]
                 for expert in wanted[::-1]:
                     slot = cache.slot_of(layer, expert)
                     if expert in absent:
                         started.append(cache.admit(layer, expert))
-                    elif slot is not None and quota - fetched > 0:
+                    elif slot is not None:
                         cache.policy.hit(slot)
                 fetched += len(started)
             else:
                 (token,) = one.ids[layer]
+                most = fetched + ceil((quota - fetched) / (n_indexes - layer))
                 slots = cache.lookup(layer, token)
                 row.append(sum(slot >= 0 for slot in slots))
                 for expert, slot in zip(token, slots, strict=True):
-                    if slot < 0 and fetched < quota:
+                    if slot < 0 and fetched < most:
                         admitted = cache.admit(layer, expert)
                         if admitted is not None:
                             started.append(admitted)

@@ -1,5 +1,6 @@
 """The simulator against the engine: the same hits, pass by pass and layer by layer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 
 from checkpoint import read_manifest
 from config import CacheOptions, ModelOptions
+from cost_model import CostModel, SideCost
 from engine import Engine, load_engine
 from expert_cache import ExpertCache, make_policy
 from expert_fetcher import Completion
@@ -33,11 +35,31 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield engine
 
 
-def run(engine: Engine, options: CacheOptions, batches: list[list[list[int]]]) -> Recorder:
+# A GPU on a fast bus: prompts are computed there, every expert copied for it.
+FAST_BUS = CostModel(
+    cpu=SideCost(0, 1000, 1000),
+    gpu=SideCost(0, 1, 0.01),
+    copy_call_us=1,
+    copy_gbps=100,
+    copy_gbps_shared=100,
+    cpu_shared_factor=1,
+    block_bytes=1000,
+    dense_us_per_layer=0,
+)
+SLOW_BUS = replace(FAST_BUS, copy_call_us=1e6)
+
+
+def run(
+    engine: Engine,
+    options: CacheOptions,
+    batches: list[list[list[int]]],
+    costs: CostModel = SLOW_BUS,
+) -> Recorder:
     """Generate with copies that end before the next layer begins."""
     engine.use_cache(options)
     accelerator = engine.accelerator
     assert accelerator is not None
+    accelerator.costs = costs
     fetcher = accelerator.fetcher
     poll = fetcher.poll
 
@@ -81,6 +103,26 @@ def test_hits_equal_the_engines(engine, policy, n_indexes, n_ways, quota, tmp_pa
     table = recorder.layer_table()
     assert result.fetches == table["fetches"].sum()
     assert result.evictions == table["evictions"].sum()
+
+
+@pytest.mark.parametrize("quota", [0, 1, 64])
+@pytest.mark.parametrize("batched", [False, True])
+def test_hits_equal_the_engines_where_prompts_wait_for_copies(
+    engine, quota, batched, tmp_path: Path
+):
+    """What a prompt copies to compute is kept without a charge to the quota."""
+    options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU", quota=quota)
+    batches = [PROMPTS] if batched else [[prompt] for prompt in PROMPTS]
+    recorder = run(engine, options, batches, FAST_BUS)
+    assert engine.accelerator is not None
+    trace = through_a_file(recorder, engine, tmp_path)
+    assert all(any(one.waited) for one in trace.passes[:1])
+    result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), quota, keep_layers=True)
+    assert result.hits_by_layer == engine_hits(recorder)
+    assert result.evictions == recorder.layer_table()["evictions"].sum()
+    assert result.fetches == engine.accelerator.cache.admissions
+    # The first token after the prompt finds experts in the last layer as well as in the first.
+    assert all(engine_hits(recorder)[1])
 
 
 def test_hits_equal_the_engines_in_a_batch(engine, tmp_path: Path):

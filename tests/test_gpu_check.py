@@ -1,0 +1,160 @@
+"""The GPU machine's one command, on the emulated accelerator at a toy's size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_dummy_model import TINY_SHAPE
+
+import dummy_model
+import layer_step
+import machine_costs
+from benchmarks import gpu_check
+from recorder import Recorder
+
+
+@pytest.fixture
+def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    shapes = tmp_path / "shapes.yaml"
+    shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
+    monkeypatch.setattr(dummy_model, "SHAPES_PATH", shapes)
+    monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
+    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+    return "tiny"
+
+
+def check(tmp_path: Path, *flags: str) -> tuple[int, dict]:
+    report = tmp_path / "report.json"
+    code = gpu_check.main(
+        ["--device", "cpu", "--tokens", "6", "--layers", "3", "--json", str(report), *flags]
+    )
+    return code, json.loads(report.read_text())
+
+
+def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
+    code, report = check(tmp_path, "--memory-gb", "0.0001")
+    rows = {(row["setting"], row["routing"]): row for row in report["rows"]}
+    assert list(rows) == [
+        ("cpu only", "forced"),
+        ("fetch on demand", "forced"),
+        ("fetch on demand, cached", "forced"),
+        ("paper", "forced"),
+        ("paper, auto misses", "forced"),
+        ("--cache-auto", "forced"),
+        ("fetch, cached", "model"),
+        ("next-layer prefetch", "model"),
+    ]
+    assert code == 0
+    assert report["skipped"] == []
+    for row in rows.values():
+        assert row["correct"]
+        assert row["steps"] == 6
+        assert 0 < row["layer_error"] < 0.02
+        assert row["bound_ms"] > 0
+        assert row["percent_of_bound"] == pytest.approx(100 * row["bound_ms"] / row["step_ms"])
+        assert (row["logit_error"] is None) == (row["routing"] == "model")
+    # Nothing is in a cache that is not there, whoever computed it.
+    assert rows["fetch on demand", "forced"]["hit_percent"] == 0
+    n_pairs = 6 * 3 * 2
+    block_gb = TINY_BLOCK_BYTES / 1e9
+    assert rows["fetch on demand", "forced"]["fetched_gb"] == pytest.approx(n_pairs * block_gb)
+    (line,) = [n for n in rows["paper, auto misses", "forced"]["notes"] if "miss policy" in n]
+    assert "kept" in line, "the trial had no verdict before the measurement"
+    prefetching = rows["next-layer prefetch", "model"]
+    assert 0 <= prefetching["prefetch_recall_percent"] <= 100
+    assert prefetching["prefetch_wasted_gb"] >= 0
+    printed = capsys.readouterr().out
+    assert "--cache-auto chose" in printed
+    assert "WRONG" not in printed
+
+
+TINY_BLOCK_BYTES = 8192  # 3 * 32 * 24 weights of bf16, rounded up to pages
+
+
+def test_a_wrong_layer_is_found(tiny_shape, tmp_path, monkeypatch, capsys):
+    """Experts on the accelerator come out a tenth too large: only the CPU's setting is right."""
+    combine = layer_step.LayerStep.combine
+
+    def wrong(self, cpu_out):
+        self._outs[:] = [out * 1.1 for out in self._outs]
+        return combine(self, cpu_out)
+
+    monkeypatch.setattr(layer_step.LayerStep, "combine", wrong)
+    code, report = check(tmp_path)
+    assert code == 1
+    right = {row["setting"] for row in report["rows"] if row["correct"]}
+    assert "cpu only" in right
+    assert "fetch on demand" not in right
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_out_of_time_is_said(tiny_shape, tmp_path, capsys):
+    code, report = check(tmp_path, "--minutes", "0")
+    assert code == 1
+    assert report["rows"] == []
+    assert report["skipped"] == ["tiny bf16"]
+    assert "not measured: tiny bf16" in capsys.readouterr().out
+
+
+def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
+    budgets = []
+    measure = gpu_check.measure
+
+    def hurried(engine, ids, warm_up, n_steps, budget_s, patient):
+        budgets.append(budget_s)
+        return measure(engine, ids, warm_up, 1000, 0.0, patient)
+
+    monkeypatch.setattr(gpu_check, "measure", hurried)
+    code, report = check(tmp_path)
+    assert code == 0
+    assert {row["steps"] for row in report["rows"]} == {gpu_check.LEAST_STEPS}
+    # Half of an equal share of what is left to the eight settings, the rest is for all else.
+    assert len(budgets) == 8
+    for number, budget_s in enumerate(budgets):
+        assert 0 < budget_s <= 60 * 7 / (8 - number) / 2
+
+
+class OneStep:
+    """An engine of two layers, as far as the bound looks at it."""
+
+    def __init__(self, accelerated: bool) -> None:
+        from cost_model import CostModel, SideCost
+
+        model = CostModel(SideCost(5, 100, 10), SideCost(5, 20, 1), 0, 10, 5, 1.5, 1000_000, 50)
+        self.costs = machine_costs.MachineCosts(model, 10.0)
+        self.accelerator = object() if accelerated else None
+        self.store = type("Store", (), {"n_layers": 2})()
+
+
+def one_step(hits: int) -> Recorder:
+    recorder = Recorder()
+    recorder.begin_pass("decode", 1, 0)
+    for layer in range(2):
+        recorder.layer(layer, [[0, 1]], [hits], hits, 2 - hits, 0, 0, gpu_bytes=2_000_000)
+    recorder.end_pass(1.0)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "hits", "ahead", "expected_us"),
+    [
+        (False, 0, 0, 2 * 50 + 4 * 110),
+        (True, 2, 0, 2 * 50 + 4 * 20),  # all in the cache
+        # Waited for, or fetched ahead: 540 of CPU and dense work shared with a bus of 100 a copy.
+        (True, 0, 0, (100 + 4 * 110) / (1 + 110 / 100)),
+        (True, 2, 4, (100 + 4 * 110) / (1 + 110 / 100)),
+    ],
+)
+def test_copies_that_were_waited_for_are_no_free_hits(accelerated, hits, ahead, expected_us):
+    measured = gpu_check.Measured(one_step(hits), 1.0, ahead)
+    assert gpu_check.bound_step_us(OneStep(accelerated), measured) == pytest.approx(expected_us)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert "--device cpu" in capsys.readouterr().err

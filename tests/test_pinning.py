@@ -1,0 +1,101 @@
+"""A machine that will not lock memory: one clear line, pageable copies, right results, no end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import handoff
+from expert_format import block_layout
+from expert_store import ExpertStore
+from handoff import HostHandoff
+
+LAYOUT = block_layout("fp32", 16, 16)
+
+
+class Runtime:
+    """`torch.cuda.cudart()` with room for so many registrations."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, pointer: int, n_bytes: int, flags: int) -> int:
+        if len(self.registered) == self.room:
+            return 2  # cudaErrorMemoryAllocation
+        self.registered[pointer] = n_bytes
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.registered[pointer]
+        return 0
+
+
+@pytest.fixture
+def store() -> ExpertStore:
+    store = ExpertStore([LAYOUT] * 3, [4] * 3)
+    for layer in range(3):
+        store.blocks(layer).fill_(layer + 1)
+    return store
+
+
+def with_runtime(monkeypatch: pytest.MonkeyPatch, room: int) -> Runtime:
+    """CUDA's error after a refusal is raised by the next launch, as on a GPU."""
+    runtime, zeros = Runtime(room), torch.zeros
+    launched: list[object] = []
+
+    def launch(*size: object, **options: object) -> Tensor:
+        if options.get("device") != "cuda":
+            return zeros(*size, **options)  # type: ignore[call-overload, no-any-return]
+        launched.append(size)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "zeros", launch)
+    return runtime
+
+
+def test_all_memory_is_registered_where_it_lies_and_given_back(store, monkeypatch):
+    runtime = with_runtime(monkeypatch, room=3)
+    assert store.pin() is None
+    assert store.pinned
+    assert runtime.registered == {
+        store.blocks(layer).data_ptr(): 4 * LAYOUT.block_bytes for layer in range(3)
+    }
+    store.close()
+    assert runtime.registered == {}
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_a_refusal_is_one_line_and_the_first_layers_stay_pinned(store, monkeypatch, room):
+    runtime = with_runtime(monkeypatch, room)
+    line = store.pin()
+    assert line is not None
+    assert "\n" not in line
+    gigabytes = 3 * 4 * LAYOUT.block_bytes / 1e9
+    assert line.startswith("pinning experts was refused after 0.0 of ")
+    assert f"{gigabytes:.1f} GB (CUDA error 2)" in line
+    assert "pageable memory" in line and "ulimit -l" in line
+    assert not store.pinned
+    assert list(runtime.registered) == [store.blocks(layer).data_ptr() for layer in range(room)]
+    assert [int(store.block(layer, 3)[0]) for layer in range(3)] == [1, 2, 3]
+    store.close()
+    store.close()
+    assert runtime.registered == {}
+
+
+def test_staging_memory_that_cannot_be_pinned_is_pageable(monkeypatch, capsys):
+    empty = torch.empty
+
+    def refuses(*size: object, **options: object) -> Tensor:
+        if options.get("pin_memory"):
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        return empty(*size, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch, "empty", refuses)
+    result = HostHandoff().result(3, 5, torch.device("cuda"))
+    assert result.shape == (3, 5) and result.dtype == torch.float32
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("warning: no memory could be pinned to hand layers over (CUDA error: o")
+    assert handoff._staging(7, torch.uint8).shape == (7,)
