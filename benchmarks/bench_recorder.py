@@ -57,6 +57,7 @@ def _layer_call(
             combine_us=device,
             cpu_bytes=9437184,
             gpu_bytes=9437184,
+            waited_bytes=0,
             fetch_bytes=9437184,
         )
 

@@ -103,9 +103,12 @@ def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
         return None
     total_us = 0.0
     for row in layers:
-        n_gpu = int(row["gpu_bytes"]) // costs.block_bytes
-        n_cpu = int(row["cpu_bytes"]) // costs.block_bytes
-        total_us += costs.decode_layer_us(n_gpu, n_cpu, copying=bool(row["fetches"]))
+        gpu, waited, cpu = (
+            int(row[name]) // costs.block_bytes
+            for name in ("gpu_bytes", "waited_bytes", "cpu_bytes")
+        )
+        copying = bool(row["fetches"])
+        total_us += costs.decode_layer_us(gpu - waited, cpu, copying, n_waited=waited)
     return total_us / int(decode.sum())
 
 

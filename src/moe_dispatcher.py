@@ -44,7 +44,8 @@ class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
-    first of a batch) that recorded passes belong to; `forced_routing` replaces the routers.
+    first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered as
+    they begin. `forced_routing` replaces the routers.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class MoeDispatcher:
         self.store = store
         self.recorder = recorder
         self.accelerator = accelerator
-        self.prompt = 0
+        self.prompt: int | None = None
         self.forced_routing: ForcedRouting | None = None
         self._cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
@@ -66,6 +67,8 @@ class MoeDispatcher:
         self._decode = False
         self._skip_experts = False
         self._token_mask: Tensor | None = None
+        self._batch_prompt = 0  # of the batch that is running, and of the next to begin
+        self._next_prompt = 0
         self._quota_left = 0
         self._pass_started_s = 0.0
         self._last_end_s = 0.0
@@ -90,14 +93,19 @@ class MoeDispatcher:
             recent = mask[:, -length:].bool().flatten()
             n_tokens = int(recent.sum())
             self._token_mask = None if n_tokens == recent.numel() else recent
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(
+            "cache", kwargs.get("past_key_values")
+        )  # the name before transformers 5.24
         is_first = past is not None and past.get_seq_length() == 0  # a prompt of one token
         self._decode = length == 1 and not is_first
+        if (is_first or past is None) and not self._skip_experts:
+            self._batch_prompt, self._next_prompt = self._next_prompt, self._next_prompt + batch
         if self.forced_routing is not None:
             self.forced_routing.begin_pass(self._decode, batch * length)
         phase: Phase = "decode" if self._decode else "prefill"
         self._ranges.begin_pass(phase)
-        self.recorder.begin_pass(phase, n_tokens, self.prompt)
+        prompt = self._batch_prompt if self.prompt is None else self.prompt
+        self.recorder.begin_pass(phase, n_tokens, prompt, batch)
         if self.accelerator is not None:
             self._quota_left = self.accelerator.quota
         self._pass_started_s = self._last_end_s = time.perf_counter()
@@ -199,6 +207,7 @@ class MoeDispatcher:
                 combine_us=(end_s - waited_s) * 1e6,
                 cpu_bytes=len(plan.cpu) * block_bytes,
                 gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
+                waited_bytes=len(plan.waited) * block_bytes,
                 fetch_bytes=step.n_fetches * block_bytes,
             )
         self._last_end_s = end_s

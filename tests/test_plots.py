@@ -185,7 +185,7 @@ def damage(folder: Path, name: str, old: str, new: str) -> None:
     ("name", "old", "new", "sentence"),
     [
         ("out.csv", "decode,1,1.504", "decode,1,fast", "out.csv, line 3: expected a number in"),
-        ("out.csv", "decode,1,1.504", "decode,1", "out.csv, line 3: expected 18 cells, found 17"),
+        ("out.csv", "decode,1,1.504", "decode,1", "out.csv, line 3: expected 19 cells, found 18"),
         ("out.csv", "step_ms", "steps", "out.csv, line 1: expected the columns step_ms, found"),
         ("cache.csv", "5,2,0,0,decode,1,2,2,2,1,1,2,2\n", "", "of one run, found 6 and 5 forward"),
         ("run.json", '"summary"', '"other"', "run.json: expected the JSON that a run writes"),
