@@ -5,6 +5,7 @@ Parses, builds the configuration, wires the objects, runs, prints the summary.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+
+import prerequisites  # noqa: F401 - before all that it looks for
 
 import torch
 
@@ -24,6 +27,7 @@ from dummy_model import DummyModel, DummyTokenizer, dummy_routing
 from engine import Engine, load_engine, open_prepared
 from errors import UserError
 from hardware import read_hardware
+from interruption import Interruption
 from machine_costs import predicted_step_us
 from model_loader import PreparedModel
 from prompts import read_prompts
@@ -35,43 +39,47 @@ from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import NvmlReader, SensorSampler
 from summary import format_summary, summarize
 from tokenization import Tokenizer, load_tokenizer
-from traces import write_trace
 from version import VERSION
 
-ROUTING_NAME = "routing.jsonl"
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
-    try:
-        arguments = parse(argv)
-        if arguments.version:
-            print(_version_text())
-            return 0
-        if not argv:
-            build_parser().print_usage(sys.stderr)
-        return run(parse_config(arguments), argv, arguments.show_calibration)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except (OSError, torch.OutOfMemoryError) as error:
-        if debug:
-            traceback.print_exc()
-        with suppress(OSError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with Interruption() as interruption:
+        try:
+            return _main(argv, interruption)
+        except KeyboardInterrupt:
+            _say(f"interrupted ({interruption.name}) before any token: no file was written")
+            return interruption.exit_code
+        except BrokenPipeError:  # such as `| head`: there is nobody left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_USER_ERROR
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            if debug:
+                traceback.print_exc()
+            _say(f"error: {' '.join(str(error).split())}")
+            return EXIT_USER_ERROR
 
 
-def run(config: Config, command: Sequence[str], show_calibration: bool = False) -> int:
+def _main(argv: Sequence[str], interruption: Interruption) -> int:
+    arguments = parse(argv)
+    if arguments.version:
+        print(_version_text())
+        return 0
+    if not argv:
+        build_parser().print_usage(sys.stderr)
+    return run(parse_config(arguments), argv, interruption, arguments.show_calibration)
+
+
+def run(
+    config: Config,
+    command: Sequence[str],
+    interruption: Interruption,
+    show_calibration: bool = False,
+) -> int:
     """One run: load, generate for every prompt, write the reports, print the summary."""
     paths = ReportPaths.in_folder(
         config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
@@ -123,12 +131,27 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
         try:
             with sampler:
                 status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
+        except KeyboardInterrupt:  # a second one, while the first was being answered
+            status = "interrupted"
         finally:  # what was done before an error is evidence too
-            _report(
-                config, engine, recorder, sampler, conversations, status, paths, command,
-                tokenizer, started_unix_s,
-            )  # fmt: skip
-    return 0 if status == "completed" else EXIT_INTERRUPTED
+            with interruption.held():
+                written = _report(
+                    config, engine, recorder, sampler, conversations, status, paths, command,
+                    tokenizer, started_unix_s,
+                )  # fmt: skip
+        if config.output.responses_jsonl is not None:
+            written.append(config.output.responses_jsonl)
+        where = ", ".join(str(path) for path in written)
+        if status == "completed":
+            if where:
+                _say(f"wrote {where}")
+            return 0
+        n_finished = sum(c.generated.stop != "interrupted" for c in conversations)
+        _say(
+            f"interrupted ({interruption.name}): {n_finished} of {len(prompts)} prompts finished; "
+            + (f"what was done is in {where}" if where else "no file was written")
+        )
+    return interruption.exit_code
 
 
 def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
@@ -150,8 +173,8 @@ def _report(
     command: Sequence[str],
     tokenizer: Tokenizer,
     started_unix_s: float,
-) -> None:
-    """Write the CSVs and run.json, then print the summary."""
+) -> list[Path]:
+    """Write the CSVs and run.json, then print the summary; returns the files."""
     costs = engine.costs
     summary = summarize(
         recorder,
@@ -179,16 +202,14 @@ def _report(
         conversations=[(c.prompt, c.response) for c in shown],
         notes=notes,
     )
-    print(text, flush=True)
-    written = write_reports(recorder, paths, info, summary)
-    if written and config.output.output_dir is not None and status == "completed":
+    routing = None
+    if recorder.enabled and paths.routing is not None:
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
         routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
-        written.append(config.output.output_dir / ROUTING_NAME)
-        write_trace(written[-1], routing.info, routing.passes)
-    if written:
-        _say("wrote " + ", ".join(str(path) for path in written))
+    written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
+    print(text, flush=True)
+    return written
 
 
 def _check_writable(folders: Iterable[Path]) -> None:
@@ -206,7 +227,8 @@ def _check_writable(folders: Iterable[Path]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that was closed
+        print(line, file=sys.stderr, flush=True)
 
 
 def _version_text() -> str:

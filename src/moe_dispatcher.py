@@ -44,8 +44,8 @@ class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
-    first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered as
-    they begin. `forced_routing` replaces the routers.
+    first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
+    as they begin. `forced_routing` replaces the routers.
     """
 
     def __init__(

@@ -69,8 +69,14 @@ LAYER_DTYPE = np.dtype(
 _LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(BYTES)}q")
 
 PASS_DTYPE = np.dtype(
-    [("decode", "?"), ("n_tokens", "<i8"), ("prompt", "<i8"), ("duration_s", "<f8")]
-    + [("n_sequences", "<i8"), ("unix_s", "<f8")]
+    [
+        ("decode", "?"),
+        ("n_tokens", "<i8"),
+        ("prompt", "<i8"),
+        ("duration_s", "<f8"),
+        ("n_sequences", "<i8"),
+        ("unix_s", "<f8"),
+    ]
 )
 TOKEN_DTYPE = np.dtype(
     [("pass_index", "<i8"), ("prompt", "<i8"), ("time_s", "<f8"), ("unix_s", "<f8")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -21,6 +22,15 @@ from generation import generate_batch
 from traces import read_trace
 
 ROOT = Path(__file__).parent.parent
+REPORTS = (
+    *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv", "cpu_freq_avg.csv"),
+    "run.json",
+)
+
+
+def by_name(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +78,7 @@ def test_prints_the_reference_summary(
         )
     ]
     assert positions == sorted(positions)
-    assert {path.name for path in run_folder.iterdir()} == {
-        *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv"),
-        *("cpu_freq_avg.csv", "run.json"),
-    }
+    assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
 
 
 def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None:
@@ -308,7 +315,17 @@ def test_memory_is_checked_before_loading(
     assert "--expert-dtype int8" in message
 
 
-def test_ctrl_c_keeps_finished_prompts(model: Path, run_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130),
+        (signal.SIGTERM, "SIGTERM", 143),
+        (signal.SIGHUP, "SIGHUP", 129),
+    ],
+)
+def test_an_interruption_keeps_what_was_done(
+    number: signal.Signals, name: str, code: int, model: Path, run_folder: Path
+) -> None:
     prompts = run_folder / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {i}" for i in range(500)))
     process = subprocess.Popen(
@@ -328,15 +345,87 @@ def test_ctrl_c_keeps_finished_prompts(model: Path, run_folder: Path) -> None:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
     lines = [json.loads(line) for line in responses.read_text().splitlines()]
     assert 3 <= len(lines) < 500
     assert all(line["stop"] != "interrupted" for line in lines[:-1])
     assert "PERFORMANCE BREAKDOWN" in out
+    n_finished = sum(line["stop"] != "interrupted" for line in lines)
+    (said,) = [line for line in err.splitlines() if line.startswith("interrupted")]
+    assert said.startswith(f"interrupted ({name}): {n_finished} of 500 prompts finished; ")
+    for path in (*REPORTS, "responses.jsonl"):
+        assert path in said
+        assert (run_folder / path).exists()
+    assert not list(run_folder.glob(".*")), "no temporary file is left"
     assert json.loads((run_folder / "run.json").read_text())["status"] == "interrupted"
+    assert len(by_name(run_folder / "out.csv")) > 3
+
+
+def test_an_interruption_before_the_first_token_is_said(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(main, "load_engine", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("--model-path", model, "--prompt", "x", "--max-tokens", 4) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    err = capsys.readouterr().err
+    assert err == "interrupted (SIGTERM) before any token: no file was written\n"
+    assert not any(run_folder.iterdir())
+
+
+def test_a_second_signal_does_not_tear_the_reports(
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Impatient fingers: further signals come while the results are written."""
+
+    def interrupted_later(*arguments: object, **options: object) -> object:
+        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
+
+    def impatient(descriptor: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("run_prompts.generate_batch", interrupted_later)
+    monkeypatch.setattr("os.fsync", impatient)
+    flags = ("--max-tokens", 9, "--output-dir", "run")
+    assert run("--model-path", model, "--prompt", "x", *flags) == 130
+    names = {path.name for path in (run_folder / "run").iterdir()}
+    assert names == {*REPORTS, "routing.jsonl"}
+    assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
+
+
+def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path) -> None:
+    """As in `main.py ... | head -0`: the summary has no reader, the files are written."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        done = subprocess.run(
+            [
+                *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
+                *("--prompt", "x", "--max-tokens", "4", "--hide-resp"),
+            ],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run_folder,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         0: (
             "errors version recorder sensors hardware provenance streams handoff "
-            "next_layer nvtx_ranges"
+            "next_layer nvtx_ranges interruption prerequisites"
         ),
     }.items()
 }
