@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import prerequisites  # noqa: F401 - before all that it looks for
@@ -20,8 +20,7 @@ import prerequisites  # noqa: F401 - before all that it looks for
 import torch
 
 from arguments import build_parser, parse, parse_config
-from calibration import format_calibration
-from config import Config, ModelOptions
+from config import CacheOptions, Config, ModelOptions
 from cpu_experts import describe_kernels
 from dummy_model import DummyModel, DummyTokenizer, dummy_routing
 from engine import Engine, load_engine, open_prepared
@@ -30,6 +29,7 @@ from hardware import read_hardware
 from interruption import Interruption
 from machine_costs import predicted_step_us
 from model_loader import PreparedModel
+from model_shapes import load_shape
 from prompts import read_prompts
 from provenance import versions
 from recorded_routing import recorded_trace
@@ -71,14 +71,17 @@ def _main(argv: Sequence[str], interruption: Interruption) -> int:
         return 0
     if not argv:
         build_parser().print_usage(sys.stderr)
-    return run(parse_config(arguments), argv, interruption, arguments.show_calibration)
+    config = parse_config(arguments)
+    if arguments.show_calibration:
+        show_calibration(config)
+        return 0
+    return run(config, argv, interruption)
 
 
 def run(
     config: Config,
     command: Sequence[str],
     interruption: Interruption,
-    show_calibration: bool = False,
 ) -> int:
     """One run: load, generate for every prompt, write the reports, print the summary."""
     paths = ReportPaths.in_folder(
@@ -114,17 +117,10 @@ def run(
             )
         for note in engine.notes:
             _say(note)
-        if config.output.record or show_calibration:
-            engine.calibrate(again=show_calibration)
-        if show_calibration and engine.costs is not None:
-            print(
-                "\n".join(
-                    [*read_hardware().describe(), *format_calibration(engine.costs.to_json())]
-                )
-            )
-            return 0
+        if config.output.record:
+            engine.calibrate()
         started_unix_s = time.time()
-        gpu_sensors = NvmlReader() if engine.device.type == "cuda" else None
+        gpu_sensors = NvmlReader(engine.gpu_uuid) if engine.device.type == "cuda" else None
         sampler = SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors)
         conversations: list[Conversation] = []
         status: Status = "failed"
@@ -152,6 +148,38 @@ def run(
             + (f"what was done is in {where}" if where else "no file was written")
         )
     return interruption.exit_code
+
+
+def show_calibration(config: Config) -> None:
+    """Measure this machine anew and print what it is and can do.
+
+    Random weights are one MoE layer of their shape, unless --dummy-layers asks for more. With a
+    GPU and no cache asked for, a small one stands for it, so that copies are measured too.
+    """
+    options = calibration_options(config.model)
+    source = DummyModel(options) if options.dummy_shape else open_prepared(options)
+    with load_engine(source, options, config.cache, say=_say) as engine:
+        if engine.device.type == "cuda" and engine.accelerator is None:
+            engine.use_cache(CacheOptions(n_indexes=1, n_ways=2))
+        engine.calibrate(again=True)
+        assert engine.costs is not None
+        layers = f"{engine.store.n_layers} MoE layer{'s'[: engine.store.n_layers > 1]}"
+        lines = [
+            *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
+            f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
+            f"{source.weight_format}, {torch.get_num_threads()} threads, {engine.cpu.description}",
+            *engine.costs.describe(),
+            *engine.run_notes(),
+        ]
+    print("\n".join(lines))
+
+
+def calibration_options(options: ModelOptions) -> ModelOptions:
+    """The model that a calibration measures: of a shape, its first MoE layer."""
+    if options.dummy_shape is None or options.dummy_layers is not None:
+        return options
+    n_layers = load_shape(options.dummy_shape).n_dense_layers + 1
+    return replace(options, dummy_layers=n_layers)
 
 
 def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
@@ -187,7 +215,7 @@ def _report(
     info = RunInfo(
         command=["src/main.py", *command],
         tool_version=VERSION,
-        hardware=read_hardware().to_json(),
+        hardware=read_hardware(gpu_uuid=engine.gpu_uuid).to_json(),
         model=engine.describe() | {"tokenizer": tokenizer.name},
         layout=asdict(engine.source.layouts[0]),
         calibration=None if costs is None else costs.to_json(),

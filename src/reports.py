@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +139,8 @@ def write_reports(
     texts = {path: _csv_text(rows) for path, rows in tables.items()}
     if paths.routing is not None and routing is not None:
         texts[paths.routing] = "".join(trace_lines(routing.info, routing.passes))
-    texts[paths.run_json] = json.dumps(_run_document(paths, info, summary), indent=2) + "\n"
+    document = _finite(_run_document(paths, info, summary))
+    texts[paths.run_json] = json.dumps(document, indent=2, allow_nan=False) + "\n"
     _write_together(texts)
     return list(texts)
 
@@ -168,6 +170,15 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
             if name != "run_json"
         },
     }
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON cannot say, such as the infinite cost of no accelerator."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _csv_text(rows: Iterable[Row]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 from test_parity import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
+import dummy_model
 import main
+from arguments import parse, parse_config
 from checkpoint import MANIFEST_NAME
 from generation import generate_batch
 from traces import read_trace
@@ -305,14 +308,15 @@ def test_memory_is_checked_before_loading(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import preflight
-
-    class Little:
-        available = 1 << 20
-
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", Little)
-    message = refused(capsys, "--model-path", model, "--prompt", "x", "--max-tokens", 4)
-    assert "--expert-dtype int8" in message
+    arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
+    monkeypatch.setattr("preflight.available_bytes", lambda: 1 << 20)
+    assert "--expert-dtype int8" in refused(capsys, *arguments)
+    # Weights and workspace fit, the KV cache of 8192 sequences does not.
+    monkeypatch.setattr("preflight.available_bytes", lambda: 560_000_000)
+    message = refused(capsys, *arguments[:-1], 60, "--batch-size", 8192)
+    assert "use a smaller --max-tokens or --batch-size (" in message
+    fitting, asked = map(int, re.findall(r"\((\d+) of the (\d+) tokens of prompts", message)[0])
+    assert 0 < fitting < asked <= 64 * 8192
 
 
 @pytest.mark.parametrize(
@@ -426,6 +430,28 @@ def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
+
+
+def test_the_machine_is_calibrated_without_a_model(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = main.calibration_options(parse_config(parse(["--show-calibration"])).model)
+    assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 1)
+    real = dummy_model._read_shapes()
+    small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
+    small |= {"intermediate_size": 128, "vocab_size": 96}
+    monkeypatch.setattr(dummy_model, "_read_shapes", lambda: {"deepseek-v2-lite": small})
+    assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite") == 0
+    out = capsys.readouterr().out
+    for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):
+        assert text in out
+    assert "measured on 1 MoE layer of deepseek-v2-lite" in out
+    assert "accelerator and copies: not measured" in out
+    assert "inf" not in out.replace("information", "")
+    assert not any(run_folder.iterdir())
+    flags = ("--cache-nblocks", 1, "--cache-nways", 2)
+    assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite", *flags) == 0
+    assert re.search(r"copies to the accelerator: [\d.]+ GB/s alone", capsys.readouterr().out)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,19 @@ def test_run_json_holds_what_a_repetition_needs(tmp_path: Path) -> None:
     assert all((tmp_path / name).exists() for name in run["files"].values())
 
 
+def test_run_json_is_json_to_the_letter(tmp_path: Path) -> None:
+    """Infinite costs (no accelerator) would be written as a word that no JSON reader knows."""
+    recorder = record_run(SINGLE)
+    info = RunInfo(calibration={"costs": {"gpu": {"expert_us": float("inf")}, "a": [float("nan")]}})
+    write_reports(recorder, ReportPaths.in_folder(tmp_path), info, summarize(recorder))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    run = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert run["calibration"]["costs"] == {"gpu": {"expert_us": None}, "a": [None]}
+
+
 def test_machines_without_sensors_have_empty_cells(tmp_path: Path) -> None:
     write(tmp_path, SINGLE, [Sample(1_700_000_000.5), Sample(1_700_000_001.5)])
     (row, *_) = by_name(tmp_path / "token_gen_time.csv")
