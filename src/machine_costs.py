@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -60,8 +61,8 @@ class MachineCosts:
         if self.steadiness.is_quiet:
             return None
         return (
-            f"calibrated on a busy machine ({self.steadiness}): predictions and shares may be "
-            "off; not kept, the next run measures again"
+            f"calibrated while the machine was not quiet ({self.steadiness}): predictions and "
+            "shares may be off; not kept, the next run measures again"
         )
 
     def describe(self) -> list[str]:
@@ -140,6 +141,8 @@ def machine_costs(
             return _from_json(known)
         except (KeyError, TypeError, UserError):
             pass  # written by another version: measured anew
+    if sys.stderr.isatty():
+        print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
     costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps)
     if costs.steadiness.is_quiet:  # 30 days of another program's noise are worse than none
         cache.store(hardware.key(), shape, costs.to_json())

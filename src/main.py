@@ -214,6 +214,7 @@ def _report(
     notes = [*engine.run_notes(), *sampler.notes]
     info = RunInfo(
         command=["src/main.py", *command],
+        settings=asdict(config),
         tool_version=VERSION,
         hardware=read_hardware(gpu_uuid=engine.gpu_uuid).to_json(),
         model=engine.describe() | {"tokenizer": tokenizer.name},

@@ -70,6 +70,7 @@ class MoeDispatcher:
         self._batch_prompt = 0  # of the batch that is running, and of the next to begin
         self._next_prompt = 0
         self._quota_left = 0
+        self._next_layer = 0
         self._pass_started_s = 0.0
         self._last_end_s = 0.0
         self._block_started_s = 0.0
@@ -104,6 +105,8 @@ class MoeDispatcher:
             self.forced_routing.begin_pass(self._decode, batch * length)
         phase: Phase = "decode" if self._decode else "prefill"
         self._ranges.begin_pass(phase)
+        self._next_layer = 0
+        self._ranges.part(self._next_layer, "attention")
         prompt = self._batch_prompt if self.prompt is None else self.prompt
         self.recorder.begin_pass(phase, n_tokens, prompt, batch)
         if self.accelerator is not None:
@@ -122,6 +125,7 @@ class MoeDispatcher:
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
+        self._ranges.part(self._next_layer, "router")
 
     @contextmanager
     def experts_left_out(self) -> Iterator[None]:
@@ -167,6 +171,7 @@ class MoeDispatcher:
             pairs=host_index.tolist(),
         )
         routed_s = time.perf_counter()
+        self._ranges.part(layer, "plan")
         evictions = 0 if self.accelerator is None else self.accelerator.cache.evictions
         if self.accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.pairs)), ())
@@ -177,13 +182,13 @@ class MoeDispatcher:
         else:
             plan = self._start_prefill(self.accelerator, step)
         started_s = time.perf_counter()
-        with self._ranges.layer(layer, "cpu experts"):
-            cpu_out = step.compute_on_cpu(plan.cpu)
+        self._ranges.part(layer, "cpu experts")
+        cpu_out = step.compute_on_cpu(plan.cpu)
         computed_s = time.perf_counter()
-        with self._ranges.layer(layer, "combine"):
-            step.wait()
-            waited_s = time.perf_counter() if plan.waited else computed_s
-            output = step.combine(cpu_out)
+        self._ranges.part(layer, "combine")
+        step.wait()
+        waited_s = time.perf_counter() if plan.waited else computed_s
+        output = step.combine(cpu_out)
         end_s = time.perf_counter()
         if self.recorder.enabled:
             block_bytes = self.store.layouts[layer].block_bytes
@@ -211,6 +216,9 @@ class MoeDispatcher:
                 fetch_bytes=step.n_fetches * block_bytes,
             )
         self._last_end_s = end_s
+        self._next_layer = layer + 1
+        is_last = self._next_layer == self.store.n_layers
+        self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:

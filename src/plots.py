@@ -77,7 +77,7 @@ def draw_all(runs: Sequence[RunFiles], folder: Path) -> tuple[list[Path], list[s
             keep(
                 "throughput over cache sizes",
                 draw_cache_sizes(runs),
-                "the runs have one cache size",
+                "no two comparable runs differ in cache size",
             )
             keep("throughput over cores", draw_cores(runs), "the runs have one number of threads")
         for run in runs:

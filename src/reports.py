@@ -92,7 +92,8 @@ class ReportPaths:
 class RunInfo:
     """What only the caller knows of a run; plain JSON values in the mappings.
 
-    `n_threads` are the CPU threads that computed experts.
+    `settings` are all options, also those that the command leaves at their defaults. `n_threads`
+    are the CPU threads that computed experts.
     """
 
     command: Sequence[str] = ()
@@ -102,6 +103,7 @@ class RunInfo:
     model: Mapping[str, Any] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     notes: Sequence[str] = ()
     started_unix_s: float | None = None
@@ -140,7 +142,7 @@ def write_reports(
     if paths.routing is not None and routing is not None:
         texts[paths.routing] = "".join(trace_lines(routing.info, routing.passes))
     document = _finite(_run_document(paths, info, summary))
-    texts[paths.run_json] = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    texts[paths.run_json] = json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"
     _write_together(texts)
     return list(texts)
 
@@ -155,6 +157,7 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
         else datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(info.command),
+        "settings": dict(info.settings),
         "versions": {"tool": info.tool_version, **versions()},
         "git": git_state(info.source_folder),
         "n_threads": info.n_threads,

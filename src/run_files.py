@@ -47,6 +47,11 @@ class RunFiles:
         summary: dict[str, Any] = self.document["summary"]
         return summary
 
+    @property
+    def batch_size(self) -> int:
+        generation = (self.document.get("settings") or {}).get("generation") or {}
+        return int(generation.get("batch_size") or 1)
+
     def fact(self, group: str, name: str) -> Any:
         """A fact of run.json, or None."""
         return (self.document.get(group) or {}).get(name)

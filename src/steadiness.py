@@ -11,7 +11,8 @@ import numpy as np
 import psutil
 
 _BURST_S = 0.04
-_MIN_CALLS = 5
+_MIN_TIMINGS = 5
+_MIN_TIMING_S = 1e-3  # shorter ones measure how threads wake up; several calls are timed as one
 # A quiet machine stays below both by a factor of two or more; one competing thread on two cores
 # exceeds them by as much (docs/PERFORMANCE.md, "Calibration").
 MAX_SPREAD = 0.25
@@ -52,19 +53,26 @@ class QuietWatch:
         self._source = source
         self._process = source.Process()
         self._times_s: list[float] = []
+        self._n_calls = 0
         self._started_s = time.perf_counter()
         self._busy_s, self._own_s = self._cpu_s()
 
     def burst(self) -> None:
         """Time the probe for a moment; call it at the start, the end, and between."""
         self._probe()  # what ran before has left the caches cold
+        if not self._n_calls:
+            started_s = time.perf_counter()
+            while time.perf_counter() < started_s + _MIN_TIMING_S:
+                self._probe()
+                self._n_calls += 1
         ends_s = time.perf_counter() + _BURST_S
-        calls = 0
-        while calls < _MIN_CALLS or time.perf_counter() < ends_s:
+        timings = 0
+        while timings < _MIN_TIMINGS or time.perf_counter() < ends_s:
             before_s = time.perf_counter()
-            self._probe()
+            for _ in range(self._n_calls):
+                self._probe()
             self._times_s.append(time.perf_counter() - before_s)
-            calls += 1
+            timings += 1
 
     def result(self) -> Steadiness:
         """What was seen so far, over all bursts."""

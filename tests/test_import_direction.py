@@ -49,7 +49,8 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         0: (
             "errors version recorder sensors provenance streams handoff "
-            "next_layer nvtx_ranges interruption prerequisites steadiness host_memory"
+            "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
+            "run_progress"
         ),
     }.items()
 }
