@@ -1,9 +1,11 @@
 """What happened in a run: typed events appended on the hot path, read after it.
 
-Appending does no I/O and never waits for a device. A layer event is 96 packed bytes, its expert
-ids two bytes each, so that a night of prompts (a million layer events) stays under 150 MB and
-leaves the garbage collector nothing to walk. Durations that only the device knows are handed over
-as objects with `.resolve() -> us` and are asked after the run.
+Appending does no I/O and never waits for a device. Between two layers the CPU's caches hold
+weights and every line of Python is slow, so a layer event is only put on a list there; it is packed
+with the others of its pass when that has ended: 96 bytes, its expert ids two bytes each. A night of
+prompts (a million layer events) stays under 150 MB and leaves the garbage collector nothing to
+walk. Durations that only the device knows are handed over as objects with `.resolve() -> us` and
+are asked after the run.
 
 The seven durations of a layer:
   attention, router, plan, cpu, copy_wait, combine  are disjoint spans of one clock, in this order;
@@ -83,6 +85,14 @@ TOKEN_DTYPE = np.dtype(
 )
 
 
+_Layer = tuple[
+    tuple[int, Sequence[Sequence[int]], Sequence[int] | None],
+    tuple[int, int, int, int],
+    tuple[Duration, ...],
+    tuple[int, int, int, int],
+]
+
+
 class LayerEvent(NamedTuple):
     """One MoE layer of one forward pass; the fields are those of `Recorder.layer`.
 
@@ -126,14 +136,14 @@ class Recorder:
         self._resolved: list[tuple[int, str, float]] = []
         self._open_pass: tuple[bool, int, int, int] | None = None
         self._pass_index = 0
-        self._finished = (0, 0, 0)
+        self._open_layers: list[_Layer] = []
 
     def begin_pass(self, phase: Phase, n_tokens: int, prompt: int, n_sequences: int = 1) -> None:
         """A forward pass over `n_tokens` tokens of `n_sequences` starts.
 
         `prompt` is the (first) prompt's number.
         """
-        self._forget_unfinished()
+        self._open_layers.clear()  # of a pass that never ended: an error, a Ctrl-C
         self._open_pass = (phase == "decode", n_tokens, prompt, n_sequences)
 
     def layer(
@@ -159,24 +169,32 @@ class Recorder:
     ) -> None:
         """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
 
+        The lists are kept until the pass ends: do not change them.
         `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
         `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once);
         `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.
         `fetch_bytes` are those whose copy to the accelerator this layer started.
         """
+        self._open_layers.append(
+            (
+                (layer, ids, n_hits_of_token),
+                (hits, misses, fetches, evictions),
+                (attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us),
+                (cpu_bytes, gpu_bytes, waited_bytes, fetch_bytes),
+            )
+        )
+
+    def _pack(self, one: _Layer) -> None:
+        (layer, ids, n_hits_of_token), counts, durations, n_bytes = one
         n_tokens = len(ids)
         top_k = len(ids[0]) if n_tokens else 0
         if n_tokens == 1:
             self._ids.extend(ids[0])
         else:
             self._ids.extend(chain.from_iterable(ids))
-        cached = n_hits_of_token is not None
         if n_hits_of_token is not None:
             self._n_hits_of_token.extend(n_hits_of_token)
-        which = (self._pass_index, layer, n_tokens, top_k, cached)
-        counts = (hits, misses, fetches, evictions)
-        durations = (attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us)
-        n_bytes = (cpu_bytes, gpu_bytes, waited_bytes, fetch_bytes)
+        which = (self._pass_index, layer, n_tokens, top_k, n_hits_of_token is not None)
         try:
             self._layers += _LAYER_ROW.pack(*which, *counts, *durations, *n_bytes)
         except struct.error:  # a duration that is not a number yet
@@ -203,16 +221,10 @@ class Recorder:
         now_s = time.time() if unix_s is None else unix_s
         self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
         self._open_pass = None
+        for one in self._open_layers:
+            self._pack(one)
+        self._open_layers.clear()
         self._pass_index += 1
-        self._finished = (len(self._layers), len(self._ids), len(self._n_hits_of_token))
-
-    def _forget_unfinished(self) -> None:
-        """Drop what a pass that never ended (an error, a Ctrl-C) has left."""
-        layers, ids, hits = self._finished
-        if len(self._layers) > layers:
-            del self._layers[layers:], self._ids[ids:], self._n_hits_of_token[hits:]
-            rows = layers // _LAYER_ROW.size
-            self._pending = [entry for entry in self._pending if entry[0] < rows]
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
