@@ -1,11 +1,11 @@
 """What the recorder costs: `PYTHONPATH=src python3 benchmarks/bench_recorder.py [--json FILE]`.
 
 Prints the median cost of one layer event, its packing included, in microseconds (best of the
-repeats beside it) for one decode token at several top-k, with all durations known and with three that the device still
-holds, for the null recorder, and for a 512-token prefill. Then what recording adds to the decode
-layers of the smallest published shape (Qwen3-30B-A3B in int4, the fewest expert bytes of all),
-with and without a cache: recorded and unrecorded steps of one engine in turns, without the head,
-whose time would hide it.
+repeats beside it) for one decode token at several top-k, with all durations known and with three
+that the device still holds, for the null recorder, and for a 512-token prefill. Then what recording
+adds to the decode layers of the smallest published shape (Qwen3-30B-A3B in int4, the fewest expert
+bytes of all), with and without a cache: recorded and unrecorded steps of one engine in turns,
+without the head, whose time would hide it.
 """
 
 from __future__ import annotations
