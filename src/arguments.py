@@ -17,6 +17,7 @@ from config import (
 )
 from errors import UserError
 
+CALIBRATION_SHAPE = "mixtral-8x7b"  # where no model is named: its experts outgrow any CPU cache
 POLICIES = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 _EPILOG = """examples:
@@ -51,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(parser.add_argument_group("results"))
     other = parser.add_argument_group("other")
     other.add_argument(
-        "--show-calibration", action="store_true", help="measure this machine, show it and exit"
+        "--show-calibration",
+        action="store_true",
+        help="measure this machine, show it and exit; without a model: on one layer of the shape "
+        f"that --dummy-weights names (default {CALIBRATION_SHAPE})",
     )
     other.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     other.add_argument("--version", action="store_true", help="show versions and CPU kernels, exit")
@@ -188,8 +192,10 @@ def parse_config(arguments: argparse.Namespace) -> Config:
             prompt = "Random weights have nothing to say."
         elif arguments.show_calibration:
             prompt = "Nothing is generated."
-    if max_tokens is None and arguments.show_calibration:
-        max_tokens = 1
+    if arguments.show_calibration:
+        max_tokens = max_tokens or 1
+        if arguments.model_path is None and arguments.dummy_weights is None:
+            arguments.dummy_weights = CALIBRATION_SHAPE
     if max_tokens is None:
         raise UserError("--max-tokens is missing: say how many tokens to generate per prompt")
     if arguments.model_path is None and arguments.dummy_weights is None:

@@ -260,16 +260,3 @@ class CalibrationCache:
 def _user_cache() -> Path:
     configured = os.environ.get("XDG_CACHE_HOME", "")
     return Path(configured) if configured.startswith("/") else Path.home() / ".cache"
-
-
-def format_calibration(calibration: Mapping[str, Any]) -> list[str]:
-    """Lines for `--show-calibration`: nested names joined by dots, numbers to four digits."""
-    lines = []
-    for name, value in calibration.items():
-        if isinstance(value, Mapping):
-            lines += [f"{name}.{line}" for line in format_calibration(value)]
-        else:
-            lines.append(
-                f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
-            )
-    return lines

@@ -74,11 +74,21 @@ def _mean_parts_ms(run: RunFiles, phase: str) -> tuple[dict[str, float], float]:
 
 
 def draw_cache_sizes(runs: Sequence[RunFiles]) -> Drawing | None:
-    """Throughput over N x M; None unless the runs have at least two cache sizes."""
-    points: dict[tuple[int, int], list[float]] = {}
+    """Throughput over N x M; None unless comparable runs have at least two cache sizes.
+
+    Comparable are runs of one model, number of threads and batch size; of several such groups the
+    one with the most cache sizes is drawn.
+    """
+    groups: dict[tuple[str, int, int], dict[tuple[int, int], list[float]]] = {}
     for run in runs:
         size = (run.fact("model", "cache_nblocks") or 0, run.fact("model", "cache_nways") or 0)
-        points.setdefault(size, []).append(_throughput(run))
+        kind = (
+            str(run.fact("model", "name") or ""),
+            int(run.document.get("n_threads") or 0),
+            run.batch_size,
+        )
+        groups.setdefault(kind, {}).setdefault(size, []).append(_throughput(run))
+    (_, threads, batch_size), points = max(groups.items(), key=lambda group: len(group[1]))
     if len(points) < 2:
         return None
     median = {size: float(np.median(values)) for size, values in sorted(points.items())}
@@ -97,7 +107,7 @@ def draw_cache_sizes(runs: Sequence[RunFiles]) -> Drawing | None:
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(n_values)), [str(n) for n in n_values])
     axes.set_yticks(range(len(m_values)), [str(m) for m in m_values])
-    axes.set_title("Generation throughput, median of runs")
+    axes.set_title(f"Generation throughput, {threads} threads, batch {batch_size}")
     axes.set_xlabel("cache indexes N")
     axes.set_ylabel("ways M")
     figure.colorbar(image, ax=axes, label="tokens/s")
@@ -113,7 +123,9 @@ def draw_cores(runs: Sequence[RunFiles]) -> Drawing | None:
         threads = run.document.get("n_threads")
         if isinstance(threads, int):
             n, m = (run.fact("model", name) or 0 for name in ("cache_nblocks", "cache_nways"))
-            series = lines.setdefault(f"cache {n} x {m}" if n else "no cache", {})
+            name = f"cache {n} x {m}" if n else "no cache"
+            name += f", batch {run.batch_size}" if run.batch_size > 1 else ""
+            series = lines.setdefault(name, {})
             series.setdefault(threads, []).append(_throughput(run))
     if len({threads for series in lines.values() for threads in series}) < 2:
         return None

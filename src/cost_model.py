@@ -103,13 +103,22 @@ class CostModel:
         extra_us = (self.compute_shared_factor - 1) * min(cpu_us, gpu_us)
         return cpu_us + extra_us, gpu_us + extra_us
 
-    def decode_layer_us(self, n_hits: int, n_misses: int, copying: bool) -> float:
+    def decode_layer_us(
+        self, n_hits: int, n_misses: int, copying: bool, n_waited: int = 0
+    ) -> float:
         """Return one decode layer in us: hits on the GPU while the CPU computes the misses.
 
-        `copying`: background copies keep the bus busy all the while.
+        `copying`: background copies keep the bus busy all the while. `n_waited` further misses
+        are computed on the GPU, each by a call of its own once its copy is there.
         """
-        cpu_us = self.cpu.us(n_misses, n_misses) * (self.cpu_shared_factor if copying else 1)
-        return self.dense_us_per_layer + max(self.compute_us(cpu_us, self.gpu.us(n_hits, n_hits)))
+        cpu_us, copies_us = self.cpu.us(n_misses, n_misses), 0.0
+        if n_waited:
+            cpu_us, copies_us = self.overlap_us(cpu_us, n_waited)
+            copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
+        elif copying:
+            cpu_us *= self.cpu_shared_factor
+        gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
+        return self.dense_us_per_layer + max(*self.compute_us(cpu_us, gpu_us), copies_us)
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
         """Return one decode step in us from the number of chosen experts that hit in each layer."""

@@ -99,7 +99,7 @@ class Engine:
                 self.cpu,
                 None if self.accelerator is None else self.accelerator.gpu,
                 self.decode_step,
-                read_hardware(),
+                read_hardware(gpu_uuid=self.gpu_uuid),
                 dtype=self.source.dtype,
                 dense=f"{self.source.dense_format} {self.source.dense_bytes}",
                 emulate_pcie_gbps=self.emulate_pcie_gbps,
@@ -111,6 +111,13 @@ class Engine:
         with self.dispatcher.experts_left_out(), torch.inference_mode():
             self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
 
+    @property
+    def gpu_uuid(self) -> str | None:
+        """The GPU in use, as NVML knows it; None without one."""
+        if self.device.type != "cuda":
+            return None
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+
     def follow_prompts(self, prompts: Sequence[int]) -> None:
         """Record the coming pass under the first of `prompts`."""
         self.dispatcher.prompt = prompts[0]
@@ -118,6 +125,8 @@ class Engine:
     def run_notes(self) -> list[str]:
         """`notes`, and what the accelerator learnt during the run."""
         lines = list(self.notes)
+        if self.costs is not None and self.costs.note is not None:
+            lines.append(self.costs.note)
         if self.accelerator is not None:
             lines += self.accelerator.notes()
         return lines
@@ -198,7 +207,7 @@ def load_engine(
     )
     if say is not None:
         say(budget.table())
-    budget.check(source.weight_format)
+    budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
 
     store = ExpertStore(source.layouts, source.n_experts)
     cpu = [_cpu_experts(source, site, options) for site in sites]

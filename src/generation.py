@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def generate_batch(
     device = model.device
     records = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
     inputs, mask = _left_pad(prompts, device)
-    cache = DynamicCache(config=model.config)
+    cache = {_cache_argument(model): DynamicCache(config=model.config)}
     active = records
     started = time.perf_counter()
     for step in range(max_tokens):
@@ -132,7 +133,8 @@ def generate_batch(
             return
         if len(keep) < len(active):
             rows = torch.tensor(keep, device=device)
-            cache.batch_select_indices(rows)
+            for kept in cache.values():
+                kept.batch_select_indices(rows)
             mask, tokens = mask[rows], tokens[rows]
             active = [active[row] for row in keep]
         inputs = tokens[:, None]
@@ -161,15 +163,22 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return inputs.to(device), mask.to(device)
 
 
-def _forward(model: PreTrainedModel, inputs: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+def _cache_argument(model: PreTrainedModel) -> str:
+    """How this release of transformers calls the KV cache: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _forward(
+    model: PreTrainedModel, inputs: Tensor, mask: Tensor, cache: dict[str, DynamicCache]
+) -> Tensor:
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
     output: Any = model(
         input_ids=inputs,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cache,
     )
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import pynvml
 
+from host_memory import limit_bytes
+
 PROC_ROOT = Path("/proc")
 SYS_ROOT = Path("/sys/devices/system")
 
@@ -45,7 +47,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine's facts. `n_cores` are physical cores, `n_threads` what the system schedules on."""
+    """A machine's facts. `n_cores` are physical cores, `n_threads` what the system schedules on.
+
+    `memory_limit_bytes` is what a cgroup (a container, a batch system) leaves of `memory_bytes`.
+    """
 
     cpu: str
     n_cores: int
@@ -54,6 +59,7 @@ class Hardware:
     caches: tuple[Cache, ...]
     numa_nodes: tuple[str, ...]
     memory_bytes: int
+    memory_limit_bytes: int | None
     gpu: Gpu | None
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +68,7 @@ class Hardware:
     def key(self) -> dict[str, Any]:
         """The facts that a calibration depends on (memory in GiB: kernels reserve a little)."""
         facts = self.to_json()
+        del facts["memory_limit_bytes"]
         facts["memory_bytes"] = round(self.memory_bytes / 2**30) * 2**30
         if facts["gpu"]:
             del facts["gpu"]["driver"]
@@ -76,9 +83,13 @@ class Hardware:
     def describe(self) -> list[str]:
         """The facts as lines for people."""
         gib = 2**30
+        limit = ""
+        if self.memory_limit_bytes is not None:
+            limit = f", limited to {self.memory_limit_bytes / gib:.1f} GiB by a cgroup"
         lines = [
             f"CPU: {self.cpu}, {self.n_cores} cores ({self.n_threads} threads), "
-            f"{len(self.numa_nodes) or 1} NUMA node(s), {self.memory_bytes / gib:.1f} GiB memory",
+            f"{len(self.numa_nodes) or 1} NUMA node(s), "
+            f"{self.memory_bytes / gib:.1f} GiB memory{limit}",
             f"ISA: {' '.join(self.isa) or 'not reported'}",
         ]
         if self.caches:
@@ -99,12 +110,16 @@ class Hardware:
 
 
 def read_hardware(
-    proc_root: Path = PROC_ROOT, sys_root: Path = SYS_ROOT, nvml: ModuleType | Any = pynvml
+    proc_root: Path = PROC_ROOT,
+    sys_root: Path = SYS_ROOT,
+    nvml: ModuleType | Any = pynvml,
+    gpu_uuid: str | None = None,
 ) -> Hardware:
     """This machine's facts; what cannot be found out is empty, never an error.
 
     `proc_root` and `sys_root` are /proc and /sys/devices/system, `nvml` the pynvml module, or
-    stand-ins for them.
+    stand-ins for them. `gpu_uuid` names the GPU in use, by default NVML's first: the two libraries
+    number GPUs differently.
     """
     fields = _cpuinfo(proc_root / "cpuinfo")
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
@@ -117,7 +132,8 @@ def read_hardware(
         caches=_caches(sys_root / "cpu"),
         numa_nodes=_numa_nodes(sys_root / "node"),
         memory_bytes=psutil.virtual_memory().total,
-        gpu=_gpu(nvml),
+        memory_limit_bytes=limit_bytes(),
+        gpu=_gpu(nvml, gpu_uuid),
     )
 
 
@@ -160,10 +176,11 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _gpu(nvml: ModuleType | Any) -> Gpu | None:
+def _gpu(nvml: ModuleType | Any, uuid: str | None) -> Gpu | None:
     try:
         nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
+        handle = by_index(0) if uuid is None else by_uuid(uuid)
         name, driver = nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()
         memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
     except nvml.NVMLError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -30,6 +32,7 @@ from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 from hardware import Hardware
 from recorder import Recorder
+from steadiness import QuietWatch, Steadiness
 
 _STEP_BUDGET_S = 0.3
 _READ_BYTES = 1 << 29  # several times any last-level cache
@@ -38,13 +41,65 @@ _READS = 5
 
 @dataclass(frozen=True)
 class MachineCosts:
-    """The cost model, and the plain-read bandwidth the CPU kernels are held against."""
+    """The cost model, the plain-read bandwidth the CPU kernels are held against, and how quiet
+    the machine was while both were measured."""
 
     model: CostModel
     read_gbps: float
+    steadiness: Steadiness
 
     def to_json(self) -> dict[str, Any]:
-        return {"read_gbps": self.read_gbps, "costs": asdict(self.model)}
+        return {
+            "read_gbps": self.read_gbps,
+            "steadiness": asdict(self.steadiness),
+            "costs": asdict(self.model),
+        }
+
+    @property
+    def note(self) -> str | None:
+        """A line for the user where the figures are not to be trusted."""
+        if self.steadiness.is_quiet:
+            return None
+        return (
+            f"calibrated while the machine was not quiet ({self.steadiness}): predictions and "
+            "shares may be off; not kept, the next run measures again"
+        )
+
+    def describe(self) -> list[str]:
+        """The figures as lines for people."""
+        costs = self.model
+        expert_us = costs.cpu.expert_us + costs.cpu.token_us
+        expert_gbps = costs.block_bytes / expert_us / 1e3 if expert_us > 0 else 0.0
+        lines = [
+            f"memory, plain read: {self.read_gbps:.1f} GB/s",
+            f"one expert ({costs.block_bytes / 1e6:.1f} MB) on the CPU, one token: "
+            f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, "
+            f"{100 * expert_gbps / self.read_gbps:.0f}% of plain read), "
+            f"each further token {_time(costs.cpu.token_us)}, a call {_time(costs.cpu.call_us)}",
+            f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}",
+        ]
+        if isfinite(costs.gpu.expert_us):
+            lines += [
+                f"one expert on the accelerator, one token: "
+                f"{_time(costs.gpu.expert_us + costs.gpu.token_us)}, each further token "
+                f"{_time(costs.gpu.token_us)}, a call {_time(costs.gpu.call_us)}",
+                f"copies to the accelerator: {costs.copy_gbps:.1f} GB/s alone, "
+                f"{costs.copy_gbps_shared:.1f} GB/s while the CPU computes experts; one expert "
+                f"{_time(costs.copy_us(shared=False))} and {_time(costs.copy_us(shared=True))}",
+                f"CPU experts while copies run: {costs.cpu_shared_factor:.2f} x their time",
+            ]
+            if costs.compute_shared_factor > 1:
+                lines.append(
+                    "CPU and emulated accelerator while both compute: "
+                    f"{costs.compute_shared_factor:.2f} x their time"
+                )
+        else:
+            lines.append("accelerator and copies: not measured, this run has no accelerator")
+        return [*lines, f"while measuring: {self.steadiness}"]
+
+
+def _time(us: float) -> str:
+    return f"{us / 1e3:.2f} ms" if us >= 1000 else f"{us:.3g} us"
 
 
 def machine_costs(
@@ -64,8 +119,8 @@ def machine_costs(
 
     `decode_step` runs one decode step with every expert left out, for the cost of the rest. The
     calibration is keyed by the hardware, the block's layout, what computes it, the `dense` part's
-    description and the emulated link. Without `gpu` its costs and the copies' are infinite:
-    nothing is ever sent there.
+    description and the emulated link; one taken on a busy machine is not kept. Without `gpu` its
+    costs and the copies' are infinite: nothing is ever sent there.
     """
     cache = cache or CalibrationCache()
     layout = store.layouts[0]
@@ -86,8 +141,11 @@ def machine_costs(
             return _from_json(known)
         except (KeyError, TypeError, UserError):
             pass  # written by another version: measured anew
+    if sys.stderr.isatty():
+        print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
     costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps)
-    cache.store(hardware.key(), shape, costs.to_json())
+    if costs.steadiness.is_quiet:  # 30 days of another program's noise are worse than none
+        cache.store(hardware.key(), shape, costs.to_json())
     return costs
 
 
@@ -103,14 +161,21 @@ def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
         return None
     total_us = 0.0
     for row in layers:
-        n_gpu = int(row["gpu_bytes"]) // costs.block_bytes
-        n_cpu = int(row["cpu_bytes"]) // costs.block_bytes
-        total_us += costs.decode_layer_us(n_gpu, n_cpu, copying=bool(row["fetches"]))
+        gpu, waited, cpu = (
+            int(row[name]) // costs.block_bytes
+            for name in ("gpu_bytes", "waited_bytes", "cpu_bytes")
+        )
+        copying = bool(row["fetches"])
+        total_us += costs.decode_layer_us(gpu - waited, cpu, copying, n_waited=waited)
     return total_us / int(decode.sum())
 
 
 def _from_json(data: Mapping[str, Any]) -> MachineCosts:
-    return MachineCosts(CostModel.from_json(json.dumps(data["costs"])), float(data["read_gbps"]))
+    return MachineCosts(
+        CostModel.from_json(json.dumps(data["costs"])),
+        float(data["read_gbps"]),
+        Steadiness(**data["steadiness"]),
+    )
 
 
 def _measure(
@@ -122,9 +187,12 @@ def _measure(
     emulate_pcie_gbps: float | None,
 ) -> MachineCosts:
     run_cpu = _cpu_runner(store, cpu, dtype)
+    watch = QuietWatch(lambda: run_cpu((1, 1)))
+    watch.burst()
     block_bytes = store.layouts[0].block_bytes
     calls = [counts for counts in SIDE_CALLS if len(counts) <= store.n_experts[0]]
     cpu_cost = calibrate_side(run_cpu, calls)
+    watch.burst()
     decode_step()
     started_s, steps = time.perf_counter(), 0
     while time.perf_counter() - started_s < _STEP_BUDGET_S or steps < 3:
@@ -153,9 +221,10 @@ def _measure(
             measured.copy_gbps_shared,
             measured.cpu_shared_factor,
         )
-    return MachineCosts(
-        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing), _read_gbps(store, cpu)
-    )
+    read_gbps = _read_gbps(store, cpu)
+    watch.burst()
+    model = CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing)
+    return MachineCosts(model, read_gbps, watch.result())
 
 
 def _read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:

@@ -5,27 +5,31 @@ Parses, builds the configuration, wires the objects, runs, prints the summary.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import prerequisites  # noqa: F401 - before all that it looks for
 
 import torch
 
 from arguments import build_parser, parse, parse_config
-from calibration import format_calibration
-from config import Config, ModelOptions
+from config import CacheOptions, Config, ModelOptions
 from cpu_experts import describe_kernels
 from dummy_model import DummyModel, DummyTokenizer, dummy_routing
 from engine import Engine, load_engine, open_prepared
 from errors import UserError
 from hardware import read_hardware
+from interruption import Interruption
 from machine_costs import predicted_step_us
 from model_loader import PreparedModel
+from model_shapes import load_shape
 from prompts import read_prompts
 from provenance import versions
 from recorded_routing import recorded_trace
@@ -35,43 +39,50 @@ from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import NvmlReader, SensorSampler
 from summary import format_summary, summarize
 from tokenization import Tokenizer, load_tokenizer
-from traces import write_trace
 from version import VERSION
 
-ROUTING_NAME = "routing.jsonl"
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
-    try:
-        arguments = parse(argv)
-        if arguments.version:
-            print(_version_text())
-            return 0
-        if not argv:
-            build_parser().print_usage(sys.stderr)
-        return run(parse_config(arguments), argv, arguments.show_calibration)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except (OSError, torch.OutOfMemoryError) as error:
-        if debug:
-            traceback.print_exc()
-        with suppress(OSError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with Interruption() as interruption:
+        try:
+            return _main(argv, interruption)
+        except KeyboardInterrupt:
+            _say(f"interrupted ({interruption.name}) before any token: no file was written")
+            return interruption.exit_code
+        except BrokenPipeError:  # such as `| head`: there is nobody left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_USER_ERROR
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            if debug:
+                traceback.print_exc()
+            _say(f"error: {' '.join(str(error).split())}")
+            return EXIT_USER_ERROR
 
 
-def run(config: Config, command: Sequence[str], show_calibration: bool = False) -> int:
+def _main(argv: Sequence[str], interruption: Interruption) -> int:
+    arguments = parse(argv)
+    if arguments.version:
+        print(_version_text())
+        return 0
+    if not argv:
+        build_parser().print_usage(sys.stderr)
+    config = parse_config(arguments)
+    if arguments.show_calibration:
+        show_calibration(config)
+        return 0
+    return run(config, argv, interruption)
+
+
+def run(
+    config: Config,
+    command: Sequence[str],
+    interruption: Interruption,
+) -> int:
     """One run: load, generate for every prompt, write the reports, print the summary."""
     paths = ReportPaths.in_folder(
         config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
@@ -106,29 +117,69 @@ def run(config: Config, command: Sequence[str], show_calibration: bool = False) 
             )
         for note in engine.notes:
             _say(note)
-        if config.output.record or show_calibration:
-            engine.calibrate(again=show_calibration)
-        if show_calibration and engine.costs is not None:
-            print(
-                "\n".join(
-                    [*read_hardware().describe(), *format_calibration(engine.costs.to_json())]
-                )
-            )
-            return 0
+        if config.output.record:
+            engine.calibrate()
         started_unix_s = time.time()
-        gpu_sensors = NvmlReader() if engine.device.type == "cuda" else None
+        gpu_sensors = NvmlReader(engine.gpu_uuid) if engine.device.type == "cuda" else None
         sampler = SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors)
         conversations: list[Conversation] = []
         status: Status = "failed"
         try:
             with sampler:
                 status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
+        except KeyboardInterrupt:  # a second one, while the first was being answered
+            status = "interrupted"
         finally:  # what was done before an error is evidence too
-            _report(
-                config, engine, recorder, sampler, conversations, status, paths, command,
-                tokenizer, started_unix_s,
-            )  # fmt: skip
-    return 0 if status == "completed" else EXIT_INTERRUPTED
+            with interruption.held():
+                written = _report(
+                    config, engine, recorder, sampler, conversations, status, paths, command,
+                    tokenizer, started_unix_s,
+                )  # fmt: skip
+        if config.output.responses_jsonl is not None:
+            written.append(config.output.responses_jsonl)
+        where = ", ".join(str(path) for path in written)
+        if status == "completed":
+            if where:
+                _say(f"wrote {where}")
+            return 0
+        n_finished = sum(c.generated.stop != "interrupted" for c in conversations)
+        _say(
+            f"interrupted ({interruption.name}): {n_finished} of {len(prompts)} prompts finished; "
+            + (f"what was done is in {where}" if where else "no file was written")
+        )
+    return interruption.exit_code
+
+
+def show_calibration(config: Config) -> None:
+    """Measure this machine anew and print what it is and can do.
+
+    Random weights are one MoE layer of their shape, unless --dummy-layers asks for more. With a
+    GPU and no cache asked for, a small one stands for it, so that copies are measured too.
+    """
+    options = calibration_options(config.model)
+    source = DummyModel(options) if options.dummy_shape else open_prepared(options)
+    with load_engine(source, options, config.cache, say=_say) as engine:
+        if engine.device.type == "cuda" and engine.accelerator is None:
+            engine.use_cache(CacheOptions(n_indexes=1, n_ways=2))
+        engine.calibrate(again=True)
+        assert engine.costs is not None
+        layers = f"{engine.store.n_layers} MoE layer{'s'[: engine.store.n_layers > 1]}"
+        lines = [
+            *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
+            f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
+            f"{source.weight_format}, {torch.get_num_threads()} threads, {engine.cpu.description}",
+            *engine.costs.describe(),
+            *engine.run_notes(),
+        ]
+    print("\n".join(lines))
+
+
+def calibration_options(options: ModelOptions) -> ModelOptions:
+    """The model that a calibration measures: of a shape, its first MoE layer."""
+    if options.dummy_shape is None or options.dummy_layers is not None:
+        return options
+    n_layers = load_shape(options.dummy_shape).n_dense_layers + 1
+    return replace(options, dummy_layers=n_layers)
 
 
 def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
@@ -150,8 +201,8 @@ def _report(
     command: Sequence[str],
     tokenizer: Tokenizer,
     started_unix_s: float,
-) -> None:
-    """Write the CSVs and run.json, then print the summary."""
+) -> list[Path]:
+    """Write the CSVs and run.json, then print the summary; returns the files."""
     costs = engine.costs
     summary = summarize(
         recorder,
@@ -163,8 +214,9 @@ def _report(
     notes = [*engine.run_notes(), *sampler.notes]
     info = RunInfo(
         command=["src/main.py", *command],
+        settings=asdict(config),
         tool_version=VERSION,
-        hardware=read_hardware().to_json(),
+        hardware=read_hardware(gpu_uuid=engine.gpu_uuid).to_json(),
         model=engine.describe() | {"tokenizer": tokenizer.name},
         layout=asdict(engine.source.layouts[0]),
         calibration=None if costs is None else costs.to_json(),
@@ -179,16 +231,14 @@ def _report(
         conversations=[(c.prompt, c.response) for c in shown],
         notes=notes,
     )
-    print(text, flush=True)
-    written = write_reports(recorder, paths, info, summary)
-    if written and config.output.output_dir is not None and status == "completed":
+    routing = None
+    if recorder.enabled and paths.routing is not None:
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
         routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
-        written.append(config.output.output_dir / ROUTING_NAME)
-        write_trace(written[-1], routing.info, routing.passes)
-    if written:
-        _say("wrote " + ", ".join(str(path) for path in written))
+    written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
+    print(text, flush=True)
+    return written
 
 
 def _check_writable(folders: Iterable[Path]) -> None:
@@ -206,7 +256,8 @@ def _check_writable(folders: Iterable[Path]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that was closed
+        print(line, file=sys.stderr, flush=True)
 
 
 def _version_text() -> str:

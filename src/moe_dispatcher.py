@@ -44,7 +44,8 @@ class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
-    first of a batch) that recorded passes belong to; `forced_routing` replaces the routers.
+    first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
+    as they begin. `forced_routing` replaces the routers.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class MoeDispatcher:
         self.store = store
         self.recorder = recorder
         self.accelerator = accelerator
-        self.prompt = 0
+        self.prompt: int | None = None
         self.forced_routing: ForcedRouting | None = None
         self._cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
@@ -66,7 +67,10 @@ class MoeDispatcher:
         self._decode = False
         self._skip_experts = False
         self._token_mask: Tensor | None = None
+        self._batch_prompt = 0  # of the batch that is running, and of the next to begin
+        self._next_prompt = 0
         self._quota_left = 0
+        self._next_layer = 0
         self._pass_started_s = 0.0
         self._last_end_s = 0.0
         self._block_started_s = 0.0
@@ -92,14 +96,19 @@ class MoeDispatcher:
             self._token_mask = None if n_tokens == recent.numel() else recent
         past = kwargs.get("past_key_values")
         if past is None:
-            past = kwargs.get("cache")  # its name from transformers 5.40 on
+            past = kwargs.get("cache")  # its name from transformers 5.24 on
         is_first = past is not None and past.get_seq_length() == 0  # a prompt of one token
         self._decode = length == 1 and not is_first
+        if (is_first or past is None) and not self._skip_experts:
+            self._batch_prompt, self._next_prompt = self._next_prompt, self._next_prompt + batch
         if self.forced_routing is not None:
             self.forced_routing.begin_pass(self._decode, batch * length)
         phase: Phase = "decode" if self._decode else "prefill"
         self._ranges.begin_pass(phase)
-        self.recorder.begin_pass(phase, n_tokens, self.prompt)
+        self._next_layer = 0
+        self._ranges.part(self._next_layer, "attention")
+        prompt = self._batch_prompt if self.prompt is None else self.prompt
+        self.recorder.begin_pass(phase, n_tokens, prompt, batch)
         if self.accelerator is not None:
             self._quota_left = self.accelerator.quota
         self._pass_started_s = self._last_end_s = time.perf_counter()
@@ -116,6 +125,7 @@ class MoeDispatcher:
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
+        self._ranges.part(self._next_layer, "router")
 
     @contextmanager
     def experts_left_out(self) -> Iterator[None]:
@@ -162,6 +172,7 @@ class MoeDispatcher:
             pairs=host_index.tolist(),
         )
         routed_s = time.perf_counter()
+        self._ranges.part(layer, "plan")
         evictions = 0 if self.accelerator is None else self.accelerator.cache.evictions
         if self.accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.pairs)), ())
@@ -172,15 +183,15 @@ class MoeDispatcher:
         else:
             plan = self._start_prefill(self.accelerator, step)
         started_s = time.perf_counter()
-        with self._ranges.layer(layer, "cpu experts"):
-            cpu_out = step.compute_on_cpu(plan.cpu)
+        self._ranges.part(layer, "cpu experts")
+        cpu_out = step.compute_on_cpu(plan.cpu)
         computed_s = time.perf_counter()
-        with self._ranges.layer(layer, "combine"):
-            step.wait()
-            if step.out_of_memory and self.accelerator is not None:
-                self.accelerator.warn_out_of_memory()
-            waited_s = time.perf_counter() if plan.waited else computed_s
-            output = step.combine(cpu_out)
+        self._ranges.part(layer, "combine")
+        step.wait()
+        if step.out_of_memory and self.accelerator is not None:
+            self.accelerator.warn_out_of_memory()
+        waited_s = time.perf_counter() if plan.waited else computed_s
+        output = step.combine(cpu_out)
         end_s = time.perf_counter()
         if self.recorder.enabled:
             block_bytes = self.store.layouts[layer].block_bytes
@@ -204,10 +215,14 @@ class MoeDispatcher:
                 combine_us=(end_s - waited_s) * 1e6,
                 cpu_bytes=len(plan.cpu) * block_bytes,
                 gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
+                waited_bytes=len(plan.waited) * block_bytes,
                 fetch_bytes=step.n_fetches * block_bytes,
                 waited=() if self._decode else plan.waited,
             )
         self._last_end_s = end_s
+        self._next_layer = layer + 1
+        is_last = self._next_layer == self.store.n_layers
+        self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import prerequisites  # noqa: F401 - before all that it looks for
+
 from comparison_figures import draw_breakdown, draw_cache_sizes, draw_cores, draw_energy
 from errors import UserError
 from figures import house_style, save_figure
@@ -27,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Draw the figures of one run or several, with their numbers as CSV."
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of src/main.py --output-dir"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="folder of src/main.py --output-dir (or a run.partial.json)",
     )
     parser.add_argument(
         "--output-dir",
@@ -71,7 +77,7 @@ def draw_all(runs: Sequence[RunFiles], folder: Path) -> tuple[list[Path], list[s
             keep(
                 "throughput over cache sizes",
                 draw_cache_sizes(runs),
-                "the runs have one cache size",
+                "no two comparable runs differ in cache size",
             )
             keep("throughput over cores", draw_cores(runs), "the runs have one number of threads")
         for run in runs:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from transformers import PretrainedConfig
 
 from errors import UserError
+from host_memory import available_bytes
 
+KV_CACHE, SLOTS = "KV cache", "expert cache slots"
 _WORKSPACE_BYTES = 512 << 20  # torch, its kernels' workspaces, activations of a short prompt
 _CUDA_CONTEXT_BYTES = 512 << 20
 
@@ -49,24 +50,47 @@ class Budget:
         lines.append(f"  {'available':<24}{self.host_bytes / 1e9:8.2f}{gpu_free}")
         return "\n".join(lines)
 
-    def check(self, weight_format: str) -> None:
-        """UserError with the remedy when a memory cannot hold its part."""
+    def check(self, weight_format: str, context_tokens: int, dummy: bool = False) -> None:
+        """UserError with the remedies that help when a memory cannot hold its part.
+
+        The KV cache holds `context_tokens`; `dummy` models are made in any format.
+        """
         for memory, available in (("host", self.host_bytes), ("gpu", self.gpu_bytes)):
             needed = self.needed(memory)
             if available is not None and needed > available:
+                remedies = self._remedies(memory, available, weight_format, context_tokens, dummy)
                 raise UserError(
                     f"this run needs {needed / 1e9:.1f} GB of {memory} memory and "
-                    f"{available / 1e9:.1f} GB are available: {_remedy(memory, weight_format)}"
+                    f"{available / 1e9:.1f} GB are available: {', or '.join(remedies)}"
                 )
 
-
-def _remedy(memory: str, weight_format: str) -> str:
-    if memory == "gpu":
-        return "use fewer cache slots, a shorter --max-tokens, or --device cpu"
-    smaller = {"fp32": "bf16", "bf16": "int8", "int8": "int4"}.get(weight_format)
-    if smaller is None:
-        return "close other programs or use a machine with more memory"
-    return f"close other programs, or prepare the model with --expert-dtype {smaller}"
+    def _remedies(
+        self, memory: str, available: int, weight_format: str, context_tokens: int, dummy: bool
+    ) -> list[str]:
+        remedies = []
+        of_memory = {need.what: need.n_bytes for need in self.needs if need.memory == memory}
+        kv_bytes, slot_bytes = of_memory.get(KV_CACHE, 0), of_memory.get(SLOTS, 0)
+        missing = self.needed(memory) - available
+        if kv_bytes > missing:  # fewer tokens alone would do
+            fitting = int(context_tokens * (kv_bytes - missing) / kv_bytes)
+            remedies.append(
+                f"use a smaller --max-tokens or --batch-size ({fitting} of the "
+                f"{context_tokens} tokens of prompts and answers fit)"
+            )
+        if slot_bytes > missing:
+            remedies.append("use a smaller --cache-nblocks or --cache-nways")
+        elif slot_bytes and slot_bytes + kv_bytes > missing:
+            remedies.append("use a smaller cache and a smaller --max-tokens")
+        if memory == "gpu":
+            return [*remedies, "use --device cpu"]
+        smaller = {"fp32": "bf16", "bf16": "int8", "int8": "int4"}.get(weight_format)
+        if smaller is not None:
+            remedies.append(
+                f"use --dummy-format {smaller} or fewer --dummy-layers"
+                if dummy
+                else f"prepare the model with --expert-dtype {smaller}"
+            )
+        return [*remedies, "close other programs", "use a machine with more memory"]
 
 
 def kv_cache_bytes(config: PretrainedConfig, n_tokens: int, bytes_per_value: int) -> int:
@@ -91,14 +115,14 @@ def make_budget(
     needs: Sequence[Need] = (
         Need("experts", "host", expert_bytes),
         Need("dense weights", model_memory, dense_bytes),
-        Need("KV cache", model_memory, kv_bytes),
-        Need("expert cache slots", model_memory, slot_bytes),
+        Need(KV_CACHE, model_memory, kv_bytes),
+        Need(SLOTS, model_memory, slot_bytes),
         Need("workspace", "host", _WORKSPACE_BYTES),
         Need("workspace ", "gpu", _CUDA_CONTEXT_BYTES if device.type == "cuda" else 0),
     )
     return Budget(
         needs=tuple(need for need in needs if need.n_bytes),
-        host_bytes=psutil.virtual_memory().available,
+        host_bytes=available_bytes(),
         gpu_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 
@@ -111,4 +135,4 @@ def free_slot_bytes(device: torch.device, kv_bytes: int) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return max(0, int(torch.cuda.mem_get_info(device)[0]) - kv_bytes - _WORKSPACE_BYTES)
-    return max(0, (psutil.virtual_memory().available - kv_bytes - _WORKSPACE_BYTES) // 2)
+    return max(0, (available_bytes() - kv_bytes - _WORKSPACE_BYTES) // 2)

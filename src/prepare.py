@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import prerequisites  # noqa: F401 - before all that it looks for
+
 from errors import UserError
 from version import VERSION
 

@@ -1,9 +1,11 @@
 """What happened in a run: typed events appended on the hot path, read after it.
 
-Appending does no I/O and never waits for a device. A layer event is 88 packed bytes, its expert
-ids two bytes each, so that a night of prompts (a million layer events) stays under 150 MB and
-leaves the garbage collector nothing to walk. Durations that only the device knows are handed over
-as objects with `.resolve() -> us` and are asked after the run.
+Appending does no I/O and never waits for a device. Between two layers the CPU's caches hold
+weights and every line of Python is slow, so a layer event is only put on a list there; it is packed
+with the others of its pass when that has ended: 96 bytes, its expert ids two bytes each. A night of
+prompts (a million layer events) stays under 150 MB and leaves the garbage collector nothing to
+walk. Durations that only the device knows are handed over as objects with `.resolve() -> us` and
+are asked after the run.
 
 The seven durations of a layer:
   attention, router, plan, cpu, copy_wait, combine  are disjoint spans of one clock, in this order;
@@ -17,6 +19,7 @@ The seven durations of a layer:
 from __future__ import annotations
 
 import struct
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -58,21 +61,37 @@ _COUNTS = (
     "fetches",
     "evictions",
 )
-_BYTES = ("cpu_bytes", "gpu_bytes", "fetch_bytes")
+BYTES = ("cpu_bytes", "gpu_bytes", "waited_bytes", "fetch_bytes")
 
 LAYER_DTYPE = np.dtype(
     [(name, "<i4") for name in _COUNTS]
     + [(name, "<f4") for name in DURATIONS]
-    + [(name, "<i8") for name in _BYTES]
+    + [(name, "<i8") for name in BYTES]
 )
-_LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(_BYTES)}q")
+_LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(BYTES)}q")
 
 PASS_DTYPE = np.dtype(
-    [("decode", "?"), ("n_tokens", "<i8"), ("prompt", "<i8"), ("duration_s", "<f8")]
+    [
+        ("decode", "?"),
+        ("n_tokens", "<i8"),
+        ("prompt", "<i8"),
+        ("duration_s", "<f8"),
+        ("n_sequences", "<i8"),
+        ("unix_s", "<f8"),
+    ]
 )
 TOKEN_DTYPE = np.dtype(
     [("pass_index", "<i8"), ("prompt", "<i8"), ("time_s", "<f8"), ("unix_s", "<f8")]
 )
+
+
+_Layer = tuple[
+    tuple[int, Sequence[Sequence[int]], Sequence[int] | None],
+    tuple[int, int, int, int],
+    tuple[Duration, ...],
+    tuple[int, int, int, int],
+    tuple[int, ...],
+]
 
 
 class LayerEvent(NamedTuple):
@@ -99,6 +118,7 @@ class LayerEvent(NamedTuple):
     combine_us: float
     cpu_bytes: int
     gpu_bytes: int
+    waited_bytes: int
     fetch_bytes: int
     waited: tuple[int, ...] = ()
 
@@ -109,7 +129,7 @@ class Recorder:
     enabled = True
 
     def __init__(self) -> None:
-        self._passes: list[tuple[bool, int, int, float]] = []
+        self._passes: list[tuple[bool, int, int, float, int, float]] = []
         self._tokens: list[tuple[int, int, float, float]] = []
         self._layers = bytearray()
         self._ids = array("h")
@@ -117,14 +137,17 @@ class Recorder:
         self._waited: dict[int, int] = {}  # row -> a bit per expert
         self._pending: list[tuple[int, str, DeviceTime]] = []
         self._resolved: list[tuple[int, str, float]] = []
-        self._open_pass: tuple[bool, int, int] | None = None
+        self._open_pass: tuple[bool, int, int, int] | None = None
         self._pass_index = 0
-        self._finished = (0, 0, 0)
+        self._open_layers: list[_Layer] = []
 
-    def begin_pass(self, phase: Phase, n_tokens: int, prompt: int) -> None:
-        """A forward pass over `n_tokens` tokens starts; `prompt` is the (first) prompt's number."""
-        self._forget_unfinished()
-        self._open_pass = (phase == "decode", n_tokens, prompt)
+    def begin_pass(self, phase: Phase, n_tokens: int, prompt: int, n_sequences: int = 1) -> None:
+        """A forward pass over `n_tokens` tokens of `n_sequences` starts.
+
+        `prompt` is the (first) prompt's number.
+        """
+        self._open_layers.clear()  # of a pass that never ended: an error, a Ctrl-C
+        self._open_pass = (phase == "decode", n_tokens, prompt, n_sequences)
 
     def layer(
         self,
@@ -144,16 +167,31 @@ class Recorder:
         combine_us: Duration = 0.0,
         cpu_bytes: int = 0,
         gpu_bytes: int = 0,
+        waited_bytes: int = 0,
         fetch_bytes: int = 0,
         waited: Sequence[int] = (),
     ) -> None:
         """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
 
+        The lists are kept until the pass ends: do not change them.
         `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
-        `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once),
-        `fetch_bytes` those whose copy to the accelerator this layer started. `waited` are the
+        `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once);
+        `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.
+        `fetch_bytes` are those whose copy to the accelerator this layer started. `waited` are the
         experts that a prompt copied to be computed there.
         """
+        self._open_layers.append(
+            (
+                (layer, ids, n_hits_of_token),
+                (hits, misses, fetches, evictions),
+                (attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us),
+                (cpu_bytes, gpu_bytes, waited_bytes, fetch_bytes),
+                tuple(waited),
+            )
+        )
+
+    def _pack(self, one: _Layer) -> None:
+        (layer, ids, n_hits_of_token), counts, durations, n_bytes, waited = one
         if waited:
             row = len(self._layers) // _LAYER_ROW.size
             self._waited[row] = sum(1 << expert for expert in waited)
@@ -163,13 +201,9 @@ class Recorder:
             self._ids.extend(ids[0])
         else:
             self._ids.extend(chain.from_iterable(ids))
-        cached = n_hits_of_token is not None
         if n_hits_of_token is not None:
             self._n_hits_of_token.extend(n_hits_of_token)
-        which = (self._pass_index, layer, n_tokens, top_k, cached)
-        counts = (hits, misses, fetches, evictions)
-        durations = (attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us)
-        n_bytes = (cpu_bytes, gpu_bytes, fetch_bytes)
+        which = (self._pass_index, layer, n_tokens, top_k, n_hits_of_token is not None)
         try:
             self._layers += _LAYER_ROW.pack(*which, *counts, *durations, *n_bytes)
         except struct.error:  # a duration that is not a number yet
@@ -188,23 +222,18 @@ class Recorder:
                 known.append(0.0)
         return known
 
-    def end_pass(self, duration_s: float) -> None:
-        """The pass begun last is done; `duration_s` is its wall-clock time."""
+    def end_pass(self, duration_s: float, unix_s: float | None = None) -> None:
+        """The pass begun last is done, by default now; `duration_s` is its wall-clock time."""
         if self._open_pass is None:
             raise ValueError("end_pass without begin_pass")
-        self._passes.append((*self._open_pass, duration_s))
+        decode, n_tokens, prompt, n_sequences = self._open_pass
+        now_s = time.time() if unix_s is None else unix_s
+        self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
         self._open_pass = None
+        for one in self._open_layers:
+            self._pack(one)
+        self._open_layers.clear()
         self._pass_index += 1
-        self._finished = (len(self._layers), len(self._ids), len(self._n_hits_of_token))
-
-    def _forget_unfinished(self) -> None:
-        """Drop what a pass that never ended (an error, a Ctrl-C) has left."""
-        layers, ids, hits = self._finished
-        if len(self._layers) > layers:
-            del self._layers[layers:], self._ids[ids:], self._n_hits_of_token[hits:]
-            rows = layers // _LAYER_ROW.size
-            self._pending = [entry for entry in self._pending if entry[0] < rows]
-            self._waited = {row: bits for row, bits in self._waited.items() if row < rows}
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
@@ -227,8 +256,28 @@ class Recorder:
         return np.array(self._passes, dtype=PASS_DTYPE)
 
     def token_table(self) -> Table:
-        """One row per generated token, TOKEN_DTYPE."""
-        return np.array(self._tokens, dtype=TOKEN_DTYPE)
+        """One row per generated token, TOKEN_DTYPE.
+
+        Where `token` was never called, as under a bare `generate()`, every sequence of every pass
+        gave one: a decode pass takes the time since the pass before it had ended.
+        """
+        return np.array(self._tokens or self._tokens_of_passes(), dtype=TOKEN_DTYPE)
+
+    def _tokens_of_passes(self) -> list[tuple[int, int, float, float]]:
+        tokens: list[tuple[int, int, float, float]] = []
+        chunks_s = before_s = 0.0
+        for index, one in enumerate(self._passes):
+            decode, _, prompt, duration_s, n_sequences, now_s = one
+            time_s = now_s - before_s if decode and index else duration_s
+            before_s = now_s
+            following = self._passes[index + 1] if index + 1 < len(self._passes) else None
+            if not decode:
+                time_s, chunks_s = time_s + chunks_s, 0.0
+                if following is not None and not following[0] and following[2] == prompt:
+                    chunks_s = time_s  # the prompt goes on in the next pass
+                    continue
+            tokens += [(index, prompt + row, time_s, now_s) for row in range(n_sequences)]
+        return tokens
 
     def layer_table(self) -> Table:
         """One row per MoE layer of a finished pass, LAYER_DTYPE; asks devices first."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from recorder import DURATIONS, Recorder, Table
+from recorder import BYTES, DURATIONS, Recorder, Table
 from sensors import Sample
 from summary import step_times_s, token_energies_j
 
@@ -34,9 +34,7 @@ BREAKDOWN_MORE = (
     "step_ms",
     "rest_ms",
     *(name.removesuffix("_us") for name in DURATIONS),
-    "cpu_bytes",
-    "gpu_bytes",
-    "fetch_bytes",
+    *BYTES,
 )
 CACHEHIT_MORE = (
     "Phase",
@@ -97,7 +95,7 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
         *mean_ms.values(),
         *(
             _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
-            for name in ("cpu_bytes", "gpu_bytes", "fetch_bytes")
+            for name in BYTES
         ),
         *prompts.columns(passes),
     ]

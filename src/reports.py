@@ -1,4 +1,4 @@
-"""Writes a run's files: five CSVs and run.json, together and atomically."""
+"""Writes a run's files: five CSVs, run.json and the routing, together and atomically."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +29,14 @@ from report_tables import (
 )
 from sensors import Sample
 from summary import RunSummary
+from traces import Trace, trace_lines
 
 Status = Literal["completed", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where each file goes."""
+    """Where each file goes; `routing` is None for a run that is not to leave its routing."""
 
     breakdown: Path
     cachehit: Path
@@ -42,6 +44,7 @@ class ReportPaths:
     token_gen_time: Path
     cpu_freq_avg: Path
     run_json: Path
+    routing: Path | None = None
 
     @classmethod
     def in_folder(
@@ -50,7 +53,8 @@ class ReportPaths:
         breakdown_csv: Path = Path("out.csv"),
         cachehit_csv: Path = Path("cache.csv"),
     ) -> ReportPaths:
-        """All files under `folder` (by default the working directory)."""
+        """All files under `folder`; the working directory, where none is given, has no routing."""
+        routing = None if folder is None else folder / "routing.jsonl"
         folder = folder or Path()
         return cls(
             breakdown=folder / breakdown_csv,
@@ -59,27 +63,37 @@ class ReportPaths:
             token_gen_time=folder / "token_gen_time.csv",
             cpu_freq_avg=folder / "cpu_freq_avg.csv",
             run_json=folder / "run.json",
+            routing=routing,
         )
 
     def all(self) -> list[Path]:
-        return [getattr(self, entry.name) for entry in fields(self)]
+        return list(self.by_name().values())
 
-    def partial(self) -> ReportPaths:
-        """The names that an unfinished run uses where finished results lie: out.partial.csv."""
-        names = {
-            entry.name: (path := getattr(self, entry.name)).with_name(
-                f"{path.stem}.partial{path.suffix}"
-            )
-            for entry in fields(self)
-        }
-        return replace(self, **names)
+    def by_name(self) -> dict[str, Path]:
+        paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: path for name, path in paths.items() if path is not None}
+
+    def beside_others(self) -> ReportPaths:
+        """The names of an unfinished run: these if all are free, else out.partial.csv, else
+        out.partial-2.csv and so on."""
+        paths, number = self, 0
+        while any(path.exists() for path in paths.all()):
+            number += 1
+            tail = ".partial" if number == 1 else f".partial-{number}"
+            names = {
+                name: path.with_name(f"{path.stem}{tail}{path.suffix}")
+                for name, path in self.by_name().items()
+            }
+            paths = replace(self, **names)
+        return paths
 
 
 @dataclass(frozen=True)
 class RunInfo:
     """What only the caller knows of a run; plain JSON values in the mappings.
 
-    `n_threads` are the CPU threads that computed experts.
+    `settings` are all options, also those that the command leaves at their defaults. `n_threads`
+    are the CPU threads that computed experts.
     """
 
     command: Sequence[str] = ()
@@ -89,6 +103,7 @@ class RunInfo:
     model: Mapping[str, Any] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     notes: Sequence[str] = ()
     started_unix_s: float | None = None
@@ -97,19 +112,25 @@ class RunInfo:
 
 
 def write_reports(
-    recorder: Recorder, paths: ReportPaths, info: RunInfo, summary: RunSummary
+    recorder: Recorder,
+    paths: ReportPaths,
+    info: RunInfo,
+    summary: RunSummary,
+    routing: Trace | None = None,
 ) -> list[Path]:
     """Write all files atomically and return where they are.
 
-    A run that did not complete never replaces files of an earlier one: where any is in the way,
-    all of its own are named `*.partial.*`. A run that finished no forward pass, or recorded
-    nothing (`--no-record`), writes nothing.
+    A run that did not complete never replaces files of an earlier one, complete or not: where any
+    is in the way, all of its own are named `*.partial.*`. A run that finished no forward pass, or
+    recorded nothing (`--no-record`), writes nothing. `routing` goes to `paths.routing`.
     Raises UserError where the files cannot be written; no temporary file stays behind.
     """
     if not (recorder.enabled and len(recorder.pass_table())):
         return []
-    if info.status != "completed" and any(path.exists() for path in paths.all()):
-        paths = paths.partial()
+    if routing is None:
+        paths = replace(paths, routing=None)
+    if info.status != "completed":
+        paths = paths.beside_others()
     tables = {
         paths.breakdown: breakdown_rows(recorder),
         paths.cachehit: cachehit_rows(recorder),
@@ -118,7 +139,10 @@ def write_reports(
         paths.cpu_freq_avg: frequency_rows(info.samples),
     }
     texts = {path: _csv_text(rows) for path, rows in tables.items()}
-    texts[paths.run_json] = json.dumps(_run_document(paths, info, summary), indent=2) + "\n"
+    if paths.routing is not None and routing is not None:
+        texts[paths.routing] = "".join(trace_lines(routing.info, routing.passes))
+    document = _finite(_run_document(paths, info, summary))
+    texts[paths.run_json] = json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"
     _write_together(texts)
     return list(texts)
 
@@ -133,6 +157,7 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
         else datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(info.command),
+        "settings": dict(info.settings),
         "versions": {"tool": info.tool_version, **versions()},
         "git": git_state(info.source_folder),
         "n_threads": info.n_threads,
@@ -143,11 +168,20 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
         "summary": summary.to_json(),
         "notes": list(info.notes),
         "files": {
-            entry.name: getattr(paths, entry.name).name
-            for entry in fields(paths)
-            if entry.name != "run_json"
+            name: os.path.relpath(path, paths.run_json.parent)
+            for name, path in paths.by_name().items()
+            if name != "run_json"
         },
     }
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON cannot say, such as the infinite cost of no accelerator."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _csv_text(rows: Iterable[Row]) -> str:

@@ -47,6 +47,11 @@ class RunFiles:
         summary: dict[str, Any] = self.document["summary"]
         return summary
 
+    @property
+    def batch_size(self) -> int:
+        generation = (self.document.get("settings") or {}).get("generation") or {}
+        return int(generation.get("batch_size") or 1)
+
     def fact(self, group: str, name: str) -> Any:
         """A fact of run.json, or None."""
         return (self.document.get(group) or {}).get(name)
@@ -64,8 +69,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
 
 
 def read_run(folder: Path, label: str) -> RunFiles:
-    """One run's files; UserError where one is missing or is not what a run writes."""
-    document = _read_document(folder)
+    """One run's files; UserError where one is missing or is not what a run writes.
+
+    `folder` may name one of several run.json files in a folder, such as an unfinished run's.
+    """
+    path = folder if folder.is_file() else _document_path(folder)
+    folder = path.parent
+    document = _read_document(path)
     names = document["files"]
     phases, breakdown = _read_numbers(
         folder / names["breakdown"], ["Index", "attn", "step_ms", "rest_ms"], text="phase"
@@ -86,13 +96,18 @@ def read_run(folder: Path, label: str) -> RunFiles:
     return RunFiles(folder, label, document, decode, breakdown, cachehit, hits, tokens, choices)
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
+def _document_path(folder: Path) -> Path:
+    """The folder's run.json, or that of the last unfinished run."""
     path = folder / "run.json"
-    if not path.is_file():
-        partial = folder / "run.partial.json"
-        if not partial.is_file():
-            raise UserError(f"expected run.json in {folder}, found none: {_FOLDER_REMEDY}")
-        path = partial
+    if path.is_file():
+        return path
+    unfinished = sorted(folder.glob("run.partial*.json"), key=lambda one: (len(one.name), one.name))
+    if not unfinished:
+        raise UserError(f"expected run.json in {folder}, found none: {_FOLDER_REMEDY}")
+    return unfinished[-1]
+
+
+def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         files, summary = document["files"], document["summary"]

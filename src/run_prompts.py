@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from config import Config
 from engine import Engine
 from errors import UserError
 from generation import Generated, generate_batch, make_sampler, stop_ids
+from run_progress import RunProgress
 from tokenization import StreamingDetokenizer, Tokenizer
 
 
@@ -101,11 +101,11 @@ def run_prompts(
     eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
     stream = options.batch_size == 1 and not config.output.hide_responses
     responses = _Responses(config.output.responses_jsonl)
-    bar = tqdm(
-        total=len(prompts),
-        desc="prompts",
-        unit="prompt",
-        disable=len(prompts) == 1 or not sys.stderr.isatty() or stream,
+    progress = RunProgress(
+        [site.block for site in engine.sites],
+        len(prompts),
+        options.max_tokens,
+        streamed=stream and sys.stdout.isatty(),
     )
     batch: dict[int, tuple[Generated, StreamingDetokenizer, list[str]]] = {}
 
@@ -118,14 +118,15 @@ def run_prompts(
         conversation = Conversation(texts[record.prompt], "".join(pieces), record)
         conversations.append(conversation)
         responses.write(conversation)
-        bar.update()
+        progress.prompt_done()
 
-    started_s, n_tokens = time.perf_counter(), 0
     try:
         for first in range(0, len(prompts), options.batch_size):
+            of_batch = prompts[first : first + options.batch_size]
+            progress.evaluate(len(of_batch))
             for record, token in generate_batch(
                 engine.model,
-                prompts[first : first + options.batch_size],
+                of_batch,
                 max_tokens=options.max_tokens,
                 sampler=sampler,
                 eos_ids=eos_ids,
@@ -135,6 +136,7 @@ def run_prompts(
                 engine.dispatcher.recorder.token(
                     record.prompt, record.token_times_s[-1], time.time()
                 )
+                progress.token()  # its bar leaves the terminal before the text comes
                 if record.prompt not in batch:
                     batch[record.prompt] = (record, StreamingDetokenizer(tokenizer), [])
                 if token not in eos_ids:
@@ -142,10 +144,6 @@ def run_prompts(
                     batch[record.prompt][2].append(piece)
                     if stream:
                         print(piece, end="", flush=True)
-                n_tokens += 1
-                bar.set_postfix_str(
-                    f"{n_tokens / (time.perf_counter() - started_s):.1f} tok/s", refresh=False
-                )
                 if record.stop != "interrupted":
                     finish(record)
     except KeyboardInterrupt:
@@ -154,6 +152,6 @@ def run_prompts(
         return "interrupted"
     finally:
         responses.close()
-        bar.close()
+        progress.close()
     conversations.sort(key=lambda conversation: conversation.generated.prompt)
     return "completed"

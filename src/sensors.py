@@ -98,12 +98,13 @@ class NvmlReader:
     """Energy and power of one NVIDIA GPU through NVML.
 
     The total-energy counter is used where the GPU has one (Volta and later), else power samples are
-    integrated over time. `nvml` is the pynvml module (nvidia-ml-py) or a stand-in.
+    integrated over time. `uuid` names the GPU, by default NVML's first. `nvml` is the pynvml module
+    (nvidia-ml-py) or a stand-in.
     """
 
     def __init__(
         self,
-        device_index: int = 0,
+        uuid: str | None = None,
         nvml: ModuleType | Any = pynvml,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -115,7 +116,8 @@ class NvmlReader:
         self._nvml: Any = nvml
         try:
             nvml.nvmlInit()
-            self._handle = nvml.nvmlDeviceGetHandleByIndex(device_index)
+            by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
+            self._handle = by_index(0) if uuid is None else by_uuid(uuid)
         except nvml.NVMLError as error:
             self.note = f"GPU energy: NVML is not available ({error}), its columns stay empty"
             return

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import prerequisites  # noqa: F401 - before all that it looks for
+
 from autotune import FORMATS, tune
 from cost_model import CostModel
 from errors import UserError

@@ -155,7 +155,7 @@ def summarize(
         fetches=int(layers["fetches"].sum()),
         evictions=int(layers["evictions"].sum()),
         fetched_bytes=int(layers["fetch_bytes"].sum()),
-        saved_bytes=int(decode_layers["gpu_bytes"].sum()),
+        saved_bytes=int((decode_layers["gpu_bytes"] - decode_layers["waited_bytes"]).sum()),
         cpu_read_bytes=cpu_read_bytes,
         cpu_read_gbps=cpu_read_bytes / cpu_s / 1e9 if cpu_s > 0 else None,
         cpu_limit_gbps=cpu_limit_gbps,

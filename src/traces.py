@@ -133,12 +133,17 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
 def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> None:
     """Write a trace as JSON lines."""
     with path.open("w", encoding="utf-8") as lines:
-        lines.write(json.dumps({"routing_trace": 1, **asdict(info)}) + "\n")
-        for one in passes:
-            fields = asdict(one)
-            if not one.waited:
-                del fields["waited"]
-            lines.write(json.dumps(fields, separators=(",", ":")) + "\n")
+        lines.writelines(trace_lines(info, passes))
+
+
+def trace_lines(info: TraceInfo, passes: Iterable[RoutingPass]) -> Iterator[str]:
+    """The lines of a trace's JSON file."""
+    yield json.dumps({"routing_trace": 1, **asdict(info)}) + "\n"
+    for one in passes:
+        fields = asdict(one)
+        if not one.waited:
+            del fields["waited"]
+        yield json.dumps(fields, separators=(",", ":")) + "\n"
 
 
 class _Format:

@@ -40,7 +40,7 @@ def recompute(folder: Path) -> dict[str, float]:
         "cache_hit_2_percent": _percent(sum(int(row["At Least Two"]) for row in hits), n_pairs),
         "per_expert_hit_percent": _percent(n_hits, n_hits + n_misses),
         "fetched_bytes": sum(int(row["fetch_bytes"]) for row in passes),
-        "saved_bytes": sum(int(row["gpu_bytes"]) for row in decode),
+        "saved_bytes": sum(int(row["gpu_bytes"]) - int(row["waited_bytes"]) for row in decode),
         "cpu_read_bytes": cpu_bytes,
         "cpu_read_gbps": cpu_bytes / cpu_s / 1e9,
         "step_ms": statistics.mean(float(row["step_ms"]) for row in decode),

@@ -15,7 +15,6 @@ from calibration import (
     calibrate_copy,
     calibrate_side,
     fit_side,
-    format_calibration,
     measure_read_gbps,
     median_us,
 )
@@ -144,12 +143,3 @@ def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert CalibrationCache().folder == tmp_path / "moe-cpu-gpu-inference"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
     assert CalibrationCache().folder == Path.home() / ".cache" / "moe-cpu-gpu-inference"
-
-
-def test_lines_for_people() -> None:
-    calibration = {"read_gbps": 51.98765, "cpu": {"call_us": 3.0, "kernel": "avx512"}}
-    assert format_calibration(calibration) == [
-        "read_gbps = 51.99",
-        "cpu.call_us = 3",
-        "cpu.kernel = avx512",
-    ]

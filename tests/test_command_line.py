@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +17,23 @@ import pytest
 from test_parity import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
+import dummy_model
 import main
+from arguments import parse, parse_config
 from checkpoint import MANIFEST_NAME
 from generation import generate_batch
 from traces import read_trace
 
 ROOT = Path(__file__).parent.parent
+REPORTS = (
+    *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv", "cpu_freq_avg.csv"),
+    "run.json",
+)
+
+
+def by_name(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +81,7 @@ def test_prints_the_reference_summary(
         )
     ]
     assert positions == sorted(positions)
-    assert {path.name for path in run_folder.iterdir()} == {
-        *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv"),
-        *("cpu_freq_avg.csv", "run.json"),
-    }
+    assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
 
 
 def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None:
@@ -298,17 +308,28 @@ def test_memory_is_checked_before_loading(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import preflight
+    arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
+    monkeypatch.setattr("preflight.available_bytes", lambda: 1 << 20)
+    assert "--expert-dtype int8" in refused(capsys, *arguments)
+    # Weights and workspace fit, the KV cache of 8192 sequences does not.
+    monkeypatch.setattr("preflight.available_bytes", lambda: 560_000_000)
+    message = refused(capsys, *arguments[:-1], 60, "--batch-size", 8192)
+    assert "use a smaller --max-tokens or --batch-size (" in message
+    fitting, asked = map(int, re.findall(r"\((\d+) of the (\d+) tokens of prompts", message)[0])
+    assert 0 < fitting < asked <= 64 * 8192
 
-    class Little:
-        available = 1 << 20
 
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", Little)
-    message = refused(capsys, "--model-path", model, "--prompt", "x", "--max-tokens", 4)
-    assert "--expert-dtype int8" in message
-
-
-def test_ctrl_c_keeps_finished_prompts(model: Path, run_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130),
+        (signal.SIGTERM, "SIGTERM", 143),
+        (signal.SIGHUP, "SIGHUP", 129),
+    ],
+)
+def test_an_interruption_keeps_what_was_done(
+    number: signal.Signals, name: str, code: int, model: Path, run_folder: Path
+) -> None:
     prompts = run_folder / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {i}" for i in range(500)))
     process = subprocess.Popen(
@@ -328,15 +349,109 @@ def test_ctrl_c_keeps_finished_prompts(model: Path, run_folder: Path) -> None:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
     lines = [json.loads(line) for line in responses.read_text().splitlines()]
     assert 3 <= len(lines) < 500
     assert all(line["stop"] != "interrupted" for line in lines[:-1])
     assert "PERFORMANCE BREAKDOWN" in out
+    n_finished = sum(line["stop"] != "interrupted" for line in lines)
+    (said,) = [line for line in err.splitlines() if line.startswith("interrupted")]
+    assert said.startswith(f"interrupted ({name}): {n_finished} of 500 prompts finished; ")
+    for path in (*REPORTS, "responses.jsonl"):
+        assert path in said
+        assert (run_folder / path).exists()
+    assert not list(run_folder.glob(".*")), "no temporary file is left"
     assert json.loads((run_folder / "run.json").read_text())["status"] == "interrupted"
+    assert len(by_name(run_folder / "out.csv")) > 3
+
+
+def test_an_interruption_before_the_first_token_is_said(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(main, "load_engine", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("--model-path", model, "--prompt", "x", "--max-tokens", 4) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    err = capsys.readouterr().err
+    assert err == "interrupted (SIGTERM) before any token: no file was written\n"
+    assert not any(run_folder.iterdir())
+
+
+def test_a_second_signal_does_not_tear_the_reports(
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Impatient fingers: further signals come while the results are written."""
+
+    def interrupted_later(*arguments: object, **options: object) -> object:
+        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
+
+    def impatient(descriptor: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("run_prompts.generate_batch", interrupted_later)
+    monkeypatch.setattr("os.fsync", impatient)
+    flags = ("--max-tokens", 9, "--output-dir", "run")
+    assert run("--model-path", model, "--prompt", "x", *flags) == 130
+    names = {path.name for path in (run_folder / "run").iterdir()}
+    assert names == {*REPORTS, "routing.jsonl"}
+    assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
+
+
+def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path) -> None:
+    """As in `main.py ... | head -0`: the summary has no reader, the files are written."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        done = subprocess.run(
+            [
+                *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
+                *("--prompt", "x", "--max-tokens", "4", "--hide-resp"),
+            ],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run_folder,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
+
+
+def test_the_machine_is_calibrated_without_a_model(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = main.calibration_options(parse_config(parse(["--show-calibration"])).model)
+    assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 1)
+    real = dummy_model._read_shapes()
+    small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
+    small |= {"intermediate_size": 128, "vocab_size": 96}
+    monkeypatch.setattr(dummy_model, "_read_shapes", lambda: {"deepseek-v2-lite": small})
+    assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite") == 0
+    out = capsys.readouterr().out
+    for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):
+        assert text in out
+    assert "measured on 1 MoE layer of deepseek-v2-lite" in out
+    assert "accelerator and copies: not measured" in out
+    assert "inf" not in out.replace("information", "")
+    assert not any(run_folder.iterdir())
+    flags = ("--cache-nblocks", 1, "--cache-nways", 2)
+    assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite", *flags) == 0
+    assert re.search(r"copies to the accelerator: [\d.]+ GB/s alone", capsys.readouterr().out)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

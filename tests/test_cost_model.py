@@ -37,6 +37,19 @@ def test_decode_layer_overlaps_its_sides():
     assert COST.decode_step_us([2, 1, 0], 2, copying=False) == (70 + 117) + (70 + 720) + (70 + 1420)
 
 
+def test_decode_layer_waits_for_copies_one_behind_the_other():
+    # Two copies of 1010 alone on the bus, and the last one's arithmetic of 66.
+    assert COST.decode_layer_us(0, 0, copying=True, n_waited=2) == 70 + 2020 + 66
+    # Beside them hits (66) are hidden, and so is a CPU that ends before the copy at 2010.
+    assert COST.decode_layer_us(1, 1, copying=True, n_waited=1) == pytest.approx(
+        70 + COST.overlap_us(720, 1)[1] + 66
+    )
+    # A CPU with more to do than the bus decides.
+    assert COST.decode_layer_us(0, 6, copying=True, n_waited=1) == pytest.approx(
+        70 + COST.overlap_us(COST.cpu.us(6, 6), 1)[0]
+    )
+
+
 def test_an_emulated_accelerator_shares_the_cores():
     emulated = replace(COST, compute_shared_factor=1.5)
     assert emulated.compute_us(1000, 0) == (1000, 0)

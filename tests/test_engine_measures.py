@@ -17,6 +17,7 @@ from engine import Engine, load_engine
 from expert_cache import ExpertCache, make_policy
 from expert_fetcher import Completion
 from generation import generate_batch, make_sampler
+from machine_costs import predicted_step_us
 from model_loader import PreparedModel
 from recorder import Recorder
 from replay import replay
@@ -127,6 +128,8 @@ def test_counts_and_bytes_are_conserved(miss_policy: str, folder: Path) -> None:
         copied_bytes, copies = fetcher.bytes_copied, fetcher.copies
         hits, misses = engine.accelerator.cache.hits, engine.accelerator.cache.misses
         block_bytes = engine.store.layouts[0].block_bytes
+        assert engine.costs is not None
+        predicted_us = predicted_step_us(recorder, engine.costs.model)
     table = recorder.layer_table()
     decode = table[recorder.pass_table()["decode"][table["pass_index"]]]
     cached = decode[decode["layer"] < 3]
@@ -140,6 +143,17 @@ def test_counts_and_bytes_are_conserved(miss_policy: str, folder: Path) -> None:
     for row, event in zip(table, ids, strict=True):
         distinct = {expert for token in event.ids for expert in token if expert >= 0}
         assert row["cpu_bytes"] + row["gpu_bytes"] == len(distinct) * block_bytes
+    # A hit saves its bytes; an expert that was waited for saves nothing.
+    saved_bytes = summarize(recorder).saved_bytes
+    assert saved_bytes == hits * block_bytes
+    assert int((decode["gpu_bytes"] - decode["waited_bytes"]).sum()) == saved_bytes
+    read_bytes = int(decode["cpu_bytes"].sum() + decode["gpu_bytes"].sum())
+    waited_bytes = read_bytes - saved_bytes if miss_policy == "fetch" else 0
+    assert int(decode["waited_bytes"].sum()) == waited_bytes
+    # A step that waits for copies is predicted to take at least as long as they do.
+    assert predicted_us is not None
+    n_waited = waited_bytes / block_bytes / (N_TOKENS - 1)
+    assert predicted_us >= n_waited * engine.costs.model.copy_us(shared=False)
 
 
 def test_parts_of_a_step_add_up(folder: Path) -> None:

@@ -31,6 +31,9 @@ class FakeNvml:
     def nvmlInit(self) -> None:
         self._answer("init", None)
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> object:
+        return f"the one called {uuid}"
+
     def nvmlDeviceGetHandleByIndex(self, index: int) -> object:
         return self._answer("handle", f"gpu{index}")
 
@@ -83,6 +86,20 @@ def test_facts_from_fake_trees(tmp_path: Path) -> None:
     lines = "\n".join(hardware.describe())
     assert "2 NUMA node(s)" in lines
     assert "GPU: Test card gpu0, 24.0 GiB, PCIe 4 x16, driver 999.1" in lines
+
+
+def test_the_gpu_in_use_is_the_one_described(tmp_path: Path) -> None:
+    hardware = read_hardware(*fake_machine(tmp_path), nvml=FakeNvml(), gpu_uuid="GPU-12")
+    assert hardware.gpu is not None
+    assert hardware.gpu.name == "Test card the one called GPU-12"
+
+
+def test_a_limited_container_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardware.limit_bytes", lambda: 2**33)
+    hardware = read_hardware(*fake_machine(tmp_path), nvml=FakeNvml())
+    assert hardware.memory_limit_bytes == 2**33
+    assert hardware.describe()[0].endswith("GiB memory, limited to 8.0 GiB by a cgroup")
+    assert "memory_limit_bytes" not in hardware.key()
 
 
 @pytest.mark.parametrize("broken", ["init", "handle", "name"])

@@ -45,11 +45,12 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
-            "model_shapes summary run_files figures"
+            "model_shapes summary run_files figures hardware"
         ),
         0: (
-            "errors version recorder sensors hardware provenance streams handoff "
-            "next_layer nvtx_ranges"
+            "errors version recorder sensors provenance streams handoff "
+            "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
+            "run_progress"
         ),
     }.items()
 }

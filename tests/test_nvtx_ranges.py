@@ -30,8 +30,11 @@ class FakeNvtx:
 def one_pass(ranges: NvtxRanges) -> None:
     ranges.begin_pass("decode")
     for layer in range(2):
-        with ranges.layer(layer, "cpu experts"):
+        ranges.part(layer, "attention")
+        ranges.part(layer, "plan")
+        with ranges.layer(layer, "launch"):
             pass
+        ranges.part(layer, "cpu experts")
     ranges.end_pass()
 
 
@@ -40,12 +43,23 @@ def test_ranges_nest_per_pass_and_layer() -> None:
     one_pass(NvtxRanges(enabled=True, library=library))
     assert library.calls == [
         "push decode",
-        "enter layer 0 cpu experts",
-        "exit layer 0 cpu experts",
-        "enter layer 1 cpu experts",
-        "exit layer 1 cpu experts",
+        *("push layer 0 attention", "pop", "push layer 0 plan"),
+        *("enter layer 0 launch", "exit layer 0 launch", "pop", "push layer 0 cpu experts", "pop"),
+        *("push layer 1 attention", "pop", "push layer 1 plan"),
+        *("enter layer 1 launch", "exit layer 1 launch", "pop", "push layer 1 cpu experts", "pop"),
         "pop",
     ]
+
+
+def test_a_pass_that_was_cut_short_leaves_no_range_open() -> None:
+    library = FakeNvtx()
+    ranges = NvtxRanges(enabled=True, library=library)
+    ranges.begin_pass("prefill")
+    ranges.part(0, "router")
+    one_pass(ranges)
+    assert library.calls[:5] == ["push prefill", "push layer 0 router", "pop", "pop", "push decode"]
+    pushes = sum(call.startswith("push") for call in library.calls)
+    assert pushes == library.calls.count("pop")
 
 
 def test_off_calls_nothing() -> None:

@@ -147,7 +147,21 @@ def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture
         (int(row["Cache Indexes N"]), int(row["Ways M"])): float(row["Throughput (tokens/s)"])
         for row in read(tmp_path / "out/throughput_cache.csv")
     }
-    assert sizes == {(2, 4): 7.0, (3, 2): 8.0}  # the median over the numbers of threads
+    assert sizes == {(2, 4): 9.0, (3, 2): 8.0}  # of the runs on two threads
+
+
+def test_cache_sizes_are_compared_at_one_batch_size(tmp_path: Path) -> None:
+    folders = []
+    for number, (batch, cache, speed) in enumerate(
+        [(1, (2, 4), 5.0), (4, (3, 2), 30.0), (1, (3, 2), 6.0), (1, (3, 2), 8.0)]
+    ):
+        folders.append(run_dir(tmp_path / f"run{number}", cache=cache, throughput=speed))
+        document = json.loads((folders[-1] / "run.json").read_text())
+        document["settings"] = {"generation": {"batch_size": batch}}
+        (folders[-1] / "run.json").write_text(json.dumps(document))
+    assert draw(*folders, "--output-dir", tmp_path / "out") == 0
+    sizes = [tuple(row.values()) for row in read(tmp_path / "out/throughput_cache.csv")]
+    assert sizes == [("2", "4", "5", "1"), ("3", "2", "7", "2")]
 
 
 def test_a_batched_run_is_drawn(tmp_path: Path) -> None:
@@ -185,7 +199,7 @@ def damage(folder: Path, name: str, old: str, new: str) -> None:
     ("name", "old", "new", "sentence"),
     [
         ("out.csv", "decode,1,1.504", "decode,1,fast", "out.csv, line 3: expected a number in"),
-        ("out.csv", "decode,1,1.504", "decode,1", "out.csv, line 3: expected 18 cells, found 17"),
+        ("out.csv", "decode,1,1.504", "decode,1", "out.csv, line 3: expected 19 cells, found 18"),
         ("out.csv", "step_ms", "steps", "out.csv, line 1: expected the columns step_ms, found"),
         ("cache.csv", "5,2,0,0,decode,1,2,2,2,1,1,2,2\n", "", "of one run, found 6 and 5 forward"),
         ("run.json", '"summary"', '"other"', "run.json: expected the JSON that a run writes"),

@@ -12,6 +12,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from engine import load_model
+from recorder import Recorder
+from summary import format_summary, summarize
 
 
 class Collector(BaseStreamer):
@@ -59,3 +61,27 @@ def test_generate_with_a_streamer(cache: dict[str, int], tmp_path: Path) -> None
     assert first not in other[0, 4:].tolist()
     assert model.num_parameters() < reference.num_parameters()  # its experts are not in the module
     model.engine.close()
+
+
+def test_a_bare_generate_has_a_whole_summary(tmp_path: Path) -> None:
+    source = write_hub(build_model(CONFIGS["mixtral"]()), tmp_path / "source")
+    model = load_model(prepared(source, tmp_path / "prepared", "--hf"), device="cpu")
+    recorder = model.engine.dispatcher.recorder = Recorder()
+    model.engine.decode_step()  # as a calibration does: no sequence of the run
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = torch.tensor([[5, 9, 33], [8, 12, 40]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **settings)
+    model.generate(torch.tensor([[7]]), max_new_tokens=4, **settings)  # a prompt of one token
+    model.engine.close()
+
+    passes = recorder.pass_table()
+    assert passes["decode"].tolist() == [False, *[True] * 5, False, *[True] * 3]
+    assert passes["n_sequences"].tolist() == [2] * 6 + [1] * 4
+    assert recorder.token_table()["prompt"].tolist() == [0, 1] * 6 + [2] * 4
+    summary = summarize(recorder)
+    assert (summary.prompt_tokens, summary.generated_tokens) == (7, 2 * 5 + 3)
+    assert len(summary.ttft_s) == 3
+    assert summary.tpot_median_s is not None
+    # Sampling lies between the passes, so a token takes at least as long as its pass.
+    assert summary.generation_s >= passes["duration_s"][passes["decode"]].sum()
+    assert "TPOT: median" in format_summary(summary)

@@ -25,21 +25,24 @@ def test_events_come_back_typed_and_in_order() -> None:
     recorder = Recorder()
     recorder.begin_pass("prefill", 2, 7)
     spans_us = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5)
-    recorder.layer(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 10)
+    recorder.layer(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10)
     recorder.layer(1, [[0, 1], [2, 3]], None, 0, 0, 0, 0)
-    recorder.end_pass(0.25)
+    recorder.end_pass(0.25, 1000.25)
     recorder.token(7, 0.25, 1000.5)
     recorder.begin_pass("decode", 1, 7)
     recorder.layer(0, [[6, -1]], [0], 0, 2, 0, 0, cpu_bytes=2**40)
-    recorder.end_pass(0.125)
+    recorder.end_pass(0.125, 1000.5)
     recorder.token(7, 0.125, 1000.75)
 
     assert list(recorder.layer_events()) == [
-        LayerEvent(0, 0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 10),
-        LayerEvent(0, 1, [[0, 1], [2, 3]], None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-        LayerEvent(1, 0, [[6, -1]], [0], 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2**40, 0, 0),
+        LayerEvent(0, 0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10),
+        LayerEvent(0, 1, [[0, 1], [2, 3]], None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        LayerEvent(1, 0, [[6, -1]], [0], 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2**40, 0, 0, 0),
     ]
-    assert recorder.pass_table().tolist() == [(False, 2, 7, 0.25), (True, 1, 7, 0.125)]
+    assert recorder.pass_table().tolist() == [
+        (False, 2, 7, 0.25, 1, 1000.25),
+        (True, 1, 7, 0.125, 1, 1000.5),
+    ]
     assert recorder.token_table().tolist() == [(0, 7, 0.25, 1000.5), (1, 7, 0.125, 1000.75)]
 
 
@@ -73,6 +76,30 @@ def test_an_empty_recorder_reads_as_empty() -> None:
     recorder = Recorder()
     assert list(recorder.layer_events()) == []
     assert len(recorder.pass_table()) == len(recorder.token_table()) == 0
+
+
+def test_passes_that_nobody_says_tokens_of_give_one_per_sequence() -> None:
+    """As under a bare generate(): a batch of two, then a prompt in two chunks."""
+    recorder = Recorder()
+    for phase, prompt, n_sequences, duration_s, unix_s in (
+        ("prefill", 0, 2, 0.5, 100.5),
+        ("decode", 0, 2, 0.1, 100.625),
+        ("prefill", 2, 1, 0.5, 200.5),
+        ("prefill", 2, 1, 0.25, 200.75),
+        ("decode", 2, 1, 0.1, 201.0),
+    ):
+        recorder.begin_pass(phase, 4, prompt, n_sequences)  # type: ignore[arg-type]
+        recorder.end_pass(duration_s, unix_s)
+    assert recorder.token_table().tolist() == [
+        (0, 0, 0.5, 100.5),
+        (0, 1, 0.5, 100.5),
+        (1, 0, 0.125, 100.625),  # with what lies between the passes, such as sampling
+        (1, 1, 0.125, 100.625),
+        (3, 2, 0.75, 200.75),
+        (4, 2, 0.25, 201.0),
+    ]
+    recorder.token(5, 0.125, 300.0)  # once somebody says them, that alone counts
+    assert recorder.token_table().tolist() == [(4, 5, 0.125, 300.0)]
 
 
 def test_end_pass_needs_a_begun_pass() -> None:

@@ -14,6 +14,7 @@ from errors import UserError
 from expert_cache import ExpertCache, make_policy
 from recorder import NullRecorder, Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
+from run_files import read_run
 from sensors import Sample
 from summary import RunSummary, summarize
 
@@ -165,6 +166,19 @@ def test_run_json_holds_what_a_repetition_needs(tmp_path: Path) -> None:
     assert all((tmp_path / name).exists() for name in run["files"].values())
 
 
+def test_run_json_is_json_to_the_letter(tmp_path: Path) -> None:
+    """Infinite costs (no accelerator) would be written as a word that no JSON reader knows."""
+    recorder = record_run(SINGLE)
+    info = RunInfo(calibration={"costs": {"gpu": {"expert_us": float("inf")}, "a": [float("nan")]}})
+    write_reports(recorder, ReportPaths.in_folder(tmp_path), info, summarize(recorder))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    run = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert run["calibration"]["costs"] == {"gpu": {"expert_us": None}, "a": [None]}
+
+
 def test_machines_without_sensors_have_empty_cells(tmp_path: Path) -> None:
     write(tmp_path, SINGLE, [Sample(1_700_000_000.5), Sample(1_700_000_001.5)])
     (row, *_) = by_name(tmp_path / "token_gen_time.csv")
@@ -183,6 +197,26 @@ def test_an_unfinished_run_never_replaces_earlier_results(tmp_path: Path, status
     assert {path.name for path in files} == {name.replace(".", ".partial.") for name in before}
     assert all((tmp_path / name).read_text() == text for name, text in before.items())
     assert json.loads((tmp_path / "run.partial.json").read_text())["status"] == status
+
+
+def test_unfinished_runs_do_not_replace_each_other(tmp_path: Path) -> None:
+    for n_tokens in (6, 5, 4, 3):
+        write(tmp_path, replace(SINGLE, n_tokens=n_tokens), status="interrupted")
+    for name, n_tokens in (("", 6), (".partial", 5), (".partial-2", 4), (".partial-3", 3)):
+        document = json.loads((tmp_path / f"run{name}.json").read_text())
+        assert document["summary"]["generated_tokens"] == n_tokens - 1
+        assert document["files"]["breakdown"] == f"out{name}.csv"
+        assert len(by_name(tmp_path / f"out{name}.csv")) == n_tokens
+
+
+def test_the_files_of_a_run_are_found_wherever_they_are(tmp_path: Path) -> None:
+    recorder = record_run(SINGLE)
+    paths = ReportPaths.in_folder(tmp_path, Path("deep/time.csv"), tmp_path / "hits.csv")
+    write_reports(recorder, paths, RunInfo(), summarize(recorder))
+    files = json.loads((tmp_path / "run.json").read_text())["files"]
+    assert files["breakdown"] == "deep/time.csv"
+    assert files["cachehit"] == "hits.csv"
+    assert read_run(tmp_path, "run").n_layers == SINGLE.n_layers
 
 
 def test_an_unfinished_run_alone_uses_the_plain_names(tmp_path: Path) -> None:

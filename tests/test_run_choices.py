@@ -13,7 +13,7 @@ from handoff import HostHandoff
 from miss_trial import MissTrial
 from moe_convention import find_experts
 from next_layer import PrefetchStats, find_router
-from preflight import make_budget
+from preflight import Budget, Need, make_budget
 from torch_experts import apply_activation
 
 
@@ -66,12 +66,49 @@ def test_memory_table_and_refusals() -> None:
     budget = make_budget(torch.device("cpu"), expert_bytes=10**15, **needs)
     assert "experts" in budget.table()
     with pytest.raises(UserError, match="--expert-dtype int4"):
-        budget.check("int8")
+        budget.check("int8", 100)
+    with pytest.raises(UserError, match="--dummy-format int4 or fewer --dummy-layers"):
+        budget.check("int8", 100, dummy=True)
     with pytest.raises(UserError, match="a machine with more memory"):
-        budget.check("int4")
-    make_budget(torch.device("cpu"), expert_bytes=0, dense_bytes=0, kv_bytes=0, slot_bytes=0).check(
-        "bf16"
+        budget.check("int4", 100)
+    nothing = {"dense_bytes": 0, "kv_bytes": 0, "slot_bytes": 0}
+    make_budget(torch.device("cpu"), expert_bytes=0, **nothing).check("bf16", 100)
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize("memory", ["host", "gpu"])
+@pytest.mark.parametrize(
+    ("kv_gb", "slots_gb", "named", "unnamed"),
+    [
+        # Of 10 GB, weights take 6: 4 are left for 1000 tokens and the slots.
+        (8, 0, ["--max-tokens or --batch-size (500 of the 1000 tokens"], ["--cache-nblocks"]),
+        (0, 8, ["--cache-nblocks or --cache-nways"], ["--max-tokens"]),
+        (3, 2, ["--max-tokens or --batch-size (666 of", "--cache-nblocks"], []),
+        (3, 5, ["--cache-nblocks or --cache-nways"], ["--max-tokens"]),
+        (9, 9, ["a smaller cache and a smaller --max-tokens"], ["--batch-size"]),
+        (0, 0, [], ["--max-tokens", "--cache"]),
+    ],
+)
+def test_remedies_name_only_what_helps(
+    memory: str, kv_gb: int, slots_gb: int, named: list[str], unnamed: list[str]
+) -> None:
+    needs = (
+        Need("dense weights", memory, 6 * GB if kv_gb or slots_gb else 11 * GB),
+        Need("KV cache", memory, kv_gb * GB),
+        Need("expert cache slots", memory, slots_gb * GB),
     )
+    other = 10**6 * GB
+    room = {"host_bytes": 10 * GB, "gpu_bytes": other}
+    if memory == "gpu":
+        room = {"host_bytes": other, "gpu_bytes": 10 * GB}
+    with pytest.raises(UserError) as refused:
+        Budget(needs, **room).check("bf16", context_tokens=1000)
+    message = str(refused.value)
+    assert all(text in message for text in named), message
+    assert not any(text in message for text in unnamed), message
+    assert f"of {memory} memory and 10.0 GB are available" in message
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])

@@ -104,6 +104,9 @@ class FakeNvml:
         if "init" in self.broken:
             raise NVMLError("Library Not Found")
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> object:
+        return f"the one called {uuid}"
+
     def nvmlDeviceGetHandleByIndex(self, index: int) -> object:
         return object()
 

@@ -39,7 +39,8 @@ def hand_made_run(recorder: Recorder) -> None:
                 cpu_us=2000.0,
                 gpu_us=500.0,
                 cpu_bytes=50_000_000,
-                gpu_bytes=7_000_000,
+                gpu_bytes=9_000_000,
+                waited_bytes=2_000_000,
                 fetch_bytes=3_000_000,
             )
         recorder.end_pass(step_s)
