@@ -184,19 +184,18 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
                 f"per expert {per_expert:.1f}%"
             )
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.decode.lookups, 1)
+    bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
     print(
         f"Belady's optimum, per expert: {optimum.replay.decode.rates()[2]:.1f}% without bypass, "
         f"{bypass:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
-        chosen = result.n_decode_tokens * trace.n_layers * trace.info.top_k
-        missed = (chosen - result.decode.hits) * expert_bytes
+        missed = (outcome.n_chosen - result.decode.expert_hits) * expert_bytes
         print(
             f"bytes: {result.fetches * expert_bytes / 1e9:.2f} GB fetched, "
             f"{missed / 1e9:.2f} GB read by the CPU, "
-            f"{result.decode.hits * expert_bytes / 1e9:.2f} GB read in slots"
+            f"{result.decode.expert_hits * expert_bytes / 1e9:.2f} GB read in slots"
         )
 
 

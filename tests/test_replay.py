@@ -78,7 +78,9 @@ def test_rates_of_a_hand_worked_trace():
     passes = [RoutingPass("decode", (tokens,)) for tokens in decode]
     result = replay(passes, ExpertCache(1, 4, make_policy("LRU")))
     # Hits 0, 1, 2, 0 of 2 each.
-    assert result.decode == PhaseHits(pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3)
+    assert result.decode == PhaseHits(
+        pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3, experts=8, expert_hits=3
+    )
     assert result.decode.rates() == (50.0, 25.0, 37.5)
     assert (result.fetches, result.evictions) == (5, 1)
     assert PhaseHits().rates() == (0, 0, 0)
@@ -102,6 +104,9 @@ def test_a_batch_looks_each_expert_up_once_and_counts_by_token():
     assert cache.hits == 3  # 0, 1 and 2 were admitted first
     assert result.hits_by_layer == [[0], [4]]  # tokens found 2, 2 and 0 of theirs
     assert result.decode.at_least_two == 2
+    assert (result.decode.lookups, result.decode.hits) == (12, 4)
+    assert (result.decode.experts, result.decode.expert_hits) == (10, 3)
+    assert result.decode.rates()[2] == 30.0
     assert result.n_decode_tokens == 6 and result.n_decode_passes == 2
 
 
