@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import threading
@@ -66,13 +67,28 @@ def median_us(
     return statistics.median(times_us)
 
 
-def mean_us(work: Callable[[], object], budget_s: float) -> float:
-    """Mean time of one call, us, over at least `budget_s` of calls."""
-    started_s, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - started_s < budget_s:
-        work()
-        calls += 1
-    return (time.perf_counter() - started_s) / calls * 1e6
+def steady_us(work: Callable[[], object], budget_s: float) -> float:
+    """Time of one call, us, beside something that comes in bursts.
+
+    The median over five windows of each window's mean: a mean sees the bursts that a median of
+    calls would miss, and the median leaves out a window in which the machine was disturbed.
+    """
+    means_us = []
+    for _ in range(5):
+        started_s, calls = time.perf_counter(), 0
+        while calls == 0 or time.perf_counter() - started_s < budget_s / 5:
+            work()
+            calls += 1
+        means_us.append((time.perf_counter() - started_s) / calls * 1e6)
+    return statistics.median(means_us)
+
+
+def slowdown(work: Callable[[], object], beside: Callable[[], object], budget_s: float) -> float:
+    """How many times longer `work` takes while `beside` runs over and over; at least 1."""
+    work()
+    alone_us = steady_us(work, budget_s)
+    with _without_pause(beside):
+        return max(1.0, steady_us(work, budget_s) / alone_us)
 
 
 def measure_read_gbps(
@@ -140,19 +156,13 @@ def calibrate_copy(
     sizes = [max(block_bytes // 16, 1), max(block_bytes // 4, 1), block_bytes]
     alone_us = [median_us(partial(copy, n_bytes), budget_s) for n_bytes in sizes]
     call_us, us_per_byte = _line(sizes, alone_us)
-    cpu_alone_us = median_us(cpu_work, budget_s)
-    with _without_pause(cpu_work):
-        shared_us = median_us(partial(copy, block_bytes), budget_s)
-    with _without_pause(partial(copy, block_bytes)):
-        # A throttled link copies in bursts, which a median would miss: the mean of several copies.
-        cpu_shared_us = mean_us(cpu_work, max(budget_s, 4e-6 * shared_us))
     gbps = 1e-3 / us_per_byte
-    slowdown = max(1.0, shared_us / alone_us[-1])
+    whole = partial(copy, block_bytes)
     return CopyCost(
         copy_call_us=call_us,
         copy_gbps=gbps,
-        copy_gbps_shared=gbps / slowdown,
-        cpu_shared_factor=max(1.0, cpu_shared_us / cpu_alone_us),
+        copy_gbps_shared=gbps / slowdown(whole, cpu_work, budget_s),
+        cpu_shared_factor=slowdown(cpu_work, whole, budget_s),
     )
 
 
@@ -163,12 +173,8 @@ def calibrate_sharing(
 
     1 for a GPU of its own; more for an emulated accelerator, which computes on the CPU's cores.
     """
-    alone_us = [median_us(work, budget_s) for work in (cpu_work, gpu_work)]
-    with _without_pause(gpu_work):
-        cpu_us = median_us(cpu_work, budget_s)
-    with _without_pause(cpu_work):
-        gpu_us = median_us(gpu_work, budget_s)
-    return max(1.0, float(np.sqrt(cpu_us / alone_us[0] * gpu_us / alone_us[1])))
+    cpu = slowdown(cpu_work, gpu_work, budget_s)
+    return math.sqrt(cpu * slowdown(gpu_work, cpu_work, budget_s))
 
 
 def _line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:

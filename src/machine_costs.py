@@ -6,7 +6,8 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,7 @@ from calibration import (
     calibrate_sharing,
     calibrate_side,
     measure_read_gbps,
+    slowdown,
 )
 from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
@@ -32,6 +34,7 @@ from hardware import Hardware
 from recorder import Recorder
 
 _STEP_BUDGET_S = 0.3
+_SHARING_BUDGET_S = 0.1
 _READ_BYTES = 1 << 29  # several times any last-level cache
 _READS = 5
 
@@ -79,6 +82,7 @@ def machine_costs(
         "dtype": str(dtype),
         "dense": dense,
         "emulate_pcie_gbps": emulate_pcie_gbps,
+        "measured": [field.name for field in fields(CostModel)],  # another version's is another
     }
     known = None if remeasure else cache.load(hardware.key(), shape)
     if known is not None:
@@ -134,7 +138,7 @@ def _measure(
     infinite = float("inf")
     gpu_cost = SideCost(0.0, infinite, 0.0)
     copy = (0.0, 1e-9, 1e-9, 1.0)
-    sharing = 1.0
+    sharing = gpu_factor = dense_factor = 1.0
     if gpu is not None:
         for slot in range(gpu.n_slots):
             gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
@@ -147,15 +151,20 @@ def _measure(
         order.close()
         with _Copier(store, gpu, emulate_pcie_gbps) as copier:
             measured = calibrate_copy(copier.copy, block_bytes, lambda: run_cpu((1, 1)))
+            if gpu.device.type == "cpu":
+                copy_block = partial(copier.copy, block_bytes)
+                gpu_factor = slowdown(lambda: run_gpu((1,)), copy_block, _SHARING_BUDGET_S)
+                dense_factor = slowdown(decode_step, copy_block, _SHARING_BUDGET_S)
         copy = (
             measured.copy_call_us,
             measured.copy_gbps,
             measured.copy_gbps_shared,
             measured.cpu_shared_factor,
         )
-    return MachineCosts(
-        CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing), _read_gbps(store, cpu)
+    model = CostModel(
+        cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing, gpu_factor, dense_factor
     )
+    return MachineCosts(model, _read_gbps(store, cpu))
 
 
 def _read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:

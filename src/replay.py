@@ -164,20 +164,22 @@ def _replay_prefill(
     one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
 ) -> None:
     for layer, tokens in enumerate(one.ids):
+        ready = cache.ready(layer)
         if timeline is not None:
+            timeline.pass_dense()
             for slot in timeline.arrived():
                 cache.mark_ready(slot)
+            ready = cache.ready(layer)
             counts = [0] * (1 + max(expert for token in tokens for expert in token))
             for token in tokens:
                 for expert in token:
                     counts[expert] += 1
-            timeline.pass_prefill(counts, tuple(cache.ready(layer)))
         if layer < cache.n_indexes:
-            counted.add(tokens, cache.ready(layer))
+            counted.add(tokens, ready)
         fetches = cache.warm(layer, tokens, quota)
         quota -= len(fetches)
         if timeline is not None:
-            timeline.queue([slot for _, slot in fetches])
+            timeline.pass_prefill(counts, ready, fetches)
         else:
             for _, slot in fetches:
                 cache.mark_ready(slot)
