@@ -116,17 +116,29 @@ def replayed(trace: Trace, options: CacheOptions, timeline: Timeline) -> Replay:
     return replay(trace.passes, cache, QUOTA, timeline)
 
 
-def run_round(
-    engine: Engine, source: DummyModel, options: CacheOptions, n_tokens: int, seed: int
-) -> Round:
-    engine.use_cache(options)
-    engine.dispatcher.forced_routing = dummy_routing(source, None, seed)
+def calibrated(engine: Engine) -> CostModel:
     engine.calibrate(again=True)
     assert engine.costs is not None
-    costs = [engine.costs.model]
-    recorder = measure(engine, n_tokens)
-    engine.calibrate(again=True)
-    costs.append(engine.costs.model)
+    return engine.costs.model
+
+
+def run_rounds(
+    engine: Engine, source: DummyModel, options: CacheOptions, n_tokens: int, n_rounds: int
+) -> Iterator[Round]:
+    engine.use_cache(options)
+    before = calibrated(engine)
+    for seed in range(n_rounds):
+        engine.use_cache(options)  # with nothing in it
+        engine.dispatcher.forced_routing = dummy_routing(source, None, seed)
+        recorder = measure(engine, n_tokens)
+        after = calibrated(engine)
+        yield compared(recorder, source, options, (before, after))
+        before = after
+
+
+def compared(
+    recorder: Recorder, source: DummyModel, options: CacheOptions, costs: Sequence[CostModel]
+) -> Round:
     passes, layers = recorder.pass_table(), recorder.layer_table()
     measured_s = statistics.mean(passes["duration_s"][passes["decode"]].tolist())
     trace = recorded_trace(recorder, source.name, source.n_experts[0], synthetic=True)
@@ -162,10 +174,9 @@ def main() -> None:
             name = name_of(cache_options)
             if arguments.only not in name:
                 continue
-            rounds = [
-                run_round(engine, source, cache_options, arguments.tokens, seed)
-                for seed in range(arguments.rounds)
-            ]
+            rounds = list(
+                run_rounds(engine, source, cache_options, arguments.tokens, arguments.rounds)
+            )
             errors = [100 * (one.measured_s / one.predicted_s - 1) for one in rounds]
             lookups = max(sum(one.lookups for one in rounds), 1)
             rates = [

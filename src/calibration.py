@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import os
 import statistics
 import threading
@@ -67,28 +66,33 @@ def median_us(
     return statistics.median(times_us)
 
 
-def steady_us(work: Callable[[], object], budget_s: float) -> float:
-    """Time of one call, us, beside something that comes in bursts.
+def slowdown(
+    work: Callable[[], object],
+    beside: Callable[[], object],
+    budget_s: float = 0.1,
+    rounds: int = 5,
+) -> float:
+    """How many times longer `work` takes while `beside` runs over and over; at least 1.
 
-    The median over five windows of each window's mean: a mean sees the bursts that a median of
-    calls would miss, and the median leaves out a window in which the machine was disturbed.
+    The median over rounds, each about `budget_s` alone and as long beside, so that a machine whose
+    speed drifts is compared with itself. A round compares means of several calls: what comes in
+    bursts slows few calls by much, which a median of calls would miss.
     """
-    means_us = []
-    for _ in range(5):
-        started_s, calls = time.perf_counter(), 0
-        while calls == 0 or time.perf_counter() - started_s < budget_s / 5:
-            work()
-            calls += 1
-        means_us.append((time.perf_counter() - started_s) / calls * 1e6)
-    return statistics.median(means_us)
-
-
-def slowdown(work: Callable[[], object], beside: Callable[[], object], budget_s: float) -> float:
-    """How many times longer `work` takes while `beside` runs over and over; at least 1."""
     work()
-    alone_us = steady_us(work, budget_s)
-    with _without_pause(beside):
-        return max(1.0, steady_us(work, budget_s) / alone_us)
+    ratios = []
+    for _ in range(rounds):
+        alone_us = _mean_us(work, budget_s)
+        with _without_pause(beside):
+            ratios.append(_mean_us(work, budget_s) / alone_us)
+    return max(1.0, statistics.median(ratios))
+
+
+def _mean_us(work: Callable[[], object], budget_s: float) -> float:
+    started_s, calls = time.perf_counter(), 0
+    while calls < 2 or time.perf_counter() - started_s < budget_s:
+        work()
+        calls += 1
+    return (time.perf_counter() - started_s) / calls * 1e6
 
 
 def measure_read_gbps(
@@ -167,14 +171,23 @@ def calibrate_copy(
 
 
 def calibrate_sharing(
-    cpu_work: Callable[[], object], gpu_work: Callable[[], object], budget_s: float = 0.1
+    cpu_work: Callable[[], object],
+    gpu_work: Callable[[], object],
+    both: Callable[[], object],
+    rounds: int = 8,
 ) -> float:
-    """How many times longer `cpu_work` and `gpu_work` each take while both run (geometric mean).
+    """How many times longer `cpu_work` and `gpu_work` each take while both run.
 
-    1 for a GPU of its own; more for an emulated accelerator, which computes on the CPU's cores.
+    `both` begins them together and returns when both are done. 1 for a GPU of its own; more for an
+    emulated accelerator, which computes on the CPU's cores. The median over rounds of one each.
     """
-    cpu = slowdown(cpu_work, gpu_work, budget_s)
-    return math.sqrt(cpu * slowdown(gpu_work, cpu_work, budget_s))
+    both()
+    factors = []
+    for _ in range(rounds):
+        cpu_us, gpu_us, both_us = (_mean_us(work, 0.0) for work in (cpu_work, gpu_work, both))
+        # While the shorter runs both are slowed, then the longer has its full speed again.
+        factors.append(1 + (both_us - max(cpu_us, gpu_us)) / min(cpu_us, gpu_us))
+    return max(1.0, statistics.median(factors))
 
 
 def _line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:

@@ -215,8 +215,9 @@ class HostFetcher(ExpertFetcher):
     """The same on a machine without a GPU: a thread and a real memcpy.
 
     `emulate_pcie_gbps` (1e9 B/s) stretches each copy to what such a link would take, chunk by
-    chunk, so that it takes the cores and the DRAM evenly; it cannot make memcpy faster. `before_copy` is called with the slot on the copying thread before each copy: it
-    may sleep, or raise to make the copy fail. `n_streams` above 1 lets copies overtake each other.
+    chunk, so that it takes the cores and the DRAM evenly; it cannot make memcpy faster.
+    `before_copy` is called with the slot on the copying thread before each copy: it may sleep, or
+    raise to make the copy fail. `n_streams` above 1 lets copies overtake each other.
     """
 
     def __init__(

@@ -34,7 +34,6 @@ from hardware import Hardware
 from recorder import Recorder
 
 _STEP_BUDGET_S = 0.3
-_SHARING_BUDGET_S = 0.1
 _READ_BYTES = 1 << 29  # several times any last-level cache
 _READS = 5
 
@@ -144,17 +143,27 @@ def _measure(
             gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
         gpu_calls = [counts for counts in calls if len(counts) <= gpu.n_slots]
         order = make_fetcher(gpu.device, gpu.slots)
-        run_gpu = _gpu_runner(gpu, order, store, dtype)
+        start_gpu = _gpu_starter(gpu, order, store, dtype)
+
+        def run_gpu(counts: Counts) -> None:
+            start_gpu(counts)()
+
         gpu_cost = calibrate_side(run_gpu, gpu_calls)
         if gpu.device.type == "cpu":
-            sharing = calibrate_sharing(lambda: run_cpu((1, 1)), lambda: run_gpu((1,)))
+
+            def run_both() -> None:
+                wait = start_gpu((1,))
+                run_cpu((1,))
+                wait()
+
+            sharing = calibrate_sharing(partial(run_cpu, (1,)), partial(run_gpu, (1,)), run_both)
         order.close()
         with _Copier(store, gpu, emulate_pcie_gbps) as copier:
             measured = calibrate_copy(copier.copy, block_bytes, lambda: run_cpu((1, 1)))
             if gpu.device.type == "cpu":
                 copy_block = partial(copier.copy, block_bytes)
-                gpu_factor = slowdown(lambda: run_gpu((1,)), copy_block, _SHARING_BUDGET_S)
-                dense_factor = slowdown(decode_step, copy_block, _SHARING_BUDGET_S)
+                gpu_factor = slowdown(partial(run_gpu, (1,)), copy_block)
+                dense_factor = slowdown(decode_step, copy_block)
         copy = (
             measured.copy_call_us,
             measured.copy_gbps,
@@ -204,20 +213,24 @@ def _cpu_runner(
     return run
 
 
-def _gpu_runner(
+def _gpu_starter(
     gpu: GpuExperts, order: ExpertFetcher, store: ExpertStore, dtype: torch.dtype
-) -> Callable[[Counts], None]:
-    def run(counts: Counts) -> None:
+) -> Callable[[Counts], Callable[[], None]]:
+    def start(counts: Counts) -> Callable[[], None]:
         index = _routing(counts)
         hidden = torch.ones(
             len(index), store.layouts[0].hidden_size, dtype=dtype, device=gpu.device
         )
         pending = gpu.launch(hidden, index, torch.ones(index.shape, device=gpu.device), order)
-        pending.result()
-        if gpu.device.type == "cuda":
-            torch.cuda.synchronize(gpu.device)
 
-    return run
+        def wait() -> None:
+            pending.result()
+            if gpu.device.type == "cuda":
+                torch.cuda.synchronize(gpu.device)
+
+        return wait
+
+    return start
 
 
 class _Copier:

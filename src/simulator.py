@@ -100,6 +100,11 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
         top_k = shape.top_k if shape is not None else 2
         return popularity_workload(path, top_k).generate(n_tokens, options.seed)
     trace = read_trace(path, shape.n_experts if shape is not None else None)
+    if shape is not None and trace.n_experts > shape.n_experts:
+        raise UserError(
+            f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
+            f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
+        )
     if options.synthetic:
         n_prompt = max(
             (len(one.ids[0]) for one in trace.passes if one.phase == "prefill" and one.ids),

@@ -85,6 +85,16 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
     assert "cliff" not in out
 
 
+def test_another_models_trace_is_refused(capsys, tmp_path):
+    wide = even_workload(2, 128, 6).generate(3)
+    write_trace(tmp_path / "wide.jsonl", wide.info, wide.passes)
+    out = printed(
+        capsys, str(tmp_path / "wide.jsonl"), "--model", "mixtral-8x7b", "--cache-nblocks", "2",
+        "--cache-nways", "4", code=2,
+    )  # fmt: skip
+    assert "expected a trace of mixtral-8x7b, which has 8 experts a layer, found one of" in out
+
+
 def test_fewer_ways_than_top_k_is_warned_of(capsys, trace_file):
     assert "warning: 1 ways" in printed(
         capsys, trace_file, "--cache-nblocks", "2", "--cache-nways", "1"
