@@ -1,6 +1,6 @@
 """Predicted against measured tokens/s and hit rates on this machine, without a GPU.
 
-    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--rounds 3] [--tokens 32] [--only TEXT]
+    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--rounds 2] [--tokens 48] [--only TEXT]
 
 Runs the real engine on random weights of Mixtral's shape (2 layers: 5.6 GB of memory): on the CPU
 alone, and on the emulated accelerator behind three throttled links and two N x M. Each run's own
@@ -51,7 +51,10 @@ def name_of(options: CacheOptions) -> str:
 
 
 class RunClock(Timeline):
-    """A run's own layer times, in the order in which `replay` lets them pass."""
+    """A run's own layer times, in the order in which `replay` lets them pass.
+
+    Copies are modelled, at the speed calibrated beside the CPU's work.
+    """
 
     def __init__(self, costs: CostModel, recorder: Recorder) -> None:
         super().__init__(costs)
@@ -77,16 +80,16 @@ class RunClock(Timeline):
 
     def pass_dense(self) -> None:
         before, self._after = next(self._spans)
-        self._pass(before, 1.0, False)
+        self._pass(before, 1.0, True)
 
     def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
-        self._pass(self._after, 1.0, False)
+        self._pass(self._after, 1.0, True)
 
     def pass_prefill(
         self, counts: Sequence[int], ready: object, warmed: Sequence[tuple[int, int]] = ()
     ) -> None:
         self.queue([slot for _, slot in warmed])
-        self._pass(self._after, 1.0, False)
+        self._pass(self._after, 1.0, True)
 
 
 @dataclass
@@ -157,8 +160,8 @@ def compared(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="only settings whose name holds this text")
     arguments = parser.parse_args()
     options = ModelOptions(

@@ -70,7 +70,7 @@ def slowdown(
     work: Callable[[], object],
     beside: Callable[[], object],
     budget_s: float = 0.1,
-    rounds: int = 5,
+    rounds: int = 3,
 ) -> float:
     """How many times longer `work` takes while `beside` runs over and over; at least 1.
 

@@ -203,7 +203,7 @@ def test_a_prompts_layer_waits_for_the_copies_it_computes():
     # for. Then the last expert's arithmetic, 10 + 30 + 400, while the copy into 6 begins.
     assert timeline.now_us == pytest.approx(1200 + 2400 + 440)
     assert timeline.arrived() == [5, 7]  # expert 1 went to staging
-    timeline.pass_experts(14, 0, slots=[])
+    timeline.pass_experts(13, 0, slots=[])  # 530 of the 560 left
     assert timeline.arrived() == []
     timeline.pass_experts(1, 0, slots=[])
     assert timeline.arrived() == [6]
