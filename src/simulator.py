@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run(parse_simulation(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -75,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
             raise UserError("--hardware needs --model: whose experts does the machine compute?")
         shape = shape.with_layers(trace.n_layers)
         costs = machine.cost_model(shape, options.expert_dtype)
+    elif options.expert_dtype != "bf16" and shape is None:
+        raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
         if machine is None or shape is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")

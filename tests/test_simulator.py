@@ -177,6 +177,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "mixtral-8x7b"], "expected --cache-nblocks and --cache-nways"),
         (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
         (["--model", "m"], "expected one of the shapes"),
+        (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
         (["--model", "olmoe-1b-7b", "--synthetic", "0"], "expected --synthetic of at least 1"),
         (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
         (
@@ -195,9 +196,22 @@ def test_the_papers_table_is_printed(capsys):
         ),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(capsys, arguments, sentence):
+def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
+    arguments = [trace_file if argument == "TRACE" else argument for argument in arguments]
     out = printed(capsys, *arguments, code=2)
     assert sentence in out and "Traceback" not in out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "src/simulator.py", "--model", "mixtral-8x7b", "--cache-nblocks",
+               "2", "--cache-nways", "2", "--synthetic", "5"]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()  # before it prints
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
 
 
 def test_it_needs_no_tensors_and_starts_at_once():
