@@ -151,11 +151,14 @@ def calibrate_copy(
     block_bytes: int,
     cpu_work: Callable[[], object],
     budget_s: float = 0.1,
+    step: Callable[[], object] | None = None,
 ) -> CopyCost:
     """Measure copies alone, then with `cpu_work` on another thread, and what it does to that work.
 
     `copy(n_bytes)` copies so many bytes (at most `block_bytes`) to the accelerator and returns when
-    they are there. Both callables must release the interpreter lock while they work.
+    they are there. With `step`, the copies' speed is measured beside it instead: all that an
+    emulated accelerator's decode does to them. The callables must release the interpreter lock
+    while they work.
     """
     sizes = [max(block_bytes // 16, 1), max(block_bytes // 4, 1), block_bytes]
     alone_us = [median_us(partial(copy, n_bytes), budget_s) for n_bytes in sizes]
@@ -165,7 +168,7 @@ def calibrate_copy(
     return CopyCost(
         copy_call_us=call_us,
         copy_gbps=gbps,
-        copy_gbps_shared=gbps / slowdown(whole, cpu_work, budget_s),
+        copy_gbps_shared=gbps / slowdown(whole, step or cpu_work, budget_s),
         cpu_shared_factor=slowdown(cpu_work, whole, budget_s),
     )
 

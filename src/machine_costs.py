@@ -149,17 +149,27 @@ def _measure(
             start_gpu(counts)()
 
         gpu_cost = calibrate_side(run_gpu, gpu_calls)
+
+        def run_both() -> None:
+            wait = start_gpu((1,))
+            run_cpu((1,))
+            wait()
+
+        def run_step() -> None:
+            decode_step()
+            for _ in range(store.n_layers):
+                run_both()
+
         if gpu.device.type == "cpu":
-
-            def run_both() -> None:
-                wait = start_gpu((1,))
-                run_cpu((1,))
-                wait()
-
             sharing = calibrate_sharing(partial(run_cpu, (1,)), partial(run_gpu, (1,)), run_both)
         order.close()
         with _Copier(store, gpu, emulate_pcie_gbps) as copier:
-            measured = calibrate_copy(copier.copy, block_bytes, lambda: run_cpu((1, 1)))
+            measured = calibrate_copy(
+                copier.copy,
+                block_bytes,
+                partial(run_cpu, (1, 1)),
+                step=run_step if gpu.device.type == "cpu" else None,
+            )
             if gpu.device.type == "cpu":
                 copy_block = partial(copier.copy, block_bytes)
                 gpu_factor = slowdown(partial(run_gpu, (1,)), copy_block)

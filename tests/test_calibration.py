@@ -90,6 +90,30 @@ def test_copies_are_measured_alone_and_beside_the_cpu() -> None:
     assert cost.copy_call_us >= 0.0
 
 
+def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[tuple[str, str]] = []
+    names: dict[Callable[[], object], str] = {}
+
+    def ratio(work: Callable[[], object], beside: Callable[[], object], _: float = 0.0) -> float:
+        compared.append((names.get(work, "copy"), names.get(beside, "copy")))
+        return 2.0 if names.get(beside) == "step" else 1.5
+
+    def cpu_work() -> None: ...
+
+    def step() -> None: ...
+
+    names.update({cpu_work: "cpu", step: "step"})
+    monkeypatch.setattr(calibration, "slowdown", ratio)
+    for given in (None, step):
+        cost = calibrate_copy(lambda n_bytes: None, 4096, cpu_work, budget_s=0.0, step=given)
+        factor = 2.0 if given else 1.5
+        assert cost.copy_gbps / cost.copy_gbps_shared == pytest.approx(factor)
+        assert cost.cpu_shared_factor == 1.5
+    assert compared == [("copy", "cpu"), ("cpu", "copy"), ("copy", "step"), ("cpu", "copy")]
+
+
 def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
