@@ -1,26 +1,35 @@
 """Predicted against measured tokens/s and hit rates on this machine, without a GPU.
 
-    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--layers 2] [--tokens 48]
+    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--rounds 2] [--tokens 48] [--only TEXT]
 
 Runs the real engine on random weights of Mixtral's shape (2 layers: 5.6 GB of memory): on the CPU
 alone, and on the emulated accelerator behind three throttled links and two N x M. Each run's own
-routing is then replayed with the costs that were calibrated before it.
+routing is then replayed with the costs that were calibrated before and after it.
+
+A shared machine's speed drifts within minutes, so an error is the median of the rounds' own, each
+round's prediction the mean of its two calibrations'. Hit rates are those of all rounds together:
+the engine's, the replay's on the modelled clock, and the replay's with the run's own layer times,
+in which only the copies are modelled.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from config import CacheOptions, ModelOptions
+from cost_model import CostModel
 from dummy_model import DummyModel, dummy_routing
 from engine import Engine, load_engine
 from expert_cache import ExpertCache, make_policy
 from generation import generate_batch, make_sampler
 from recorded_routing import recorded_trace
 from recorder import Recorder
-from replay import replay
+from replay import Replay, replay
 from time_model import Timeline
+from traces import Trace
 
 PROMPT = list(range(1, 17))
 QUOTA = 64
@@ -35,6 +44,66 @@ def settings(layers: int) -> list[CacheOptions]:
     return [CacheOptions(), *cached]
 
 
+def name_of(options: CacheOptions) -> str:
+    if not options.n_slots:
+        return "CPU alone"
+    return f"{options.n_indexes} x {options.n_ways} at {options.emulate_pcie_gbps:g} GB/s"
+
+
+class RunClock(Timeline):
+    """A run's own layer times, in the order in which `replay` lets them pass.
+
+    Copies are modelled, at the speed calibrated beside the CPU's work.
+    """
+
+    def __init__(self, costs: CostModel, recorder: Recorder) -> None:
+        super().__init__(costs)
+        self._spans = self._of_layers(recorder)
+
+    @staticmethod
+    def _of_layers(recorder: Recorder) -> Iterator[tuple[float, float]]:
+        """Until the layer looks at its copies, and from there to its end, us."""
+        layers, passes = recorder.layer_table(), recorder.pass_table()
+        left = 0.0  # of the pass before: its head, after its last layer
+        for number in range(len(passes)):
+            rows = layers[layers["pass_index"] == number]
+            within = 0.0
+            for row in rows:
+                before = float(row["attention_us"] + row["router_us"])
+                after = float(
+                    row["plan_us"] + row["cpu_us"] + row["copy_wait_us"] + row["combine_us"]
+                )
+                within += before + after
+                yield left + before, after
+                left = 0.0
+            left = 1e6 * float(passes["duration_s"][number]) - within
+
+    def pass_dense(self) -> None:
+        before, self._after = next(self._spans)
+        self._pass(before, 1.0, True)
+
+    def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
+        self._pass(self._after, 1.0, True)
+
+    def pass_prefill(
+        self, split: object, counts: Sequence[int], warmed: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.queue([slot for _, slot in warmed])
+        self._pass(self._after, 1.0, True)
+
+
+@dataclass
+class Round:
+    """One run: its measured and predicted s per token, hits of the engine and of both replays."""
+
+    measured_s: float
+    predicted_s: float
+    lookups: int
+    hits: int
+    modelled_hits: int
+    run_clock_hits: int
+
+
 def measure(engine: Engine, n_tokens: int) -> Recorder:
     recorder = engine.dispatcher.recorder = Recorder()
     sampler = make_sampler(0.0, 1.0, 0, engine.device)
@@ -45,39 +114,84 @@ def measure(engine: Engine, n_tokens: int) -> Recorder:
     return recorder
 
 
+def replayed(trace: Trace, options: CacheOptions, timeline: Timeline) -> Replay:
+    cache = ExpertCache(options.n_indexes, options.n_ways, make_policy("LRU"))
+    return replay(trace.passes, cache, QUOTA, timeline)
+
+
+def calibrated(engine: Engine) -> CostModel:
+    engine.calibrate(again=True)
+    assert engine.costs is not None
+    return engine.costs.model
+
+
+def run_rounds(
+    engine: Engine, source: DummyModel, options: CacheOptions, n_tokens: int, n_rounds: int
+) -> Iterator[Round]:
+    engine.use_cache(options)
+    before = calibrated(engine)
+    for seed in range(n_rounds):
+        engine.use_cache(options)  # with nothing in it
+        engine.dispatcher.forced_routing = dummy_routing(source, None, seed)
+        recorder = measure(engine, n_tokens)
+        after = calibrated(engine)
+        yield compared(recorder, source, options, (before, after))
+        before = after
+
+
+def compared(
+    recorder: Recorder, source: DummyModel, options: CacheOptions, costs: Sequence[CostModel]
+) -> Round:
+    passes, layers = recorder.pass_table(), recorder.layer_table()
+    measured_s = statistics.mean(passes["duration_s"][passes["decode"]].tolist())
+    trace = recorded_trace(recorder, source.name, source.n_experts[0], synthetic=True)
+    modelled = [replayed(trace, options, Timeline(one)) for one in costs]
+    on_run_clock = replayed(trace, options, RunClock(costs[0], recorder)).decode.expert_hits
+    return Round(
+        measured_s,
+        statistics.mean(one.decode_us / one.n_decode_passes / 1e6 for one in modelled),
+        int(layers["hits"].sum() + layers["misses"].sum()),
+        int(layers["hits"].sum()),
+        round(statistics.mean(one.decode.expert_hits for one in modelled)),
+        on_run_clock,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="", help="only settings whose name holds this text")
     arguments = parser.parse_args()
     options = ModelOptions(
         None, device="cpu", dummy_shape="mixtral-8x7b", dummy_layers=arguments.layers
     )
     source = DummyModel(options)
-    print(f"{'setting':<28}{'measured':>9}{'predicted':>10}{'error':>8}{'hit %':>8}{'replay %':>9}")
+    print(
+        f"{'setting':<20}{'tok/s':>7}{'predicted':>10}{'error %':>8}{'of the rounds':>22}"
+        f"{'hit %':>8}{'modelled':>9}{'run clock':>10}"
+    )
     with load_engine(source, options, CacheOptions()) as engine:
         for cache_options in settings(arguments.layers):
-            engine.use_cache(cache_options)
-            engine.dispatcher.forced_routing = dummy_routing(source, None)
-            engine.calibrate(again=True)
-            assert engine.costs is not None
-            recorder = measure(engine, arguments.tokens)
-            passes = recorder.pass_table()
-            measured_s = statistics.mean(passes["duration_s"][passes["decode"]].tolist())
-            trace = recorded_trace(recorder, source.name, 8, synthetic=True)
-            cache = ExpertCache(cache_options.n_indexes, cache_options.n_ways, make_policy("LRU"))
-            result = replay(trace.passes, cache, QUOTA, Timeline(engine.costs.model))
-            predicted_s = result.decode_us / result.n_decode_passes / 1e6
-            layers = recorder.layer_table()
-            hits, misses = int(layers["hits"].sum()), int(layers["misses"].sum())
-            name = "CPU alone"
-            if cache_options.n_slots:
-                name = f"{cache_options.n_indexes} x {cache_options.n_ways}"
-                name += f" at {cache_options.emulate_pcie_gbps:g} GB/s"
+            name = name_of(cache_options)
+            if arguments.only not in name:
+                continue
+            rounds = list(
+                run_rounds(engine, source, cache_options, arguments.tokens, arguments.rounds)
+            )
+            errors = [100 * (one.measured_s / one.predicted_s - 1) for one in rounds]
+            lookups = max(sum(one.lookups for one in rounds), 1)
+            rates = [
+                100 * sum(getattr(one, field) for one in rounds) / lookups
+                for field in ("hits", "modelled_hits", "run_clock_hits")
+            ]
             print(
-                f"{name:<28}{1 / measured_s:9.2f}{1 / predicted_s:10.2f}"
-                f"{100 * (measured_s / predicted_s - 1):+7.1f}%"
-                f"{100 * hits / max(hits + misses, 1):8.1f}{result.decode.rates()[2]:9.1f}",
+                f"{name:<20}{1 / statistics.median(one.measured_s for one in rounds):7.2f}"
+                f"{1 / statistics.median(one.predicted_s for one in rounds):10.2f}"
+                f"{statistics.median(errors):+8.1f}"
+                f"{' '.join(f'{error:+.1f}' for error in errors):>22}"
+                f"{rates[0]:8.1f}{rates[1]:9.1f}{rates[2]:10.1f}",
                 flush=True,
             )
 

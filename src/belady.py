@@ -58,7 +58,9 @@ class Belady(ReplacementPolicy):
 
 
 def most_hits(passes: Sequence[RoutingPass], n_indexes: int, n_ways: int) -> int:
-    """The most lookups of decode that any N x M cache can hit: Belady with bypass.
+    """The most experts of decode that any N x M cache can hit: Belady with bypass.
+
+    An expert counts once in a pass, as `PhaseHits.expert_hits`, however many tokens chose it.
 
     Between two uses an expert either stays the whole time, a hit, or need not be there; at most M
     stay at once. Keeping the M that are used again first is optimal for such intervals. A

@@ -66,10 +66,30 @@ def median_us(
     return statistics.median(times_us)
 
 
-def mean_us(work: Callable[[], object], budget_s: float) -> float:
-    """Mean time of one call, us, over at least `budget_s` of calls."""
+def slowdown(
+    work: Callable[[], object],
+    beside: Callable[[], object],
+    budget_s: float = 0.1,
+    rounds: int = 3,
+) -> float:
+    """How many times longer `work` takes while `beside` runs over and over; at least 1.
+
+    The median over rounds, each about `budget_s` alone and as long beside, so that a machine whose
+    speed drifts is compared with itself. A round compares means of several calls: what comes in
+    bursts slows few calls by much, which a median of calls would miss.
+    """
+    work()
+    ratios = []
+    for _ in range(rounds):
+        alone_us = _mean_us(work, budget_s)
+        with _without_pause(beside):
+            ratios.append(_mean_us(work, budget_s) / alone_us)
+    return max(1.0, statistics.median(ratios))
+
+
+def _mean_us(work: Callable[[], object], budget_s: float) -> float:
     started_s, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - started_s < budget_s:
+    while calls < 2 or time.perf_counter() - started_s < budget_s:
         work()
         calls += 1
     return (time.perf_counter() - started_s) / calls * 1e6
@@ -131,44 +151,46 @@ def calibrate_copy(
     block_bytes: int,
     cpu_work: Callable[[], object],
     budget_s: float = 0.1,
+    step: Callable[[], object] | None = None,
 ) -> CopyCost:
     """Measure copies alone, then with `cpu_work` on another thread, and what it does to that work.
 
     `copy(n_bytes)` copies so many bytes (at most `block_bytes`) to the accelerator and returns when
-    they are there. Both callables must release the interpreter lock while they work.
+    they are there. With `step`, the copies' speed is measured beside it instead: all that an
+    emulated accelerator's decode does to them. The callables must release the interpreter lock
+    while they work.
     """
     sizes = [max(block_bytes // 16, 1), max(block_bytes // 4, 1), block_bytes]
     alone_us = [median_us(partial(copy, n_bytes), budget_s) for n_bytes in sizes]
     call_us, us_per_byte = _line(sizes, alone_us)
-    cpu_alone_us = median_us(cpu_work, budget_s)
-    with _without_pause(cpu_work):
-        shared_us = median_us(partial(copy, block_bytes), budget_s)
-    with _without_pause(partial(copy, block_bytes)):
-        # A throttled link copies in bursts, which a median would miss: the mean of several copies.
-        cpu_shared_us = mean_us(cpu_work, max(budget_s, 4e-6 * shared_us))
     gbps = 1e-3 / us_per_byte
-    slowdown = max(1.0, shared_us / alone_us[-1])
+    whole = partial(copy, block_bytes)
     return CopyCost(
         copy_call_us=call_us,
         copy_gbps=gbps,
-        copy_gbps_shared=gbps / slowdown,
-        cpu_shared_factor=max(1.0, cpu_shared_us / cpu_alone_us),
+        copy_gbps_shared=gbps / slowdown(whole, step or cpu_work, budget_s),
+        cpu_shared_factor=slowdown(cpu_work, whole, budget_s),
     )
 
 
 def calibrate_sharing(
-    cpu_work: Callable[[], object], gpu_work: Callable[[], object], budget_s: float = 0.1
+    cpu_work: Callable[[], object],
+    gpu_work: Callable[[], object],
+    both: Callable[[], object],
+    rounds: int = 8,
 ) -> float:
-    """How many times longer `cpu_work` and `gpu_work` each take while both run (geometric mean).
+    """How many times longer `cpu_work` and `gpu_work` each take while both run.
 
-    1 for a GPU of its own; more for an emulated accelerator, which computes on the CPU's cores.
+    `both` begins them together and returns when both are done. 1 for a GPU of its own; more for an
+    emulated accelerator, which computes on the CPU's cores. The median over rounds of one each.
     """
-    alone_us = [median_us(work, budget_s) for work in (cpu_work, gpu_work)]
-    with _without_pause(gpu_work):
-        cpu_us = median_us(cpu_work, budget_s)
-    with _without_pause(cpu_work):
-        gpu_us = median_us(gpu_work, budget_s)
-    return max(1.0, float(np.sqrt(cpu_us / alone_us[0] * gpu_us / alone_us[1])))
+    both()
+    factors = []
+    for _ in range(rounds):
+        cpu_us, gpu_us, both_us = (_mean_us(work, 0.0) for work in (cpu_work, gpu_work, both))
+        # While the shorter runs both are slowed, then the longer has its full speed again.
+        factors.append(1 + (both_us - max(cpu_us, gpu_us)) / min(cpu_us, gpu_us))
+    return max(1.0, statistics.median(factors))
 
 
 def _line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:

@@ -58,9 +58,12 @@ class CostModel:
     `copy_call_us` is the fixed cost of a host-to-device copy; `copy_gbps` its speed alone and
     `copy_gbps_shared` while the CPU computes experts; `cpu_shared_factor` (>= 1) how many times
     longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
-    `dense_us_per_layer` everything of a decode layer that is not experts. `compute_shared_factor`
-    (>= 1) is how many times longer CPU and GPU each take while both compute: 1 for a GPU; an
-    emulated one computes on the CPU's own cores.
+    `dense_us_per_layer` everything of a decode layer that is not experts.
+
+    The other factors (>= 1) are 1 for a GPU; an emulated one computes, and copies, on the CPU's
+    own cores. `compute_shared_factor` is how many times longer CPU and GPU each take while both
+    compute; `gpu_shared_factor` and `dense_shared_factor` how many times longer the GPU's experts
+    and the dense part take while a copy runs.
     """
 
     cpu: SideCost
@@ -72,10 +75,13 @@ class CostModel:
     block_bytes: int
     dense_us_per_layer: float
     compute_shared_factor: float = 1.0
+    gpu_shared_factor: float = 1.0
+    dense_shared_factor: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
         assert self.cpu_shared_factor >= 1 and self.compute_shared_factor >= 1, self
+        assert self.gpu_shared_factor >= 1 and self.dense_shared_factor >= 1, self
         assert self.block_bytes > 0, self
 
     def copy_us(self, shared: bool) -> float:
@@ -112,13 +118,17 @@ class CostModel:
         are computed on the GPU, each by a call of its own once its copy is there.
         """
         cpu_us, copies_us = self.cpu.us(n_misses, n_misses), 0.0
+        gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
+        dense_us = self.dense_us_per_layer
         if n_waited:
             cpu_us, copies_us = self.overlap_us(cpu_us, n_waited)
             copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
         elif copying:
             cpu_us *= self.cpu_shared_factor
-        gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
-        return self.dense_us_per_layer + max(*self.compute_us(cpu_us, gpu_us), copies_us)
+        if copying:
+            gpu_us *= self.gpu_shared_factor
+            dense_us *= self.dense_shared_factor
+        return dense_us + max(*self.compute_us(cpu_us, gpu_us), copies_us)
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
         """Return one decode step in us from the number of chosen experts that hit in each layer."""

@@ -307,7 +307,12 @@ class GpuExperts:
 
 
 def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:
-    return torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
+    slots = torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        # A GPU's memory is there from the start; the first copy into pages that the system has yet
+        # to supply took several times as long, and the first tokens' hits came late.
+        slots.zero_()
+    return slots
 
 
 def _current_stream(device: torch.device) -> Any:

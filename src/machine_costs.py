@@ -7,7 +7,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ from calibration import (
     calibrate_sharing,
     calibrate_side,
     measure_read_gbps,
+    slowdown,
 )
 from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
@@ -134,6 +136,7 @@ def machine_costs(
         "dtype": str(dtype),
         "dense": dense,
         "emulate_pcie_gbps": emulate_pcie_gbps,
+        "measured": [field.name for field in fields(CostModel)],  # another version's is another
     }
     known = None if remeasure else cache.load(hardware.key(), shape)
     if known is not None:
@@ -202,19 +205,45 @@ def _measure(
     infinite = float("inf")
     gpu_cost = SideCost(0.0, infinite, 0.0)
     copy = (0.0, 1e-9, 1e-9, 1.0)
-    sharing = 1.0
+    sharing = gpu_factor = dense_factor = 1.0
     if gpu is not None:
         for slot in range(gpu.n_slots):
             gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
         gpu_calls = [counts for counts in calls if len(counts) <= gpu.n_slots]
         order = make_fetcher(gpu.device, gpu.slots)
-        run_gpu = _gpu_runner(gpu, order, store, dtype)
+        start_gpu = _gpu_starter(gpu, order, store, dtype)
+
+        def run_gpu(counts: Counts) -> None:
+            start_gpu(counts)()
+
         gpu_cost = calibrate_side(run_gpu, gpu_calls)
+
+        def run_both() -> None:
+            wait = start_gpu((1,))
+            run_cpu((1,))
+            wait()
+
+        def run_step() -> None:
+            decode_step()
+            for _ in range(store.n_layers):
+                run_both()
+
         if gpu.device.type == "cpu":
-            sharing = calibrate_sharing(lambda: run_cpu((1, 1)), lambda: run_gpu((1,)))
+            sharing = calibrate_sharing(partial(run_cpu, (1,)), partial(run_gpu, (1,)), run_both)
         order.close()
         with _Copier(store, gpu, emulate_pcie_gbps) as copier:
-            measured = calibrate_copy(copier.copy, block_bytes, lambda: run_cpu((1, 1)))
+            measured = calibrate_copy(
+                copier.copy,
+                block_bytes,
+                partial(run_cpu, (1, 1)),
+                step=run_step if gpu.device.type == "cpu" else None,
+            )
+            if gpu.device.type == "cpu":
+                copy_block = partial(copier.copy, block_bytes)
+                # Beside the CPU's own work, as in most layers: measured alone it is more, and both
+                # factors then count the copy's share of the cores twice.
+                gpu_factor = slowdown(run_both, copy_block)
+                dense_factor = slowdown(decode_step, copy_block)
         copy = (
             measured.copy_call_us,
             measured.copy_gbps,
@@ -223,7 +252,9 @@ def _measure(
         )
     read_gbps = _read_gbps(store, cpu)
     watch.burst()
-    model = CostModel(cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing)
+    model = CostModel(
+        cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing, gpu_factor, dense_factor
+    )
     return MachineCosts(model, read_gbps, watch.result())
 
 
@@ -264,20 +295,24 @@ def _cpu_runner(
     return run
 
 
-def _gpu_runner(
+def _gpu_starter(
     gpu: GpuExperts, order: ExpertFetcher, store: ExpertStore, dtype: torch.dtype
-) -> Callable[[Counts], None]:
-    def run(counts: Counts) -> None:
+) -> Callable[[Counts], Callable[[], None]]:
+    def start(counts: Counts) -> Callable[[], None]:
         index = _routing(counts)
         hidden = torch.ones(
             len(index), store.layouts[0].hidden_size, dtype=dtype, device=gpu.device
         )
         pending = gpu.launch(hidden, index, torch.ones(index.shape, device=gpu.device), order)
-        pending.result()
-        if gpu.device.type == "cuda":
-            torch.cuda.synchronize(gpu.device)
 
-    return run
+        def wait() -> None:
+            pending.result()
+            if gpu.device.type == "cuda":
+                torch.cuda.synchronize(gpu.device)
+
+        return wait
+
+    return start
 
 
 class _Copier:

@@ -27,7 +27,8 @@ class Machine:
     arithmetic on experts with many tokens. `bus_gbps` is by PCIe generation. While CPU and copies
     run at once the CPU takes `cpu_shared_factor` times as long and a copy runs at `bus_shared`
     of its speed. `layer_us` is the host's fixed time for a layer's dense part, besides reading
-    its weights. Powers: the whole machine idle, and what each busy part adds.
+    its weights. Powers: the whole machine idle, and what each busy part adds. The last three are
+    for an emulated accelerator alone, as in `CostModel`.
     """
 
     name: str
@@ -50,6 +51,9 @@ class Machine:
     core_watts: float
     bus_watts: float
     gpu_watts: float
+    compute_shared_factor: float = 1.0
+    gpu_shared_factor: float = 1.0
+    dense_shared_factor: float = 1.0
 
     @property
     def cpu_gbps(self) -> float:
@@ -88,6 +92,9 @@ class Machine:
             cpu_shared_factor=self.cpu_shared_factor,
             block_bytes=block_bytes,
             dense_us_per_layer=self.layer_us + dense_us,
+            compute_shared_factor=self.compute_shared_factor,
+            gpu_shared_factor=self.gpu_shared_factor,
+            dense_shared_factor=self.dense_shared_factor,
         )
 
     def joules(self, us: float, cpu_us: float, copy_us: float, gpu_us: float) -> float:
@@ -107,7 +114,11 @@ _PLACES = {
     "gpu_call_us": "gpu.call_us", "layer_us": "layer_us",
     "idle_watts": "watts.idle", "core_watts": "watts.core",
     "bus_watts": "watts.bus", "gpu_watts": "watts.gpu",
+    "compute_shared_factor": "emulated.compute_shared_factor",
+    "gpu_shared_factor": "emulated.gpu_shared_factor",
+    "dense_shared_factor": "emulated.dense_shared_factor",
 }  # fmt: skip
+_EMULATED = "emulated"  # a section that only a machine without a GPU has
 _INTEGERS = ("cores", "pcie")
 _MAY_BE_ZERO = ("_us", "_watts")
 
@@ -121,11 +132,22 @@ def load_machine(path: Path) -> Machine:
         raise UserError(f"expected a hardware file in YAML at {path}, found {reason}") from None
     fields: dict[str, Any] = {}
     for name, place in _PLACES.items():
+        if place.startswith(_EMULATED) and not (isinstance(data, dict) and _EMULATED in data):
+            continue
         fields[name] = _number(path, data, place, name.endswith(_MAY_BE_ZERO))
+        if name.endswith("_factor") and fields[name] < 1:
+            raise UserError(
+                f"expected {place} of at least 1 in {path} (how many times longer), found "
+                f"{fields[name]:g}; correct it"
+            )
         if name in _INTEGERS:
             fields[name] = int(fields[name])
     by_generation = data["bus"].get("gbps")
-    if not isinstance(by_generation, dict) or fields["pcie"] not in by_generation:
+    if (
+        not isinstance(by_generation, dict)
+        or fields["pcie"] not in by_generation
+        or not all(isinstance(generation, int) for generation in by_generation)
+    ):
         raise UserError(
             f"expected bus.gbps of {path} as GB/s by PCIe generation, {fields['pcie']} among "
             f"them, found {by_generation!r}; correct it"
@@ -140,7 +162,11 @@ def load_machine(path: Path) -> Machine:
 def write_machine(path: Path, machine: Machine, comment: str) -> None:
     """Write a hardware file; `comment` says where its numbers come from, on its first lines."""
     tree: dict[str, Any] = {"name": machine.name}
+    emulated = {name for name, place in _PLACES.items() if place.startswith(_EMULATED)}
+    on_gpu = all(getattr(machine, name) == 1 for name in emulated)
     for name, place in _PLACES.items():
+        if on_gpu and name in emulated:
+            continue
         *groups, leaf = place.split(".")
         node = tree
         for group in groups:
@@ -196,6 +222,9 @@ def calibrated_machine(
         core_watts=0.0,
         bus_watts=0.0,
         gpu_watts=0.0,
+        compute_shared_factor=costs.compute_shared_factor,
+        gpu_shared_factor=costs.gpu_shared_factor,
+        dense_shared_factor=costs.dense_shared_factor,
     )
 
 

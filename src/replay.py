@@ -10,7 +10,7 @@ next layer begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from belady import Belady, distinct_experts
@@ -24,7 +24,10 @@ class PhaseHits:
     """Hits of the cached layers in one phase.
 
     `pairs` counts (token, cached layer), of which `at_least_one` and `at_least_two` found so many
-    of their experts ready; `lookups` counts (token, cached layer, expert), of which `hits` hit.
+    of their experts ready; `lookups` counts (token, cached layer, expert), of which `hits` hit, as
+    the cachehit CSV does. `experts` counts what the directory is asked: an expert that several
+    tokens of a pass chose counts once, and `expert_hits` of them were there. This is the unit of
+    fetches and of the optimum. For one sequence, without a prompt, both units are the same.
     """
 
     pairs: int = 0
@@ -32,22 +35,34 @@ class PhaseHits:
     at_least_two: int = 0
     lookups: int = 0
     hits: int = 0
+    experts: int = 0
+    expert_hits: int = 0
 
     def rates(self) -> tuple[float, float, float]:
         """At least one, at least two, per expert, in percent; 0 where there was nothing."""
-        pairs, lookups = max(self.pairs, 1), max(self.lookups, 1)
+        pairs, experts = max(self.pairs, 1), max(self.experts, 1)
         return (
             100 * self.at_least_one / pairs,
             100 * self.at_least_two / pairs,
-            100 * self.hits / lookups,
+            100 * self.expert_hits / experts,
         )
 
-    def add(self, tokens: Iterable[tuple[int, ...]], ready: Iterable[int]) -> None:
+    def add(self, tokens: Sequence[tuple[int, ...]], ready: Iterable[int]) -> None:
+        """Count the tokens of one layer, of whose experts `ready` are there."""
         present = frozenset(ready)
         for token in tokens:
-            self.add_token(sum(expert in present for expert in token), len(token))
+            self._add_token(sum(expert in present for expert in token), len(token))
+        chosen = {expert for token in tokens for expert in token}
+        self.experts += len(chosen)
+        self.expert_hits += len(chosen & present)
 
-    def add_token(self, n_hits: int, top_k: int) -> None:
+    def add_one(self, n_hits: int, top_k: int) -> None:
+        """Count a layer of one token."""
+        self._add_token(n_hits, top_k)
+        self.experts += top_k
+        self.expert_hits += n_hits
+
+    def _add_token(self, n_hits: int, top_k: int) -> None:
         self.pairs += 1
         self.at_least_one += n_hits >= 1
         self.at_least_two += n_hits >= 2
@@ -130,7 +145,7 @@ def _replay_decode(
         if layer < cache.n_indexes:
             if len(tokens) == 1:
                 n_hits = len(experts) - len(missed)
-                counted.add_token(n_hits, len(experts))
+                counted.add_one(n_hits, len(experts))
                 row.append(n_hits)
             else:
                 hits_before = counted.hits
@@ -151,21 +166,25 @@ def _replay_prefill(
     one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
 ) -> None:
     for layer, tokens in enumerate(one.ids):
-        waited = one.waited[layer] if one.waited else ()
+        waited: Sequence[int] = one.waited[layer] if one.waited else ()
+        ready = cache.ready(layer)
         if timeline is not None:
+            timeline.pass_dense()
             for slot in timeline.arrived():
                 cache.mark_ready(slot)
+            ready = cache.ready(layer)
             counts = [0] * (1 + max(expert for token in tokens for expert in token))
             for token in tokens:
                 for expert in token:
                     counts[expert] += 1
-            waited = timeline.pass_prefill(counts, tuple(cache.ready(layer)))
+            split = timeline.split_prefill(counts, ready)
+            waited = [expert for expert in split.gpu_experts if expert not in ready]
         if layer < cache.n_indexes:
-            counted.add(tokens, cache.ready(layer))
+            counted.add(tokens, ready)
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
         if timeline is not None:
-            timeline.queue([slot for _, slot in fetches])
+            timeline.pass_prefill(split, counts, fetches)
         else:
             for _, slot in fetches:
                 cache.mark_ready(slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run(parse_simulation(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -77,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
             raise UserError("--hardware needs --model: whose experts does the machine compute?")
         shape = shape.with_layers(trace.n_layers)
         costs = machine.cost_model(shape, options.expert_dtype)
+    elif options.expert_dtype != "bf16" and shape is None:
+        raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
         if machine is None or shape is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
@@ -102,6 +108,11 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
         top_k = shape.top_k if shape is not None else 2
         return popularity_workload(path, top_k).generate(n_tokens, options.seed)
     trace = read_trace(path, shape.n_experts if shape is not None else None)
+    if shape is not None and trace.n_experts > shape.n_experts:
+        raise UserError(
+            f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
+            f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
+        )
     if options.synthetic:
         n_prompt = max(
             (len(one.ids[0]) for one in trace.passes if one.phase == "prefill" and one.ids),
@@ -186,19 +197,18 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
                 f"per expert {per_expert:.1f}%"
             )
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.decode.lookups, 1)
+    bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
     print(
         f"Belady's optimum, per expert: {optimum.replay.decode.rates()[2]:.1f}% without bypass, "
         f"{bypass:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
-        chosen = result.n_decode_tokens * trace.n_layers * trace.info.top_k
-        missed = (chosen - result.decode.hits) * expert_bytes
+        missed = (outcome.n_chosen - result.decode.expert_hits) * expert_bytes
         print(
             f"bytes: {result.fetches * expert_bytes / 1e9:.2f} GB fetched, "
             f"{missed / 1e9:.2f} GB read by the CPU, "
-            f"{result.decode.hits * expert_bytes / 1e9:.2f} GB read in slots"
+            f"{result.decode.expert_hits * expert_bytes / 1e9:.2f} GB read in slots"
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from belady import Belady, most_hits
+from belady import Belady, distinct_experts, most_hits
 from cost_model import CostModel
 from errors import UserError
 from expert_cache import ExpertCache
@@ -37,8 +37,9 @@ class Setting:
 class SweepRow:
     """What one setting yields; hit rates in percent of decode's cached layers.
 
-    `bound_bypass` is the per-expert rate that no policy can exceed; `all_hits` the hits in percent
-    of every layer's lookups, cached or not. Times are 0 without a cost model.
+    `hit_expert` and `bound_bypass`, the rate that no policy can exceed, count an expert once in a
+    pass, however many tokens of a batch chose it; so does `all_hits`, in percent of every layer's
+    experts, cached or not. Times are 0 without a cost model.
     """
 
     n_indexes: int
@@ -59,10 +60,14 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A replay, the optimum beside it, and the modelled time of its decode."""
+    """A replay, the optimum beside it, and the modelled time of its decode.
+
+    `n_chosen` counts the experts of every decode pass and layer, cached or not, each once.
+    """
 
     replay: Replay
     most_hits: int
+    n_chosen: int
     busy: Busy
     tokens_per_s: float = 0.0
     bound_tokens_per_s: float = 0.0
@@ -74,19 +79,20 @@ def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) 
     timeline = Timeline(costs) if costs is not None else None
     result = replay(trace.passes, cache, setting.quota, timeline)
     best = most_hits(trace.passes, cache.n_indexes, setting.n_ways)
-    if timeline is None or costs is None or not result.decode_us:
-        return Outcome(result, best, Busy())
-    lookups = sum(
-        len({expert for token in tokens for expert in token})
+    n_chosen = sum(
+        len(distinct_experts(tokens))
         for one in trace.passes
         if one.phase == "decode"
         for tokens in one.ids
     )
+    if timeline is None or costs is None or not result.decode_us:
+        return Outcome(result, best, n_chosen, Busy())
     n = result.n_decode_passes
-    least_us = n * bound_us(costs, trace.n_layers, best / n, (lookups - best) / n)
+    least_us = n * bound_us(costs, trace.n_layers, best / n, (n_chosen - best) / n)
     return Outcome(
         result,
         best,
+        n_chosen,
         timeline.busy,
         tokens_per_s=result.n_decode_tokens / result.decode_us * 1e6,
         bound_tokens_per_s=result.n_decode_tokens / least_us * 1e6,
@@ -178,15 +184,14 @@ def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:
     outcome = run_setting(trace, setting, costs)
     decode = outcome.replay.decode
     one, two, per_expert = decode.rates()
-    all_pairs = outcome.replay.n_decode_tokens * trace.n_layers * trace.info.top_k
     return SweepRow(
         **{name: value for name, value in asdict(setting).items() if name != "quota"},
         slots=setting.n_indexes * setting.n_ways,
         hit_one=one,
         hit_two=two,
         hit_expert=per_expert,
-        bound_bypass=100 * outcome.most_hits / max(decode.lookups, 1),
-        all_hits=100 * decode.hits / all_pairs,
+        bound_bypass=100 * outcome.most_hits / max(decode.experts, 1),
+        all_hits=100 * decode.expert_hits / outcome.n_chosen,
         fetches=outcome.replay.fetches,
         evictions=outcome.replay.evictions,
         tokens_per_s=outcome.tokens_per_s,

@@ -3,16 +3,20 @@
 Each layer passes in the dispatcher's order: dense work on the GPU; hits launched, copies queued,
 misses on the CPU, all at once; the layer ends when both sides have. Copies go one at a time in
 the order they were queued and carry on across layers and tokens. While the CPU computes and the
-bus copies, both are slower by the cost model's shared speeds.
+bus copies, both are slower by the cost model's shared speeds; with an emulated accelerator, which
+computes on the CPU's own cores, so are its experts and the dense part.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from cost_model import CostModel
+from cost_model import CostModel, PrefillSplit
+
+_STAGING = -1  # a slot of no cache: the copy is waited for and used once
+_NOTHING_US = 1e-6
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Timeline:
         self.busy = Busy()
         self._queue: deque[list[float]] = deque()  # [slot, us left at full speed]
         self._arrived: list[int] = []
+        self._waited = 0  # of the queue's first copies, how many a prompt's layer waits for
         self._slowdown = costs.copy_us(shared=True) / costs.copy_us(shared=False)
 
     def arrived(self) -> list[int]:
@@ -42,8 +47,9 @@ class Timeline:
 
     def pass_dense(self) -> None:
         """Let the attention and routing of one layer pass."""
-        self.busy.gpu_us += self.costs.dense_us_per_layer
-        self._pass_alone(self.costs.dense_us_per_layer)
+        costs = self.costs
+        factor = costs.dense_shared_factor
+        self.busy.gpu_us += self._pass(costs.dense_us_per_layer, factor, factor > 1)[0]
 
     def pass_experts(
         self, gpu_experts: int, cpu_experts: int, slots: Sequence[int], n_tokens: int = 1
@@ -54,68 +60,91 @@ class Timeline:
         with them. Ends when both sides have; copies may be left over.
         """
         costs = self.costs
-        cpu_work_us, gpu_us = costs.compute_us(
+        self.queue(slots)
+        self._pass_both(
             costs.cpu.us(cpu_experts, cpu_experts * n_tokens),
             costs.gpu.us(gpu_experts, gpu_experts * n_tokens),
         )
-        self.busy.gpu_us += gpu_us
-        for slot in slots:
-            self._queue.append([slot, costs.copy_us(shared=False)])
-        cpu_us = self._pass_cpu(cpu_work_us)
-        if gpu_us > cpu_us:
-            self._pass_alone(gpu_us - cpu_us)
 
-    def pass_prefill(self, counts: Sequence[int], ready: Sequence[int]) -> tuple[int, ...]:
-        """Let one layer of a prompt pass: `counts[e]` tokens on expert e, `ready` ones cached.
+    def split_prefill(self, counts: Sequence[int], ready: Collection[int]) -> PrefillSplit:
+        """Share a prompt layer's experts as the dispatcher does, behind the copies queued by now.
 
-        Returns the experts that it copied to the GPU.
+        `counts[e]` is the number of tokens on expert e; `ready` experts are cached.
         """
-        split = self.costs.split_prefill(counts, ready)
-        self.busy.cpu_us += split.cpu_us
-        self.busy.gpu_us += self.costs.dense_us_per_layer + self.costs.gpu.us(
-            len(split.gpu_experts), sum(counts[e] for e in split.gpu_experts)
+        backlog_us = sum(us for _, us in self._queue)
+        return self.costs.split_prefill(counts, ready, backlog_us)
+
+    def pass_prefill(
+        self,
+        split: PrefillSplit,
+        counts: Sequence[int],
+        warmed: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Let one layer's experts of a prompt pass as `split` shares them.
+
+        `counts[e]` is the number of tokens on expert e; the experts of `warmed`, (expert, slot),
+        are to be cached. As in the dispatcher, what the layer waits for is copied first, an
+        expert that is to be cached into its slot, any other into staging.
+        """
+        costs = self.costs
+        slot_of = dict(warmed)
+        waited = split.gpu_experts[len(split.gpu_experts) - split.n_copies :]
+        self.queue([slot_of.get(e, _STAGING) for e in waited])
+        self._waited = len(self._queue) if waited else 0
+        self.queue([slot for e, slot in warmed if e not in waited])
+        on_cpu = sum(counts[e] for e in split.cpu_experts)
+        last = split.gpu_experts[-1:] if waited else ()  # its arithmetic, no copy hides
+        on_gpu = [counts[e] for e in split.gpu_experts if e not in last]
+        self._pass_both(
+            costs.cpu.us(len(split.cpu_experts), on_cpu), costs.gpu.us(len(on_gpu), sum(on_gpu))
         )
-        self.busy.copy_us += split.n_copies * self.costs.copy_us(shared=False)
-        self.now_us += self.costs.dense_us_per_layer + split.us
-        return tuple(expert for expert in split.gpu_experts if expert not in ready)
+        while self._waited:
+            self._pass_copy(self._queue[0][1], 1.0)
+        self._pass_both(0.0, costs.gpu.us(len(last), sum(counts[e] for e in last)))
 
     def queue(self, slots: Sequence[int]) -> None:
         """Queue copies that nothing waits for, such as the warm-up after a prompt's layer."""
         for slot in slots:
             self._queue.append([slot, self.costs.copy_us(shared=False)])
 
-    def _pass_alone(self, us: float) -> None:
-        """Let `us` pass in which the copies have the bus and the DRAM to themselves."""
-        self.now_us += us
-        while self._queue and us > 0:
-            copy = self._queue[0]
-            spent_us = min(us, copy[1])
-            self.busy.copy_us += spent_us
-            us -= spent_us
-            self._spend(copy, spent_us)
+    def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
+        """Let a layer's work pass, each side's time given for a quiet machine."""
+        costs = self.costs
+        cpu_us, gpu_us = costs.compute_us(cpu_work_us, gpu_work_us)
+        both_us, shared_us = self._pass(cpu_us, costs.cpu_shared_factor, slows_copies=True)
+        self.busy.cpu_us += both_us
+        factor = costs.gpu_shared_factor
+        done_us = both_us - shared_us * (1 - 1 / factor)
+        self.busy.gpu_us += min(both_us, gpu_us * factor)
+        if gpu_us > done_us:
+            self.busy.gpu_us += self._pass(gpu_us - done_us, factor, factor > 1)[0]
 
-    def _pass_cpu(self, work_us: float) -> float:
-        """Let CPU work of `work_us` (on a quiet machine) pass; returns how long it really took."""
-        began_us = self.now_us
-        factor = self.costs.cpu_shared_factor
-        while self._queue and work_us > 0:
-            copy = self._queue[0]
-            shared_us = min(work_us * factor, copy[1] * self._slowdown)
-            self.now_us += shared_us
-            self.busy.copy_us += shared_us
-            work_us -= shared_us / factor
-            self._spend(copy, shared_us / self._slowdown)
-            if work_us < 1e-6:
-                work_us = 0.0
-        self.now_us += work_us
-        self.busy.cpu_us += self.now_us - began_us
-        return self.now_us - began_us
+    def _pass(self, work_us: float, factor: float, slows_copies: bool) -> tuple[float, float]:
+        """Let work pass that takes `work_us` alone and `factor` times that beside a copy.
 
-    def _spend(self, copy: list[float], us: float) -> None:
+        Returns how long it really took, and how long of that beside copies.
+        """
+        began_us, shared_us = self.now_us, 0.0
+        copy_factor = self._slowdown if slows_copies else 1.0
+        while self._queue and work_us > _NOTHING_US:
+            us = min(work_us * factor, self._queue[0][1] * copy_factor)
+            self._pass_copy(us / copy_factor, copy_factor)
+            shared_us += us
+            work_us -= us / factor
+        self.now_us += max(work_us, 0.0)
+        return self.now_us - began_us, shared_us
+
+    def _pass_copy(self, us: float, factor: float) -> None:
+        """Let the first copy advance by `us` of its time alone, which takes `factor` times that."""
+        copy = self._queue[0]
+        self.now_us += us * factor
+        self.busy.copy_us += us * factor
         copy[1] -= us
-        if copy[1] < 1e-6:
+        if copy[1] < _NOTHING_US:
             self._queue.popleft()
-            self._arrived.append(int(copy[0]))
+            self._waited = max(0, self._waited - 1)
+            if copy[0] != _STAGING:
+                self._arrived.append(int(copy[0]))
 
 
 def prefetch_step_us(costs: CostModel, n_layers: int, top_k: int) -> float:

@@ -11,8 +11,8 @@ Three formats, told apart by their content:
       {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}, and for a prompt
       that was partly computed on the GPU "waited": [layer][...], the experts copied for that.
 
-Files are streamed: memory holds one pass, whatever the file's size. Anything that does not fit is
-a UserError with its line number.
+Files are streamed: `TraceReader` holds one pass, whatever the file's size; `read_trace` holds
+them all. Anything that does not fit is a UserError with its line number.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from errors import UserError
 
 Phase = Literal["prefill", "decode"]
 Ids = tuple[tuple[tuple[int, ...], ...], ...]
+_Item = TypeVar("_Item")
+_MAX_KNOWN = 1 << 16  # tuples remembered: every pair of 256 experts
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,14 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
 
 
 def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> None:
-    """Write a trace as JSON lines."""
-    with path.open("w", encoding="utf-8") as lines:
-        lines.writelines(trace_lines(info, passes))
+    """Write a trace as JSON lines; raises UserError where the file cannot be written."""
+    try:
+        with path.open("w", encoding="utf-8") as lines:
+            lines.writelines(trace_lines(info, passes))
+    except OSError as error:
+        raise UserError(
+            f"expected to write a trace to {path}, found {error}; choose another place"
+        ) from None
 
 
 def trace_lines(info: TraceInfo, passes: Iterable[RoutingPass]) -> Iterator[str]:
@@ -159,6 +166,7 @@ class _Format:
         self.n_layers = 0
         self.top_k = 0
         self.expert_bytes: list[int] = []
+        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def passes(self) -> Iterator[RoutingPass]:
         raise AssertionError("each format reads its own passes")
@@ -196,7 +204,21 @@ class _Format:
             if expert < 0 or (self.n_experts is not None and expert >= self.n_experts):
                 limit = "0 or more" if self.n_experts is None else f"0 to {self.n_experts - 1}"
                 raise self.error(f"an expert id of {limit}", expert)
-        return ids
+        return self.shared(ids)
+
+    def check_tokens(self, phase: Phase, ids: Ids) -> None:
+        """Every layer has a token; of a decoded pass, as many as the others.
+
+        Of a prompt a last layer may have seen fewer: only the last token's output is needed.
+        """
+        counts = [len(tokens) for tokens in ids]
+        if not ids or min(counts) == 0 or (phase == "decode" and min(counts) != max(counts)):
+            raise self.error("as many tokens in every layer, at least one", counts)
+
+    def shared(self, ids: tuple[_Item, ...]) -> tuple[_Item, ...]:
+        """The same tuple, as one object wherever it comes again: choices of few experts repeat."""
+        known: dict[tuple[_Item, ...], tuple[_Item, ...]] = self._known
+        return known.get(ids, ids) if len(known) >= _MAX_KNOWN else known.setdefault(ids, ids)
 
     def integer(self, text: str, what: str) -> int:
         try:
@@ -257,7 +279,8 @@ class _ExpertChoices(_Format):
         return [self.token(ids[start : start + self.top_k]) for start in starts]
 
     def _decode(self, batch: list[list[tuple[int, ...]]], prompt: int) -> RoutingPass:
-        return RoutingPass("decode", tuple(zip(*batch, strict=True)), max(prompt, 0))
+        ids = tuple(self.shared(tokens) for tokens in zip(*batch, strict=True))
+        return RoutingPass("decode", ids, max(prompt, 0))
 
 
 class _Route(_Format):
@@ -321,8 +344,13 @@ class _Route(_Format):
             for token in of_layer:
                 if len(token) != self.top_k:
                     raise self.error(f"{self.top_k} slots for each token before", len(token))
-        ids = tuple(tuple(map(tuple, tokens[layer])) for layer in layers)
-        return RoutingPass("decode" if key[1] else "prefill", ids, key[0])
+        ids = tuple(
+            self.shared(tuple(self.shared(tuple(token)) for token in tokens[layer]))
+            for layer in layers
+        )
+        phase: Phase = "decode" if key[1] else "prefill"
+        self.check_tokens(phase, ids)
+        return RoutingPass(phase, ids, key[0])
 
 
 class _JsonLines(_Format):
@@ -342,26 +370,35 @@ class _JsonLines(_Format):
     def _set_facts(self, facts: dict[str, Any]) -> None:
         self.model = str(facts.get("model", self.model))
         self.synthetic = bool(facts.get("synthetic", self.synthetic))
-        self.notes = tuple(facts.get("notes", ()))
+        notes = facts.get("notes", [])
+        if not isinstance(notes, list):
+            raise self.error("notes as a list of sentences", repr(notes)[:40])
+        self.notes = tuple(map(str, notes))
         if facts.get("expert_bytes") is not None:
             self.expert_bytes = [self.integer(str(facts["expert_bytes"]), "expert_bytes")]
         for name in ("n_layers", "top_k", "n_experts"):
             value = facts.get(name)
             if value is not None:
-                setattr(self, name, self.integer(str(value), name))
+                number = self.integer(str(value), name)
+                if number < 1:
+                    raise self.error(f"{name} of at least 1", number)
+                setattr(self, name, number)
 
     def _pass(self, one: dict[str, Any]) -> RoutingPass:
         phase, ids = one.get("phase"), one.get("ids")
         if phase not in ("prefill", "decode") or not isinstance(ids, list):
             raise self.error('"phase" of prefill or decode, and "ids"', str(one)[:60])
         try:
-            checked = tuple(tuple(self.token(token) for token in layer) for layer in ids)
+            checked = tuple(
+                self.shared(tuple(self.token(token) for token in layer)) for layer in ids
+            )
         except TypeError:
             raise self.error("ids as [layer][token][k]", str(ids)[:60]) from None
         if phase == "decode" or checked:
             self.n_layers = self.n_layers or len(checked)
             if len(checked) != self.n_layers:
                 raise self.error(f"{self.n_layers} layers", len(checked))
+            self.check_tokens(phase, checked)
             for layer in checked:
                 for token in layer:
                     self.top_k = self.top_k or len(token)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,8 @@ from belady import Belady, most_hits
 from expert_cache import ExpertCache
 from replacement_policies import POLICIES, make_policy
 from replay import replay
-from traces import RoutingPass
+from sweep import BELADY, Setting, run_setting, sweep
+from traces import RoutingPass, Trace, TraceInfo
 
 UNLIMITED = 10**9
 
@@ -85,6 +87,38 @@ def test_a_hand_worked_case():
     assert most_hits(passes, 1, 2) == 2
     assert hits_of(Belady(passes), passes, 2) == 1  # 2 evicts 1, which is used last
     assert hits_of(make_policy("LRU"), passes, 2) == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batches=st.lists(distinct_pairs(n_experts=8, max_steps=4, top_k=3), min_size=1, max_size=30),
+    prompt=distinct_pairs(n_experts=8, max_steps=6, top_k=3),
+    n_ways=st.integers(1, 8),
+    quota=st.sampled_from([0, 1, 2, UNLIMITED]),
+)
+def test_no_policy_beats_the_optimum_in_batches(batches, prompt, n_ways, quota):
+    passes = (
+        RoutingPass("prefill", (tuple(map(tuple, prompt)),)),
+        *(RoutingPass("decode", (tuple(map(tuple, tokens)),)) for tokens in batches),
+    )
+    info = TraceInfo("batched", n_layers=1, top_k=3, n_experts=8)
+    trace = Trace(info, passes)
+    for policy in (*POLICIES, BELADY):
+        outcome = run_setting(trace, Setting(1, n_ways, policy, quota))
+        decode = outcome.replay.decode
+        assert decode.expert_hits <= outcome.most_hits, policy
+        (row,) = sweep(trace, [Setting(1, n_ways, policy, quota)])
+        assert row.hit_expert <= row.bound_bypass <= 100, policy
+
+
+def test_a_batch_counts_an_expert_once():
+    # Two sequences that agree: with one way the optimum keeps one of their two experts.
+    batch = RoutingPass("decode", (((0, 1), (0, 1)),))
+    trace = Trace(TraceInfo("batched", 1, 2, 8), (batch,) * 5)
+    (row,) = sweep(trace, [Setting(1, 1, "FIFO")])
+    assert row.bound_bypass == pytest.approx(100 * 4 / 10)
+    assert row.hit_expert == row.all_hits == pytest.approx(40)  # 0 is fetched first, and stays
+    assert row.hit_one == pytest.approx(80)
 
 
 @settings(max_examples=150, deadline=None)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import calibration
 from calibration import (
     SIDE_CALLS,
     CalibrationCache,
     calibrate_copy,
+    calibrate_sharing,
     calibrate_side,
     fit_side,
     measure_read_gbps,
     median_us,
+    slowdown,
 )
 from cost_model import SideCost
 
@@ -81,6 +87,82 @@ def test_copies_are_measured_alone_and_beside_the_cpu() -> None:
     assert 0 < cost.copy_gbps_shared <= cost.copy_gbps
     assert cost.cpu_shared_factor >= 1.0
     assert cost.copy_call_us >= 0.0
+
+
+def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[tuple[str, str]] = []
+    names: dict[Callable[[], object], str] = {}
+
+    def ratio(work: Callable[[], object], beside: Callable[[], object], _: float = 0.0) -> float:
+        compared.append((names.get(work, "copy"), names.get(beside, "copy")))
+        return 2.0 if names.get(beside) == "step" else 1.5
+
+    def cpu_work() -> None: ...
+
+    def step() -> None: ...
+
+    names.update({cpu_work: "cpu", step: "step"})
+    monkeypatch.setattr(calibration, "slowdown", ratio)
+    for given in (None, step):
+        cost = calibrate_copy(lambda n_bytes: None, 4096, cpu_work, budget_s=0.0, step=given)
+        factor = 2.0 if given else 1.5
+        assert cost.copy_gbps / cost.copy_gbps_shared == pytest.approx(factor)
+        assert cost.cpu_shared_factor == 1.5
+    assert compared == [("copy", "cpu"), ("cpu", "copy"), ("copy", "step"), ("cpu", "copy")]
+
+
+def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, calls = 0.0, 0
+    beside = threading.Event()
+
+    def other() -> None:
+        beside.set()
+        time.sleep(0.0005)
+
+    def work() -> None:
+        nonlocal now_s, calls
+        calls += 1
+        disturbed = 10 < calls <= 13  # in the second round, alone
+        now_s += (3.0 if beside.is_set() else 2.0) + (50.0 if disturbed else 0.0)
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return now_s
+
+    original = calibration._without_pause
+
+    @contextmanager
+    def without_pause(noise: Callable[[], object]) -> Iterator[None]:
+        with original(noise):
+            yield
+        beside.clear()
+
+    monkeypatch.setattr(calibration, "time", Clock)
+    monkeypatch.setattr(calibration, "_without_pause", without_pause)
+    assert slowdown(work, other, budget_s=8.0) == pytest.approx(1.5)
+
+
+def test_sharing_is_what_both_together_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations_s = {"cpu": 4.0, "gpu": 10.0, "both": 12.0}
+    now_s = 0.0
+
+    def worker(name: str) -> Callable[[], None]:
+        def work() -> None:
+            nonlocal now_s
+            now_s += durations_s[name]
+
+        return work
+
+    monkeypatch.setattr("calibration.time.perf_counter", lambda: now_s)
+    workers = [worker(name) for name in durations_s]
+    assert calibrate_sharing(*workers) == pytest.approx(1 + (12 - 10) / 4)
+    durations_s["both"] = 9.0  # noise: never faster than the longer alone
+    assert calibrate_sharing(*workers) == 1.0
 
 
 def test_a_copy_that_fails_is_not_waited_for() -> None:

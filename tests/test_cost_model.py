@@ -56,6 +56,9 @@ def test_an_emulated_accelerator_shares_the_cores():
     assert emulated.compute_us(1000, 400) == (1200, 600)
     assert emulated.decode_layer_us(1, 1, copying=False) == 70 + 720 + 0.5 * 66
     assert COST.compute_us(1000, 400) == (1000, 400)
+    emulated = replace(emulated, gpu_shared_factor=2.0, dense_shared_factor=1.2)
+    assert emulated.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
+    assert emulated.decode_layer_us(2, 0, copying=False) == 70 + 15 + 2 * 51
 
 
 def test_sharing_slows_both_sides_only_while_both_run():

@@ -194,6 +194,18 @@ def test_the_emulated_link_takes_its_time():
     fetcher.close()
 
 
+def test_the_emulated_link_copies_every_chunk(monkeypatch):
+    monkeypatch.setattr("expert_fetcher._CHUNK_BYTES", 1000)  # 4096 is no multiple of it
+    slots = empty_slots(3)
+    fetcher = HostFetcher(slots, emulate_pcie_gbps=1.0)
+    sources = torch.arange(3 * BLOCK_BYTES, dtype=torch.int64).remainder(251).to(torch.uint8)
+    for slot, source in enumerate(sources.view(3, BLOCK_BYTES)):
+        fetcher.fetch(slot, source)
+    assert [completion.error for completion in fetcher.drain()] == [None] * 3
+    assert torch.equal(slots.flatten(), sources)
+    fetcher.close()
+
+
 # --- shutdown -------------------------------------------------------------------------------------
 
 

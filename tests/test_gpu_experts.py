@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import sys
 import threading
 import time
 import types
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,6 +263,18 @@ def test_a_launch_kept_for_its_timing_does_not_keep_its_output(rig):
 # --- slot memory ----------------------------------------------------------------------------------
 
 LAYOUT = block_layout("bf16", 16, 16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+def test_an_emulated_accelerators_memory_is_there_from_the_start():
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    layout = block_layout("bf16", 1024, 2048)  # 12.6 MB
+    before = resident_bytes()
+    gpu = GpuExperts(layout, Activation("silu"), 8, "cpu")
+    assert resident_bytes() - before > 0.9 * gpu.slots.nbytes
+    gpu.close()
 
 
 def accelerator(n_slots: int, allocate) -> GpuExperts:

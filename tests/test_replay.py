@@ -1,6 +1,7 @@
 """Replays against a step-by-step retelling of the engine, and the clock against hand arithmetic."""
 
 import random
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -80,7 +81,9 @@ def test_rates_of_a_hand_worked_trace():
     passes = [RoutingPass("decode", (tokens,)) for tokens in decode]
     result = replay(passes, ExpertCache(1, 4, make_policy("LRU")))
     # Hits 0, 1, 2, 0 of 2 each.
-    assert result.decode == PhaseHits(pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3)
+    assert result.decode == PhaseHits(
+        pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3, experts=8, expert_hits=3
+    )
     assert result.decode.rates() == (50.0, 25.0, 37.5)
     assert (result.fetches, result.evictions) == (5, 1)
     assert PhaseHits().rates() == (0, 0, 0)
@@ -104,6 +107,9 @@ def test_a_batch_looks_each_expert_up_once_and_counts_by_token():
     assert cache.hits == 3  # 0, 1 and 2 were admitted first
     assert result.hits_by_layer == [[0], [4]]  # tokens found 2, 2 and 0 of theirs
     assert result.decode.at_least_two == 2
+    assert (result.decode.lookups, result.decode.hits) == (12, 4)
+    assert (result.decode.experts, result.decode.expert_hits) == (10, 3)
+    assert result.decode.rates()[2] == 30.0
     assert result.n_decode_tokens == 6 and result.n_decode_passes == 2
 
 
@@ -152,6 +158,57 @@ def test_a_copy_that_ends_gives_the_cpu_its_speed_back():
     timeline.pass_experts(0, 8, slots=[])  # 20 + 8 * 580 = 4660: 2000 done beside two copies
     assert timeline.now_us == pytest.approx(4000 + 2660)
     assert timeline.arrived() == [1, 2]
+
+
+EMULATED = replace(
+    COSTS, compute_shared_factor=1.5, gpu_shared_factor=2.0, dense_shared_factor=1.25
+)
+
+
+def test_an_emulated_accelerators_copies_slow_everything():
+    timeline = Timeline(EMULATED)
+    timeline.queue([4])
+    timeline.pass_dense()  # 100 us of work take 125 beside the copy, of which 62.5 us pass
+    assert timeline.now_us == 125 and timeline.busy.copy_us == 125
+    timeline.pass_experts(2, 0, slots=[])  # 90 us of work beside the copy
+    assert timeline.now_us == pytest.approx(125 + 180)
+    timeline.pass_experts(0, 20, slots=[])  # 1000 - 62.5 - 90 are left of the copy
+    assert timeline.now_us == pytest.approx(305 + 2 * 847.5 + 20 + 20 * 580 - 847.5)
+    assert timeline.arrived() == [4]
+    alone = Timeline(replace(COSTS, gpu=SideCost(10, 300, 10)))
+    alone.queue([4])
+    alone.pass_dense()  # a GPU and its bus know nothing of each other
+    alone.pass_experts(2, 0, slots=[])
+    assert alone.now_us == 100 + 630
+
+
+def test_an_emulated_accelerator_computes_on_the_cpus_cores():
+    timeline = Timeline(EMULATED)
+    timeline.pass_experts(1, 1, slots=[])  # 600 beside 50: each is slowed by half of 50
+    assert timeline.now_us == 600 + 25
+    timeline = Timeline(EMULATED)
+    timeline.pass_experts(40, 1, slots=[9])  # 1610 and 600; 300 on top of each while both run
+    assert timeline.now_us == pytest.approx(900 * 2 + (1910 - 900) + 100)
+    # The CPU's 900 take 1800 beside the copy, in which the accelerator did 900 of its 1910; of the
+    # copy 900 were done, so that its last 100 slow the next 100 of work to 200.
+    assert timeline.arrived() == [9]
+
+
+def test_a_prompts_layer_waits_for_the_copies_it_computes():
+    # 40 tokens on experts 0 and 1: the CPU needs 20 + 500 + 3200 for each, a copy 1000.
+    timeline = Timeline(COSTS)
+    timeline.queue([5])  # left over from the layer before
+    split = timeline.split_prefill([40, 40, 0, 1], ())
+    timeline.pass_prefill(split, [40, 40, 0, 1], warmed=[(3, 6), (0, 7)])
+    assert split.gpu_experts == (0, 1) and split.cpu_experts == (3,)
+    # CPU: 600 us, 1200 beside the copies, in which 600 us of copying pass; 2400 are left to wait
+    # for. Then the last expert's arithmetic, 10 + 30 + 400, while the copy into 6 begins.
+    assert timeline.now_us == pytest.approx(1200 + 2400 + 440)
+    assert timeline.arrived() == [5, 7]  # expert 1 went to staging
+    timeline.pass_experts(13, 0, slots=[])  # 530 of the 560 left
+    assert timeline.arrived() == []
+    timeline.pass_experts(1, 0, slots=[])
+    assert timeline.arrived() == [6]
 
 
 def test_latency_never_adds_hits_and_agrees_with_instant_copies_when_it_vanishes():

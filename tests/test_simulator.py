@@ -85,6 +85,16 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
     assert "cliff" not in out
 
 
+def test_another_models_trace_is_refused(capsys, tmp_path):
+    wide = even_workload(2, 128, 6).generate(3)
+    write_trace(tmp_path / "wide.jsonl", wide.info, wide.passes)
+    out = printed(
+        capsys, str(tmp_path / "wide.jsonl"), "--model", "mixtral-8x7b", "--cache-nblocks", "2",
+        "--cache-nways", "4", code=2,
+    )  # fmt: skip
+    assert "expected a trace of mixtral-8x7b, which has 8 experts a layer, found one of" in out
+
+
 def test_fewer_ways_than_top_k_is_warned_of(capsys, trace_file):
     assert "warning: 1 ways" in printed(
         capsys, trace_file, "--cache-nblocks", "2", "--cache-nways", "1"
@@ -167,6 +177,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "mixtral-8x7b"], "expected --cache-nblocks and --cache-nways"),
         (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
         (["--model", "m"], "expected one of the shapes"),
+        (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
         (["--model", "olmoe-1b-7b", "--synthetic", "0"], "expected --synthetic of at least 1"),
         (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
         (
@@ -185,9 +196,22 @@ def test_the_papers_table_is_printed(capsys):
         ),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(capsys, arguments, sentence):
+def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
+    arguments = [trace_file if argument == "TRACE" else argument for argument in arguments]
     out = printed(capsys, *arguments, code=2)
     assert sentence in out and "Traceback" not in out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "src/simulator.py", "--model", "mixtral-8x7b", "--cache-nblocks",
+               "2", "--cache-nways", "2", "--synthetic", "5"]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()  # before it prints
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
 
 
 def test_it_needs_no_tensors_and_starts_at_once():

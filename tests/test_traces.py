@@ -90,6 +90,18 @@ def test_json_lines_round_trip(tmp_path):
     assert read_trace(tmp_path / "copy.jsonl") == trace
 
 
+def test_a_trace_that_cannot_be_written_is_a_sentence(tmp_path):
+    trace = read_trace(write(tmp_path, JSON))
+    with pytest.raises(UserError, match="expected to write a trace to"):
+        write_trace(tmp_path / "nowhere" / "copy.jsonl", trace.info, trace.passes)
+
+
+def test_choices_that_come_again_are_held_once(tmp_path):
+    trace = read_trace(write(tmp_path, CHOICES + "3,0,1,2,3\n4,0,1,2,3\n"))
+    third, fourth = trace.passes[-2:]
+    assert third.ids[0] is fourth.ids[0] and third.ids[0] == ((0, 1),)
+
+
 def test_synthetic_stays_synthetic(tmp_path):
     assert read_trace(write(tmp_path, CHOICES, "synthetic_x.expert_choices.csv")).info.synthetic
     trace = read_trace(write(tmp_path, JSON.replace('"model"', '"synthetic": true, "model"')))
@@ -125,6 +137,17 @@ def test_synthetic_stays_synthetic(tmp_path):
         (JSON + '{"phase": "decode", "ids": [[[0, 1]]]}\n', "line 4: expected 2 layers, found 1"),
         (JSON + '{"phase": "decode", "ids": [[[0]], [[1]]]}\n', "line 4: expected 2 expert ids"),
         (JSON + '{"phase": "decode", "ids": [[[0, 9]], [[1, 2]]]}\n', "line 4: .* 0 to 3, found 9"),
+        (
+            JSON + '{"phase": "decode", "ids": [[[0, 1]], []]}\n',
+            r"line 4: expected as many tokens in every layer, at least one, found \[1, 0\]",
+        ),
+        (
+            JSON + '{"phase": "decode", "ids": [[[0, 1]], [[0, 1], [1, 2]]]}\n',
+            r"line 4: expected as many tokens .* found \[1, 2\]",
+        ),
+        (JSON + '{"phase": "prefill", "ids": [[[0, 1]], []]}\n', "line 4: expected as many tokens"),
+        (JSON.replace('"model"', '"notes": 5, "model"'), "line 1: expected notes as a list"),
+        (JSON.replace('"n_experts": 4', '"n_experts": -3'), "line 1: expected n_experts of at"),
         (
             JSON + '{"phase": "decode", "ids": [[["a", "b"]], [[1, 2]]]}\n',
             "line 4: expected ids as",
