@@ -125,8 +125,10 @@ class LayerStep:
         """The CPU's share, fp32 [T, H] on the host, or None without experts."""
         if not experts:
             return None
-        on_cpu = torch.zeros(self.store.n_experts[self.layer], dtype=torch.uint8)
-        on_cpu[list(experts)] = 1
+        mask = bytearray(self.store.n_experts[self.layer])
+        for expert in experts:
+            mask[expert] = 1
+        on_cpu = torch.frombuffer(mask, dtype=torch.uint8)  # no tensor operation to dispatch
         n_tokens, hidden_size = self.hidden.shape
         out = self.handoff.result(n_tokens, hidden_size, self.hidden.device)
         self.cpu.run(

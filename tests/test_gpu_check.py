@@ -15,6 +15,7 @@ import layer_step
 import machine_costs
 from benchmarks import gpu_check
 from recorder import Recorder
+from steadiness import Steadiness
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ class OneStep:
         from cost_model import CostModel, SideCost
 
         model = CostModel(SideCost(5, 100, 10), SideCost(5, 20, 1), 0, 10, 5, 1.5, 1000_000, 50)
-        self.costs = machine_costs.MachineCosts(model, 10.0)
+        self.costs = machine_costs.MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
         self.accelerator = object() if accelerated else None
         self.store = type("Store", (), {"n_layers": 2})()
 
