@@ -11,6 +11,7 @@
 
 #include "layer.h"
 #include "product.h"
+#include "share.h"
 
 namespace cpux {
 
@@ -130,11 +131,7 @@ void Attention::run(void* out) {
 #pragma omp parallel num_threads(threads_)
   {
     const int thread = omp_get_thread_num();
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= n_items) break;
-      chunk(item, scores_[thread]);
-    }
+    share_items(&next, n_items, threads_, [&](int64_t item) { chunk(item, scores_[thread]); });
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < n_rows_; ++row) combine(row, sum_[thread], out);

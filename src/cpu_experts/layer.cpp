@@ -2,8 +2,7 @@
 //
 // Pass 1 computes tiles of gate and up rows and their activation; pass 2 tiles of output rows. A tile
 // of pass 2 owns its rows of the output and adds the experts in a fixed order: no atomics on floats,
-// so the result has the same bits whichever thread takes which tile. Threads take tiles from a
-// counter as they come.
+// so the result has the same bits whichever thread takes which tile.
 #include "layer.h"
 
 #include <omp.h>
@@ -12,6 +11,7 @@
 #include <cstring>
 
 #include "plan.h"
+#include "share.h"
 
 namespace cpux {
 
@@ -68,16 +68,13 @@ class Chunk {
 
   int64_t tiles(int64_t rows) const { return (rows + tile_ - 1) / tile_; }
 
-  // Runs work(item, scratch) for items [0, n), taken one by one by the threads of a region.
+  // Runs work(item, scratch) for items [0, n), taken by the threads of a region as they come.
   template <class F>
   void share(int64_t* counter, int64_t n, F work) {
     const Scratch& s = scratch_[omp_get_thread_num()];
-    for (;;) {
-      const int64_t item = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-      if (item >= n) return;
-      work(item, s);
-    }
+    share_items(counter, n, threads_, [&](int64_t item) { work(item, s); });
   }
+
   const Kernels& kernels_;
   const cpux_layer& layer_;
   const cpux_tokens& tokens_;

@@ -6,6 +6,7 @@
 
 #include "layer.h"
 #include "product.h"
+#include "share.h"
 
 namespace cpux {
 
@@ -110,11 +111,7 @@ void LinearChunk::run(void* y) {
       for (int64_t p = 0; p < n_panel_items; ++p) pack(p);
     }
     const int thread = omp_get_thread_num();
-    for (;;) {
-      const int64_t i = __atomic_fetch_add(&next_tile, 1, __ATOMIC_RELAXED);
-      if (i >= n_tiles) break;
-      tile(i, thread, y);
-    }
+    share_items(&next_tile, n_tiles, threads_, [&](int64_t i) { tile(i, thread, y); });
   }
 }
 
