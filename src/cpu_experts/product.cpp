@@ -59,12 +59,22 @@ int product_quantised(const Kernels& kernels, const Matrix& m, const Activations
   return static_cast<int>(r0 - first_block * kTileRows);
 }
 
+// Columns of a weight panel: the matrix cut evenly, an odd number of cache lines to a row, so that
+// rows fall on different sets (rows 4 KiB apart, AVX2, 8 tokens: 1.7x the time).
+int64_t slice_depth(int64_t cols, int element_bytes) {
+  constexpr int64_t kLine = 64;
+  constexpr int64_t kMostLines = kSliceBytes / kLine - 1;
+  const int64_t lines = (cols * element_bytes + kLine - 1) / kLine;
+  const int64_t slices = (lines + kMostLines - 1) / kMostLines;
+  return ((lines + slices - 1) / slices | 1) * kLine / element_bytes;
+}
+
 void product_panels(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
                     int64_t r1, float* c, void* slice) {
   const Gemm& gemm = gemm_of(kernels, a.form);
   const int64_t element = m.format == kBf16 ? 2 : 4;
-  const int64_t depth_max = kSliceBytes / gemm.element_bytes;
   const int64_t cols = padded_cols(gemm, a);
+  const int64_t depth_max = slice_depth(cols, gemm.element_bytes);
   const auto weights = [&](int64_t row, int64_t k) { return m.w + (row * m.cols + k) * element; };
   for (int64_t k = 0; k < cols; k += depth_max) {
     const int depth = static_cast<int>(std::min(depth_max, cols - k));

@@ -17,7 +17,7 @@ namespace cpux {
 // the next product) and of 12 (weight panels).
 constexpr int kDotTile = 32;
 constexpr int kPanelTile = 48;
-// A weight panel: rows, and bytes of each. Its 48 KiB and 16 tokens of activations stay in a 256 KiB
+// A weight panel: rows, and at most so many bytes of each. Its 48 KiB and 16 tokens of activations stay in a 256 KiB
 // second-level cache. Long rows read memory in long pieces (16 tokens, AVX2: 24 rows of 2 KiB 1.05x,
 // 48 rows of 1 KiB 1.06x the time).
 constexpr int kSliceRows = 12;
