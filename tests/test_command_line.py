@@ -298,8 +298,41 @@ def test_unwritable_output(
 ) -> None:
     (run_folder / "file").write_text("in the way")
     arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
-    assert "cannot write results" in refused(capsys, *arguments, "--output-dir", "file/below")
-    assert "cannot write" in refused(capsys, *arguments, "--responses-jsonl", "file/below.jsonl")
+    for flag, path in (
+        ("--output-dir", "file/below"),
+        ("--output-dir", "file"),
+        ("--breakdown-csv", "file/out.csv"),
+        ("--cachehit-csv", "file/cache.csv"),
+        ("--responses-jsonl", "file/below.jsonl"),
+    ):
+        message = refused(capsys, *arguments, flag, path)
+        assert "cannot write results" in message
+        assert f"choose another {flag}" in message
+        assert ("--no-record" in message) == (flag != "--responses-jsonl")
+
+
+def test_every_result_has_a_file_of_its_own(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found out before the run: after it, a result would be lost, or the prompts."""
+    (run_folder / "folder").mkdir()
+    (run_folder / "prompts").write_text("Hello\n")
+    (run_folder / "link").symlink_to("prompts")
+    before = sorted(run_folder.iterdir())
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    for flags, expected in (
+        (("--breakdown-csv", "folder"), "it is a folder; name a file with --breakdown-csv"),
+        (("--cachehit-csv", "folder"), "it is a folder; name a file with --cachehit-csv"),
+        (("--responses-jsonl", "folder"), "it is a folder; name a file with --responses-jsonl"),
+        (("--breakdown-csv", "x", "--cachehit-csv", "./x"), "another file with --cachehit-csv"),
+        (("--cachehit-csv", "expert_choices.csv"), "another file with --cachehit-csv"),
+        (("--responses-jsonl", "run.json"), "another file with --responses-jsonl"),
+        (("--responses-jsonl", "link"), "the prompts are read from link"),
+        (("--breakdown-csv", "prompts"), "the prompts are read from prompts"),
+    ):
+        assert expected in refused(capsys, *arguments, *flags)
+        assert sorted(run_folder.iterdir()) == before
+    assert (run_folder / "prompts").read_text() == "Hello\n"
 
 
 def test_memory_is_checked_before_loading(
