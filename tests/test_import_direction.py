@@ -45,7 +45,7 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
-            "model_shapes summary run_files figures hardware"
+            "model_shapes summary run_files figures hardware argument_parser"
         ),
         0: (
             "errors version recorder sensors provenance streams handoff "
