@@ -95,6 +95,9 @@ def run(
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     longest = min(longest, limit or longest)
     recorder = Recorder() if config.output.record else NullRecorder()
+    routing = None
+    if isinstance(source, DummyModel):  # before minutes of loading: the trace may not fit
+        routing = dummy_routing(source, config.model.routing_trace, config.generation.seed)
     with load_engine(
         source,
         config.model,
@@ -104,8 +107,7 @@ def run(
         nvtx=config.output.nvtx,
         say=_say,
     ) as engine:
-        if isinstance(source, DummyModel):
-            routing = dummy_routing(source, config.model.routing_trace, config.generation.seed)
+        if routing is not None:
             engine.dispatcher.forced_routing = routing
             engine.notes.append(
                 f"random weights, routing of {routing.info.model}: the text is meaningless"

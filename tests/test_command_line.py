@@ -142,6 +142,7 @@ def test_without_recording_only_the_summary_is_left(
     run("--model-path", model, "--prompt", "Hi", "--raw-prompt", "--max-tokens", 3, "--no-record")
     out = capsys.readouterr().out
     assert "TOKEN GENERATION:\ntoken count: 2\n" in out
+    assert "Cache hit" not in out, "nothing counted the hits, and 0.0 would be a lie"
     assert not any(run_folder.iterdir())
 
 
@@ -190,6 +191,7 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--attention", "xformers"), "needs an NVIDIA GPU"),
         (("--prompt", "x", "--max-tokens", "4", "--cpu-isa", "6502"), "6502"),
         (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "a-b"), "such as 0-7,16"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "900-999,1022"), "900-999,1022"),
         (("--prompt", "word " * 80, "--max-tokens", "4"), "the model's context holds 64"),
         (("--prompt", "x", "--max-tokens", "4", "--prefetch", "next-layer"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
@@ -290,7 +292,9 @@ def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFi
 
     folder = _damaged(model, run_folder / "e")
     (folder / "tokenizer.model").unlink()
-    assert "tokenizer" in refused(capsys, "--model-path", folder, *arguments)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "copy the model's tokenizer files there" in message
+    assert len(message) < len(str(folder)) + 220, "a library's essay is cut short"
 
 
 def test_unwritable_output(
@@ -333,6 +337,16 @@ def test_every_result_has_a_file_of_its_own(
         assert expected in refused(capsys, *arguments, *flags)
         assert sorted(run_folder.iterdir()) == before
     assert (run_folder / "prompts").read_text() == "Hello\n"
+
+
+def test_dummy_weights_are_checked_before_loading(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "load_engine", None)
+    arguments = ("--dummy-weights", "mixtral-8x7b", "--max-tokens", 4)
+    message = refused(capsys, *arguments, "--dummy-layers", 1, "--routing-trace", "none")
+    assert "routing trace at none, found none that can be read (No such file" in message
+    assert "at most 32" in refused(capsys, *arguments, "--dummy-layers", 33)
 
 
 def test_memory_is_checked_before_loading(
