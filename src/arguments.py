@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from argument_parser import ArgumentParser
 from config import (
     CacheOptions,
     Config,
@@ -30,14 +30,9 @@ OMP_NUM_THREADS sets the number of CPU kernel threads. M is a folder that
 weights_preprocessor.py has prepared."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `main.py`; mistakes raise UserError instead of exiting."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="main.py",
         description="Generate text with a Mixture-of-Experts model that does not fit in the GPU.",
         epilog=_EPILOG,
@@ -180,7 +175,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--responses-jsonl", type=Path, metavar="FILE",
                        help="one line per prompt, written as soon as it is done")  # fmt: skip
     group.add_argument("--hide-resp", action="store_true", help="do not print responses")
-    group.add_argument("--no-record", action="store_true", help="no events, no CSVs")
+    group.add_argument("--no-record", action="store_true", help="no events, no CSVs, no hit rates")
     group.add_argument("--nvtx", action="store_true", help="NVTX ranges for Nsight Systems")
 
 

@@ -285,4 +285,11 @@ def _open_library() -> ctypes.CDLL:
 
 
 def _span(cpus: Sequence[int]) -> str:
-    return ",".join(str(cpu) for cpu in cpus)
+    """CPU numbers as --cpu-affinity takes them: 0-7,16."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

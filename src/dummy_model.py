@@ -153,5 +153,10 @@ def _shape_config(name: str, n_layers: int | None) -> PretrainedConfig:
         )
     fields = dict(shapes[name])
     if n_layers is not None:
+        most = fields["num_hidden_layers"]
+        if n_layers > most:
+            raise UserError(
+                f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"
+            )
         fields["num_hidden_layers"] = n_layers
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)

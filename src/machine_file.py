@@ -128,8 +128,12 @@ def load_machine(path: Path) -> Machine:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"expected a hardware file in YAML at {path}, found {reason}") from None
+        cause = error.strerror if isinstance(error, OSError) else str(error)
+        reason = " ".join(str(cause).split())
+        raise UserError(
+            f"expected a hardware file in YAML at {path}, found none that can be read ({reason}): "
+            "give one of hardware/"
+        ) from None
     fields: dict[str, Any] = {}
     for name, place in _PLACES.items():
         if place.startswith(_EMULATED) and not (isinstance(data, dict) and _EMULATED in data):

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from arguments import build_parser, parse, parse_config
 from config import CacheOptions, Config, ModelOptions
 from cpu_experts import describe_kernels
+from destinations import check_destinations
 from dummy_model import DummyModel, DummyTokenizer, dummy_routing
 from engine import Engine, load_engine, open_prepared
 from errors import UserError
@@ -87,12 +87,7 @@ def run(
     paths = ReportPaths.in_folder(
         config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
     )
-    if config.output.record:
-        _check_writable({path.parent for path in paths.all()})
-    if config.output.responses_jsonl is not None:
-        if config.output.responses_jsonl.is_dir():
-            raise UserError(f"cannot write {config.output.responses_jsonl}: it is a folder")
-        _check_writable({config.output.responses_jsonl.parent})
+    check_destinations(config, paths)
     texts = read_prompts(config.prompts)
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
@@ -100,6 +95,9 @@ def run(
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     longest = min(longest, limit or longest)
     recorder = Recorder() if config.output.record else NullRecorder()
+    routing = None
+    if isinstance(source, DummyModel):  # before minutes of loading: the trace may not fit
+        routing = dummy_routing(source, config.model.routing_trace, config.generation.seed)
     with load_engine(
         source,
         config.model,
@@ -109,8 +107,7 @@ def run(
         nvtx=config.output.nvtx,
         say=_say,
     ) as engine:
-        if isinstance(source, DummyModel):
-            routing = dummy_routing(source, config.model.routing_trace, config.generation.seed)
+        if routing is not None:
             engine.dispatcher.forced_routing = routing
             engine.notes.append(
                 f"random weights, routing of {routing.info.model}: the text is meaningless"
@@ -239,20 +236,6 @@ def _report(
     written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
     print(text, flush=True)
     return written
-
-
-def _check_writable(folders: Iterable[Path]) -> None:
-    """Find out before the run, not after it, that its results can be written."""
-    for folder in sorted(folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"cannot write results to {folder.resolve()} ({error.strerror}): choose another "
-                "--output-dir, or --no-record"
-            ) from error
 
 
 def _say(line: str) -> None:

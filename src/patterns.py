@@ -6,7 +6,6 @@ measured figure stands beside the exact value that chance alone gives for that E
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from argument_parser import ArgumentParser
 from errors import UserError
 from figures import BLUE, GREEN, PURPLE, RED, house_style, save_figure
 from routing_patterns import Patterns, analyse
@@ -27,7 +27,8 @@ HEADER = ("Reuse", "Layer", "Measured (%)", "Chance (%)", "Pairs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = ArgumentParser(
         description="How much expert routing repeats across layers and tokens, beside chance."
     )
     parser.add_argument(
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: figures")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         trace = read_trace(arguments.trace, arguments.n_experts)
         patterns = analyse(trace)
         with house_style():
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 figure, arguments.output_dir, "patterns", HEADER, pattern_rows(patterns)
             )
     except UserError as error:
-        if arguments.debug:
+        if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

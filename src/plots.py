@@ -8,13 +8,13 @@ exist.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import prerequisites  # noqa: F401 - before all that it looks for
 
+from argument_parser import ArgumentParser
 from comparison_figures import draw_breakdown, draw_cache_sizes, draw_cores, draw_energy
 from errors import UserError
 from figures import house_style, save_figure
@@ -25,7 +25,8 @@ from traces import read_trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = ArgumentParser(
         description="Draw the figures of one run or several, with their numbers as CSV."
     )
     parser.add_argument(
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where the figures go (default: RUN_DIR/figures; with several runs: figures)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         runs = read_runs(arguments.runs)
         default = runs[0].folder / "figures" if len(runs) == 1 else Path("figures")
         written, left_out = draw_all(runs, arguments.output_dir or default)
     except UserError as error:
-        if arguments.debug:
+        if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

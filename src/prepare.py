@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
@@ -13,14 +12,15 @@ from typing import Final
 
 import prerequisites  # noqa: F401 - before all that it looks for
 
+from argument_parser import ArgumentParser
 from errors import UserError
 from version import VERSION
 
 _DTYPES: Final = ("bf16", "fp32", "int8", "int4")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="weights_preprocessor.py",
         description="Prepare a Mixture-of-Experts checkpoint for src/main.py. The source is only "
         "read; an interrupted run goes on where it stopped when it is started again.",
@@ -65,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done or already done, 2 a user mistake, a bad file or a full disk, 130 interrupted.
     """
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         # Here and not at the top: torch and transformers take 3 s to load. --help need not wait for
         # them, and Ctrl-C while they load is one line as well.
         from prepare_model import PrepareOptions, prepare_model
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
-        if options.debug:
+        if "--debug" in arguments:
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
             print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -73,7 +73,8 @@ def read_run(folder: Path, label: str) -> RunFiles:
 
     `folder` may name one of several run.json files in a folder, such as an unfinished run's.
     """
-    path = folder if folder.is_file() else _document_path(folder)
+    named = folder.is_file() or folder.suffix == ".json"
+    path = folder if named else _document_path(folder)
     folder = path.parent
     document = _read_document(path)
     names = document["files"]
@@ -112,9 +113,9 @@ def _read_document(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         files, summary = document["files"], document["summary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        found = error.strerror if isinstance(error, OSError) else "another file"
         raise UserError(
-            f"{path}: expected the JSON that a run writes, found another ({error!r}): "
-            f"{_FOLDER_REMEDY}"
+            f"{path}: expected the JSON that a run writes, found {found}: {_FOLDER_REMEDY}"
         ) from error
     expected = {"breakdown", "cachehit", "expert_choices", "token_gen_time"}
     if not (isinstance(files, dict) and expected <= set(files) and isinstance(summary, dict)):

@@ -230,8 +230,8 @@ def _print_times(outcome: Outcome, machine: Machine) -> None:
 
 
 def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -> None:
-    rows = sweep(trace, grid(trace), costs, options.processes)
     _make_folder(options.output_dir)
+    rows = sweep(trace, grid(trace), costs, options.processes)
     table, figure = options.output_dir / "sweep.csv", options.output_dir / "sweep.png"
     write_rows(table, rows)
     kind = " (synthetic routing)" if trace.info.synthetic else ""
@@ -253,6 +253,8 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
     memory_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
     if options.memory_gb is not None:
         memory_bytes = options.memory_gb * 1e9
+        if memory_bytes < 0:
+            raise UserError(f"expected --memory-gb of 0 or more, found {options.memory_gb:g}")
     if memory_bytes < 0:
         raise UserError(
             f"expected GPU memory for {shape.name}'s dense weights, found "
@@ -280,6 +282,8 @@ def _calibrate(path: Path, shape: ModelShape | None) -> None:
     from machine_measurement import measure_machine  # torch, which no other task needs
 
     _make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"expected --calibrate to name a file to write, found the folder {path}")
     machine = measure_machine(path, shape)
     bus_gbps = machine.bus_gbps[machine.pcie]
     print(
@@ -293,7 +297,10 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"expected a folder to write to, found {error}; choose another") from None
+        raise UserError(
+            f"expected a folder to write to at {path}, found none ({error.strerror}): choose "
+            "another"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from argument_parser import ArgumentParser
 from autotune import FORMATS
-from errors import UserError
 from replacement_policies import POLICIES
 
 _EPILOG = """examples:
@@ -19,14 +18,9 @@ _EPILOG = """examples:
   python3 src/simulator.py --paper --hardware hardware/rtx4090.yaml"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; raises UserError for a mistake in it."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="simulator.py",
         description="Replay a routing trace through the expert cache: which N, which M, which "
         "policy, on which hardware, and how fast?",

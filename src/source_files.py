@@ -57,6 +57,11 @@ def open_hugging_face(folder: Path) -> SourceFiles:
             return _open_indexed(index, read)
         if (folder / name).exists():
             return SourceFiles((folder / name,), read(folder / name))
+    if (folder / "manifest.json").exists():
+        raise UserError(
+            f"{folder} holds no weights but what a preparation wrote: expected the checkpoint "
+            "itself; give the folder it was prepared from as --input-path"
+        )
     raise UserError(
         f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json, "
         "pytorch_model.bin or pytorch_model.bin.index.json; download the model again"

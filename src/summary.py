@@ -47,6 +47,7 @@ class RunSummary:
     `generated_tokens`, the tokens after each prompt's first. `parts_ms` splits a mean decode step:
     the recorder's disjoint durations summed over the layers, and `rest` (embeddings, head,
     sampling). `predicted_step_ms` and `step_ms` are means over decode passes.
+    Without `has_events` nothing counted the cache's hits.
     """
 
     prompt_tokens: int
@@ -72,6 +73,7 @@ class RunSummary:
     parts_ms: dict[str, float] = field(default_factory=dict)
     cpu_j_per_token: float | None = None
     gpu_j_per_token: float | None = None
+    has_events: bool = True
 
     @property
     def prompt_throughput(self) -> float:
@@ -164,6 +166,7 @@ def summarize(
         parts_ms=_parts_ms(decode_layers, step_s),
         cpu_j_per_token=cpu_j,
         gpu_j_per_token=gpu_j,
+        has_events=recorder.enabled,
     )
 
 
@@ -261,10 +264,13 @@ def format_summary(
     ]
     for prompt, response in conversations:
         lines += ["PROMPT:", prompt, "RESPONSE:", response, ""]
+    if summary.has_events:
+        lines += [
+            f"Cache hit 1: {summary.decode_hits.at_least_one_percent:.1f}",
+            f" Cache hit 2: {summary.decode_hits.at_least_two_percent:.1f}",
+            "",
+        ]
     lines += [
-        f"Cache hit 1: {summary.decode_hits.at_least_one_percent:.1f}",
-        f" Cache hit 2: {summary.decode_hits.at_least_two_percent:.1f}",
-        "",
         *_own_lines(summary),
         *notes,
     ]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 from errors import UserError
@@ -67,8 +68,9 @@ class CheckpointTokenizer:
             self._backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(
-                f"{folder} holds no tokenizer that transformers can read ({error}): copy the "
-                "model's tokenizer files there"
+                f"{folder} holds no tokenizer that transformers can read "
+                f"({shorten(str(error), 100, placeholder=' ...')}): copy the model's tokenizer "
+                "files there"
             ) from error
         if len(self._backend.get_vocab()) <= len(self._backend.all_special_tokens):
             raise UserError(

@@ -97,8 +97,10 @@ class TraceReader:
                 while first.startswith("#"):
                     first = next(lines, "")
         except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not text"
             raise UserError(
-                f"expected a routing trace at {path}, found none that can be read ({error})"
+                f"expected a routing trace at {path}, found none that can be read ({reason}): "
+                "give the expert_choices.csv or routing.jsonl of a run"
             ) from None
         kinds: dict[str, type[_Format]] = {"{": _JsonLines, "I": _ExpertChoices, "t": _Route}
         kind = kinds.get(first[:1])

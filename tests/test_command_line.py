@@ -142,6 +142,7 @@ def test_without_recording_only_the_summary_is_left(
     run("--model-path", model, "--prompt", "Hi", "--raw-prompt", "--max-tokens", 3, "--no-record")
     out = capsys.readouterr().out
     assert "TOKEN GENERATION:\ntoken count: 2\n" in out
+    assert "Cache hit" not in out, "nothing counted the hits, and 0.0 would be a lie"
     assert not any(run_folder.iterdir())
 
 
@@ -190,6 +191,7 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--attention", "xformers"), "needs an NVIDIA GPU"),
         (("--prompt", "x", "--max-tokens", "4", "--cpu-isa", "6502"), "6502"),
         (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "a-b"), "such as 0-7,16"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "900-999,1022"), "900-999,1022"),
         (("--prompt", "word " * 80, "--max-tokens", "4"), "the model's context holds 64"),
         (("--prompt", "x", "--max-tokens", "4", "--prefetch", "next-layer"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
@@ -290,7 +292,9 @@ def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFi
 
     folder = _damaged(model, run_folder / "e")
     (folder / "tokenizer.model").unlink()
-    assert "tokenizer" in refused(capsys, "--model-path", folder, *arguments)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "copy the model's tokenizer files there" in message
+    assert len(message) < len(str(folder)) + 220, "a library's essay is cut short"
 
 
 def test_unwritable_output(
@@ -298,8 +302,51 @@ def test_unwritable_output(
 ) -> None:
     (run_folder / "file").write_text("in the way")
     arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
-    assert "cannot write results" in refused(capsys, *arguments, "--output-dir", "file/below")
-    assert "cannot write" in refused(capsys, *arguments, "--responses-jsonl", "file/below.jsonl")
+    for flag, path in (
+        ("--output-dir", "file/below"),
+        ("--output-dir", "file"),
+        ("--breakdown-csv", "file/out.csv"),
+        ("--cachehit-csv", "file/cache.csv"),
+        ("--responses-jsonl", "file/below.jsonl"),
+    ):
+        message = refused(capsys, *arguments, flag, path)
+        assert "cannot write results" in message
+        assert f"choose another {flag}" in message
+        assert ("--no-record" in message) == (flag != "--responses-jsonl")
+
+
+def test_every_result_has_a_file_of_its_own(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found out before the run: after it, a result would be lost, or the prompts."""
+    (run_folder / "folder").mkdir()
+    (run_folder / "prompts").write_text("Hello\n")
+    (run_folder / "link").symlink_to("prompts")
+    before = sorted(run_folder.iterdir())
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    for flags, expected in (
+        (("--breakdown-csv", "folder"), "it is a folder; name a file with --breakdown-csv"),
+        (("--cachehit-csv", "folder"), "it is a folder; name a file with --cachehit-csv"),
+        (("--responses-jsonl", "folder"), "it is a folder; name a file with --responses-jsonl"),
+        (("--breakdown-csv", "x", "--cachehit-csv", "./x"), "another file with --cachehit-csv"),
+        (("--cachehit-csv", "expert_choices.csv"), "another file with --cachehit-csv"),
+        (("--responses-jsonl", "run.json"), "another file with --responses-jsonl"),
+        (("--responses-jsonl", "link"), "the prompts are read from link"),
+        (("--breakdown-csv", "prompts"), "the prompts are read from prompts"),
+    ):
+        assert expected in refused(capsys, *arguments, *flags)
+        assert sorted(run_folder.iterdir()) == before
+    assert (run_folder / "prompts").read_text() == "Hello\n"
+
+
+def test_dummy_weights_are_checked_before_loading(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "load_engine", None)
+    arguments = ("--dummy-weights", "mixtral-8x7b", "--max-tokens", 4)
+    message = refused(capsys, *arguments, "--dummy-layers", 1, "--routing-trace", "none")
+    assert "routing trace at none, found none that can be read (No such file" in message
+    assert "at most 32" in refused(capsys, *arguments, "--dummy-layers", 33)
 
 
 def test_memory_is_checked_before_loading(

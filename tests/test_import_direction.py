@@ -32,7 +32,7 @@ LEVELS: dict[int, frozenset[str]] = {
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
             "cpu_experts cpu_linear cpu_attention source_checkpoint autotune sweep paper "
-            "comparison_figures"
+            "comparison_figures destinations"
         ),
         3: (
             "torch_experts cpu_kernels shards mistral_native weight_conversion "
@@ -45,7 +45,7 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
-            "model_shapes summary run_files figures hardware"
+            "model_shapes summary run_files figures hardware argument_parser"
         ),
         0: (
             "errors version recorder sensors provenance streams handoff "

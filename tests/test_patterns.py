@@ -178,3 +178,9 @@ def test_bad_traces_are_one_sentence(
     assert err.startswith("error: ")
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_a_missing_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert patterns.main([]) == 2
+    expected = "error: the following arguments are required: trace; see --help\n"
+    assert capsys.readouterr() == ("", expected)

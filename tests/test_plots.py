@@ -195,6 +195,22 @@ def damage(folder: Path, name: str, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def test_wrong_arguments_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, sentence in (
+        ((), "the following arguments are required: RUN_DIR; see --help"),
+        ((tmp_path / "run.partial.json",), "run.partial.json: expected the JSON that a run writes"),
+    ):
+        assert draw(*arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert sentence in err
+        assert err.count("\n") == 1
+        assert "Errno" not in err
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "sentence"),
     [

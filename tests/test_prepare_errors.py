@@ -102,6 +102,9 @@ def test_index_and_files_disagree(hub: Path, capsys: pytest.CaptureFixture[str])
     assert "index.json is damaged" in refusal(capsys, hub, "--hf")
     index.unlink()
     assert "holds no weights" in refusal(capsys, hub, "--hf")
+    (hub / "manifest.json").write_text("{}")
+    message = refusal(capsys, hub, "--hf")
+    assert "give the folder it was prepared from as --input-path" in message
 
 
 @pytest.mark.parametrize(
@@ -313,7 +316,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("flags", [[], ["--input-path", "x"], ["--expert-dtype", "fp16"]])
 def test_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main(flags)
-    assert stopped.value.code == 2
-    assert "usage: weights_preprocessor.py" in capsys.readouterr().err
+    assert prepare.main(flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ") and lines[0].endswith("see --help")

@@ -137,6 +137,25 @@ def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
     assert len(again.passes[0].ids[0]) == 6
 
 
+def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    for name in ("sweep", "tune"):
+        monkeypatch.setattr(simulator, name, None)  # not reached
+    below = str(tmp_path / "file" / "below")
+    out = printed(capsys, trace_file, "--sweep", "--output-dir", below, code=2)
+    assert f"a folder to write to at {below}, found none (Not a directory)" in out
+    model = ("--model", "olmoe-1b-7b")
+    out = printed(capsys, "--calibrate", str(tmp_path), *model, code=2)
+    assert f"a file to write, found the folder {tmp_path}" in out
+    hardware = ("--hardware", str(tmp_path / "none.yaml"))
+    out = printed(capsys, *model, *hardware, "--tune", code=2)
+    assert "none.yaml, found none that can be read (No such file or directory)" in out
+    small = tmp_path / "small.yaml"
+    small.write_text(re.sub(r"memory_gb: [\d.]+", "memory_gb: 1", Path(HARDWARE).read_text()))
+    out = printed(capsys, *model, "--hardware", str(small), "--tune", code=2)
+    assert "GPU memory for olmoe-1b-7b's dense weights, found 1 GB" in out
+
+
 def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
     path = tmp_path / "here" / "machine.yaml"
     out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
@@ -192,7 +211,7 @@ def test_the_papers_table_is_printed(capsys):
         (
             ["--model", "mixtral-8x7b", "--tune", "--hardware",
              str(ROOT / "hardware" / "rtx3080.yaml"), "--memory-gb", "-1"],
-            "GPU memory for mixtral-8x7b",
+            "--memory-gb of 0 or more, found -1",
         ),
     ],
 )  # fmt: skip

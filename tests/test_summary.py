@@ -123,10 +123,8 @@ def test_without_layer_events_the_totals_are_still_printed() -> None:
     assert summary.decode_hits == HitCounts()
     text = format_summary(summary)
     assert "throughput: 40.00 t/s" in text
-    assert text.endswith(
-        "Cache hit 1: 0.0\n Cache hit 2: 0.0\n\nTTFT: median 600.0 ms\n"
-        "TPOT: median 25.0 ms, p95 29.5 ms"
-    )
+    # No hit rate: the layers' events would have counted the hits, and 0.0 need not be true.
+    assert text.endswith("seqlens: [3]\n\nTTFT: median 600.0 ms\nTPOT: median 25.0 ms, p95 29.5 ms")
 
 
 def test_an_empty_run_prints_zeros() -> None:

@@ -1,0 +1,50 @@
+"""Where a run's results go: each to a file of its own that can be written, found out before it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from config import Config
+from errors import UserError
+from reports import ReportPaths
+
+_FLAGS = {"breakdown": "--breakdown-csv", "cachehit": "--cachehit-csv"}
+
+
+def check_destinations(config: Config, paths: ReportPaths) -> None:
+    """Make the folders of all results and try them; no file is left in them.
+
+    UserError names the flag to change: for a folder that cannot be written, a folder in a file's
+    place, two results in one file, and a result in the place of the prompts.
+    """
+    wanted: list[tuple[str, Path]] = []
+    if config.output.record:
+        # The names that nobody chose first: what takes one of them was asked for by its flag.
+        named = sorted(paths.by_name().items(), key=lambda one: one[0] in _FLAGS)
+        wanted += [(_FLAGS.get(name, "--output-dir"), path) for name, path in named]
+    if config.output.responses_jsonl is not None:
+        wanted.append(("--responses-jsonl", config.output.responses_jsonl))
+    taken: dict[Path, str] = {}
+    if config.prompts.path is not None:
+        taken[config.prompts.path.resolve()] = "the prompts are read from"
+    for flag, path in wanted:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; name a file with {flag}")
+        if path.resolve() in taken:
+            raise UserError(f"{taken[path.resolve()]} {path}: choose another file with {flag}")
+        taken[path.resolve()] = "another of the run's files goes to"
+        _try_folder(path.parent, flag)
+
+
+def _try_folder(folder: Path, flag: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        remedy = "" if flag == "--responses-jsonl" else ", or --no-record"
+        raise UserError(
+            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}{remedy}"
+        ) from error
