@@ -17,8 +17,9 @@ from transformers.masking_utils import sdpa_mask
 
 from cpu_kernels import AttentionArguments, CpuKernels
 
-# Terms that some models add to the scores; torch's attention decides what becomes of them.
-_EXTRA_TERMS = ("softcap", "s_aux", "position_bias")
+# Tensors that transformers hands to every attention function and that change nothing in it. Any
+# other one (sinks, a bias, indices of a sparse attention) leaves the call to torch.
+_WITHOUT_EFFECT = frozenset({"position_ids", "cache_position"})
 
 
 def register(kernels: CpuKernels) -> str:
@@ -120,7 +121,11 @@ def _served(
         and query.dtype == key.dtype == value.dtype
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
         and dropout == 0.0
-        and not any(extras.get(name) is not None for name in _EXTRA_TERMS)
+        and extras.get("softcap") is None
+        and not any(
+            isinstance(extra, Tensor) and name not in _WITHOUT_EFFECT
+            for name, extra in extras.items()
+        )
         and not (torch.is_grad_enabled() and query.requires_grad)
     )
 

@@ -150,12 +150,17 @@ class ExpertCache:
     def share(self, layer: int, quota: int) -> int:
         """Return how many of the `quota` fetches that a pass has left are for this layer.
 
-        An equal part for each cached layer still to come, rounded up: so the last layers are
-        filled as the first are, what one layer spares goes to the later ones, and a pass never
-        exceeds its quota. Served first come first, 64 fetches never reach the later of Qwen3's 48
-        layers: on its trace (LRU, 16 of 128 ways) 51.4% of the experts hit then, 57.4% this way.
+        An equal part for each cached layer still to come, so the last layers are filled as the
+        first are and what one layer spares goes to the later ones. What does not divide goes to
+        other layers in each pass, so that a quota smaller than the number of layers serves them
+        all in turn. Served first come first, 64 fetches never reach the later of Qwen3's 48
+        layers: on its trace (LRU, 16 of 128 ways) 51.4% of the experts hit then, 57.5% this way.
         """
-        return -(-quota // (self.n_indexes - layer)) if layer < self.n_indexes else 0
+        left = self.n_indexes - layer
+        if left <= 0:
+            return 0
+        each, over = divmod(quota, left)
+        return each + ((layer + self._step[layer]) * over % left < over)
 
     def warm(
         self,

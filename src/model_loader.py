@@ -8,6 +8,9 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,11 +77,25 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
                 "which leaves it to the model"
             )
         attention = "eager"
+    elif attention != "sdpa" and tests_attention(model_class):
+        raise UserError(
+            f"{model_class.__name__} computes its attention differently under names it does not "
+            "know: use --attention sdpa"
+        )
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
     return model.eval()
+
+
+def tests_attention(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the model's code does something else under another name of attention than "sdpa".
+
+    DeepSeek-V3.2's sparse attention, for one, masks only under names it knows.
+    """
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
 
 
 def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:
@@ -220,7 +237,8 @@ def use_cpu_kernels(model: PreTrainedModel, kernel: KernelChoice, isa: str) -> i
     decode steps goes to the kernels as well where the model leaves it to torch.
     """
     kernels = load_kernels(kernel, isa)
-    if kernels is not None and model.config._attn_implementation == "sdpa":
+    implementation = model.config._attn_implementation
+    if kernels is not None and implementation == "sdpa" and not tests_attention(type(model)):
         model.set_attn_implementation(cpu_attention.register(kernels))
     replaced = 0
     for path, module in list(model.named_modules()):

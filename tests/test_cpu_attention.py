@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from cpu_oracle import TINY, U
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+)
 
+import cpu_attention
 from cpu_attention import CpuAttention, register
-from cpu_kernels import load_kernels, supported_isas
+from cpu_kernels import CpuKernels, load_kernels, supported_isas
+from errors import UserError
+from model_loader import build_skeleton, use_cpu_kernels
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None
@@ -143,3 +156,101 @@ def test_transformers_calls_it_for_one_token_and_torch_for_the_rest() -> None:
     additive = torch.zeros(1, 1, 1, 6)
     biased, _ = function(module, query, key, value, additive, scaling=0.25)
     torch.testing.assert_close(biased, out, rtol=1e-5, atol=1e-5)
+
+
+def tiny_mixtral(**changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        **changes,
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def logits_of_steps(model: PreTrainedModel, forced: Tensor) -> Tensor:
+    """Logits of a left-padded batch of two prompts and of decode steps with given tokens."""
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    steps = []
+    with torch.inference_mode():
+        for token in forced.unbind():
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: cache},
+            )
+            steps.append(output.logits[:, -1])
+            ids = token.expand(2, 1)
+            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    return torch.stack(steps)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_loaded_models_decode_steps_use_it(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against transformers' eager attention, with padding and with a sliding window."""
+    forced = torch.arange(5, 17)
+    model = tiny_mixtral(sliding_window=window)
+    model.set_attn_implementation("eager")
+    want = logits_of_steps(model, forced)
+    model.set_attn_implementation("sdpa")
+    use_cpu_kernels(model, "native", "auto")
+    calls = []
+    attend = CpuKernels.attend
+
+    def counted(self: CpuKernels, *arguments: Any) -> None:
+        calls.append(arguments)
+        attend(self, *arguments)
+
+    monkeypatch.setattr(CpuKernels, "attend", counted)
+    torch.testing.assert_close(logits_of_steps(model, forced), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * (len(forced) - 1)  # two layers; the prompts are torch's
+
+
+def test_a_model_that_asks_for_its_attention_by_name_keeps_torchs() -> None:
+    """DeepSeek-V3.2 masks for its sparse attention only under the names it knows."""
+    if "deepseek_v32" not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers has no such model")
+    config = AutoConfig.for_model("deepseek_v32", num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    use_cpu_kernels(model, "native", "auto")
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="use --attention sdpa"):
+        build_skeleton(config, torch.float32, "xformers")
+
+
+@pytest.mark.parametrize("extra", ["s_aux", "indices", "softcap"])
+def test_what_it_does_not_compute_is_left_to_torch(
+    extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert NATIVE is not None
+    seen = []
+    monkeypatch.setattr(
+        cpu_attention,
+        "sdpa_attention_forward",
+        lambda *_, **keywords: (seen.append(keywords), None),
+    )
+    query, key, value, _ = random_call((1, 4, 2, 6, 16, 16), torch.float32, False)
+    term = 30.0 if extra == "softcap" else torch.zeros(1)
+    CpuAttention(NATIVE)(nn.Module(), query, key, value, None, **{extra: term})
+    assert seen[0][extra] is term

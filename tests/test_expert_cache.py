@@ -355,8 +355,26 @@ def test_a_passs_fetches_are_shared_by_its_layers():
         fetches = cache.start_fetches(layer, [0, 1, 2] if layer != 1 else [], left)
         left -= len(fetches)
         fetched.append(len(fetches))
-    assert fetched == [2, 0, 2, 2]
-    assert [cache.share(layer, 5) for layer in range(5)] == [2, 2, 3, 5, 0]
+    assert fetched == [1, 0, 2, 3] and left == 0  # 6 // 4 and what is left over goes around
+    assert [cache.share(layer, 8) for layer in range(5)] == [2, 2 + 1, 4, 8, 0]
+
+
+def test_a_quota_below_the_number_of_layers_serves_them_in_turn():
+    n_layers, n_passes = 7, 700
+    for quota in (1, 3, 6):
+        cache, fetched = ExpertCache(n_layers, 4, make_policy("LRU")), [0] * n_layers
+        for number in range(n_passes):
+            left = quota
+            for layer in range(n_layers):
+                fetches = cache.start_fetches(layer, [2 * number, 2 * number + 1], left)
+                left -= len(fetches)
+                fetched[layer] += len(fetches)
+                cache.end_step(layer)
+                for _, slot in fetches:
+                    cache.mark_ready(slot)
+            assert left >= 0
+        even = quota * n_passes / n_layers
+        assert min(fetched) > even / 2 and max(fetched) < even * 2, (quota, fetched)
 
 
 def test_warming_takes_the_experts_of_the_last_tokens():
@@ -389,7 +407,7 @@ def test_warming_shares_the_quota_over_the_layers():
 
 
 @pytest.mark.parametrize(
-    ("quota", "fetched"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (4, [2, 1, 1]), (99, [4, 4, 4])]
+    ("quota", "fetched"), [(1, [0, 1, 0]), (2, [0, 1, 1]), (4, [1, 2, 1]), (99, [4, 4, 4])]
 )
 def test_warming_never_exceeds_the_quota(quota: int, fetched: list[int]):
     cache, left, found = ExpertCache(3, 4, make_policy("FIFO")), quota, []
@@ -411,7 +429,7 @@ def test_what_one_layer_spares_the_later_ones_get():
 
 def test_what_the_prompt_copies_anyway_is_kept_for_free():
     cache = ExpertCache(2, 4, make_policy("LRU"))
-    fetches = cache.warm(0, [[0, 1], [2, 3]], 1, waited=(9, 1, 0))
+    fetches = cache.warm(0, [[0, 1], [2, 3]], 2, waited=(9, 1, 0))
     assert [expert for expert, _ in fetches] == [1, 0, 2]  # 9 is not wanted, 3 exceeds the share
     assert cache.warm_charge(fetches, (9, 1, 0)) == 1
     assert [e for e, _ in cache.warm(1, [[0, 1], [2, 3]], 0, waited=(3,))] == [3]

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from math import ceil
 
 import pytest
 
@@ -25,10 +24,12 @@ def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
     """The engine's sequence with instant copies, spelled out on the directory's smallest calls."""
     cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
     rows = []
-    for one in passes:
+    for number, one in enumerate(passes):
         fetched, row = 0, []
         for layer in range(min(n_indexes, len(one.ids))):
             started = []
+            each, over = divmod(quota - fetched, n_indexes - layer)
+            share = each + ((layer + number + 1) * over % (n_indexes - layer) < over)
             if one.phase == "prefill":
                 wanted: list[int] = []
                 for token in one.ids[layer][::-1]:
@@ -36,7 +37,7 @@ def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
                 wanted = wanted[:n_ways]
                 cache.protect(layer, wanted)
                 absent = [e for e in wanted if cache.slot_of(layer, e) is None]
-                absent = absent[: ceil((quota - fetched) / (n_indexes - layer))]
+                absent = absent[:share]
                 for expert in wanted[::-1]:
                     slot = cache.slot_of(layer, expert)
                     if expert in absent:
@@ -46,7 +47,7 @@ def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
                 fetched += len(started)
             else:
                 (token,) = one.ids[layer]
-                most = fetched + ceil((quota - fetched) / (n_indexes - layer))
+                most = fetched + share
                 slots = cache.lookup(layer, token)
                 row.append(sum(slot >= 0 for slot in slots))
                 for expert, slot in zip(token, slots, strict=True):
