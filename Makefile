@@ -31,7 +31,7 @@ FORMAT_SOURCES := src/prepare.py src/checkpoint.py src/expert_format.py src/quan
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z_-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(PY):
 	@suits() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }; \
@@ -115,11 +115,14 @@ test: $(DEV_STAMP) kernels ## every test but the nightly ones
 nightly: $(DEV_STAMP) kernels ## the tests that take minutes
 	@$(PY) -m pytest -q -m nightly $(PYTEST_FLAGS)
 
-.PHONY: bench
+.PHONY: bench bench-end-to-end
 bench: $(DEV_STAMP) kernels ## measure this machine; nothing is asserted
-	@for script in benchmarks/bench_*.py; do \
+	@for script in $(filter-out %/bench_end_to_end.py,$(wildcard benchmarks/bench_*.py)); do \
 	  echo; echo "== $$script"; PYTHONPATH=src $(PY) "$$script"; \
 	done
+
+bench-end-to-end: $(DEV_STAMP) kernels ## the whole engine on a model of 5.8 GB (16 GB of disk)
+	@PYTHONPATH=src $(PY) benchmarks/bench_end_to_end.py --work-dir build/end-to-end
 
 .PHONY: clean distclean
 clean: ## remove builds, the demo model and caches

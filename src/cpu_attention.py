@@ -1,8 +1,7 @@
 """Attention of decode steps on the CPU: our kernels behind transformers' attention interface.
 
-torch's attention for one bf16 query widens and packs all keys for it: 7 ms a layer at 2,000 tokens
-of Mixtral's shape, where reading the keys and values takes 0.3 ms (2 cores, Zen 4). Prompts stay
-with torch.
+torch's attention for one bf16 query packs all keys for it, which takes ten times as long as reading
+them (`benchmarks/bench_cpu_attention.py`). Prompts stay with torch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 //
 // The keys of a sequence and head are cut into chunks, so that a long context is shared by all threads:
 // each chunk computes its scores, their exponentials and its part of the weighted sum of values for
-// the group of heads that share the keys, reading each key and value once. A second pass adds the
+// the heads that share the keys, four at a time while the chunk stays in the second-level cache. A second pass adds the
 // chunks in order, so the result has the same bits whichever thread took which chunk.
 #include <omp.h>
 
