@@ -128,11 +128,11 @@ def run(
         except KeyboardInterrupt:  # a second one, while the first was being answered
             status = "interrupted"
         finally:  # what was done before an error is evidence too
-            with interruption.held():
-                written = _report(
-                    config, engine, recorder, sampler, conversations, status, paths, command,
-                    tokenizer, started_unix_s,
-                )  # fmt: skip
+            interruption.drops_signals = True  # through the engine's close: the run has its outcome
+            written = _report(
+                config, engine, recorder, sampler, conversations, status, paths, command,
+                tokenizer, started_unix_s,
+            )  # fmt: skip
         if config.output.responses_jsonl is not None:
             written.append(config.output.responses_jsonl)
         where = ", ".join(str(path) for path in written)

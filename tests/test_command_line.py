@@ -21,6 +21,7 @@ import dummy_model
 import main
 from arguments import parse, parse_config
 from checkpoint import MANIFEST_NAME
+from engine import Engine
 from generation import generate_batch
 from traces import read_trace
 
@@ -513,6 +514,37 @@ def test_a_second_signal_does_not_tear_the_reports(
     names = {path.name for path in (run_folder / "run").iterdir()}
     assert names == {*REPORTS, "routing.jsonl"}
     assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
+) -> None:
+    close = Engine.close
+
+    def signalled_later(*arguments: object, **options: object) -> object:
+        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+            if interrupted and number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    def signalled(engine: Engine) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        close(engine)
+
+    monkeypatch.setattr("run_prompts.generate_batch", signalled_later)
+    monkeypatch.setattr(Engine, "close", signalled)
+    flags = ("--prompt", "x", "--max-tokens", 9)
+    assert run("--model-path", model, *flags) == (143 if interrupted else 0)
+    said = capsys.readouterr().err.splitlines()[-1]
+    start = "interrupted (SIGTERM): 0 of 1 prompts finished; what was done is in "
+    assert said.startswith(start if interrupted else "wrote ")
+    status = json.loads((run_folder / "run.json").read_text())["status"]
+    assert status == ("interrupted" if interrupted else "completed")
 
 
 def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path) -> None:
