@@ -16,8 +16,8 @@ class Interruption:
     A signal that the process was started to ignore (`nohup`, a shell's background job) stays
     ignored. Entered on another thread, it changes nothing: Python handles signals on the main one.
 
-    Once `drops_signals` is set, a signal does nothing and is forgotten: what is being written is written
-    to its end. Setting it is not a call, at whose start a signal could still be answered.
+    Once `drops_signals` is set, a signal does nothing and is forgotten: what is being written is
+    written to its end. Setting it is not a call, at whose start a signal could still be answered.
     """
 
     def __init__(self) -> None:
