@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -17,11 +15,14 @@ class Interruption:
 
     A signal that the process was started to ignore (`nohup`, a shell's background job) stays
     ignored. Entered on another thread, it changes nothing: Python handles signals on the main one.
+
+    Once `drops_signals` is set, a signal does nothing and is forgotten: what is being written is
+    written to its end. Setting it is not a call, at whose start a signal could still be answered.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._held = False
+        self.drops_signals = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -36,18 +37,9 @@ class Interruption:
             return "Ctrl-C"
         return str(self.signal.name) if self.signal is not None else ""
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, signals are let pass: what is being written is written to its end."""
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if not self._held:
+        if not self.drops_signals:
             self.signal = self.signal or signal.Signals(number)
             raise KeyboardInterrupt
 

@@ -38,6 +38,7 @@ from reports import ReportPaths, RunInfo, Status, write_reports
 from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import NvmlReader, SensorSampler
 from summary import format_summary, summarize
+from terminal import show
 from tokenization import Tokenizer, load_tokenizer
 from version import VERSION
 
@@ -127,11 +128,11 @@ def run(
         except KeyboardInterrupt:  # a second one, while the first was being answered
             status = "interrupted"
         finally:  # what was done before an error is evidence too
-            with interruption.held():
-                written = _report(
-                    config, engine, recorder, sampler, conversations, status, paths, command,
-                    tokenizer, started_unix_s,
-                )  # fmt: skip
+            interruption.drops_signals = True  # through the engine's close: the run has its outcome
+            written = _report(
+                config, engine, recorder, sampler, conversations, status, paths, command,
+                tokenizer, started_unix_s,
+            )  # fmt: skip
         if config.output.responses_jsonl is not None:
             written.append(config.output.responses_jsonl)
         where = ", ".join(str(path) for path in written)
@@ -234,13 +235,13 @@ def _report(
         n_experts = engine.store.n_experts[0]
         routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
     written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
-    print(text, flush=True)
+    show(text)
     return written
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # a terminal that was closed
-        print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # such as a pipe without a reader: no reason to end a run
+        show(line, file=sys.stderr)
 
 
 def _version_text() -> str:

@@ -17,6 +17,7 @@ from engine import Engine
 from errors import UserError
 from generation import Generated, generate_batch, make_sampler, stop_ids
 from run_progress import RunProgress
+from terminal import show
 from tokenization import StreamingDetokenizer, Tokenizer
 
 
@@ -112,13 +113,12 @@ def run_prompts(
     def finish(record: Generated) -> None:
         _, detokenizer, pieces = batch.pop(record.prompt)
         rest = detokenizer.finish()
-        pieces.append(rest)
-        if stream:
-            print(rest + "\n", flush=True)
-        conversation = Conversation(texts[record.prompt], "".join(pieces), record)
+        conversation = Conversation(texts[record.prompt], "".join([*pieces, rest]), record)
         conversations.append(conversation)
-        responses.write(conversation)
+        responses.write(conversation)  # before it is shown: that may fail
         progress.prompt_done()
+        if stream:
+            show(rest + "\n")
 
     try:
         for first in range(0, len(prompts), options.batch_size):
@@ -143,7 +143,7 @@ def run_prompts(
                     piece = batch[record.prompt][1].push(token)
                     batch[record.prompt][2].append(piece)
                     if stream:
-                        print(piece, end="", flush=True)
+                        show(piece, end="")
                 if record.stop != "interrupted":
                     finish(record)
     except KeyboardInterrupt:

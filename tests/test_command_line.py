@@ -21,6 +21,7 @@ import dummy_model
 import main
 from arguments import parse, parse_config
 from checkpoint import MANIFEST_NAME
+from engine import Engine
 from generation import generate_batch
 from traces import read_trace
 
@@ -415,6 +416,64 @@ def test_an_interruption_keeps_what_was_done(
     assert len(by_name(run_folder / "out.csv")) > 3
 
 
+# A run as main.py does it, on the terminal that is its stdin: argument 1 says whether that is its
+# controlling terminal, whose end is a SIGHUP. After its fourth token it waits while `stalled` is
+# there.
+ON_A_TERMINAL = """
+import fcntl, os, pathlib, sys, termios, time
+if sys.argv[1] == "controlling":
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+import main, run_prompts
+from generation import generate_batch
+def stalling(*arguments, **options):
+    for number, step in enumerate(generate_batch(*arguments, **options), start=1):
+        yield step
+        if number == 4:
+            stalled = pathlib.Path("stalled")
+            stalled.touch()
+            while stalled.exists():
+                time.sleep(0.02)
+run_prompts.generate_batch = stalling
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "code", "status", "n_tokens", "stop"),
+    [("controlling", 129, "interrupted", 4, "interrupted"), ("other", 0, "completed", 9, "length")],
+)
+def test_a_closed_terminal_costs_no_evidence(
+    model: Path, run_folder: Path, terminal: str, code: int, status: str, n_tokens: int, stop: str
+) -> None:
+    ours, its = os.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", ON_A_TERMINAL, terminal, "--model-path", model),
+            *("--prompt", "x", "--max-tokens", "9", "--responses-jsonl", "responses.jsonl"),
+        ],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        cwd=run_folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        start_new_session=True,
+    )
+    os.close(its)
+    deadline_s = time.monotonic() + 120
+    while not (run_folder / "stalled").exists():
+        assert process.poll() is None, os.read(ours, 1 << 16)
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    os.close(ours)
+    if terminal == "other":
+        (run_folder / "stalled").unlink()
+    assert process.wait(timeout=60) == code
+    assert json.loads((run_folder / "run.json").read_text())["status"] == status
+    (line,) = map(json.loads, (run_folder / "responses.jsonl").read_text().splitlines())
+    assert (line["stop"], line["generated_tokens"]) == (stop, n_tokens)
+    assert len(by_name(run_folder / "token_gen_time.csv")) == n_tokens - 1
+
+
 def test_an_interruption_before_the_first_token_is_said(
     model: Path,
     run_folder: Path,
@@ -455,6 +514,37 @@ def test_a_second_signal_does_not_tear_the_reports(
     names = {path.name for path in (run_folder / "run").iterdir()}
     assert names == {*REPORTS, "routing.jsonl"}
     assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
+) -> None:
+    close = Engine.close
+
+    def signalled_later(*arguments: object, **options: object) -> object:
+        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+            if interrupted and number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    def signalled(engine: Engine) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        close(engine)
+
+    monkeypatch.setattr("run_prompts.generate_batch", signalled_later)
+    monkeypatch.setattr(Engine, "close", signalled)
+    flags = ("--prompt", "x", "--max-tokens", 9)
+    assert run("--model-path", model, *flags) == (143 if interrupted else 0)
+    said = capsys.readouterr().err.splitlines()[-1]
+    start = "interrupted (SIGTERM): 0 of 1 prompts finished; what was done is in "
+    assert said.startswith(start if interrupted else "wrote ")
+    status = json.loads((run_folder / "run.json").read_text())["status"]
+    assert status == ("interrupted" if interrupted else "completed")
 
 
 def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path) -> None:
