@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from cost_model import CostModel
-from expert_cache import ExpertCache
-from expert_fetcher import ExpertFetcher
+from expert_cache import ExpertCache, SlotState
+from expert_fetcher import Completion, ExpertFetcher
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 from miss_trial import MissTrial
@@ -65,7 +66,26 @@ class Accelerator:
 
     def collect_copies(self) -> None:
         """Tell the directory which copies have ended since the last call."""
-        for completion in self.fetcher.poll():
+        self._collect(self.fetcher.poll())
+
+    @contextmanager
+    def lending_slots(self) -> Iterator[None]:
+        """Inside, anyone may write to the slots, and no layer may run; no copy is under way.
+
+        Afterwards, whatever happened, each slot that was ready holds its expert again: the
+        directory, the policy and their counters have seen nothing.
+        """
+        self._collect(self.fetcher.drain())
+        try:
+            yield
+        finally:
+            for slot in range(self.cache.n_slots):
+                held = self.cache.tag(slot)
+                if held is not None and self.cache.state(slot) is SlotState.READY:
+                    self.gpu.slots[slot].copy_(self.store.block(*held))
+
+    def _collect(self, completions: Sequence[Completion]) -> None:
+        for completion in completions:
             if completion.error is not None:
                 self._warn(completion.error)
             if completion.slot >= self.cache.n_slots:

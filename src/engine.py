@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -94,17 +94,20 @@ class Engine:
     def calibrate(self, again: bool = False) -> None:
         """Know the machine's costs: measured once, then from disk; `again` measures anew."""
         if self.costs is None or again:
-            self.costs = machine_costs(
-                self.store,
-                self.cpu,
-                None if self.accelerator is None else self.accelerator.gpu,
-                self.decode_step,
-                read_hardware(gpu_uuid=self.gpu_uuid),
-                dtype=self.source.dtype,
-                dense=f"{self.source.dense_format} {self.source.dense_bytes}",
-                emulate_pcie_gbps=self.emulate_pcie_gbps,
-                remeasure=again,
-            )
+            accelerator = self.accelerator
+            # The measurement computes from the slots and copies into them.
+            with nullcontext() if accelerator is None else accelerator.lending_slots():
+                self.costs = machine_costs(
+                    self.store,
+                    self.cpu,
+                    None if accelerator is None else accelerator.gpu,
+                    self.decode_step,
+                    read_hardware(gpu_uuid=self.gpu_uuid),
+                    dtype=self.source.dtype,
+                    dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+                    emulate_pcie_gbps=self.emulate_pcie_gbps,
+                    remeasure=again,
+                )
 
     def decode_step(self) -> None:
         """One decode step with every expert left out: what all the rest costs."""

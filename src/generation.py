@@ -104,7 +104,7 @@ def generate_batch(
     device = model.device
     records = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
     inputs, mask = _left_pad(prompts, device)
-    cache = {_cache_argument(model): DynamicCache(config=model.config)}
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
     active = records
     started = time.perf_counter()
     for step in range(max_tokens):
@@ -163,7 +163,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return inputs.to(device), mask.to(device)
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """How this release of transformers calls the KV cache: `cache` from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

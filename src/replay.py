@@ -181,10 +181,12 @@ def _replay_prefill(
             waited = [expert for expert in split.gpu_experts if expert not in ready]
         if layer < cache.n_indexes:
             counted.add(tokens, ready)
+        places = {expert: cache.slot_of(layer, expert) for expert in waited}
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
         if timeline is not None:
-            timeline.pass_prefill(split, counts, fetches)
+            in_flight = {expert: slot for expert, slot in places.items() if slot is not None}
+            timeline.pass_prefill(split, counts, fetches, in_flight)
         else:
             for _, slot in fetches:
                 cache.mark_ready(slot)

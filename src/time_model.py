@@ -10,8 +10,9 @@ computes on the CPU's own cores, so are its experts and the dense part.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from cost_model import CostModel, PrefillSplit
 
@@ -69,9 +70,10 @@ class Timeline:
     def split_prefill(self, counts: Sequence[int], ready: Collection[int]) -> PrefillSplit:
         """Share a prompt layer's experts as the dispatcher does, behind the copies queued by now.
 
-        `counts[e]` is the number of tokens on expert e; `ready` experts are cached.
+        `counts[e]` is the number of tokens on expert e; `ready` experts are cached. The backlog is
+        the dispatcher's: it knows how many copies have not ended, not how far the first has come.
         """
-        backlog_us = sum(us for _, us in self._queue)
+        backlog_us = len(self._queue) * self.costs.copy_us(shared=True)
         return self.costs.split_prefill(counts, ready, backlog_us)
 
     def pass_prefill(
@@ -79,18 +81,23 @@ class Timeline:
         split: PrefillSplit,
         counts: Sequence[int],
         warmed: Sequence[tuple[int, int]] = (),
+        in_flight: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         """Let one layer's experts of a prompt pass as `split` shares them.
 
         `counts[e]` is the number of tokens on expert e; the experts of `warmed`, (expert, slot),
-        are to be cached. As in the dispatcher, what the layer waits for is copied first, an
-        expert that is to be cached into its slot, any other into staging.
+        are to be cached; `in_flight` maps those whose copies are queued by now to their slots. As
+        in the dispatcher, what the layer waits for is copied first, an expert that is to be cached
+        into its slot, any other into staging; one that is in flight is not copied again.
         """
         costs = self.costs
         slot_of = dict(warmed)
         waited = split.gpu_experts[len(split.gpu_experts) - split.n_copies :]
-        self.queue([slot_of.get(e, _STAGING) for e in waited])
-        self._waited = len(self._queue) if waited else 0
+        awaited = {in_flight[e] for e in waited if e in in_flight}
+        places = [place for place, (slot, _) in enumerate(self._queue, 1) if slot in awaited]
+        copied = [slot_of.get(e, _STAGING) for e in waited if e not in in_flight]
+        self.queue(copied)
+        self._waited = len(self._queue) if copied else max(places, default=0)
         self.queue([slot for e, slot in warmed if e not in waited])
         on_cpu = sum(counts[e] for e in split.cpu_experts)
         last = split.gpu_experts[-1:] if waited else ()  # its arithmetic, no copy hides

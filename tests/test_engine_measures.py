@@ -11,12 +11,13 @@ import torch
 from test_parity import prepared
 from tiny_models import CONFIGS, build_model, write_hub
 
+import machine_costs
 from checkpoint import read_manifest
 from config import CacheOptions, ModelOptions
 from engine import Engine, load_engine
 from expert_cache import ExpertCache, make_policy
 from expert_fetcher import Completion
-from generation import generate_batch, make_sampler
+from generation import cache_argument, generate_batch, make_sampler
 from machine_costs import predicted_step_us
 from model_loader import PreparedModel
 from recorder import Recorder
@@ -225,3 +226,41 @@ def test_an_aborted_pass_leaves_nothing(folder: Path) -> None:
         engine.model(torch.tensor([PROMPT[:3]]))
     assert recorder.layer_table()["n_tokens"].tolist() == [3] * 4
     assert len(recorder.expert_ids()) == 4 * 3 * 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_calibrating_leaves_the_cached_experts_in_their_slots(
+    interrupted: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+    with open_engine(folder, Recorder(), n_indexes=4, n_ways=8) as engine, torch.inference_mode():
+        assert engine.accelerator is not None
+        cache, fetcher = engine.accelerator.cache, engine.accelerator.fetcher
+
+        def logits() -> torch.Tensor:
+            past = engine.model(torch.tensor([PROMPT]), use_cache=True).past_key_values
+            name = cache_argument(engine.model)
+            return torch.cat(
+                [engine.model(torch.tensor([[t]]), **{name: past}).logits[0] for t in PROMPT]
+            )
+
+        logits()
+        finish_copies_at_once(engine)
+        logits()  # all that these tokens choose is there now
+        hits = cache.hits
+        expected = logits()
+        n_hits, hits = cache.hits - hits, cache.hits
+        assert n_hits == len(PROMPT) * 4 * 2
+        held = {layer: cache.ready(layer) for layer in range(4)}
+        if interrupted:
+            monkeypatch.setattr(machine_costs, "_read_gbps", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.calibrate(again=True)
+        else:
+            engine.calibrate(again=True)
+        assert {layer: cache.ready(layer) for layer in range(4)} == held
+        for layer, slots in held.items():
+            for expert, slot in slots.items():
+                assert torch.equal(fetcher.slots[slot], engine.store.block(layer, expert))
+        assert torch.equal(logits(), expected)
+        assert cache.hits - hits == n_hits

@@ -212,6 +212,49 @@ def test_a_prompts_layer_waits_for_the_copies_it_computes():
     assert timeline.arrived() == [6]
 
 
+@pytest.mark.parametrize("n_queued", range(6))
+@pytest.mark.parametrize("us_passed", [0, 900])
+def test_a_prompt_is_split_behind_the_dispatchers_backlog(n_queued, us_passed):
+    """A queued copy counts whole, and at its speed beside the CPU, as `Accelerator.backlog_us`."""
+    costs = replace(COSTS, cpu=SideCost(0, 900, 30), cpu_shared_factor=1.3)
+    timeline = Timeline(replace(costs, dense_us_per_layer=us_passed))
+    timeline.queue(range(n_queued))
+    timeline.pass_dense()
+    counts = [9, 8, 8, 8, 7, 6, 5, 4]
+    expected = costs.split_prefill(counts, (), n_queued * costs.copy_us(shared=True))
+    assert timeline.split_prefill(counts, ()) == expected
+
+
+def test_a_prompt_copies_no_expert_that_is_on_its_way():
+    counts = [40, 40, 0, 1]
+    timeline = Timeline(COSTS)
+    timeline.queue([4, 5, 6])  # experts 0 and 1 to slots 4 and 5, another layer's to 6
+    split = timeline.split_prefill(counts, ())
+    assert split.gpu_experts == (0, 1) and split.cpu_experts == (3,)
+    timeline.pass_prefill(split, counts, in_flight={0: 4, 1: 5})
+    # As above, but for the first two copies alone: 600 us of copying pass beside the CPU, 1400
+    # after it; then the last expert's arithmetic, in which 440 us pass of the copy into 6.
+    assert timeline.now_us == pytest.approx(1200 + 1400 + 440)
+    assert timeline.arrived() == [4, 5]
+    timeline.pass_experts(13, 0, slots=[])  # 530 of the 560 left
+    assert timeline.arrived() == []
+    timeline.pass_experts(1, 0, slots=[])
+    assert timeline.arrived() == [6]
+    assert timeline.busy.copy_us == pytest.approx(1200 + 1400 + 1000)  # three copies
+
+
+def test_a_replayed_prompt_finds_the_copies_of_the_prompt_before():
+    prompt = RoutingPass("prefill", (((0,),) * 40 + ((1,),) * 40,))
+    timeline = Timeline(COSTS)
+    cache = ExpertCache(1, 2, make_policy("LRU"))
+    assert cache.admit(0, 0) == 0
+    timeline.queue([0])  # begun, and nothing has waited for it
+    replay([prompt], cache, 64, timeline)
+    timeline.pass_experts(0, 100, slots=[])
+    assert sorted(timeline.arrived()) == [0, 1]  # one copy for each expert
+    assert timeline.busy.copy_us == pytest.approx(2000)
+
+
 def test_latency_never_adds_hits_and_agrees_with_instant_copies_when_it_vanishes():
     passes = passes_of(n_layers=4, n_tokens=80, prompt=0)
     instant = replay(passes, ExpertCache(4, 4, make_policy("LRU")), 64)
