@@ -138,8 +138,8 @@ class Recorder:
         self._pending: list[tuple[int, str, DeviceTime]] = []
         self._resolved: list[tuple[int, str, float]] = []
         self._open_pass: tuple[bool, int, int, int] | None = None
-        self._pass_index = 0
         self._open_layers: list[_Layer] = []
+        self._packing = (-1, 0, 0, 0)  # the pass packed last; rows, ids, hits before it
 
     def begin_pass(self, phase: Phase, n_tokens: int, prompt: int, n_sequences: int = 1) -> None:
         """A forward pass over `n_tokens` tokens of `n_sequences` starts.
@@ -203,7 +203,7 @@ class Recorder:
             self._ids.extend(chain.from_iterable(ids))
         if n_hits_of_token is not None:
             self._n_hits_of_token.extend(n_hits_of_token)
-        which = (self._pass_index, layer, n_tokens, top_k, n_hits_of_token is not None)
+        which = (len(self._passes), layer, n_tokens, top_k, n_hits_of_token is not None)
         try:
             self._layers += _LAYER_ROW.pack(*which, *counts, *durations, *n_bytes)
         except struct.error:  # a duration that is not a number yet
@@ -228,12 +228,27 @@ class Recorder:
             raise ValueError("end_pass without begin_pass")
         decode, n_tokens, prompt, n_sequences = self._open_pass
         now_s = time.time() if unix_s is None else unix_s
-        self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
-        self._open_pass = None
+        self._drop_half_packed()
+        n_rows = len(self._layers) // _LAYER_ROW.size
+        self._packing = (len(self._passes), n_rows, len(self._ids), len(self._n_hits_of_token))
         for one in self._open_layers:
             self._pack(one)
+        # Only this makes the pass one: a Ctrl-C before it leaves the others as they were.
+        self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
+        self._open_pass = None
         self._open_layers.clear()
-        self._pass_index += 1
+
+    def _drop_half_packed(self) -> None:
+        """Forget the layers of a pass whose `end_pass` was interrupted."""
+        index, n_rows, n_ids, n_hits = self._packing
+        if index != len(self._passes):
+            return
+        del self._layers[n_rows * _LAYER_ROW.size :]
+        del self._ids[n_ids:]
+        del self._n_hits_of_token[n_hits:]
+        self._waited = {row: bits for row, bits in self._waited.items() if row < n_rows}
+        self._pending = [one for one in self._pending if one[0] < n_rows]
+        self._resolved = [one for one in self._resolved if one[0] < n_rows]
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
@@ -241,7 +256,7 @@ class Recorder:
 
         In a batched pass the calls come in the order of the pass's rows.
         """
-        last_pass = self._pass_index - (self._open_pass is None)
+        last_pass = len(self._passes) - (self._open_pass is None)
         self._tokens.append((last_pass, prompt, time_s, unix_s))
 
     def resolve(self) -> None:
@@ -285,7 +300,7 @@ class Recorder:
         table = np.frombuffer(bytes(self._layers), dtype=LAYER_DTYPE).copy()
         for row, name, duration_us in self._resolved:
             table[name][row] = duration_us
-        return table[table["pass_index"] < self._pass_index]
+        return table[table["pass_index"] < len(self._passes)]
 
     def expert_ids(self) -> npt.NDArray[np.int16]:
         """The ids of all layer events, end to end: T * K of each row of `layer_table`."""

@@ -412,6 +412,9 @@ class _JsonLines(_Format):
     def _waited(self, one: dict[str, Any], n_layers: int) -> tuple[tuple[int, ...], ...]:
         waited = one.get("waited", [])
         try:
+            numbers = [expert for layer in waited for expert in layer]
+            if not all(type(expert) is int for expert in numbers):
+                raise TypeError
             checked = tuple(self.token(layer) for layer in waited)
         except TypeError:
             raise self.error("waited as [layer][expert]", str(waited)[:60]) from None

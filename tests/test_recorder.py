@@ -72,6 +72,45 @@ def test_a_pass_that_never_ended_is_left_out() -> None:
     assert recorder.hits_of_tokens().tolist() == [1]
 
 
+@pytest.mark.parametrize("where", ["first", "middle", "packed"])
+def test_an_interrupt_while_a_pass_is_packed_leaves_that_pass_out(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    pack, calls = recorder._pack, []
+
+    def interrupted(one: object) -> None:
+        calls.append(one)
+        if where == "first":
+            raise KeyboardInterrupt
+        pack(one)  # type: ignore[arg-type]
+        if len(calls) == 2 or where == "middle":
+            raise KeyboardInterrupt
+
+    def run(expert: int, *, waited: tuple[int, ...] = (), gpu_us: float | DeviceSpan) -> None:
+        recorder.begin_pass("prefill", 1, 0)
+        for layer in range(2):
+            ids = [[expert, layer]]
+            recorder.layer(layer, ids, [layer], 1, 1, 0, 0, gpu_us=gpu_us, waited=waited)
+        recorder.end_pass(0.1)
+
+    run(5, gpu_us=1.0)
+    monkeypatch.setattr(recorder, "_pack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(6, waited=(6,), gpu_us=DeviceSpan(9.0))
+    monkeypatch.undo()
+    assert [event.ids for event in recorder.layer_events()] == [[[5, 0]], [[5, 1]]]
+    assert len(recorder.pass_table()) == 1
+    run(7, gpu_us=2.0)
+    assert len(recorder.pass_table()) == 2
+    events = list(recorder.layer_events())
+    assert [event.pass_index for event in events] == [0, 0, 1, 1]
+    assert [event.ids for event in events] == [[[5, 0]], [[5, 1]], [[7, 0]], [[7, 1]]]
+    assert [event.n_hits_of_token for event in events] == [[0], [1], [0], [1]]
+    assert [event.gpu_us for event in events] == [1.0, 1.0, 2.0, 2.0]
+    assert all(event.waited == () for event in events)
+
+
 def test_an_empty_recorder_reads_as_empty() -> None:
     recorder = Recorder()
     assert list(recorder.layer_events()) == []

@@ -152,6 +152,16 @@ def test_synthetic_stays_synthetic(tmp_path):
             JSON + '{"phase": "decode", "ids": [[["a", "b"]], [[1, 2]]]}\n',
             "line 4: expected ids as",
         ),
+        *(
+            (
+                JSON
+                + '{"phase": "prefill", "ids": [[[0, 1]], [[2, 3]]], "waited": '
+                + waited
+                + "}\n",
+                r"line 4: expected waited as \[layer\]\[expert\]",
+            )
+            for waited in ("[[0.5], []]", "[[], [1.0]]", "[[true], []]", '["0", []]', "[0, 1]", "7")
+        ),
     ],
 )
 def test_malformed_files_are_a_sentence_with_the_line(tmp_path, text, sentence):
