@@ -40,7 +40,7 @@ class LayerStep:
     host_weights: Tensor
     pairs: Pairs
     n_fetches: int = 0
-    out_of_memory: bool = False  # after `wait`: the accelerator had no room for some launch
+    out_of_memory: bool = False  # final after `wait`: no room on the accelerator for some launch
     _shared_out: Tensor | None = None  # one sum for all launches by expert
     _outs: list[Tensor] = field(default_factory=list)
     _failed: list[int] = field(default_factory=list)
@@ -95,15 +95,25 @@ class LayerStep:
                 self._launch_expert(accelerator, expert, slot)
 
     def _launch_expert(self, accelerator: Accelerator, expert: int, slot: int) -> None:
-        """A launch whose cost on this thread does not grow with the number of tokens."""
-        if self._shared_out is None:
-            self._shared_out = torch.zeros(
-                self.hidden.shape, dtype=torch.float32, device=self.hidden.device
-            )
+        """A launch whose cost on this thread does not grow with the number of tokens.
+
+        Where the device has no room for what these launches share, the CPU computes the expert.
+        """
+        try:
+            if self._shared_out is None and not self.out_of_memory:
+                self._shared_out = torch.zeros(
+                    self.hidden.shape, dtype=torch.float32, device=self.hidden.device
+                )
+            pairs = None if self.out_of_memory else self._pairs_of_expert[expert]
+        except torch.OutOfMemoryError:
+            self.out_of_memory, pairs = True, None
+        if self._shared_out is None or pairs is None:  # not tried again in this layer
+            self._failed.append(expert)
+            return
         pending = accelerator.gpu.launch_expert(
             self.hidden,
             slot,
-            self._pairs_of_expert[expert],
+            pairs,
             self.weights,
             accelerator.fetcher,
             self._shared_out,

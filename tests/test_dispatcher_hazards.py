@@ -8,6 +8,7 @@ that the same comparison then fails.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -223,6 +224,36 @@ def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(capsys, miss_
     assert run.model.wrong_layers == 0
     assert run.accelerator.layers_out_of_memory > 3
     assert "out of memory in" in run.accelerator.notes()[-1]
+    (warning,) = capsys.readouterr().err.strip().splitlines()
+    assert "the GPU is out of memory" in warning
+
+
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+@pytest.mark.parametrize("what", ["zeros", "argsort"])
+def test_a_gpu_without_room_to_launch_by_expert_costs_time(monkeypatch, capsys, miss_policy, what):
+    """What all launches of a prompt's layer share is allocated on the device before the first."""
+    run = Run(miss_policy=miss_policy)
+    run.steps_without_close(20)
+    run.fetcher.drain()
+    real, asked = getattr(torch, what), []
+
+    def no_room(*arguments, **options):
+        if what == "zeros" and sys._getframe(1).f_code.co_name != "_launch_expert":
+            return real(*arguments, **options)  # the CPU kernels' own
+        asked.append(what)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, what, no_room)
+    prompt = torch.full((1, 400), 0)
+    with torch.no_grad():
+        run.model(prompt)
+        assert run.accelerator.layers_out_of_memory == len(asked) == N_LAYERS  # not per expert
+        monkeypatch.setattr(torch, what, real)
+        run.model(prompt)
+        run.model(prompt[:, :1])
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+    assert run.accelerator.layers_out_of_memory == N_LAYERS
     (warning,) = capsys.readouterr().err.strip().splitlines()
     assert "the GPU is out of memory" in warning
 
