@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 import machine_costs
 from checkpoint import read_manifest
 from config import CacheOptions, ModelOptions
+from cost_model import SideCost
 from engine import Engine, load_engine
 from expert_cache import ExpertCache, make_policy
 from expert_fetcher import Completion
@@ -71,14 +73,26 @@ def finish_copies_at_once(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("policy", ["FIFO", "LRU", "RANDOM", "LFU", "LFRU"])
-@pytest.mark.parametrize(("n_indexes", "n_ways", "quota"), [(4, 3, 64), (2, 2, 64), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("n_indexes", "n_ways", "quota", "cpu_us"),
+    [(4, 3, 64, 1e9), (2, 2, 64, 0.0), (3, 1, 2, 0.0), (3, 1, 2, 1e9)],
+)
 def test_a_replay_finds_the_same_hits(
-    policy: str, n_indexes: int, n_ways: int, quota: int, folder: Path, run_folder: Path
+    policy: str,
+    n_indexes: int,
+    n_ways: int,
+    quota: int,
+    cpu_us: float,
+    folder: Path,
+    run_folder: Path,
 ) -> None:
+    """`cpu_us` an expert: whether prompts wait for copies is not left to this machine's speed."""
     recorder = Recorder()
     options = {"n_indexes": n_indexes, "n_ways": n_ways, "policy": policy, "quota": quota}
     with open_engine(folder, recorder, **options) as engine:
         assert engine.accelerator is not None
+        assert engine.accelerator.costs is not None
+        engine.accelerator.costs = replace(engine.accelerator.costs, cpu=SideCost(0.0, cpu_us, 0.0))
         finish_copies_at_once(engine)
         generate(engine, [PROMPT])
         generate(engine, [PROMPT[:3]])
@@ -91,9 +105,13 @@ def test_a_replay_finds_the_same_hits(
     for event in recorder.layer_events():
         if event.pass_index != last:
             last = event.pass_index
-            passes.append(("decode" if decode[last] else "prefill", []))
+            passes.append(("decode" if decode[last] else "prefill", [], []))
         passes[-1][1].append(tuple(tuple(token) for token in event.ids))
-    trace = [RoutingPass(phase, tuple(ids)) for phase, ids in passes]  # type: ignore[arg-type]
+        passes[-1][2].append(event.waited)
+    trace = [
+        RoutingPass(phase, tuple(ids), waited=tuple(waited))  # type: ignore[arg-type]
+        for phase, ids, waited in passes
+    ]
     replayed = replay(
         trace,
         ExpertCache(n_indexes, n_ways, make_policy(policy)),
