@@ -108,6 +108,8 @@ class Engine:
                     emulate_pcie_gbps=self.emulate_pcie_gbps,
                     remeasure=again,
                 )
+            if accelerator is not None and accelerator.costs is not None:
+                accelerator.costs = self.costs.model  # what its plans go by
 
     def decode_step(self) -> None:
         """One decode step with every expert left out: what all the rest costs."""

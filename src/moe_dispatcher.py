@@ -120,8 +120,9 @@ class MoeDispatcher:
         self.recorder.end_pass(duration_s)
         self.recorder.resolve()  # the pass is over on the device too: no event need be kept
         self._ranges.end_pass()
-        if self._decode and self.accelerator is not None and self.accelerator.trial is not None:
-            self.accelerator.trial.record(duration_s)
+        trial = None if self.accelerator is None else self.accelerator.trial
+        if self._decode and trial is not None and not self._skip_experts:
+            trial.record(duration_s)
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()

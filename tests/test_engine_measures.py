@@ -282,3 +282,23 @@ def test_calibrating_leaves_the_cached_experts_in_their_slots(
                 assert torch.equal(fetcher.slots[slot], engine.store.block(layer, expert))
         assert torch.equal(logits(), expected)
         assert cache.hits - hits == n_hits
+
+
+def test_plans_follow_a_new_calibration_and_a_trial_does_not_count_it(
+    folder: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_engine(
+        folder, Recorder(), n_indexes=2, n_ways=2, policy="LRU", miss_policy="auto"
+    ) as engine:
+        accelerator = engine.accelerator
+        assert accelerator is not None and accelerator.trial is not None
+        generate(engine, [PROMPT])
+        counted: list[float] = []
+        monkeypatch.setattr(accelerator.trial, "record", counted.append)
+        old = accelerator.costs
+        engine.calibrate(again=True)
+        assert engine.costs is not None
+        assert accelerator.costs is engine.costs.model and accelerator.costs is not old
+        assert counted == []  # its steps leave the experts out
+        generate(engine, [PROMPT])
+        assert counted
