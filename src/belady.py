@@ -7,13 +7,10 @@ can have, whatever it evicts or refuses to admit.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from packed_routing import NEVER, RoutingPass, packed
 from replacement_policies import ReplacementPolicy
-from traces import RoutingPass
-
-NEVER = 1 << 60
 
 
 def distinct_experts(tokens: Sequence[Sequence[int]]) -> list[int]:
@@ -29,35 +26,39 @@ class Belady(ReplacementPolicy):
     `passes` is the whole future. Experts that are never used again go first.
     """
 
-    def __init__(self, passes: Sequence[RoutingPass]) -> None:
-        self._uses: dict[tuple[int, int], list[int]] = {}
-        for number, one in enumerate(passes):
-            if one.phase == "decode":
-                for layer, tokens in enumerate(one.ids):
-                    for expert in distinct_experts(tokens):
-                        self._uses.setdefault((layer, expert), []).append(number)
-        self._now = -1
+    def __init__(self, passes: Iterable[RoutingPass]) -> None:
+        self._future = packed(passes)
+        self._place = 0
 
-    def begin_pass(self, number: int) -> None:
-        self._now = number
+    def begin_pass(self, one: RoutingPass) -> None:
+        """The replay of `one`, the next pass, begins: what counts is what comes after it."""
+        self._place += n_decoded_ids(one)
 
     def start(self, n_indexes: int, n_ways: int) -> None:
         self._n_ways = n_ways
         self._expert = [0] * (n_indexes * n_ways)
+        self._next = [-1] * (n_indexes * n_ways)
 
     def filled(self, slot: int, expert: int) -> None:
         self._expert[slot] = expert
+        self._next[slot] = -1
 
     def victim(self, candidates: Sequence[int]) -> int:
         return max(candidates, key=self._next_use)
 
     def _next_use(self, slot: int) -> int:
-        uses = self._uses.get((slot // self._n_ways, self._expert[slot]), [])
-        following = bisect_right(uses, self._now)
-        return uses[following] if following < len(uses) else NEVER
+        if self._next[slot] < self._place:
+            layer = slot // self._n_ways
+            self._next[slot] = self._future.next_use(layer, self._expert[slot], self._place)
+        return self._next[slot]
 
 
-def most_hits(passes: Sequence[RoutingPass], n_indexes: int, n_ways: int) -> int:
+def n_decoded_ids(one: RoutingPass) -> int:
+    """The ids that a pass adds to each layer's decode."""
+    return len(one.ids[0]) * len(one.ids[0][0]) if one.phase == "decode" else 0
+
+
+def most_hits(passes: Iterable[RoutingPass], n_indexes: int, n_ways: int) -> int:
     """The most experts of decode that any N x M cache can hit: Belady with bypass.
 
     An expert counts once in a pass, as `PhaseHits.expert_hits`, however many tokens chose it.
@@ -66,32 +67,17 @@ def most_hits(passes: Sequence[RoutingPass], n_indexes: int, n_ways: int) -> int
     stay at once. Keeping the M that are used again first is optimal for such intervals. A
     prompt's experts may be kept without having been looked up.
     """
-    hits = 0
-    for layer in range(n_indexes):
-        steps = [
-            (one.phase == "decode", distinct_experts(one.ids[layer]))
-            for one in passes
-            if len(one.ids) > layer
-        ]
-        next_uses = _next_uses(steps)
-        held: dict[int, int] = {}  # expert -> its next use
-        for (decode, experts), following in zip(steps, next_uses, strict=True):
-            if decode:
-                hits += sum(expert in held for expert in experts)
-            held.update(zip(experts, following, strict=True))
+    future = packed(passes)
+    hits = place = 0
+    held_in: list[dict[int, int]] = [{} for _ in range(n_indexes)]  # expert -> its next use
+    for one in passes:
+        decode = one.phase == "decode"
+        place += n_decoded_ids(one)
+        for layer, (held, tokens) in enumerate(zip(held_in, one.ids, strict=False)):
+            for expert in distinct_experts(tokens):
+                hits += decode and expert in held
+                held[expert] = future.next_use(layer, expert, place)
             if len(held) > n_ways:
                 kept = sorted(held, key=held.__getitem__)[:n_ways]
-                held = {expert: held[expert] for expert in kept if held[expert] < NEVER}
+                held_in[layer] = {expert: held[expert] for expert in kept if held[expert] < NEVER}
     return hits
-
-
-def _next_uses(steps: Sequence[tuple[bool, list[int]]]) -> list[list[int]]:
-    """For each step and expert, the number of the next decode step that uses it."""
-    following: dict[int, int] = {}
-    answer: list[list[int]] = []
-    for number in range(len(steps) - 1, -1, -1):
-        decode, experts = steps[number]
-        answer.append([following.get(expert, NEVER) for expert in experts])
-        if decode:
-            following.update(dict.fromkeys(experts, number))
-    return answer[::-1]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from belady import Belady, distinct_experts
 from expert_cache import ExpertCache
+from packed_routing import RoutingPass
 from time_model import Timeline
-from traces import RoutingPass
 
 
 @dataclass
@@ -105,9 +105,9 @@ def replay(
     result = Replay()
     policy = cache.policy
     fetched_before, evicted_before = cache.admissions, cache.evictions
-    for number, one in enumerate(passes):
+    for one in passes:
         if isinstance(policy, Belady):
-            policy.begin_pass(number)
+            policy.begin_pass(one)
         began_us = timeline.now_us if timeline else 0.0
         row: list[int] = []
         if one.phase == "prefill":

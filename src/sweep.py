@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from belady import Belady, distinct_experts, most_hits
 from cost_model import CostModel
 from errors import UserError
 from expert_cache import ExpertCache
+from packed_routing import N_IDS, RoutingPass, collected
 from replacement_policies import POLICIES, ReplacementPolicy, make_policy
 from replay import Replay, replay
 from time_model import Busy, Timeline, bound_us
-from traces import RoutingPass, Trace
+from traces import Trace
 
 BELADY = "BELADY"
 # Okabe and Ito's palette, told apart with every kind of colour vision.
@@ -78,7 +79,7 @@ def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) 
     cache = ExpertCache(setting.n_indexes, setting.n_ways, _policy(setting.policy, trace))
     timeline = Timeline(costs) if costs is not None else None
     result = replay(trace.passes, cache, setting.quota, timeline)
-    best = most_hits(trace.passes, cache.n_indexes, setting.n_ways)
+    best = most_hits(trace.packed, cache.n_indexes, setting.n_ways)
     n_chosen = sum(
         len(distinct_experts(tokens))
         for one in trace.passes
@@ -167,17 +168,22 @@ def share_one_index(trace: Trace) -> Trace:
     Each layer becomes a pass of one layer, its experts numbered apart from the other layers'.
     """
     E = trace.n_experts
-    passes = []
+    if trace.n_layers * E > N_IDS:
+        raise UserError(f"--one-index numbers up to {N_IDS} experts, found {trace.n_layers} x {E}")
+    info = replace(trace.info, n_layers=1, n_experts=trace.n_layers * E)
+    return Trace(info, collected(_layer_by_layer(trace)))
+
+
+def _layer_by_layer(trace: Trace) -> Iterator[RoutingPass]:
     for one in trace.passes:
         for layer, tokens in enumerate(one.ids):
-            shifted = tuple(tuple(layer * E + expert for expert in token) for token in tokens)
-            passes.append(RoutingPass(one.phase, (shifted,), one.prompt))
-    info = replace(trace.info, n_layers=1, n_experts=trace.n_layers * E)
-    return Trace(info, tuple(passes))
+            first = layer * trace.n_experts
+            shifted = tuple(tuple(first + expert for expert in token) for token in tokens)
+            yield RoutingPass(one.phase, (shifted,), one.prompt)
 
 
 def _policy(name: str, trace: Trace) -> ReplacementPolicy:
-    return Belady(trace.passes) if name == BELADY else make_policy(name)
+    return Belady(trace.packed) if name == BELADY else make_policy(name)
 
 
 def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:

@@ -12,7 +12,8 @@ Three formats, told apart by their content:
       that was partly computed on the GPU "waited": [layer][...], the experts copied for that.
 
 Files are streamed: `TraceReader` holds one pass, whatever the file's size; `read_trace` holds
-them all. Anything that does not fit is a UserError with its line number.
+them all, one byte an expert where they are many. Anything that does not fit is a UserError with
+its line number, raised when that line is read and not later.
 """
 
 from __future__ import annotations
@@ -21,29 +22,16 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from errors import UserError
+from packed_routing import N_IDS, Ids, PackedRouting, Passes, Phase, RoutingPass, collected, packed
 
-Phase = Literal["prefill", "decode"]
-Ids = tuple[tuple[tuple[int, ...], ...], ...]
-_Item = TypeVar("_Item")
-_MAX_KNOWN = 1 << 16  # tuples remembered: every pair of 256 experts
+__all__ = ["RoutingPass", "Trace", "TraceInfo", "TraceReader", "read_trace", "write_trace"]
 
-
-@dataclass(frozen=True)
-class RoutingPass:
-    """One forward pass: `ids[layer][token][k]`, empty where a prefill's routing is not known.
-
-    `waited[layer]` are the experts that a prompt copied to the GPU to be computed there; empty
-    where none was, or where the trace does not say.
-    """
-
-    phase: Phase
-    ids: Ids
-    prompt: int = 0
-    waited: tuple[tuple[int, ...], ...] = ()
+_MAX_FIRST_LINE = 1 << 20  # characters: a file without an end of line is no trace
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,12 @@ class Trace:
     """A whole trace in memory; `info.n_experts` is always known here."""
 
     info: TraceInfo
-    passes: tuple[RoutingPass, ...] = field(repr=False)
+    passes: Passes = field(repr=False)
+
+    @cached_property
+    def packed(self) -> PackedRouting:
+        """The passes, packed, for what looks ahead in them."""
+        return packed(self.passes)
 
     @property
     def n_layers(self) -> int:
@@ -93,9 +86,9 @@ class TraceReader:
         self._n_experts = n_experts
         try:
             with path.open(encoding="utf-8") as lines:
-                first = next((line for line in lines if line.strip()), "")
-                while first.startswith("#"):
-                    first = next(lines, "")
+                first = "\n"
+                while first and (first.startswith("#") or not first.strip()):
+                    first = lines.readline(_MAX_FIRST_LINE)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not text"
             raise UserError(
@@ -124,14 +117,18 @@ class TraceReader:
 
 
 def read_trace(path: Path, n_experts: int | None = None) -> Trace:
-    """Read a whole trace; raises UserError for a file that is missing, malformed or empty."""
+    """Read a whole trace; raises UserError for a file that is missing, malformed or empty.
+
+    The file is read once, line by line. What is held takes one byte for each id (two with more
+    than 256 experts), or tuples while that is little.
+    """
     reader = TraceReader(path, n_experts)
-    passes = tuple(reader)
-    if not any(one.phase == "decode" for one in passes):
-        raise UserError(f"{path}: expected at least one decoded token, found {len(passes)} passes")
-    highest = max(e for one in passes for layer in one.ids for token in layer for e in token)
-    info = replace(reader.info, n_experts=reader.info.n_experts or n_experts or highest + 1)
-    return Trace(info, passes)
+    routing = PackedRouting(reader)
+    if not routing.n_decoded:
+        raise UserError(f"{path}: expected at least one decoded token, found {len(routing)} passes")
+    known = reader.info.n_experts or n_experts
+    info = replace(reader.info, n_experts=known or routing.highest + 1)
+    return Trace(info, collected(routing))
 
 
 def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> None:
@@ -168,7 +165,6 @@ class _Format:
         self.n_layers = 0
         self.top_k = 0
         self.expert_bytes: list[int] = []
-        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def passes(self) -> Iterator[RoutingPass]:
         raise AssertionError("each format reads its own passes")
@@ -203,10 +199,10 @@ class _Format:
         if len(set(ids)) != len(ids):
             raise self.error("distinct experts of one token", list(ids))
         for expert in ids:
-            if expert < 0 or (self.n_experts is not None and expert >= self.n_experts):
-                limit = "0 or more" if self.n_experts is None else f"0 to {self.n_experts - 1}"
+            if expert < 0 or expert >= (self.n_experts or N_IDS):
+                limit = "0 or more" if expert < 0 else f"0 to {(self.n_experts or N_IDS) - 1}"
                 raise self.error(f"an expert id of {limit}", expert)
-        return self.shared(ids)
+        return ids
 
     def check_tokens(self, phase: Phase, ids: Ids) -> None:
         """Every layer has a token; of a decoded pass, as many as the others.
@@ -216,11 +212,6 @@ class _Format:
         counts = [len(tokens) for tokens in ids]
         if not ids or min(counts) == 0 or (phase == "decode" and min(counts) != max(counts)):
             raise self.error("as many tokens in every layer, at least one", counts)
-
-    def shared(self, ids: tuple[_Item, ...]) -> tuple[_Item, ...]:
-        """The same tuple, as one object wherever it comes again: choices of few experts repeat."""
-        known: dict[tuple[_Item, ...], tuple[_Item, ...]] = self._known
-        return known.get(ids, ids) if len(known) >= _MAX_KNOWN else known.setdefault(ids, ids)
 
     def integer(self, text: str, what: str) -> int:
         try:
@@ -281,7 +272,7 @@ class _ExpertChoices(_Format):
         return [self.token(ids[start : start + self.top_k]) for start in starts]
 
     def _decode(self, batch: list[list[tuple[int, ...]]], prompt: int) -> RoutingPass:
-        ids = tuple(self.shared(tokens) for tokens in zip(*batch, strict=True))
+        ids = tuple(zip(*batch, strict=True))
         return RoutingPass("decode", ids, max(prompt, 0))
 
 
@@ -312,10 +303,12 @@ class _Route(_Format):
             cells = line.split(",")
             if len(cells) != n_columns:
                 raise self.error(f"{n_columns} columns", len(cells))
-            turn, phase, step, layer, slot, expert = (
-                self.integer(cell, name)
-                for cell, name in zip(cells, self.COLUMNS.split(","), strict=False)
-            )
+            try:
+                turn, phase, step, layer, slot, expert = map(int, cells[:6])
+            except ValueError:
+                for cell, name in zip(cells, self.COLUMNS.split(","), strict=False):
+                    self.integer(cell, name)  # raises for the one that is none
+                raise
             if phase not in (0, 1):
                 raise self.error("phase 0 (prompt) or 1 (decode)", phase)
             if layer < 0 or (n_declared and layer >= n_declared):
@@ -331,8 +324,10 @@ class _Route(_Format):
                 of_layer.append([])
             if not of_layer or slot != len(of_layer[-1]):
                 raise self.error(f"slot {len(of_layer[-1]) if of_layer else 0} next", slot)
-            of_layer[-1].append(expert)
-            self.token(of_layer[-1])
+            token = of_layer[-1]
+            token.append(expert)
+            if expert in token[:-1] or not 0 <= expert < (self.n_experts or N_IDS):
+                self.token(token)  # raises
         if current:
             yield self._pass(current, tokens)
 
@@ -346,10 +341,7 @@ class _Route(_Format):
             for token in of_layer:
                 if len(token) != self.top_k:
                     raise self.error(f"{self.top_k} slots for each token before", len(token))
-        ids = tuple(
-            self.shared(tuple(self.shared(tuple(token)) for token in tokens[layer]))
-            for layer in layers
-        )
+        ids = tuple(tuple(tuple(token) for token in tokens[layer]) for layer in layers)
         phase: Phase = "decode" if key[1] else "prefill"
         self.check_tokens(phase, ids)
         return RoutingPass(phase, ids, key[0])
@@ -391,9 +383,7 @@ class _JsonLines(_Format):
         if phase not in ("prefill", "decode") or not isinstance(ids, list):
             raise self.error('"phase" of prefill or decode, and "ids"', str(one)[:60])
         try:
-            checked = tuple(
-                self.shared(tuple(self.token(token) for token in layer)) for layer in ids
-            )
+            checked = tuple(tuple(self.token(token) for token in layer) for layer in ids)
         except TypeError:
             raise self.error("ids as [layer][token][k]", str(ids)[:60]) from None
         if phase == "decode" or checked:

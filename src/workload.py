@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -145,20 +145,27 @@ def popularity_workload(path: Path, top_k: int, overlap: float = MIXTRAL_OVERLAP
 
 def fit_workload(trace: Trace) -> Workload:
     """Fit popularity, repetition and memory to the decoded tokens of a trace."""
-    tokens_of_layer = [
-        [token for one in trace.passes if one.phase == "decode" for token in one.ids[layer]]
-        for layer in range(trace.n_layers)
-    ]
-    popularity = []
-    for tokens in tokens_of_layer:
-        counts = Counter(expert for token in tokens for expert in token)
-        # Half a count for the unseen: a short trace has not shown every expert.
-        popularity.append(tuple(counts[e] + 0.5 for e in range(trace.n_experts)))
-    plain = Workload(
-        f"fit of {trace.info.model}", trace.info.top_k, tuple(popularity), (0.0,) * trace.n_layers
+    counts: list[Counter[int]] = [Counter() for _ in range(trace.n_layers)]
+    recent: list[deque[tuple[int, ...]]] = [deque(maxlen=max(LAGS)) for _ in counts]
+    shares = {lag: [_Mean() for _ in counts] for lag in LAGS}
+    for one in trace.passes:
+        if one.phase == "decode":
+            for layer, tokens in enumerate(one.ids):
+                for token in tokens:
+                    counts[layer].update(token)
+                    for lag in LAGS:
+                        if len(recent[layer]) >= lag:
+                            shares[lag][layer].add(_shared(recent[layer][-lag], token))
+                    recent[layer].append(token)
+    # Half a count for the unseen: a short trace has not shown every expert.
+    popularity = tuple(
+        tuple(of_layer[e] + 0.5 for e in range(trace.n_experts)) for of_layer in counts
     )
-    targets = [lag_overlap(tokens, 1) for tokens in tokens_of_layer]
-    wanted = [_mean([lag_overlap(tokens, lag) for tokens in tokens_of_layer]) for lag in LAGS]
+    plain = Workload(
+        f"fit of {trace.info.model}", trace.info.top_k, popularity, (0.0,) * trace.n_layers
+    )
+    targets = [mean.value for mean in shares[1]]
+    wanted = [_mean([mean.value for mean in shares[lag]]) for lag in LAGS]
 
     def misfit(fit: Workload) -> float:
         reached = [_mean(_overlaps(fit, lag)) for lag in LAGS]
@@ -183,8 +190,11 @@ def with_overlap(workload: Workload, overlaps: Sequence[float]) -> Workload:
 def lag_overlap(tokens: Sequence[Sequence[int]], lag: int) -> float:
     """The mean share of a token's experts that the token `lag` before it had chosen too."""
     pairs = zip(tokens, tokens[lag:], strict=False)
-    shares = [len(set(old) & set(new)) / len(new) for old, new in pairs]
-    return _mean(shares)
+    return _mean([_shared(old, new) for old, new in pairs])
+
+
+def _shared(old: Sequence[int], new: Sequence[int]) -> float:
+    return len(set(old) & set(new)) / len(new)
 
 
 def _overlaps(workload: Workload, lag: int) -> list[float]:
@@ -192,6 +202,20 @@ def _overlaps(workload: Workload, lag: int) -> list[float]:
         lag_overlap(workload._layer(layer, FIT_TOKENS, seed=1), lag)
         for layer in range(len(workload.popularity))
     ]
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

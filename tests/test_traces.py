@@ -1,12 +1,18 @@
 """Trace files: three formats, one meaning; everything malformed is a sentence with its line."""
 
+import os
+import re
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from errors import UserError
-from traces import RoutingPass, TraceReader, read_trace, write_trace
+from expert_cache import ExpertCache, make_policy
+from packed_routing import PackedRouting
+from replay import replay
+from traces import RoutingPass, TraceReader, _ExpertChoices, read_trace, write_trace
 
 DECODE = RoutingPass("decode", (((0, 1),), ((2, 3),)))
 ROUTE = """# route_trace v1
@@ -96,12 +102,6 @@ def test_a_trace_that_cannot_be_written_is_a_sentence(tmp_path):
         write_trace(tmp_path / "nowhere" / "copy.jsonl", trace.info, trace.passes)
 
 
-def test_choices_that_come_again_are_held_once(tmp_path):
-    trace = read_trace(write(tmp_path, CHOICES + "3,0,1,2,3\n4,0,1,2,3\n"))
-    third, fourth = trace.passes[-2:]
-    assert third.ids[0] is fourth.ids[0] and third.ids[0] == ((0, 1),)
-
-
 def test_synthetic_stays_synthetic(tmp_path):
     assert read_trace(write(tmp_path, CHOICES, "synthetic_x.expert_choices.csv")).info.synthetic
     trace = read_trace(write(tmp_path, JSON.replace('"model"', '"synthetic": true, "model"')))
@@ -184,17 +184,96 @@ def test_missing_and_binary_files(tmp_path):
         read_trace(tmp_path / "binary")
 
 
-def test_reading_streams(tmp_path):
-    path = tmp_path / "long.expert_choices.csv"
-    row = ",".join(str((n * 3) % 8) for n in range(1, 65))
+def long_choices(folder: Path, n_tokens: int, last: str = "") -> Path:
+    """32 layers, top-2 of 8; `last` is one more line."""
+    path = folder / "long.expert_choices.csv"
     header = "Index," + ",".join(f"Block_{n},Block_{n}" for n in range(32))
     with path.open("w") as lines:
         lines.write(header + "\n0\n")
-        lines.writelines(f"{n},{row}\n" for n in range(1, 8001))
-    size = path.stat().st_size
-    reader = TraceReader(path)
+        for t in range(n_tokens):
+            row = ",".join(f"{(t + n) % 8},{(t * n + n + 1 + (t + n) % 7) % 8}" for n in range(32))
+            row = re.sub(r"(\d),\1", r"\1,8", row)
+            lines.write(f"{t + 1},{row}\n")
+        lines.write(last)
+    return path
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
     tracemalloc.start()
-    assert sum(1 for _ in reader) == 8001
+    work()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < size / 5, "the whole file was held in memory"
+    return peak
+
+
+def test_reading_streams(tmp_path):
+    path = long_choices(tmp_path, 4000)
+    reader = TraceReader(path)
+    assert sum(1 for _ in reader) == 4001
+    assert peak_bytes(lambda: sum(1 for _ in reader)) < path.stat().st_size / 5
+
+
+def test_a_replay_streams(tmp_path):
+    path = long_choices(tmp_path, 4000)
+    expected = replay(read_trace(path).passes, ExpertCache(4, 3, make_policy("LRU")))
+    results = []
+
+    def streamed() -> None:
+        results.append(replay(TraceReader(path), ExpertCache(4, 3, make_policy("LRU"))))
+
+    assert peak_bytes(streamed) < path.stat().st_size / 5
+    assert results == [expected] and expected.decode.hits > 0
+
+
+def test_many_ids_are_held_in_a_byte_each(tmp_path, monkeypatch):
+    path = long_choices(tmp_path, 4000)
+    kept = read_trace(path)
+    monkeypatch.setattr("packed_routing.MAX_TUPLE_IDS", 1000)
+    held = []
+    # A byte for an id, what a growing array has to spare, and what one line takes.
+    assert peak_bytes(lambda: held.append(read_trace(path))) < 1.5 * 4000 * 64
+    (trace,) = held
+    assert isinstance(trace.passes, PackedRouting)
+    assert tuple(trace.passes) == kept.passes and trace.info == kept.info
+
+
+def test_a_mistake_ends_the_reading_at_its_line(tmp_path):
+    """Nothing behind the line is read, and nothing before it is held."""
+    path = long_choices(tmp_path, 2000)
+    good = path.read_text()
+    lines = (tmp_path / "lines.csv").open("w+")
+    lines.write(good[: len(good) // 2].rsplit("\n", 1)[0] + "\n7,oops\n")
+    n_lines = 1 + good[: len(good) // 2].count("\n")
+    lines.write("neither this\n" * 5)
+    lines.close()
+    reader = iter(TraceReader(tmp_path / "lines.csv"))
+
+    def read() -> None:
+        with pytest.raises(UserError, match=f"line {n_lines}: expected 64 expert ids"):
+            for _ in reader:
+                pass
+
+    assert peak_bytes(read) < path.stat().st_size / 5
+
+
+def test_the_first_pass_comes_before_the_rest_is_read(tmp_path):
+    """A file that never ends can be read as far as it goes."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "w") as pipe:
+        pipe.write(CHOICES)
+        pipe.flush()
+        reading = _ExpertChoices(Path(f"/dev/fd/{read_end}"), None)
+        passes = reading.passes()
+        # The third line is needed to know that the second's batch has ended, no fourth.
+        assert [next(passes), next(passes)] == [RoutingPass("prefill", ()), DECODE]
+    os.close(read_end)
+
+
+def test_a_file_of_one_endless_line_is_refused_at_once(tmp_path):
+    (tmp_path / "line").write_text("x" * 4_000_000)
+
+    def read() -> None:
+        with pytest.raises(UserError, match="line 1: expected a routing trace"):
+            TraceReader(tmp_path / "line")
+
+    assert peak_bytes(read) < 3_000_000
