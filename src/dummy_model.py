@@ -105,11 +105,12 @@ class DummyModel:
 def dummy_routing(source: DummyModel, trace: Path | None, seed: int = 0) -> ForcedRouting:
     """Routing for random weights: recorded in `trace`, or made with Mixtral's reuse of experts.
 
-    UserError when the trace's layers, experts or top-k are not the model's.
+    A trace of fewer choices is filled up. UserError for one of too few layers, or of more experts
+    or choices than the model's.
     """
     n_layers, n_experts = len(source.n_experts), source.n_experts[0]
     if trace is not None:
-        return ForcedRouting(read_trace(trace), n_layers, n_experts, source.top_k)
+        return ForcedRouting(read_trace(trace), n_layers, n_experts, source.top_k, seed)
     workload = even_workload(n_layers, n_experts, source.top_k, MIXTRAL_OVERLAP)
     return ForcedRouting(
         workload.generate(_N_ROUTED_TOKENS, seed), n_layers, n_experts, source.top_k

@@ -113,6 +113,7 @@ def run(
             engine.notes.append(
                 f"random weights, routing of {routing.info.model}: the text is meaningless"
             )
+            engine.notes.extend(routing.notes)
         for note in engine.notes:
             _say(note)
         if config.output.record:

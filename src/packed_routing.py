@@ -1,4 +1,4 @@
-"""Routing in one byte an expert, two where a layer has more than 256: traces of gigabytes in memory.
+"""Routing in one byte an expert, two where there are more than 256: gigabyte traces in memory.
 
 One `RoutingPass` in tuples takes some 20 bytes for each chosen expert. Here the ids of a layer lie
 one behind the other, so that the next use of an expert, which Belady's optimum asks for, is a

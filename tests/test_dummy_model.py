@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,67 @@ def test_a_trace_of_another_top_k_is_refused() -> None:
     trace = Trace(TraceInfo("other", 1, 3, 6), (RoutingPass("decode", (((0, 1, 2),),)),))
     with pytest.raises(UserError, match="top-3"):
         ForcedRouting(trace, 1, 6, 2)
+
+
+def cut_trace(n_tokens: int) -> Trace:
+    """Top-2 of 6 where the model computes 4; expert 5 is the favourite of what is kept."""
+    passes = [RoutingPass("prefill", (((0, 5), (1, 5)), ((5, 2),)))]
+    passes += [RoutingPass("decode", (((t % 5, 5),), ((5, t % 5),))) for t in range(n_tokens)]
+    return Trace(TraceInfo("cut", 2, 2, 6), tuple(passes))
+
+
+def choices(routing: ForcedRouting, layer: int, n_tokens: int) -> list[list[int]]:
+    routing.begin_pass(decode=True, n_tokens=n_tokens)
+    shape = (n_tokens, 4)
+    return routing.choose(layer, torch.zeros(shape, dtype=torch.int64), torch.ones(shape))[
+        0
+    ].tolist()
+
+
+def test_a_cut_trace_is_filled_and_says_so() -> None:
+    trace = cut_trace(200)
+    routing = ForcedRouting(trace, 2, 6, 4, seed=3)
+    (note,) = routing.notes
+    assert "2 of each token's 4 experts: the other 2 are drawn" in note and "seed 3" in note
+    tokens = choices(routing, 0, 200)
+    decoded = [one.ids[0][0] for one in trace.passes if one.phase == "decode"]
+    assert [tuple(token[:2]) for token in tokens] == decoded  # the kept ones, first
+    assert all(len(set(token)) == 4 for token in tokens)
+    assert {e for token in tokens for e in token[2:]} == {0, 1, 2, 3, 4}
+    assert tokens == choices(ForcedRouting(trace, 2, 6, 4, seed=3), 0, 200)
+    assert tokens != choices(ForcedRouting(trace, 2, 6, 4, seed=4), 0, 200)
+
+
+def test_missing_choices_are_drawn_by_popularity() -> None:
+    ids = [(0, 1)] * 90 + [(2, 3)] * 10  # 4 and 5 never; of (0, 1)'s tokens 2 or 3 must follow
+    trace = Trace(
+        TraceInfo("cut", 1, 2, 6), tuple(RoutingPass("decode", ((token,),)) for token in ids)
+    )
+    tokens = choices(ForcedRouting(trace, 1, 6, 4), 0, 100)
+    drawn = Counter(e for token in tokens[90:] for e in token[2:])
+    assert drawn[0] + drawn[1] >= 17  # 181 to 1 against each unseen expert
+    drawn = Counter(e for token in tokens[:90] for e in token[2:])
+    assert drawn[2] + drawn[3] > 3 * (drawn[4] + drawn[5])
+
+
+def test_experts_beyond_a_byte_are_forced_too() -> None:
+    passes = tuple(RoutingPass("decode", (((t, 300 + t),),)) for t in range(5))
+    routing = ForcedRouting(Trace(TraceInfo("wide", 1, 2, 512), passes), 1, 512, 2)
+    routing.begin_pass(decode=True, n_tokens=5)
+    index, _ = routing.choose(0, torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2))
+    assert index.dtype == torch.int64 and index.tolist() == [[t, 300 + t] for t in range(5)]
+    assert routing.notes == []
+
+
+def test_a_run_on_a_cut_trace_notes_it(tiny_shape: str, run_folder: Path) -> None:
+    path = run_folder / "cut.jsonl"
+    header = {"routing_trace": 1, "model": "cut", "n_layers": 3, "top_k": 1, "n_experts": 6}
+    one = {"phase": "decode", "prompt": 0, "ids": [[[4]], [[5]], [[0]]]}
+    path.write_text(f"{json.dumps(header)}\n{json.dumps(one)}\n")
+    arguments = ["--dummy-weights", tiny_shape, "--device", "cpu", "--max-tokens", "4"]
+    assert main.main([*arguments, "--routing-trace", str(path)]) == 0
+    tokens = [one.ids for one in read_trace(Path("expert_choices.csv")).passes if one.ids]
+    assert all(len(set(token)) == 2 for ids in tokens for (token,) in ids)
+    assert {(layer[0][0]) for ids in tokens for layer in ids} == {4, 5, 0}
+    notes = json.loads(Path("run.json").read_text())["notes"]
+    assert any("1 of each token's 2 experts" in note for note in notes)
