@@ -1,15 +1,18 @@
 """Predicted against measured tokens/s and hit rates on this machine, without a GPU.
 
-    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--rounds 2] [--tokens 48] [--only TEXT]
+    PYTHONPATH=src python3 benchmarks/bench_prediction.py [--rounds 6] [--tokens 48] [--only TEXT]
 
 Runs the real engine on random weights of Mixtral's shape (2 layers: 5.6 GB of memory): on the CPU
 alone, and on the emulated accelerator behind three throttled links and two N x M. Each run's own
 routing is then replayed with the costs that were calibrated before and after it.
 
-A shared machine's speed drifts within minutes, so an error is the median of the rounds' own, each
-round's prediction the mean of its two calibrations'. Hit rates are those of all rounds together:
-the engine's, the replay's on the modelled clock, and the replay's with the run's own layer times,
-in which only the copies are modelled.
+A shared machine's speed drifts within minutes, so a round is short, calibrated before and after,
+and predicted as the mean of replays on machines between its two calibrations; an error is the
+median of the rounds' own. Whether a copy ends just before a layer or just behind it is luck: two
+replays whose copies differ by 2% differ by several points in the hits of 48 tokens. So hit rates
+are those of all rounds together: the engine's; the replay's on the modelled clock, and how far it
+is off, with the standard error of the rounds' differences; and the replay's with the run's own
+layer times, in which only the copies are modelled.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from config import CacheOptions, ModelOptions
-from cost_model import CostModel
+from cost_model import CostModel, SideCost
 from dummy_model import DummyModel, dummy_routing
 from engine import Engine, load_engine
 from expert_cache import ExpertCache, make_policy
@@ -33,6 +37,8 @@ from traces import Trace
 
 PROMPT = list(range(1, 17))
 QUOTA = 64
+BETWEEN = 5  # machines between two calibrations, these included, that are replayed
+CALIBRATION_ROUNDS = 5
 
 
 def settings(layers: int) -> list[CacheOptions]:
@@ -84,12 +90,7 @@ class RunClock(Timeline):
 
     def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
         self._pass(self._after, 1.0, True)
-
-    def pass_prefill(
-        self, split: object, counts: Sequence[int], warmed: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        self.queue([slot for _, slot in warmed])
-        self._pass(self._after, 1.0, True)
+        self._after = 0.0  # of a prompt's layer, the first of two calls
 
 
 @dataclass
@@ -100,8 +101,8 @@ class Round:
     predicted_s: float
     lookups: int
     hits: int
-    modelled_hits: int
-    run_clock_hits: int
+    modelled_hits: float
+    run_clock_hits: float
 
 
 def measure(engine: Engine, n_tokens: int) -> Recorder:
@@ -120,9 +121,34 @@ def replayed(trace: Trace, options: CacheOptions, timeline: Timeline) -> Replay:
 
 
 def calibrated(engine: Engine) -> CostModel:
-    engine.calibrate(again=True)
+    engine.calibrate(again=True, rounds=CALIBRATION_ROUNDS)
     assert engine.costs is not None
     return engine.costs.model
+
+
+def between(one: CostModel, other: CostModel, share: float) -> CostModel:
+    """A machine on the way from `one` (share 0) to `other` (1): each cost in between."""
+
+    def mixed(a: Any, b: Any) -> Any:
+        if isinstance(a, SideCost):
+            pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+            return SideCost(*(mixed(*pair) for pair in pairs))
+        if a is None or a == b:  # such as infinity
+            return a
+        return a + (b - a) * share
+
+    return CostModel(
+        **{f.name: mixed(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)}
+    )
+
+
+def empty_cache(engine: Engine, options: CacheOptions, costs: CostModel) -> None:
+    """Begin with nothing in the slots, and with the costs just measured."""
+    accelerator = engine.accelerator
+    if accelerator is not None:
+        accelerator.fetcher.drain()
+        accelerator.cache = ExpertCache(options.n_indexes, options.n_ways, make_policy("LRU"))
+        accelerator.costs = costs
 
 
 def run_rounds(
@@ -131,7 +157,7 @@ def run_rounds(
     engine.use_cache(options)
     before = calibrated(engine)
     for seed in range(n_rounds):
-        engine.use_cache(options)  # with nothing in it
+        empty_cache(engine, options, before)
         engine.dispatcher.forced_routing = dummy_routing(source, None, seed)
         recorder = measure(engine, n_tokens)
         after = calibrated(engine)
@@ -140,20 +166,40 @@ def run_rounds(
 
 
 def compared(
-    recorder: Recorder, source: DummyModel, options: CacheOptions, costs: Sequence[CostModel]
+    recorder: Recorder,
+    source: DummyModel,
+    options: CacheOptions,
+    costs: tuple[CostModel, CostModel],
 ) -> Round:
     passes, layers = recorder.pass_table(), recorder.layer_table()
     measured_s = statistics.mean(passes["duration_s"][passes["decode"]].tolist())
     trace = recorded_trace(recorder, source.name, source.n_experts[0], synthetic=True)
-    modelled = [replayed(trace, options, Timeline(one)) for one in costs]
-    on_run_clock = replayed(trace, options, RunClock(costs[0], recorder)).decode.expert_hits
+    machines = [between(*costs, n / (BETWEEN - 1)) for n in range(BETWEEN)]
+    modelled = [replayed(trace, options, Timeline(one)) for one in machines]
+    on_run_clock = [replayed(trace, options, RunClock(one, recorder)) for one in machines]
     return Round(
         measured_s,
         statistics.mean(one.decode_us / one.n_decode_passes / 1e6 for one in modelled),
         int(layers["hits"].sum() + layers["misses"].sum()),
         int(layers["hits"].sum()),
-        round(statistics.mean(one.decode.expert_hits for one in modelled)),
-        on_run_clock,
+        statistics.mean(one.decode.expert_hits for one in modelled),
+        statistics.mean(one.decode.expert_hits for one in on_run_clock),
+    )
+
+
+def hit_figures(rounds: Sequence[Round]) -> str:
+    """The engine's hit rate, the modelled one, how far it is off, and the run clock's."""
+    lookups = sum(one.lookups for one in rounds)
+    if not lookups:
+        return ""
+    rates = [
+        100 * sum(getattr(one, field) for one in rounds) / lookups
+        for field in ("hits", "modelled_hits", "run_clock_hits")
+    ]
+    off = [100 * (one.modelled_hits - one.hits) / one.lookups for one in rounds]
+    error = statistics.stdev(off) / len(off) ** 0.5 if len(off) > 1 else float("nan")
+    return (
+        f"{rates[0]:8.1f}{rates[1]:9.1f}{rates[1] - rates[0]:+7.1f} +- {error:.1f}{rates[2]:10.1f}"
     )
 
 
@@ -161,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--only", default="", help="only settings whose name holds this text")
     arguments = parser.parse_args()
     options = ModelOptions(
@@ -169,8 +215,8 @@ def main() -> None:
     )
     source = DummyModel(options)
     print(
-        f"{'setting':<20}{'tok/s':>7}{'predicted':>10}{'error %':>8}{'of the rounds':>22}"
-        f"{'hit %':>8}{'modelled':>9}{'run clock':>10}"
+        f"{'setting':<20}{'tok/s':>7}{'predicted':>10}{'error %':>8}"
+        f"{'hit %':>8}{'modelled':>9}{'off':>14}{'run clock':>10}   error of the rounds, %"
     )
     with load_engine(source, options, CacheOptions()) as engine:
         for cache_options in settings(arguments.layers):
@@ -181,17 +227,11 @@ def main() -> None:
                 run_rounds(engine, source, cache_options, arguments.tokens, arguments.rounds)
             )
             errors = [100 * (one.measured_s / one.predicted_s - 1) for one in rounds]
-            lookups = max(sum(one.lookups for one in rounds), 1)
-            rates = [
-                100 * sum(getattr(one, field) for one in rounds) / lookups
-                for field in ("hits", "modelled_hits", "run_clock_hits")
-            ]
             print(
                 f"{name:<20}{1 / statistics.median(one.measured_s for one in rounds):7.2f}"
                 f"{1 / statistics.median(one.predicted_s for one in rounds):10.2f}"
-                f"{statistics.median(errors):+8.1f}"
-                f"{' '.join(f'{error:+.1f}' for error in errors):>22}"
-                f"{rates[0]:8.1f}{rates[1]:9.1f}{rates[2]:10.1f}",
+                f"{statistics.median(errors):+8.1f}{hit_figures(rounds):>41}   "
+                f"{' '.join(f'{error:+.1f}' for error in errors)}",
                 flush=True,
             )
 

@@ -30,6 +30,7 @@ MAX_AGE_S = 30 * 24 * 3600.0
 # Calls over one or more experts with one or more tokens each: enough to tell the three costs apart.
 SIDE_CALLS = ((1,), (1, 1), (1, 1, 1, 1), (8,), (8, 8), (32,), (32, 32, 32, 32))
 
+ROUNDS = 3  # of a slowdown's measurement: a machine that is shared deserves more
 Counts = tuple[int, ...]
 
 
@@ -70,7 +71,7 @@ def slowdown(
     work: Callable[[], object],
     beside: Callable[[], object],
     budget_s: float = 0.1,
-    rounds: int = 3,
+    rounds: int = ROUNDS,
 ) -> float:
     """How many times longer `work` takes while `beside` runs over and over; at least 1.
 
@@ -152,6 +153,7 @@ def calibrate_copy(
     cpu_work: Callable[[], object],
     budget_s: float = 0.1,
     step: Callable[[], object] | None = None,
+    rounds: int = ROUNDS,
 ) -> CopyCost:
     """Measure copies alone, then with `cpu_work` on another thread, and what it does to that work.
 
@@ -168,8 +170,8 @@ def calibrate_copy(
     return CopyCost(
         copy_call_us=call_us,
         copy_gbps=gbps,
-        copy_gbps_shared=gbps / slowdown(whole, step or cpu_work, budget_s),
-        cpu_shared_factor=slowdown(cpu_work, whole, budget_s),
+        copy_gbps_shared=gbps / slowdown(whole, step or cpu_work, budget_s, rounds),
+        cpu_shared_factor=slowdown(cpu_work, whole, budget_s, rounds),
     )
 
 

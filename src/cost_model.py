@@ -63,7 +63,9 @@ class CostModel:
     The other factors (>= 1) are 1 for a GPU; an emulated one computes, and copies, on the CPU's
     own cores. `compute_shared_factor` is how many times longer CPU and GPU each take while both
     compute; `gpu_shared_factor` and `dense_shared_factor` how many times longer the GPU's experts
-    and the dense part take while a copy runs.
+    and the dense part take while a copy runs. While CPU, GPU and a copy all run, either side takes
+    `both_shared_factor` times what it does without the copy: less than the two factors say, for
+    there is no third core to lose; None: each side's own factor, as with a GPU.
     """
 
     cpu: SideCost
@@ -77,11 +79,13 @@ class CostModel:
     compute_shared_factor: float = 1.0
     gpu_shared_factor: float = 1.0
     dense_shared_factor: float = 1.0
+    both_shared_factor: float | None = None
 
     def __post_init__(self) -> None:
         assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
         assert self.cpu_shared_factor >= 1 and self.compute_shared_factor >= 1, self
         assert self.gpu_shared_factor >= 1 and self.dense_shared_factor >= 1, self
+        assert self.both_shared_factor is None or self.both_shared_factor >= 1, self
         assert self.block_bytes > 0, self
 
     def copy_us(self, shared: bool) -> float:
@@ -109,6 +113,22 @@ class CostModel:
         extra_us = (self.compute_shared_factor - 1) * min(cpu_us, gpu_us)
         return cpu_us + extra_us, gpu_us + extra_us
 
+    @property
+    def together_factors(self) -> tuple[float, float]:
+        """How many times longer CPU and GPU take beside a copy while both compute."""
+        both = self.both_shared_factor
+        return (self.cpu_shared_factor, self.gpu_shared_factor) if both is None else (both, both)
+
+    def beside_copies_us(self, cpu_us: float, gpu_us: float) -> float:
+        """Return when CPU and GPU work that begin together have both ended while copies run.
+
+        The times are those of `compute_us`, without a copy.
+        """
+        cpu_factor, gpu_factor = self.together_factors
+        both_us = min(cpu_us * cpu_factor, gpu_us * gpu_factor)
+        cpu_left, gpu_left = cpu_us - both_us / cpu_factor, gpu_us - both_us / gpu_factor
+        return both_us + cpu_left * self.cpu_shared_factor + gpu_left * self.gpu_shared_factor
+
     def decode_layer_us(
         self, n_hits: int, n_misses: int, copying: bool, n_waited: int = 0
     ) -> float:
@@ -119,15 +139,13 @@ class CostModel:
         """
         cpu_us, copies_us = self.cpu.us(n_misses, n_misses), 0.0
         gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
-        dense_us = self.dense_us_per_layer
+        dense_us = self.dense_us_per_layer * (self.dense_shared_factor if copying else 1.0)
         if n_waited:
             cpu_us, copies_us = self.overlap_us(cpu_us, n_waited)
             copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
+            gpu_us *= self.gpu_shared_factor if copying else 1.0
         elif copying:
-            cpu_us *= self.cpu_shared_factor
-        if copying:
-            gpu_us *= self.gpu_shared_factor
-            dense_us *= self.dense_shared_factor
+            return dense_us + self.beside_copies_us(*self.compute_us(cpu_us, gpu_us))
         return dense_us + max(*self.compute_us(cpu_us, gpu_us), copies_us)
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:

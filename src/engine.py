@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import xformers_attention
 from accelerator import N_STAGING_SLOTS, Accelerator
 from accelerator_setup import Workbench, build_accelerator, fitted_cache
+from calibration import ROUNDS
 from checkpoint import read_manifest, verify
 from config import CacheOptions, ModelOptions
 from cpu_experts import CpuExperts
@@ -91,8 +92,11 @@ class Engine:
                 workbench, options, self.kv_bytes
             )
 
-    def calibrate(self, again: bool = False) -> None:
-        """Know the machine's costs: measured once, then from disk; `again` measures anew."""
+    def calibrate(self, again: bool = False, rounds: int = ROUNDS) -> None:
+        """Know the machine's costs: measured once, then from disk; `again` measures anew.
+
+        `rounds`: how often it measures what slows what, of which it takes the median.
+        """
         if self.costs is None or again:
             accelerator = self.accelerator
             # The measurement computes from the slots and copies into them.
@@ -107,6 +111,7 @@ class Engine:
                     dense=f"{self.source.dense_format} {self.source.dense_bytes}",
                     emulate_pcie_gbps=self.emulate_pcie_gbps,
                     remeasure=again,
+                    rounds=rounds,
                 )
             if accelerator is not None and accelerator.costs is not None:
                 accelerator.costs = self.costs.model  # what its plans go by

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import isfinite
 from statistics import median
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibration import (
+    ROUNDS,
     SIDE_CALLS,
     CalibrationCache,
     Counts,
@@ -95,6 +96,12 @@ class MachineCosts:
                     "CPU and emulated accelerator while both compute: "
                     f"{costs.compute_shared_factor:.2f} x their time"
                 )
+            if costs.both_shared_factor is not None:
+                lines.append(
+                    f"while copies run: the emulated accelerator {costs.gpu_shared_factor:.2f}, "
+                    f"with the CPU {costs.both_shared_factor:.2f}, the rest of a layer "
+                    f"{costs.dense_shared_factor:.2f} x their time"
+                )
         else:
             lines.append("accelerator and copies: not measured, this run has no accelerator")
         return [*lines, f"while measuring: {self.steadiness}"]
@@ -116,6 +123,7 @@ def machine_costs(
     emulate_pcie_gbps: float | None = None,
     cache: CalibrationCache | None = None,
     remeasure: bool = False,
+    rounds: int = ROUNDS,
 ) -> MachineCosts:
     """The costs of this machine for the model in `store`, from disk where they are known.
 
@@ -146,7 +154,7 @@ def machine_costs(
             pass  # written by another version: measured anew
     if sys.stderr.isatty():
         print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
-    costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps)
+    costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps, rounds)
     if costs.steadiness.is_quiet:  # 30 days of another program's noise are worse than none
         cache.store(hardware.key(), shape, costs.to_json())
     return costs
@@ -188,6 +196,7 @@ def _measure(
     decode_step: Callable[[], None],
     dtype: torch.dtype,
     emulate_pcie_gbps: float | None,
+    rounds: int,
 ) -> MachineCosts:
     run_cpu = _cpu_runner(store, cpu, dtype)
     watch = QuietWatch(lambda: run_cpu((1, 1)))
@@ -196,16 +205,12 @@ def _measure(
     calls = [counts for counts in SIDE_CALLS if len(counts) <= store.n_experts[0]]
     cpu_cost = calibrate_side(run_cpu, calls)
     watch.burst()
-    decode_step()
-    started_s, steps = time.perf_counter(), 0
-    while time.perf_counter() - started_s < _STEP_BUDGET_S or steps < 3:
-        decode_step()
-        steps += 1
-    dense_us = (time.perf_counter() - started_s) / steps * 1e6 / store.n_layers
+    dense_us = _dense_step_us(decode_step, partial(run_cpu, (1, 1))) / store.n_layers
     infinite = float("inf")
     gpu_cost = SideCost(0.0, infinite, 0.0)
     copy = (0.0, 1e-9, 1e-9, 1.0)
     sharing = gpu_factor = dense_factor = 1.0
+    all_factor: float | None = None  # of CPU and GPU, one expert each, begun together
     if gpu is not None:
         for slot in range(gpu.n_slots):
             gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
@@ -237,13 +242,13 @@ def _measure(
                 block_bytes,
                 partial(run_cpu, (1, 1)),
                 step=run_step if gpu.device.type == "cpu" else None,
+                rounds=rounds,
             )
             if gpu.device.type == "cpu":
                 copy_block = partial(copier.copy, block_bytes)
-                # Beside the CPU's own work, as in most layers: measured alone it is more, and both
-                # factors then count the copy's share of the cores twice.
-                gpu_factor = slowdown(run_both, copy_block)
-                dense_factor = slowdown(decode_step, copy_block)
+                gpu_factor = slowdown(partial(run_gpu, (1,)), copy_block, rounds=rounds)
+                dense_factor = slowdown(decode_step, copy_block, rounds=rounds)
+                all_factor = slowdown(run_both, copy_block, rounds=rounds)
         copy = (
             measured.copy_call_us,
             measured.copy_gbps,
@@ -255,7 +260,37 @@ def _measure(
     model = CostModel(
         cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing, gpu_factor, dense_factor
     )
+    if all_factor is not None:
+        model = replace(model, both_shared_factor=_both_factor(model, all_factor))
     return MachineCosts(model, read_gbps, watch.result())
+
+
+def _both_factor(costs: CostModel, measured: float) -> float:
+    """What slows CPU and GPU while both compute, of a factor `measured` over one expert on each.
+
+    The longer of the two was for a time alone with the copy.
+    """
+    cpu_us, gpu_us = costs.compute_us(costs.cpu.us(1, 1), costs.gpu.us(1, 1))
+    both_us = min(cpu_us, gpu_us)
+    alone_us = (cpu_us - both_us) * costs.cpu_shared_factor
+    alone_us += (gpu_us - both_us) * costs.gpu_shared_factor
+    return max(1.0, (measured * max(cpu_us, gpu_us) - alone_us) / both_us)
+
+
+def _dense_step_us(decode_step: Callable[[], None], experts: Callable[[], None]) -> float:
+    """The mean time of a step without its experts, behind some that have emptied the caches.
+
+    What runs between the experts of a real step finds neither its weights nor its code there.
+    """
+    decode_step()
+    total_s, steps = 0.0, 0
+    while total_s < _STEP_BUDGET_S or steps < 3:
+        experts()
+        started_s = time.perf_counter()
+        decode_step()
+        total_s += time.perf_counter() - started_s
+        steps += 1
+    return total_s / steps * 1e6
 
 
 def _read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:

@@ -50,7 +50,7 @@ class Timeline:
         """Let the attention and routing of one layer pass."""
         costs = self.costs
         factor = costs.dense_shared_factor
-        self.busy.gpu_us += self._pass(costs.dense_us_per_layer, factor, factor > 1)[0]
+        self.busy.gpu_us += self._pass(costs.dense_us_per_layer, factor, factor > 1)
 
     def pass_experts(
         self, gpu_experts: int, cpu_experts: int, slots: Sequence[int], n_tokens: int = 1
@@ -118,28 +118,41 @@ class Timeline:
         """Let a layer's work pass, each side's time given for a quiet machine."""
         costs = self.costs
         cpu_us, gpu_us = costs.compute_us(cpu_work_us, gpu_work_us)
-        both_us, shared_us = self._pass(cpu_us, costs.cpu_shared_factor, slows_copies=True)
-        self.busy.cpu_us += both_us
+        began_us = self.now_us
+        cpu_us, gpu_us = self._pass_together(cpu_us, gpu_us)
+        together_us = self.now_us - began_us
+        cpu_us = self._pass(cpu_us, costs.cpu_shared_factor, slows_copies=True)
         factor = costs.gpu_shared_factor
-        done_us = both_us - shared_us * (1 - 1 / factor)
-        self.busy.gpu_us += min(both_us, gpu_us * factor)
-        if gpu_us > done_us:
-            self.busy.gpu_us += self._pass(gpu_us - done_us, factor, factor > 1)[0]
+        gpu_us = self._pass(gpu_us, factor, slows_copies=factor > 1)
+        self.busy.cpu_us += together_us + cpu_us
+        self.busy.gpu_us += together_us + gpu_us
 
-    def _pass(self, work_us: float, factor: float, slows_copies: bool) -> tuple[float, float]:
+    def _pass_together(self, cpu_us: float, gpu_us: float) -> tuple[float, float]:
+        """Let both sides work until one has ended; returns what is left of each."""
+        cpu_factor, gpu_factor = self.costs.together_factors
+        while self._queue and min(cpu_us, gpu_us) > _NOTHING_US:
+            copy_us = self._queue[0][1] * self._slowdown
+            us = min(cpu_us * cpu_factor, gpu_us * gpu_factor, copy_us)
+            self._pass_copy(us / self._slowdown, self._slowdown)
+            cpu_us -= us / cpu_factor
+            gpu_us -= us / gpu_factor
+        us = max(0.0, min(cpu_us, gpu_us))
+        self.now_us += us
+        return cpu_us - us, gpu_us - us
+
+    def _pass(self, work_us: float, factor: float, slows_copies: bool) -> float:
         """Let work pass that takes `work_us` alone and `factor` times that beside a copy.
 
-        Returns how long it really took, and how long of that beside copies.
+        Returns how long it really took.
         """
-        began_us, shared_us = self.now_us, 0.0
+        began_us = self.now_us
         copy_factor = self._slowdown if slows_copies else 1.0
         while self._queue and work_us > _NOTHING_US:
             us = min(work_us * factor, self._queue[0][1] * copy_factor)
             self._pass_copy(us / copy_factor, copy_factor)
-            shared_us += us
             work_us -= us / factor
         self.now_us += max(work_us, 0.0)
-        return self.now_us - began_us, shared_us
+        return self.now_us - began_us
 
     def _pass_copy(self, us: float, factor: float) -> None:
         """Let the first copy advance by `us` of its time alone, which takes `factor` times that."""

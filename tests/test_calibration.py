@@ -95,7 +95,7 @@ def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
     compared: list[tuple[str, str]] = []
     names: dict[Callable[[], object], str] = {}
 
-    def ratio(work: Callable[[], object], beside: Callable[[], object], _: float = 0.0) -> float:
+    def ratio(work: Callable[[], object], beside: Callable[[], object], *_: float) -> float:
         compared.append((names.get(work, "copy"), names.get(beside, "copy")))
         return 2.0 if names.get(beside) == "step" else 1.5
 

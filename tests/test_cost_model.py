@@ -59,6 +59,15 @@ def test_an_emulated_accelerator_shares_the_cores():
     emulated = replace(emulated, gpu_shared_factor=2.0, dense_shared_factor=1.2)
     assert emulated.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
     assert emulated.decode_layer_us(2, 0, copying=False) == 70 + 15 + 2 * 51
+    # 720 and 66 alone, 33 on top of each while both run: 99 of both at 1.1, the CPU's rest at 1.5.
+    together = replace(emulated, both_shared_factor=1.1)
+    assert together.decode_layer_us(1, 1, copying=True) == pytest.approx(
+        1.2 * 70 + 99 * 1.1 + (753 - 99) * 1.5
+    )
+    assert together.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
+    assert together.decode_layer_us(1, 1, copying=False) == 70 + 720 + 33
+    # A GPU of its own goes on at its own pace: hidden behind the CPU.
+    assert COST.decode_layer_us(1, 1, copying=True) == 70 + 720 * COST.cpu_shared_factor
 
 
 def test_sharing_slows_both_sides_only_while_both_run():

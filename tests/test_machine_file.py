@@ -68,7 +68,10 @@ def test_a_file_round_trips(tmp_path):
     assert load_machine(tmp_path / "m.yaml") == MACHINE
 
 
-@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0), (1.7, 1.4, 1.5)])
+@pytest.mark.parametrize(
+    "factors",
+    [(1.0, 1.0, 1.0, None), (1.7, 1.4, 1.5, None), (1.7, 1.8, 1.5, 1.2)],
+)
 def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path, factors):
     shape = load_shape("mixtral-8x7b")
     costs = CostModel(
@@ -83,6 +86,7 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path, factors):
         compute_shared_factor=factors[0],
         gpu_shared_factor=factors[1],
         dense_shared_factor=factors[2],
+        both_shared_factor=factors[3],
     )
     machine = calibrated_machine(
         costs, name="this one", cores=8, expert_weights=shape.expert_weights,
@@ -113,6 +117,17 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path, factors):
         (lambda d: d["bus"].update(gbps={4: 25, "fast": 50}), "by PCIe generation"),
         (lambda d: d["bus"].update(cpu_shared_factor=0.9), "cpu_shared_factor of at least 1"),
         (lambda d: d.update(emulated={}), "a number at emulated.compute_shared_factor"),
+        (
+            lambda d: d.update(
+                emulated={
+                    "compute_shared_factor": 1.5,
+                    "gpu_shared_factor": 1.5,
+                    "dense_shared_factor": 1.5,
+                    "both_shared_factor": 0.5,
+                }
+            ),
+            "emulated.both_shared_factor of at least 1",
+        ),
     ],
 )
 def test_a_wrong_file_is_a_sentence(tmp_path, change, sentence):

@@ -195,6 +195,21 @@ def test_an_emulated_accelerator_computes_on_the_cpus_cores():
     assert timeline.arrived() == [9]
 
 
+def test_three_on_two_cores_are_slowed_by_what_was_measured_for_three():
+    costs = replace(EMULATED, both_shared_factor=1.2)
+    timeline = Timeline(costs)
+    timeline.queue([9])
+    timeline.pass_experts(1, 1, slots=[])  # 625 and 75: 75 of both at 1.2, the CPU's 550 at 2
+    assert timeline.now_us == pytest.approx(75 * 1.2 + 550 * 2)
+    assert timeline.busy.gpu_us == pytest.approx(90) and timeline.busy.cpu_us == timeline.now_us
+    timeline = Timeline(costs)
+    timeline.queue([9])
+    timeline.pass_experts(40, 1, slots=[])  # 900 of both at 1.2 = 1080, in which 540 are copied
+    # The accelerator's other 1010 at 2 beside the 460 left of the copy, slowed to 920; 550 alone.
+    assert timeline.now_us == pytest.approx(1080 + 920 + 550)
+    assert timeline.arrived() == [9]
+
+
 def test_a_prompts_layer_waits_for_the_copies_it_computes():
     # 40 tokens on experts 0 and 1: the CPU needs 20 + 500 + 3200 for each, a copy 1000.
     timeline = Timeline(COSTS)

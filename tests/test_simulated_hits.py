@@ -19,6 +19,7 @@ from recorded_routing import recorded_trace
 from recorder import Recorder
 from replacement_policies import POLICIES
 from replay import replay
+from time_model import Timeline
 from traces import Trace, read_trace, write_trace
 
 PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12], [3, 3, 90, 14]]
@@ -132,6 +133,78 @@ def test_hits_equal_the_engines_in_a_batch(engine, tmp_path: Path):
     result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
     assert sum(map(sum, result.hits_by_layer)) > 0
     assert result.hits_by_layer == engine_hits(recorder)
+
+
+class Looks(Timeline):
+    """No clock: each layer finds what had arrived when the run's own layer looked."""
+
+    def __init__(self, looks: list[list[int]]) -> None:
+        super().__init__(SLOW_BUS)
+        self._looks = iter(looks)
+
+    def arrived(self) -> list[int]:
+        return next(self._looks)
+
+
+def run_late(engine: Engine, options: CacheOptions) -> tuple[Recorder, list[list[int]]]:
+    """Generate with copies that are reported up to six layers after they ended, in their order.
+
+    Returns the slots that each layer was told of, too.
+    """
+    looks: list[list[int]] = []
+    waiting: list[tuple[int, Completion]] = []  # until which look
+    engine.use_cache(options)
+    accelerator = engine.accelerator
+    assert accelerator is not None
+    accelerator.costs = SLOW_BUS
+    fetcher = accelerator.fetcher
+    poll = fetcher.poll
+
+    def late_poll() -> list[Completion]:
+        fetcher.poll = poll  # drain() itself polls
+        try:
+            ended = fetcher.drain()
+        finally:
+            fetcher.poll = late_poll
+        for completion in ended:
+            earliest = waiting[-1][0] if waiting else 0
+            waiting.append((max(earliest, len(looks) + 5 * len(looks) % 7), completion))
+        told = [completion for until, completion in waiting if until <= len(looks)]
+        del waiting[: len(told)]
+        looks.append([completion.slot for completion in told])
+        return told
+
+    fetcher.poll = late_poll
+    recorder = engine.dispatcher.recorder = Recorder()
+    sampler = make_sampler(0.0, 1.0, 0, engine.device)
+    for prompt in PROMPTS:
+        for _ in generate_batch(
+            engine.model, [prompt], max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
+        ):
+            pass
+    return recorder, looks
+
+
+@pytest.mark.parametrize("policy", ["FIFO", "LRU", "LFU"])
+@pytest.mark.parametrize(("n_indexes", "n_ways"), [(1, 2), (2, 3), (2, 8)])
+@pytest.mark.parametrize("quota", [1, 64])
+def test_late_copies_hit_exactly_as_in_the_engine(
+    engine, policy, n_indexes, n_ways, quota, tmp_path: Path
+):
+    """Told when the copies arrived, the replay has the engine's hits: only time is modelled."""
+    options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
+    recorder, looks = run_late(engine, options)
+    trace = through_a_file(recorder, engine, tmp_path)
+
+    def cache() -> ExpertCache:
+        return ExpertCache(n_indexes, min(n_ways, trace.n_experts), make_policy(policy))
+
+    result = replay(trace.passes, cache(), quota, Looks(looks), keep_layers=True)
+    assert result.hits_by_layer == engine_hits(recorder)
+    assert result.fetches == recorder.layer_table()["fetches"].sum()
+    assert result.evictions == recorder.layer_table()["evictions"].sum()
+    instant = replay(trace.passes, cache(), quota)
+    assert instant.decode.hits != result.decode.hits  # so that late is not as good as at once
 
 
 def through_a_file(recorder: Recorder, engine: Engine, folder: Path) -> Trace:
