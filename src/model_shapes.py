@@ -20,8 +20,9 @@ _PAGE_BYTES = 4096
 class ModelShape:
     """A model's sizes: `n_layers` MoE layers of `n_experts`, experts of `hidden` x `intermediate`.
 
-    `dense_weights_per_layer` counts attention and shared experts of a layer, `other_weights` the
-    embedding and head; `n_dense_layers` layers come before the first MoE layer.
+    `dense_weights_per_layer` counts attention and shared experts of an MoE layer, `other_weights`
+    the embedding, the head and the `n_dense_layers` layers before the first MoE layer. Routers,
+    norms and biases are left out.
     """
 
     name: str
@@ -79,6 +80,8 @@ def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
         )
         shared = config.get("n_shared_experts") or 0
         n_dense_layers = config.get("first_k_dense_replace") or 0
+        attention = _attention_weights(config)
+        dense_layer = attention + 3 * hidden * config["intermediate_size"]
         return ModelShape(
             name=name,
             n_layers=config["num_hidden_layers"] - n_dense_layers,
@@ -86,8 +89,8 @@ def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
             top_k=config["num_experts_per_tok"],
             hidden=hidden,
             intermediate=intermediate,
-            dense_weights_per_layer=_attention_weights(config) + 3 * hidden * intermediate * shared,
-            other_weights=2 * config["vocab_size"] * hidden,
+            dense_weights_per_layer=attention + 3 * hidden * intermediate * shared,
+            other_weights=2 * config["vocab_size"] * hidden + n_dense_layers * dense_layer,
             n_dense_layers=n_dense_layers,
         )
     except (KeyError, StopIteration) as error:

@@ -15,6 +15,7 @@ import dummy_model
 import main
 from errors import UserError
 from forced_routing import ForcedRouting
+from model_shapes import load_shape
 from traces import RoutingPass, Trace, TraceInfo, read_trace
 from workload import even_workload
 
@@ -83,6 +84,31 @@ def test_published_sizes() -> None:
     for name, megabytes in (("mixtral-8x7b", 352), ("phi-3.5-moe", 157)):
         source = dummy_model.DummyModel(main.ModelOptions(None, dummy_shape=name, dummy_layers=1))
         assert source.layouts[0].block_bytes / 1e6 == pytest.approx(megabytes, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("mixtral-8x7b", 46.7, 12.9),  # Jiang et al., "Mixtral of Experts", table 1 and its text
+        ("phi-3.5-moe", 41.9, 6.6),  # its model card
+        ("qwen3-30b-a3b", 30.5, 3.3),  # its model card
+        ("gpt-oss-20b", 20.9, 3.6),  # its model card, table 1
+        ("gpt-oss-120b", 116.8, 5.1),
+        ("olmoe-1b-7b", 6.9, 1.3),  # Muennighoff et al., "OLMoE", table 1
+        ("deepseek-v2-lite", 15.7, 2.4),  # DeepSeek-V2, appendix B
+    ],
+)
+def test_shapes_have_the_published_numbers_of_parameters(name, billions, active) -> None:
+    """Total, and those of one token, which some publish without embedding or head."""
+    shape = load_shape(name)
+    dense = shape.n_layers * shape.dense_weights_per_layer + shape.other_weights
+    routed = shape.n_layers * shape.expert_weights
+    assert (dense + shape.n_experts * routed) / 1e9 == pytest.approx(billions, rel=0.004, abs=0.05)
+    vocabulary = yaml.safe_load(dummy_model.SHAPES_PATH.read_text())[name]["vocab_size"]
+    embedding = vocabulary * shape.hidden / 1e9
+    per_token = (dense + shape.top_k * routed) / 1e9
+    # Rounded to one decimal, and with or without the embedding that a token looks up.
+    assert per_token - embedding - 0.06 < active < per_token + 0.06
 
 
 def test_unknown_shape_and_foreign_trace_are_sentences(
