@@ -84,9 +84,11 @@ class Budget:
         if memory == "gpu":
             return [*remedies, "use --device cpu"]
         smaller = {"fp32": "bf16", "bf16": "int8", "int8": "int4"}.get(weight_format)
+        if dummy:
+            remedies.append("use fewer --dummy-layers")
         if smaller is not None:
             remedies.append(
-                f"use --dummy-format {smaller} or fewer --dummy-layers"
+                f"use --dummy-format {smaller}"
                 if dummy
                 else f"prepare the model with --expert-dtype {smaller}"
             )

@@ -18,7 +18,7 @@ from errors import UserError
 from machine_file import Machine, load_machine
 from model_shapes import ModelShape, load_shape
 from paper import paper_table
-from simulator_arguments import parse_simulation
+from simulator_arguments import asked_setting, cut_to_model, parse_simulation
 from sweep import (
     BELADY,
     Outcome,
@@ -154,19 +154,7 @@ def _one_setting(
         trace = share_one_index(trace)
         setting = Setting(1, options.cache_nways, options.cache_replace_policy, options.cache_quota)
     else:
-        if not options.cache_nblocks or not options.cache_nways:
-            raise UserError(
-                "expected --cache-nblocks and --cache-nways of at least 1, or --sweep, --tune or "
-                "--paper"
-            )
-        if min(options.cache_nblocks, options.cache_nways, options.cache_quota + 1) < 1:
-            raise UserError("expected --cache-nblocks, --cache-nways and --cache-quota above 0")
-        setting = Setting(
-            min(options.cache_nblocks, trace.n_layers),
-            options.cache_nways,
-            options.cache_replace_policy,
-            options.cache_quota,
-        )
+        setting = cut_to_model(asked_setting(options), trace)
         if setting.n_ways < trace.info.top_k:
             print(
                 f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "

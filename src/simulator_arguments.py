@@ -1,15 +1,19 @@
-"""The command line of `simulator.py`: flags, their defaults and their help, and nothing else."""
+"""The command line of `simulator.py`: flags, defaults and help, and the cache they ask for."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from argument_parser import ArgumentParser
 from autotune import FORMATS
+from errors import UserError
 from replacement_policies import POLICIES
+from sweep import Setting
+from traces import Trace
 
 _EPILOG = """examples:
   python3 src/simulator.py expert_choices.csv --cache-nblocks 14 --cache-nways 4
@@ -89,3 +93,42 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         "--processes", type=int, default=os.cpu_count() or 1, help="for --sweep (default: all)"
     )
     return parser.parse_args(argv)  # fmt: skip
+
+
+def asked_setting(options: argparse.Namespace) -> Setting:
+    """The cache that the flags ask for; raises UserError with the flag that is missing or wrong."""
+    flags = {
+        "--cache-nblocks": (options.cache_nblocks, 1),
+        "--cache-nways": (options.cache_nways, 1),
+        "--cache-quota": (options.cache_quota, 0),
+    }
+    for flag, (value, least) in flags.items():
+        if value is None:
+            raise UserError(
+                f"expected {flag} of at least {least}, found none; give it, or --sweep, --tune or "
+                "--paper"
+            )
+        if value < least:
+            raise UserError(f"expected {flag} of at least {least}, found {value}; correct it")
+    return Setting(
+        options.cache_nblocks,
+        options.cache_nways,
+        options.cache_replace_policy,
+        options.cache_quota,
+    )
+
+
+def cut_to_model(setting: Setting, trace: Trace) -> Setting:
+    """The part of a cache that the trace's model can use, as the engine cuts it; says so."""
+    fitted = replace(
+        setting,
+        n_indexes=min(setting.n_indexes, trace.n_layers),
+        n_ways=min(setting.n_ways, trace.n_experts),
+    )
+    if fitted != setting:
+        print(
+            f"note: cache {setting.n_indexes} x {setting.n_ways} cut to {fitted.n_indexes} x "
+            f"{fitted.n_ways}: the trace has {trace.n_layers} MoE layers of {trace.n_experts} "
+            "experts"
+        )
+    return fitted

@@ -67,8 +67,10 @@ def test_memory_table_and_refusals() -> None:
     assert "experts" in budget.table()
     with pytest.raises(UserError, match="--expert-dtype int4"):
         budget.check("int8", 100)
-    with pytest.raises(UserError, match="--dummy-format int4 or fewer --dummy-layers"):
+    with pytest.raises(UserError, match="use fewer --dummy-layers, or use --dummy-format int4"):
         budget.check("int8", 100, dummy=True)
+    with pytest.raises(UserError, match="available: use fewer --dummy-layers, or close other"):
+        budget.check("int4", 100, dummy=True)  # no format is smaller
     with pytest.raises(UserError, match="a machine with more memory"):
         budget.check("int4", 100)
     nothing = {"dense_bytes": 0, "kv_bytes": 0, "slot_bytes": 0}

@@ -101,6 +101,17 @@ def test_fewer_ways_than_top_k_is_warned_of(capsys, trace_file):
     )
 
 
+def test_a_cache_larger_than_the_model_is_cut_and_said_so(capsys, trace_file):
+    large = printed(capsys, trace_file, "--cache-nblocks", "9", "--cache-nways", "30")
+    assert (
+        "note: cache 9 x 30 cut to 4 x 8: the trace has 4 MoE layers of 8 experts" in large
+        and "cache: 4 indexes x 8 ways" in large
+    )
+    fitting = printed(capsys, trace_file, "--cache-nblocks", "4", "--cache-nways", "8")
+    assert "cut to" not in fitting
+    assert large.split("\n")[-6:] == fitting.split("\n")[-6:]
+
+
 def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
     folder = tmp_path / "new" / "folder"
     printed(capsys, trace_file, "--sweep", "--output-dir", str(folder), "--processes", "2")
@@ -193,7 +204,22 @@ def test_the_papers_table_is_printed(capsys):
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--paper"], "--paper needs --hardware"),
         (["--calibrate", "here.yaml"], "--calibrate needs --model"),
-        (["--model", "mixtral-8x7b"], "expected --cache-nblocks and --cache-nways"),
+        (
+            ["--model", "mixtral-8x7b"],
+            "expected --cache-nblocks of at least 1, found none; give it, or --sweep, --tune or",
+        ),
+        (
+            ["TRACE", "--cache-nblocks", "2"],
+            "expected --cache-nways of at least 1, found none; give it",
+        ),
+        (
+            ["TRACE", "--cache-nblocks", "2", "--cache-nways", "0"],
+            "expected --cache-nways of at least 1, found 0; correct it",
+        ),
+        (
+            ["TRACE", "--cache-nblocks", "2", "--cache-nways", "2", "--cache-quota", "-3"],
+            "expected --cache-quota of at least 0, found -3; correct it",
+        ),
         (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
         (["--model", "m"], "expected one of the shapes"),
         (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
@@ -201,7 +227,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
         (
             ["--model", "olmoe-1b-7b", "--cache-nblocks", "-1", "--cache-nways", "2"],
-            "expected --cache-nblocks",
+            "expected --cache-nblocks of at least 1, found -1; correct it",
         ),
         (
             ["--model", "olmoe-1b-7b", "--cache-nblocks", "2", "--cache-nways", "8",
