@@ -39,17 +39,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 import torch
 from torch import Tensor
 
+from accelerator_setup import gpu_uuid
 from config import CacheOptions, ModelOptions
 from dummy_model import DummyModel, dummy_routing, shape_names
-from engine import Engine, load_engine
+from engine import Engine, choose_device, load_engine
 from errors import UserError
 from forced_routing import ForcedRouting
 from generation import generate_batch, make_sampler
 from hardware import read_hardware
+from host_memory import available_bytes
 from machine_costs import predicted_step_us
 from miss_trial import TRIAL_STEPS
 from recorder import NullRecorder, Recorder
@@ -371,7 +372,7 @@ def open_source(shape: str, weight_format: Format, layers: int | None) -> DummyM
 
     one = source(1)
     layer_bytes = one.layouts[0].block_bytes * one.n_experts[0]
-    room = int(HOST_MEMORY_SHARE * psutil.virtual_memory().available / layer_bytes)
+    room = int(HOST_MEMORY_SHARE * available_bytes() / layer_bytes)
     if room < 1:
         raise UserError(f"one layer of {shape} needs {layer_bytes / 1e9:.1f} GB of host memory")
     return source(min(layers or LAYERS.get(shape, room), room))
@@ -462,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         document = {
             "date": date.today().isoformat(),
             "command": sys.argv,
-            "hardware": read_hardware().to_json(),
+            "hardware": read_hardware(gpu_uuid=gpu_uuid(choose_device(arguments.device))).to_json(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "took_s": time.monotonic() - started_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import yaml
 from test_dummy_model import TINY_SHAPE
 
 import dummy_model
+import host_memory
 import layer_step
 import machine_costs
 from benchmarks import gpu_check
+from errors import UserError
 from recorder import Recorder
 from steadiness import Steadiness
 
@@ -73,6 +76,7 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
     assert "WRONG" not in printed
 
 
+TINY_N_EXPERTS = TINY_SHAPE["num_experts"]
 TINY_BLOCK_BYTES = 8192  # 3 * 32 * 24 weights of bf16, rounded up to pages
 
 
@@ -117,6 +121,34 @@ def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
     assert len(budgets) == 8
     for number, budget_s in enumerate(budgets):
         assert 0 < budget_s <= 60 * 7 / (8 - number) / 2
+
+
+@pytest.mark.parametrize("n_layers", [2, 3])
+def test_a_cgroups_memory_decides_how_many_layers_are_built(tiny_shape, monkeypatch, n_layers):
+    room = (n_layers + 0.5) * TINY_N_EXPERTS * TINY_BLOCK_BYTES / gpu_check.HOST_MEMORY_SHARE
+    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(int(room) + 100, 100)]))
+    assert len(gpu_check.open_source(tiny_shape, "bf16", None).layouts) == n_layers
+    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(1000, 0)]))
+    with pytest.raises(UserError, match="one layer of tiny needs"):
+        gpu_check.open_source(tiny_shape, "bf16", None)
+
+
+def test_the_report_names_the_gpu_in_use(tiny_shape, tmp_path, monkeypatch):
+    device = torch.device("cuda", 1)
+    named = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: Properties(f"of-{d}"))
+    monkeypatch.setattr(gpu_check, "choose_device", lambda wanted: device)
+    read = gpu_check.read_hardware
+    monkeypatch.setattr(
+        gpu_check, "read_hardware", lambda gpu_uuid: named.append(gpu_uuid) or read()
+    )
+    check(tmp_path, "--minutes", "0")
+    assert named == ["GPU-of-cuda:1"]
+
+
+@dataclass
+class Properties:
+    uuid: str
 
 
 class OneStep:
