@@ -58,11 +58,18 @@ class Workbench:
             self.cpu,
             gpu,
             self.decode_step,
-            read_hardware(),
+            read_hardware(gpu_uuid=gpu_uuid(self.device)),
             dtype=self.source.dtype,
             dense=f"{self.source.dense_format} {self.source.dense_bytes}",
             emulate_pcie_gbps=emulate_pcie_gbps,
         )
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """The GPU in use, as NVML knows it; None where `device` is no GPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> CacheOptions:

@@ -5,6 +5,7 @@ Speed depends on shapes, bytes and routing, not on values; the text is meaningle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from workload import MIXTRAL_OVERLAP, even_workload
 SHAPES_PATH = Path(__file__).parent.parent / "benchmarks" / "shapes.yaml"
 _N_ROUTED_TOKENS = 512  # then the made routing repeats
 _N_TEMPLATES = 4  # distinct random experts; the others are copies, in memory of their own
+# Drawing a random number takes ten times as long as copying one. A prime: rows of one matrix differ.
+_N_VALUES = 4_194_301
+_SCALE = 0.02  # standard deviation
 
 
 class DummyModel:
@@ -40,6 +44,7 @@ class DummyModel:
         self.dtype = torch.bfloat16
         self.config = _shape_config(options.dummy_shape, options.dummy_layers)
         self._generator = torch.Generator().manual_seed(seed)
+        self._values = torch.randn(_N_VALUES, generator=self._generator) * _SCALE
         skeleton = build_skeleton(self.config, self.dtype, "sdpa")
         found = find_experts(skeleton)
         self.experts_paths = [one.name for one in found]
@@ -70,11 +75,12 @@ class DummyModel:
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Random matrices of standard deviation 0.02, norms of one, biases of zero."""
         for name, meta in model.state_dict().items():
-            tensor = torch.zeros(meta.shape, dtype=meta.dtype)
             if meta.dim() >= 2:
-                tensor.normal_(std=0.02, generator=self._generator)
+                tensor = self._random(meta.shape, meta.dtype)
             elif name.endswith("weight"):
-                tensor.fill_(1)
+                tensor = torch.ones(meta.shape, dtype=meta.dtype)
+            else:
+                tensor = torch.zeros(meta.shape, dtype=meta.dtype)
             assign(model, name, tensor.to(device))
             progress(tensor.nbytes)
         finish_model(model, device)
@@ -89,11 +95,20 @@ class DummyModel:
                 store.block(layer, expert).copy_(templates[(layer + expert) % _N_TEMPLATES])
                 progress(self.layouts[0].block_bytes)
 
+    def _random(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The same random values over and over, from another place each time."""
+        start = int(torch.randint(_N_VALUES, (), generator=self._generator))
+        values = self._values.roll(start).to(dtype)
+        tensor = torch.empty(math.prod(shape), dtype=dtype)
+        for part in tensor.split(_N_VALUES):
+            part.copy_(values[: len(part)])
+        return tensor.view(*shape)
+
     def _random_block(self, layout: BlockLayout) -> torch.Tensor:
         rows, hidden, inner = layout.first_rows, layout.hidden_size, layout.intermediate_size
         weights = {
-            "gate_up": torch.randn(rows, hidden, generator=self._generator) * 0.02,
-            "down": torch.randn(hidden, inner, generator=self._generator) * 0.02,
+            "gate_up": self._random((rows, hidden)),
+            "down": self._random((hidden, inner)),
             "gate_up_bias": torch.zeros(rows),
             "down_bias": torch.zeros(hidden),
         }

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import xformers_attention
 from accelerator import N_STAGING_SLOTS, Accelerator
-from accelerator_setup import Workbench, build_accelerator, fitted_cache
+from accelerator_setup import Workbench, build_accelerator, fitted_cache, gpu_uuid
 from calibration import ROUNDS
 from checkpoint import read_manifest, verify
 from config import CacheOptions, ModelOptions
@@ -124,9 +124,7 @@ class Engine:
     @property
     def gpu_uuid(self) -> str | None:
         """The GPU in use, as NVML knows it; None without one."""
-        if self.device.type != "cuda":
-            return None
-        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        return gpu_uuid(self.device)
 
     def follow_prompts(self, prompts: Sequence[int]) -> None:
         """Record the coming pass under the first of `prompts`."""

@@ -32,11 +32,7 @@ class ExpertStore:
         self._registered: list[int] = []
         self._blocks: list[Tensor] = []
         for layout, count in zip(self.layouts, self.n_experts, strict=True):
-            mapping = mmap.mmap(-1, layout.block_bytes * count)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them is slower, not wrong
-                    mapping.madvise(mmap.MADV_HUGEPAGE)
-            blocks = torch.frombuffer(mapping, dtype=torch.uint8)
+            blocks = torch.frombuffer(_mapping(layout.block_bytes * count), dtype=torch.uint8)
             self._blocks.append(blocks.view(count, layout.block_bytes))
         self._pointers = [
             torch.arange(count, dtype=torch.int64) * layout.block_bytes + blocks.data_ptr()
@@ -118,6 +114,24 @@ class ExpertStore:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
         self.pinned = False
+
+
+def _mapping(n_bytes: int) -> mmap.mmap:
+    """Private anonymous memory: Linux gives shared memory no huge pages unless told to.
+
+    With them memory that the machine has free is filled at 6.7 to 12 GB/s rather than 2.3 to 3.7,
+    there are fewer pages to pin, and the kernels read 2% faster (33.4 against 32.7 GB/s, Mixtral's
+    shape in bf16; two threads of an AMD EPYC, 2026-11-24).
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, n_bytes)
+    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A child gets none of it: for pages that are pinned, fork would copy all experts.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):  # a kernel without it is slower, not wrong
+                mapping.madvise(getattr(mmap, advice))
+    return mapping
 
 
 def _forget_cuda_error() -> None:

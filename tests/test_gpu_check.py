@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from test_dummy_model import TINY_SHAPE
 
 import dummy_model
+import host_memory
 import layer_step
 import machine_costs
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_measurements
+from errors import UserError
 from recorder import Recorder
 from steadiness import Steadiness
+
+SETTINGS = [one.name for one in gpu_measurements.settings("tiny", 1, 1, 1.0)]
 
 
 @pytest.fixture
@@ -30,7 +40,7 @@ def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def check(tmp_path: Path, *flags: str) -> tuple[int, dict]:
     report = tmp_path / "report.json"
-    code = gpu_check.main(
+    code = gpu_measurements.main(
         ["--device", "cpu", "--tokens", "6", "--layers", "3", "--json", str(report), *flags]
     )
     return code, json.loads(report.read_text())
@@ -73,6 +83,7 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
     assert "WRONG" not in printed
 
 
+TINY_N_EXPERTS = TINY_SHAPE["num_experts"]
 TINY_BLOCK_BYTES = 8192  # 3 * 32 * 24 weights of bf16, rounded up to pages
 
 
@@ -97,26 +108,54 @@ def test_out_of_time_is_said(tiny_shape, tmp_path, capsys):
     code, report = check(tmp_path, "--minutes", "0")
     assert code == 1
     assert report["rows"] == []
-    assert report["skipped"] == ["tiny bf16"]
-    assert "not measured: tiny bf16" in capsys.readouterr().out
+    assert report["skipped"] == [f"tiny bf16 {name} (out of time)" for name in SETTINGS]
+    assert "not measured: tiny bf16 cpu only (out of time)" in capsys.readouterr().out
 
 
 def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
     budgets = []
-    measure = gpu_check.measure
+    measure = gpu_measurements.measure
 
     def hurried(engine, ids, warm_up, n_steps, budget_s, patient):
         budgets.append(budget_s)
         return measure(engine, ids, warm_up, 1000, 0.0, patient)
 
-    monkeypatch.setattr(gpu_check, "measure", hurried)
+    monkeypatch.setattr(gpu_measurements, "measure", hurried)
     code, report = check(tmp_path)
     assert code == 0
-    assert {row["steps"] for row in report["rows"]} == {gpu_check.LEAST_STEPS}
+    assert {row["steps"] for row in report["rows"]} == {gpu_measurements.LEAST_STEPS}
     # Half of an equal share of what is left to the eight settings, the rest is for all else.
     assert len(budgets) == 8
     for number, budget_s in enumerate(budgets):
         assert 0 < budget_s <= 60 * 7 / (8 - number) / 2
+
+
+@pytest.mark.parametrize("n_layers", [2, 3])
+def test_a_cgroups_memory_decides_how_many_layers_are_built(tiny_shape, monkeypatch, n_layers):
+    room = (n_layers + 0.5) * TINY_N_EXPERTS * TINY_BLOCK_BYTES / gpu_measurements.HOST_MEMORY_SHARE
+    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(int(room) + 100, 100)]))
+    assert len(gpu_measurements.open_source(tiny_shape, "bf16", None).layouts) == n_layers
+    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(1000, 0)]))
+    with pytest.raises(UserError, match="one layer of tiny needs"):
+        gpu_measurements.open_source(tiny_shape, "bf16", None)
+
+
+def test_the_report_names_the_gpu_in_use(tiny_shape, tmp_path, monkeypatch):
+    device = torch.device("cuda", 1)
+    named = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: Properties(f"of-{d}"))
+    monkeypatch.setattr(gpu_measurements, "choose_device", lambda wanted: device)
+    read = gpu_measurements.read_hardware
+    monkeypatch.setattr(
+        gpu_measurements, "read_hardware", lambda gpu_uuid: named.append(gpu_uuid) or read()
+    )
+    check(tmp_path, "--minutes", "0")
+    assert named == ["GPU-of-cuda:1"]
+
+
+@dataclass
+class Properties:
+    uuid: str
 
 
 class OneStep:
@@ -151,11 +190,126 @@ def one_step(hits: int) -> Recorder:
     ],
 )
 def test_copies_that_were_waited_for_are_no_free_hits(accelerated, hits, ahead, expected_us):
-    measured = gpu_check.Measured(one_step(hits), 1.0, ahead)
-    assert gpu_check.bound_step_us(OneStep(accelerated), measured) == pytest.approx(expected_us)
+    measured = gpu_measurements.Measured(one_step(hits), 1.0, ahead)
+    assert gpu_measurements.bound_step_us(OneStep(accelerated), measured) == pytest.approx(
+        expected_us
+    )
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main([]) == 2
-    assert "--device cpu" in capsys.readouterr().err
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_check.main(["--json", str(tmp_path / "report.json")]) == 2
+    assert "--device cpu" in capfd.readouterr().err
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_report_on_disk_has_every_row_as_it_comes(tiny_shape, tmp_path, monkeypatch):
+    seen = []
+
+    def look(row):
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["rows"][-1]["setting"] == row.setting
+        assert len(report["rows"]) + len(report["skipped"]) == len(SETTINGS)
+        seen.append(report["ended"])
+
+    monkeypatch.setattr(gpu_measurements, "print_row", look)
+    code, report = check(tmp_path)
+    assert (code, report["ended"]) == (0, gpu_check.COMPLETE)
+    assert seen == [gpu_check.RUNNING] * len(SETTINGS)
+
+
+def test_a_setting_that_fails_leaves_the_others_alone(tiny_shape, tmp_path, monkeypatch, capsys):
+    logits = gpu_measurements.logits
+
+    def broken(engine, ids):
+        if engine.accelerator is not None and engine.accelerator.mode == "fetch":
+            raise RuntimeError("no such kernel")
+        return logits(engine, ids)
+
+    monkeypatch.setattr(gpu_measurements, "logits", broken)
+    code, report = check(tmp_path)
+    assert code == 1
+    failed = [name for name in SETTINGS if "fetch" in name]
+    reason = "RuntimeError('no such kernel')"
+    assert report["skipped"] == [f"tiny bf16 {name} ({reason})" for name in failed]
+    assert [row["setting"] for row in report["rows"]] == [n for n in SETTINGS if n not in failed]
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n_bytes", "n_layers"), [(1, 1), (2.5, 2), (9, 3)])
+def test_time_for_loading_decides_how_many_layers_are_built(tiny_shape, n_bytes, n_layers, capsys):
+    most_bytes = n_bytes * TINY_N_EXPERTS * TINY_BLOCK_BYTES
+    source = gpu_measurements.open_source(tiny_shape, "bf16", 3, most_bytes)
+    assert len(source.layouts) == n_layers
+    assert ("not 3" in capsys.readouterr().out) == (n_layers < 3)
+
+
+# Two rows, then `THEN` in the third setting, with a process of its own beside it.
+MEASURING = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_dummy_model import TINY_SHAPE
+import dummy_model, machine_costs, yaml
+from benchmarks import gpu_check, gpu_measurements
+
+dummy_model.SHAPES_PATH = Path({folder!r}, "shapes.yaml")
+dummy_model.SHAPES_PATH.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
+gpu_check.SHAPES = ("tiny",)
+machine_costs._STEP_BUDGET_S = 0.01
+measure, calls = gpu_measurements.measure, []
+
+def third_time(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        child = subprocess.Popen(["sleep", "1000"])
+        Path({folder!r}, "child.part").write_text(str(child.pid))
+        os.replace(Path({folder!r}, "child.part"), Path({folder!r}, "child"))
+        {then}
+    return measure(*arguments)
+
+gpu_measurements.measure = third_time
+sys.exit(gpu_measurements.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "ended"),
+    [
+        ("time.sleep(1000)", "ended at the time limit"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
+        ("os._exit(0)", "ended before it was done"),
+    ],
+)
+def test_what_was_measured_is_kept_however_it_ends(tmp_path, monkeypatch, capsys, then, ended):
+    script, child = tmp_path / "measuring.py", tmp_path / "child"
+    tests = str(Path(__file__).parent)
+    script.write_text(MEASURING.format(tests=tests, folder=str(tmp_path), then=then))
+    monkeypatch.setattr(gpu_check, "MEASURING", (str(script),))
+    wait = subprocess.Popen.wait
+
+    def until_it_hangs(self, timeout=None):
+        """The limit is over as soon as the third setting hangs, however fast this machine is."""
+        while not child.exists() and self.poll() is None:
+            time.sleep(0.01)
+        return wait(self, 0 if "sleep" in then else None)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until_it_hangs)
+    flags = ["--device", "cpu", "--tokens", "6", "--layers", "3"]
+    code = gpu_check.main([*flags, "--json", str(tmp_path / "report.json")])
+    assert code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["setting"] for row in report["rows"]] == SETTINGS[:2]
+    assert report["skipped"] == [f"tiny bf16 {name}" for name in SETTINGS[2:]]
+    assert report["ended"] == ended
+    assert f"{ended}; not measured: tiny bf16 {SETTINGS[2]}" in capsys.readouterr().out
+    assert report["hardware"]["cpu"]
+    with suppress(psutil.NoSuchProcess):  # killed, and reaped by nobody yet
+        assert psutil.Process(int(child.read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_time_limit_ends_what_takes_longer():
+    assert gpu_check.run_limited(["sleep", "1000"], 0.01) == (1, "ended at the time limit")
+    assert gpu_check.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == (3, None)
+    # What the imports took counts as well: there may be nothing left.
+    assert gpu_check.run_limited(["sleep", "1000"], -1) == (1, "ended at the time limit")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,3 +103,20 @@ def test_staging_memory_that_cannot_be_pinned_is_pageable(monkeypatch, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("warning: no memory could be pinned to hand layers over (CUDA error: o")
     assert handoff._staging(7, torch.uint8).shape == (7,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_experts_lie_in_private_huge_pages_that_no_child_copies():
+    store = ExpertStore([LAYOUT], [600])
+    address = store.block(0, 0).data_ptr()
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        if inside and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert "sh" not in flags  # Linux gives shared memory no huge pages unless told to
+    assert "dc" in flags
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in flags
