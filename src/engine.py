@@ -95,7 +95,7 @@ class Engine:
             self.dispatcher.accelerator, self.costs = build_accelerator(
                 workbench, options, self.kv_bytes
             )
-            self._use_onednn(self.costs.onednn)
+            self.use_onednn(self.costs.onednn)
 
     def calibrate(self, again: bool = False) -> None:
         """Know the machine's costs: measured once, then from disk; `again` measures anew."""
@@ -117,7 +117,7 @@ class Engine:
                 )
             if accelerator is not None and accelerator.costs is not None:
                 accelerator.costs = self.costs.model  # what its plans go by
-            self._use_onednn(self.costs.onednn)
+            self.use_onednn(self.costs.onednn)
 
     def calibrate_for(self, prompt_tokens: int) -> None:
         """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
@@ -129,7 +129,7 @@ class Engine:
         ):
             self.calibrate()
 
-    def _use_onednn(self, choice: OnednnChoice) -> None:
+    def use_onednn(self, choice: OnednnChoice) -> None:
         """Let oneDNN compute what it was measured to compute faster."""
         for experts in self.dispatcher.cpu:
             experts.onednn_tokens = choice.expert_tokens if experts.suits_onednn else None
