@@ -88,9 +88,17 @@ class Pool:
 
 
 def measure(
-    shape: Shape, pool: Pool, n_tokens: int, isa: str, budget_s: float, torch_us: float
+    shape: Shape,
+    pool: Pool,
+    n_tokens: int,
+    isa: str,
+    budget_s: float,
+    torch_us: float,
+    onednn_tokens: int | None,
 ) -> Row:
     experts = CpuExperts(pool.layout, Activation("silu"), kernel="native", isa=isa)
+    if pool.layout.weight_format == "bf16":
+        experts = experts.with_onednn(onednn_tokens)
     kernels = experts.kernels
     assert kernels is not None
     hidden = torch.randn(n_tokens, shape.hidden_size).bfloat16()
@@ -174,6 +182,12 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help="token counts")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each case")
+    parser.add_argument(
+        "--onednn",
+        type=int,
+        metavar="N",
+        help="bf16 experts with N tokens or more through oneDNN, as a calibration may decide",
+    )
     parser.add_argument("--no-torch", action="store_true", help="leave torch out")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -217,6 +231,7 @@ def main() -> None:
                     arguments.isa,
                     arguments.seconds,
                     torch_us.get(n_tokens, float("nan")),
+                    arguments.onednn,
                 )
                 rows.append(row)
                 print(

@@ -203,6 +203,8 @@ def speed(rates: list[float], limits: list[float], cost: float, peer: float) -> 
 def run(folder: Path, weight_format: str, isa: str, arguments: argparse.Namespace) -> Row:
     options = ModelOptions(folder, device="cpu", cpu_kernel=arguments.cpu_kernel, cpu_isa=isa)
     with load_engine(open_prepared(options), options, CacheOptions()) as engine:
+        if engine.cpu.suits_onednn:
+            engine.calibrate()  # as a run does: oneDNN may take over for many tokens
         steps, reads, prompts, peaks = measure(engine, isa, arguments.tokens, arguments.prompts)
         description = engine.cpu.description
     matrices = HEAD_WEIGHTS + LAYER_WEIGHTS  # that one decode step reads

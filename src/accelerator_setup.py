@@ -12,6 +12,7 @@ from accelerator import N_STAGING_SLOTS, Accelerator
 from autotune import choose_cache
 from config import CacheOptions
 from cpu_experts import CpuExperts
+from cpu_linear import CpuLinear
 from errors import UserError
 from expert_cache import ExpertCache, make_policy
 from expert_fetcher import make_fetcher
@@ -30,7 +31,7 @@ class Workbench:
     """A loaded model, as far as its accelerator is built from it.
 
     `decode_step` runs one decode step with every expert left out; `notes` collects lines for the
-    user.
+    user; `linears` are one layer's that oneDNN may compute.
     """
 
     source: ModelSource
@@ -40,6 +41,7 @@ class Workbench:
     device: torch.device
     decode_step: Callable[[], None]
     notes: list[str]
+    linears: list[CpuLinear]
 
     def gpu_experts(self, n_slots: int) -> GpuExperts:
         site = self.sites[0]
@@ -61,6 +63,7 @@ class Workbench:
             read_hardware(gpu_uuid=gpu_uuid(self.device)),
             dtype=self.source.dtype,
             dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+            linears=self.linears,
             emulate_pcie_gbps=emulate_pcie_gbps,
         )
 

@@ -164,7 +164,7 @@ def calibrate_copy(
     """
     sizes = [max(block_bytes // 16, 1), max(block_bytes // 4, 1), block_bytes]
     alone_us = [median_us(partial(copy, n_bytes), budget_s) for n_bytes in sizes]
-    call_us, us_per_byte = _line(sizes, alone_us)
+    call_us, us_per_byte = fit_line(sizes, alone_us)
     gbps = 1e-3 / us_per_byte
     whole = partial(copy, block_bytes)
     return CopyCost(
@@ -195,14 +195,14 @@ def calibrate_sharing(
     return max(1.0, statistics.median(factors))
 
 
-def _line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:
-    """(fixed us, us per byte), both non-negative, by relative least squares."""
+def fit_line(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:
+    """(fixed us, us per unit of size), both non-negative, by relative least squares."""
     times = np.asarray(times_us)
     terms = np.array([(1.0, size) for size in sizes]) / times[:, None]
-    fixed_us, us_per_byte = np.linalg.lstsq(terms, np.ones(len(times)), rcond=None)[0]
-    if fixed_us < 0 or us_per_byte <= 0:
+    fixed_us, us_per_unit = np.linalg.lstsq(terms, np.ones(len(times)), rcond=None)[0]
+    if fixed_us < 0 or us_per_unit <= 0:
         return 0.0, float(times[-1] / sizes[-1])
-    return float(fixed_us), float(us_per_byte)
+    return float(fixed_us), float(us_per_unit)
 
 
 @contextmanager

@@ -66,6 +66,9 @@ class CostModel:
     and the dense part take while a copy runs. While CPU, GPU and a copy all run, either side takes
     `both_shared_factor` times what it does without the copy: less than the two factors say, for
     there is no third core to lose; None: each side's own factor, as with a GPU.
+
+    `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
+    another way to compute it is faster from there on; None where there is none.
     """
 
     cpu: SideCost
@@ -80,6 +83,8 @@ class CostModel:
     gpu_shared_factor: float = 1.0
     dense_shared_factor: float = 1.0
     both_shared_factor: float | None = None
+    cpu_many: SideCost | None = None
+    cpu_many_tokens: int = 0
 
     def __post_init__(self) -> None:
         assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
@@ -87,6 +92,21 @@ class CostModel:
         assert self.gpu_shared_factor >= 1 and self.dense_shared_factor >= 1, self
         assert self.both_shared_factor is None or self.both_shared_factor >= 1, self
         assert self.block_bytes > 0, self
+
+    def cpu_us(self, counts: Sequence[int]) -> float:
+        """Return the time of the CPU's call over experts with so many tokens each, in us."""
+        many = [n for n in counts if self._is_many(n)]
+        return self._cpu_us(len(counts), sum(counts), len(many), sum(many))
+
+    def _is_many(self, n_tokens: int) -> bool:
+        return self.cpu_many is not None and n_tokens >= self.cpu_many_tokens
+
+    def _cpu_us(self, n_experts: int, n_tokens: int, n_many: int, many_tokens: int) -> float:
+        """`n_many` of the experts, with `many_tokens` of the tokens, have many each."""
+        total_us = self.cpu.us(n_experts - n_many, n_tokens - many_tokens)
+        if self.cpu_many is not None:
+            total_us += self.cpu_many.us(n_many, many_tokens)
+        return total_us
 
     def copy_us(self, shared: bool) -> float:
         """Return the time to copy one expert in us; `shared`: while the CPU computes experts."""
@@ -192,13 +212,18 @@ class CostModel:
         """The fastest split; experts are numbered through `held`, then `rest`."""
         order = sorted(range(len(rest)), key=lambda i: -rest[i])
         n_held, gpu_tokens, cpu_tokens = len(held), sum(held), sum(rest)
+        many = [n for n in rest if self._is_many(n)]
+        n_many, many_tokens = len(many), sum(many)  # of those left to the CPU
         backlog = backlog_us / self.copy_us(shared=True)
         best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
         for n in range(len(rest) + 1):
             last = rest[order[n - 1]] if n else 0
             gpu_tokens += last
             cpu_tokens -= last
-            cpu_us, copies_us = self.overlap_us(self.cpu.us(len(rest) - n, cpu_tokens), backlog + n)
+            if n and self._is_many(last):
+                n_many, many_tokens = n_many - 1, many_tokens - last
+            cpu_us = self._cpu_us(len(rest) - n, cpu_tokens, n_many, many_tokens)
+            cpu_us, copies_us = self.overlap_us(cpu_us, backlog + n)
             gpu_us = self.gpu.us(n_held + n, gpu_tokens)
             cpu_us, gpu_us = self.compute_us(cpu_us, gpu_us)
             if n:  # double-buffered: only the last copy's arithmetic is not hidden
@@ -227,7 +252,8 @@ class CostModel:
         """
         try:
             fields = json.loads(text)
-            fields.update({side: SideCost(**fields[side]) for side in ("cpu", "gpu")})
+            sides = [side for side in ("cpu", "gpu", "cpu_many") if fields.get(side) is not None]
+            fields.update({side: SideCost(**fields[side]) for side in sides})
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             raise UserError(

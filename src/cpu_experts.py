@@ -1,12 +1,13 @@
 """One layer's experts on the CPU: our kernels over the blocks as they lie in memory, or torch.
 
 The kernels (`cpu_experts/`) read every block once for all tokens of a call: a pass over gate and up
-rows with the activation, one barrier, a pass over down rows with the routing weights.
+rows with the activation, one barrier, a pass over down rows with the routing weights. Experts with
+many tokens may go to oneDNN instead (`onednn_experts.py`).
 """
 
 from __future__ import annotations
 
-import ctypes
+import copy
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ from cpu_kernels import (
     supported_isas,
 )
 from expert_format import Activation, BlockLayout
+from onednn_experts import OnednnExperts, block_at, find_crowd
 from torch_experts import experts_forward
 
 
@@ -32,6 +34,9 @@ class CpuExperts:
     in fp32 between the two passes. `kernel`, `isa` and `affinity` are as in `load_kernels`.
     Accumulates in fp32 and gives the same bits for the same arguments and instruction set. Calls
     are thread-safe and release the GIL while they compute.
+
+    `onednn_tokens`: an expert with so many tokens or more goes through oneDNN; None, as at first,
+    for none. Set it only where `suits_onednn`, to what a measurement found.
     """
 
     def __init__(
@@ -50,12 +55,31 @@ class CpuExperts:
         self.activation = activation
         self.act_module = act_module
         self.kernels = load_kernels(kernel, isa, affinity)
+        self.onednn_tokens: int | None = None
         self._layer = _layer_arguments(layout, activation)
+        self._is_free = kernel == "auto" and isa == "auto"
 
     @property
     def description(self) -> str:
         """What computes, for people: "native avx2, 2 threads" or "torch"."""
         return self.kernels.description if self.kernels else "torch"
+
+    @property
+    def suits_onednn(self) -> bool:
+        """Whether experts may go through oneDNN: bf16 blocks, no kernel or instruction set forced,
+        and as many threads for torch as for the kernels, which share one pool."""
+        return (
+            self._is_free
+            and self.kernels is not None
+            and self.layout.weight_format == "bf16"
+            and torch.get_num_threads() == self.kernels.threads
+        )
+
+    def with_onednn(self, n_tokens: int | None) -> CpuExperts:
+        """The same experts with another `onednn_tokens`."""
+        other = copy.copy(self)
+        other.onednn_tokens = n_tokens
+        return other
 
     def run(
         self,
@@ -78,6 +102,32 @@ class CpuExperts:
         if self.kernels is None:
             self._run_torch(hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out)
             return
+        # fp32 activations keep the kernels' exact product.
+        limit = self.onednn_tokens
+        if limit is None or hidden.dtype != torch.bfloat16 or top_k_index.numel() < limit:
+            self._run_kernels(hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out)
+            return
+        crowd = find_crowd(top_k_index, on_cpu, limit)
+        if crowd.bounds:
+            on_cpu = on_cpu.clone()
+            on_cpu[list(crowd.bounds)] = 0
+        self._run_kernels(hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out)
+        assert self.kernels is not None
+        module = self.act_module if self.activation.kind == "module" else None
+        OnednnExperts(self.layout, self._layer, module, self.kernels).add(
+            crowd, hidden, block_pointers, top_k_weights, out
+        )
+
+    def _run_kernels(
+        self,
+        hidden: Tensor,
+        block_pointers: Tensor,
+        on_cpu: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        out: Tensor,
+    ) -> None:
+        assert self.kernels is not None
         tokens = TokenArguments(
             hidden=hidden.data_ptr(),
             hidden_is_bf16=hidden.dtype == torch.bfloat16,
@@ -108,7 +158,7 @@ class CpuExperts:
     ) -> None:
         chosen = set(top_k_index.flatten().tolist())
         blocks = {
-            expert: _block_at(pointer, self.layout.block_bytes)
+            expert: block_at(pointer, self.layout.block_bytes)
             for expert, (pointer, here) in enumerate(
                 zip(block_pointers.tolist(), on_cpu.tolist(), strict=True)
             )
@@ -173,8 +223,3 @@ def _check_arguments(
     assert out.dtype == torch.float32 and out.shape == hidden.shape
     for tensor in (hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out):
         assert tensor.is_contiguous() and tensor.device.type == "cpu"
-
-
-def _block_at(address: int, block_bytes: int) -> Tensor:
-    """A view of the block's memory, which the caller keeps alive."""
-    return torch.frombuffer((ctypes.c_uint8 * block_bytes).from_address(address), dtype=torch.uint8)

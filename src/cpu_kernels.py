@@ -117,6 +117,11 @@ _SIGNATURES: Final = {
     "cpux_count_pairs": (_LONG, (_TOKENS,)),
     "cpux_first": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER)),
     "cpux_second": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER, _POINTER)),
+    "cpux_activate": (_INT, (_LAYER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER)),
+    "cpux_add": (
+        _INT,
+        (_LAYER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER),
+    ),
     "cpux_linear": (
         _INT,
         (ctypes.POINTER(MatrixArguments), _POINTER, _INT, _LONG, _INT, _INT, _POINTER),
@@ -166,6 +171,44 @@ class CpuKernels:
         self._check(
             self.library.cpux_second(
                 layer, tokens, self.isa_code, self.threads, middle.data_ptr(), out.data_ptr()
+            )
+        )
+
+    def activate(self, layer: LayerArguments, block: int, first: Tensor, middle: Tensor) -> None:
+        """`middle` bf16 [n, I] from `first` bf16 [n, R] and the biases of the block at `block`."""
+        self._check(
+            self.library.cpux_activate(
+                layer,
+                block,
+                first.data_ptr(),
+                first.shape[0],
+                self.isa_code,
+                self.threads,
+                middle.data_ptr(),
+            )
+        )
+
+    def add(
+        self,
+        layer: LayerArguments,
+        block: int,
+        y: Tensor,
+        token: Tensor,
+        weight: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Add `weight` fp32 [n] * (`y` bf16 [n, H] + bias) to rows `token` int64 [n] of `out`."""
+        self._check(
+            self.library.cpux_add(
+                layer,
+                block,
+                y.data_ptr(),
+                token.data_ptr(),
+                weight.data_ptr(),
+                y.shape[0],
+                self.isa_code,
+                self.threads,
+                out.data_ptr(),
             )
         )
 

@@ -19,7 +19,9 @@ class CpuLinear(nn.Module):
 
     `weight` is bf16 or fp32 [out, in], or None when `packed` (uint8) and `scale` (float16) hold
     int8 or int4 tiles (`quantization.py`). x is bf16 or fp32 of any leading dimensions; int8 and
-    int4 quantise it to int8 in groups of 32. Where no kernel runs, torch computes the same.
+    int4 quantise it to int8 in groups of 32. Where no kernel runs, torch computes the same, and in
+    bf16 from `onednn_tokens` rows of x on; None, as at first, for never. Set it only where
+    `suits_onednn`, to what a measurement found.
     """
 
     weight: nn.Parameter | None
@@ -38,8 +40,11 @@ class CpuLinear(nn.Module):
         bits: int | None,
         bias: nn.Parameter | None,
         kernels: CpuKernels | None,
+        suits_onednn: bool = False,
     ) -> None:
         super().__init__()
+        self.suits_onednn = suits_onednn
+        self.onednn_tokens: int | None = None
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
@@ -58,6 +63,7 @@ class CpuLinear(nn.Module):
             raise ValueError(
                 f"expected a contiguous bf16 or fp32 weight, got {linear.weight.dtype}"
             )
+        kernels = load_kernels(kernel, isa)
         return CpuLinear(
             linear.in_features,
             linear.out_features,
@@ -66,7 +72,13 @@ class CpuLinear(nn.Module):
             scale=None,
             bits=None,
             bias=None if linear.bias is None else _parameter(linear.bias),
-            kernels=load_kernels(kernel, isa),
+            kernels=kernels,
+            suits_onednn=(
+                (kernel, isa) == ("auto", "auto")
+                and kernels is not None
+                and linear.weight.dtype == torch.bfloat16
+                and torch.get_num_threads() == kernels.threads
+            ),
         )
 
     @staticmethod
@@ -97,7 +109,12 @@ class CpuLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernels is None or x.dtype not in _FORMAT_OF_DTYPE or x.device.type != "cpu":
+        if (
+            self.kernels is None
+            or x.dtype not in _FORMAT_OF_DTYPE
+            or x.device.type != "cpu"
+            or self._is_for_onednn(x)
+        ):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self._dense_weight(x.dtype), bias)
         rows = x.detach().reshape(-1, self.in_features).contiguous()
@@ -106,6 +123,11 @@ class CpuLinear(nn.Module):
         fp32_bias = None if self.bias is None else self.bias.detach().float().contiguous()
         self.kernels.linear(self._matrix(fp32_bias), rows, y)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _is_for_onednn(self, x: Tensor) -> bool:
+        if self.onednn_tokens is None or x.dtype != torch.bfloat16:
+            return False
+        return x.numel() >= self.onednn_tokens * self.in_features
 
     def extra_repr(self) -> str:
         kind = f"int{self.bits}" if self.bits else str(self._plain_weight().dtype)

@@ -32,12 +32,15 @@ from model_loader import (
     MoeSite,
     PreparedModel,
     build_skeleton,
+    distinct_linears,
     find_moe_sites,
     install_experts,
+    onednn_linears,
     use_cpu_kernels,
 )
 from moe_dispatcher import MoeDispatcher, MoeExperts
 from nvtx_ranges import NvtxRanges
+from onednn_choice import CROSSOVER_TOKENS, OnednnChoice, has_bf16_products
 from preflight import kv_cache_bytes, make_budget
 from recorder import NullRecorder, Recorder
 from traces import read_trace
@@ -49,7 +52,8 @@ _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known y
 class Engine:
     """A loaded model and everything that serves it. Close it, or use it as a context manager.
 
-    `notes` are lines for the user: what was degraded, chosen or emulated.
+    `notes` are lines for the user: what was degraded, chosen or emulated. Our kernels compute the
+    CPU's part until a calibration has shown that torch's oneDNN is faster for many tokens.
     """
 
     model: PreTrainedModel
@@ -87,10 +91,12 @@ class Engine:
                 self.device,
                 self.decode_step,
                 self.notes,
+                distinct_linears(onednn_linears(self.model)),
             )
             self.dispatcher.accelerator, self.costs = build_accelerator(
                 workbench, options, self.kv_bytes
             )
+            self.use_onednn(self.costs.onednn)
 
     def calibrate(self, again: bool = False, rounds: int = ROUNDS) -> None:
         """Know the machine's costs: measured once, then from disk; `again` measures anew.
@@ -109,12 +115,31 @@ class Engine:
                     read_hardware(gpu_uuid=self.gpu_uuid),
                     dtype=self.source.dtype,
                     dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+                    linears=distinct_linears(onednn_linears(self.model)),
                     emulate_pcie_gbps=self.emulate_pcie_gbps,
                     remeasure=again,
                     rounds=rounds,
                 )
             if accelerator is not None and accelerator.costs is not None:
                 accelerator.costs = self.costs.model  # what its plans go by
+            self.use_onednn(self.costs.onednn)
+
+    def calibrate_for(self, prompt_tokens: int) -> None:
+        """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
+        is_possible = self.cpu.suits_onednn or onednn_linears(self.model)
+        if (
+            prompt_tokens >= max(CROSSOVER_TOKENS)
+            and is_possible
+            and has_bf16_products(read_hardware(gpu_uuid=self.gpu_uuid).isa)
+        ):
+            self.calibrate()
+
+    def use_onednn(self, choice: OnednnChoice) -> None:
+        """Let oneDNN compute what it was measured to compute faster."""
+        for experts in self.dispatcher.cpu:
+            experts.onednn_tokens = choice.expert_tokens if experts.suits_onednn else None
+        for linear in onednn_linears(self.model):
+            linear.onednn_tokens = choice.dense_tokens
 
     def decode_step(self) -> None:
         """One decode step with every expert left out: what all the rest costs."""
@@ -135,6 +160,8 @@ class Engine:
         lines = list(self.notes)
         if self.costs is not None and self.costs.note is not None:
             lines.append(self.costs.note)
+        if self.costs is not None:
+            lines += self.costs.onednn.notes()
         if self.accelerator is not None:
             lines += self.accelerator.notes()
         return lines

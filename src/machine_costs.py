@@ -6,8 +6,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from math import isfinite
 from statistics import median
@@ -29,33 +29,38 @@ from calibration import (
 )
 from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
+from cpu_linear import CpuLinear
 from errors import UserError
 from expert_fetcher import ExpertFetcher, make_fetcher
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 from hardware import Hardware
+from onednn_choice import OnednnChoice, compare_dense, has_bf16_products, measure_crossover
 from recorder import Recorder
 from steadiness import QuietWatch, Steadiness
 
 _STEP_BUDGET_S = 0.3
 _READ_BYTES = 1 << 29  # several times any last-level cache
 _READS = 5
+_CROSSOVER_BYTES = 1 << 26  # of experts that the kernels and oneDNN are compared on
 
 
 @dataclass(frozen=True)
 class MachineCosts:
-    """The cost model, the plain-read bandwidth the CPU kernels are held against, and how quiet
-    the machine was while both were measured."""
+    """The cost model, the plain-read bandwidth the CPU kernels are held against, how quiet the
+    machine was while both were measured, and where oneDNN is faster than the kernels."""
 
     model: CostModel
     read_gbps: float
     steadiness: Steadiness
+    onednn: OnednnChoice = field(default_factory=OnednnChoice)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "read_gbps": self.read_gbps,
             "steadiness": asdict(self.steadiness),
             "costs": asdict(self.model),
+            "onednn": self.onednn.to_json(),
         }
 
     @property
@@ -79,6 +84,7 @@ class MachineCosts:
             f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, "
             f"{100 * expert_gbps / self.read_gbps:.0f}% of plain read), "
             f"each further token {_time(costs.cpu.token_us)}, a call {_time(costs.cpu.call_us)}",
+            *self.onednn.describe(),
             f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}",
         ]
         if isfinite(costs.gpu.expert_us):
@@ -120,6 +126,7 @@ def machine_costs(
     *,
     dtype: torch.dtype,
     dense: str,
+    linears: Sequence[CpuLinear] = (),
     emulate_pcie_gbps: float | None = None,
     cache: CalibrationCache | None = None,
     remeasure: bool = False,
@@ -130,7 +137,8 @@ def machine_costs(
     `decode_step` runs one decode step with every expert left out, for the cost of the rest. The
     calibration is keyed by the hardware, the block's layout, what computes it, the `dense` part's
     description and the emulated link; one taken on a busy machine is not kept. Without `gpu` its
-    costs and the copies' are infinite: nothing is ever sent there.
+    costs and the copies' are infinite: nothing is ever sent there. `linears` are one layer's that
+    oneDNN may compute.
     """
     cache = cache or CalibrationCache()
     layout = store.layouts[0]
@@ -139,12 +147,13 @@ def machine_costs(
         "n_layers": store.n_layers,
         "n_experts": store.n_experts[0],
         "cpu": cpu.description,
+        "onednn": [cpu.suits_onednn, len(linears), torch.__version__],
         "gpu": None if gpu is None else gpu.description,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype),
         "dense": dense,
         "emulate_pcie_gbps": emulate_pcie_gbps,
-        "measured": [field.name for field in fields(CostModel)],  # another version's is another
+        "measured": [each.name for each in fields(CostModel)],  # another version's is another
     }
     known = None if remeasure else cache.load(hardware.key(), shape)
     if known is not None:
@@ -154,7 +163,10 @@ def machine_costs(
             pass  # written by another version: measured anew
     if sys.stderr.isatty():
         print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
-    costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps, rounds)
+    kernels_alone = cpu.with_onednn(None)
+    costs = _measure(store, kernels_alone, gpu, decode_step, dtype, emulate_pcie_gbps, rounds)
+    if has_bf16_products(hardware.isa):
+        costs = _compare_onednn(costs, store, kernels_alone, linears, dtype)
     if costs.steadiness.is_quiet:  # 30 days of another program's noise are worse than none
         cache.store(hardware.key(), shape, costs.to_json())
     return costs
@@ -186,6 +198,7 @@ def _from_json(data: Mapping[str, Any]) -> MachineCosts:
         CostModel.from_json(json.dumps(data["costs"])),
         float(data["read_gbps"]),
         Steadiness(**data["steadiness"]),
+        OnednnChoice.from_json(data["onednn"]),
     )
 
 
@@ -291,6 +304,30 @@ def _dense_step_us(decode_step: Callable[[], None], experts: Callable[[], None])
         total_s += time.perf_counter() - started_s
         steps += 1
     return total_s / steps * 1e6
+
+
+def _compare_onednn(
+    costs: MachineCosts,
+    store: ExpertStore,
+    cpu: CpuExperts,
+    linears: Sequence[CpuLinear],
+    dtype: torch.dtype,
+) -> MachineCosts:
+    """`costs` with what oneDNN is worth, for the parts that it may compute."""
+    layout = store.layouts[0]
+    n_experts = min(max(1, _CROSSOVER_BYTES // layout.block_bytes), store.n_experts[0])
+    crossover = None
+    if cpu.suits_onednn and dtype == torch.bfloat16:
+        by_kernels = _cpu_runner(store, cpu, dtype)
+        by_onednn = _cpu_runner(store, cpu.with_onednn(1), dtype)
+        crossover = measure_crossover(
+            lambda n: by_kernels((n,) * n_experts), lambda n: by_onednn((n,) * n_experts)
+        )
+    choice = OnednnChoice(crossover, compare_dense(linears), n_experts)
+    model = replace(
+        costs.model, cpu_many=choice.expert_cost, cpu_many_tokens=choice.expert_tokens or 0
+    )
+    return replace(costs, model=model, onednn=choice)
 
 
 def _read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:

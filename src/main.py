@@ -118,6 +118,8 @@ def run(
             _say(note)
         if config.output.record:
             engine.calibrate()
+        else:
+            engine.calibrate_for(max(len(ids) for ids in prompts))
         started_unix_s = time.time()
         gpu_sensors = NvmlReader(engine.gpu_uuid) if engine.device.type == "cuda" else None
         sampler = SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors)
@@ -170,7 +172,7 @@ def show_calibration(config: Config) -> None:
             *engine.costs.describe(),
             *engine.run_notes(),
         ]
-    print("\n".join(lines))
+    print("\n".join(dict.fromkeys(lines)))  # what is in use is a note as well
 
 
 def calibration_options(options: ModelOptions) -> ModelOptions:

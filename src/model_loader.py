@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -247,6 +247,24 @@ def use_cpu_kernels(model: PreTrainedModel, kernel: KernelChoice, isa: str) -> i
             install_experts(model, path, linear)
             replaced += 1
     return replaced
+
+
+def onednn_linears(model: PreTrainedModel) -> list[CpuLinear]:
+    """The linears that oneDNN may compute for many tokens; the head sees one token a prompt."""
+    head = model.get_output_embeddings()
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, CpuLinear) and module.suits_onednn and module is not head
+    ]
+
+
+def distinct_linears(linears: Iterable[CpuLinear]) -> list[CpuLinear]:
+    """The first of each shape: what one layer has, or near it."""
+    by_shape: dict[tuple[int, int], CpuLinear] = {}
+    for linear in linears:
+        by_shape.setdefault((linear.out_features, linear.in_features), linear)
+    return list(by_shape.values())
 
 
 def _filler(dtype: torch.dtype) -> float | int:

@@ -61,7 +61,7 @@ class MoeDispatcher:
         self.accelerator = accelerator
         self.prompt: int | None = None
         self.forced_routing: ForcedRouting | None = None
-        self._cpu = cpu
+        self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
         self._decode = False
@@ -161,7 +161,7 @@ class MoeDispatcher:
         host_hidden, host_index, host_weights, *guessed = self._handoff.to_host(hidden, *routing)
         step = LayerStep(
             store=self.store,
-            cpu=self._cpu[layer],
+            cpu=self.cpu[layer],
             handoff=self._handoff,
             layer=layer,
             hidden=hidden,

@@ -4,6 +4,8 @@ The bound is elementwise and follows the arithmetic. u = 2^-24 is fp32's unit ro
 products in any order errs by at most (n + 3) u times the sum of their magnitudes. On top:
 - bf16 panels (AVX512-BF16) round the middle to bf16, half a unit of 2^-8, and take subnormals as
   zero;
+- products through oneDNN round what they give, gate_up's and down's, to bf16 as well, before the
+  bias, and the middle as above;
 - int8 and int4 round activations to 127 levels of their group's largest, so by at most
   largest / 254, and groups below 1e-30 to zero. Weights are the block's own, dequantised.
 An activation passes an error on times its Lipschitz constant (1.13 for silu and the gelus) and adds
@@ -154,10 +156,17 @@ def input_error(layout: BlockLayout, x: Tensor) -> Tensor:
 
 
 def expected(
-    layer: Layer, routed: Routed, activation: Activation, *, bf16_panels: bool = False
+    layer: Layer,
+    routed: Routed,
+    activation: Activation,
+    *,
+    bf16_panels: bool = False,
+    onednn: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output [T, H] in float64, and the elementwise bound on a kernel's error."""
     layout = layer.layout
+    rounding = 2.0**-8 if onednn else 0.0
+    bf16_panels = bf16_panels or onednn
     x = routed.hidden.double()
     out, bound = torch.zeros_like(x), torch.zeros_like(x)
     zero = torch.zeros(1, dtype=torch.float64)
@@ -172,6 +181,7 @@ def expected(
         error = matrix_error(
             weights["gate_up"], x[tokens], input_error(layout, x[tokens]), flush=bf16_panels
         )
+        error = error + rounding * ((first - first_bias).abs() + error)
         error = error + U * (first.abs() + first_bias.abs())
         act, up, slope = activate(first, activation, layout.has_gate)
         gate_error, up_error = error.chunk(2, -1) if layout.has_gate else (error, 0 * error)
@@ -189,6 +199,7 @@ def expected(
         down_bias = weights.get("down_bias", zero)
         y = middle @ weights["down"].T + down_bias
         y_error = matrix_error(weights["down"], middle, middle_error, flush=bf16_panels)
+        y_error = y_error + rounding * ((y - down_bias).abs() + y_error)
         y_error = y_error + U * (y.abs() + down_bias.abs())
         share = routed.weight[tokens, position, None].double()
         out.index_add_(0, tokens, share * y)

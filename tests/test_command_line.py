@@ -138,9 +138,15 @@ def test_hidden_responses_stay_hidden(
 
 
 def test_without_recording_only_the_summary_is_left(
-    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    prompts: list[int] = []
+    monkeypatch.setattr(Engine, "calibrate_for", lambda _, n_tokens: prompts.append(n_tokens))
     run("--model-path", model, "--prompt", "Hi", "--raw-prompt", "--max-tokens", 3, "--no-record")
+    assert len(prompts) == 1 and prompts[0] > 0  # a long one may be worth a calibration
     out = capsys.readouterr().out
     assert "TOKEN GENERATION:\ntoken count: 2\n" in out
     assert "Cache hit" not in out, "nothing counted the hits, and 0.0 would be a lie"

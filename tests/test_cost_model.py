@@ -141,6 +141,36 @@ def test_prefill_split_is_within_a_gpu_call_of_the_best_of_all(counts, cached, g
     assert split.us <= best_us + cost.gpu.us(1, max(counts)) + 1e-6
 
 
+def test_experts_with_many_tokens_cost_what_onednn_takes():
+    cost = replace(COST, cpu_many=SideCost(0, 500, 30), cpu_many_tokens=64)
+    assert cost.cpu_us([3, 63]) == COST.cpu.us(2, 66) == COST.cpu_us([3, 63])
+    assert cost.cpu_us([64]) == 500 + 64 * 30
+    assert cost.cpu_us([3, 64, 100]) == COST.cpu.us(1, 3) + 2 * 500 + 164 * 30
+    # 200 tokens: more by the kernels than a slow copy and the GPU take, less by oneDNN.
+    cost = replace(cost, copy_call_us=8000.0)
+    assert cost.split_prefill([200], cached=()).cpu_experts == (0,)
+    assert replace(cost, cpu_many=None).split_prefill([200], cached=()).gpu_experts == (0,)
+
+
+@given(
+    counts=st.lists(st.integers(0, 90), min_size=1, max_size=9),
+    limit=st.integers(1, 70),
+    gbps=st.sampled_from([1.0, 10.0, 300.0]),
+)
+def test_a_split_counts_each_expert_left_to_the_cpu_by_its_own_cost(counts, limit, gbps):
+    cost = replace(
+        COST,
+        copy_gbps=gbps,
+        copy_gbps_shared=gbps,
+        cpu_many=SideCost(0, 500, 30),
+        cpu_many_tokens=limit,
+    )
+    split = cost.split_prefill(counts, cached=())
+    cpu_us = cost.cpu_us([counts[e] for e in split.cpu_experts])
+    assert split.cpu_us == pytest.approx(cost.overlap_us(cpu_us, split.n_copies)[0])
+    assert CostModel.from_json(cost.to_json()) == cost
+
+
 @pytest.mark.parametrize(
     ("gbps", "backlog_us", "misses", "expected"),
     [

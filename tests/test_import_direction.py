@@ -28,10 +28,13 @@ LEVELS: dict[int, frozenset[str]] = {
             "accelerator model_loader machine_costs preflight tokenization generation "
             "xformers_attention preparation"
         ),
-        5: "gpu_experts dense_plan companion_files output_folder simulator_arguments",
+        5: (
+            "gpu_experts cpu_experts onednn_choice dense_plan companion_files output_folder "
+            "simulator_arguments"
+        ),
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
-            "cpu_experts cpu_linear cpu_attention source_checkpoint autotune sweep paper "
+            "onednn_experts cpu_linear cpu_attention source_checkpoint autotune sweep paper "
             "comparison_figures destinations"
         ),
         3: (

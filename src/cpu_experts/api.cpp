@@ -100,6 +100,21 @@ int cpux_second(const cpux_layer* layer, const cpux_tokens* tokens, int isa, int
       isa, [&](const Kernels& k) { run_second(k, *layer, *tokens, threads, middle, out); });
 }
 
+int cpux_activate(const cpux_layer* layer, const void* block, const void* first, int64_t n, int isa,
+                  int threads, void* middle) {
+  return guarded(isa, [&](const Kernels& k) {
+    run_activate(k, *layer, block, static_cast<const uint16_t*>(first), n, threads,
+                 static_cast<uint16_t*>(middle));
+  });
+}
+
+int cpux_add(const cpux_layer* layer, const void* block, const void* y, const int64_t* token,
+             const float* weight, int64_t n, int isa, int threads, float* out) {
+  return guarded(isa, [&](const Kernels& k) {
+    run_add(k, *layer, block, static_cast<const uint16_t*>(y), token, weight, n, threads, out);
+  });
+}
+
 int cpux_linear(const cpux_matrix* matrix, const void* x, int is_bf16, int64_t n_tokens, int isa,
                 int threads, void* y) {
   return guarded(isa, [&](const Kernels& k) {

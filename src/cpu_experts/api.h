@@ -47,6 +47,16 @@ CPUX_EXPORT int cpux_first(const cpux_layer* layer, const cpux_tokens* tokens, i
 CPUX_EXPORT int cpux_second(const cpux_layer* layer, const cpux_tokens* tokens, int isa,
                             int threads, const float* middle, float* out);
 
+// The steps around one expert's products, for a caller that multiplies in bf16 itself; n tokens of
+// the expert whose block is given. Biases and activation are in fp32.
+// middle [n, I] bf16 = activation of first + bias; first [n, R] bf16 = gate_up @ hidden
+CPUX_EXPORT int cpux_activate(const cpux_layer* layer, const void* block, const void* first,
+                              int64_t n, int isa, int threads, void* middle);
+// out [T, H] fp32: row token[i] += weight[i] * (y[i] + bias); y [n, H] bf16 = down @ middle
+CPUX_EXPORT int cpux_add(const cpux_layer* layer, const void* block, const void* y,
+                         const int64_t* token, const float* weight, int64_t n, int isa, int threads,
+                         float* out);
+
 // One matrix: y [T, rows] = x [T, cols] @ w^T + bias, x and y both bf16 or both fp32; bias fp32
 // [rows] or null; scale null for fp32 and bf16 weights.
 struct cpux_matrix {

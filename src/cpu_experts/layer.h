@@ -1,4 +1,5 @@
-// The entry points of layer.cpp, linear.cpp and attention.cpp; see api.h for shapes. They throw std::bad_alloc.
+// The entry points of layer.cpp, around.cpp, linear.cpp and attention.cpp; see api.h for shapes. They
+// throw std::bad_alloc.
 #pragma once
 
 #include "api.h"
@@ -12,6 +13,10 @@ void run_first(const Kernels& kernels, const cpux_layer& layer, const cpux_token
                int threads, float* first);
 void run_second(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
                 int threads, const float* middle, float* out);
+void run_activate(const Kernels& kernels, const cpux_layer& layer, const void* block,
+                  const uint16_t* first, int64_t n, int threads, uint16_t* middle);
+void run_add(const Kernels& kernels, const cpux_layer& layer, const void* block, const uint16_t* y,
+             const int64_t* token, const float* weight, int64_t n, int threads, float* out);
 void run_linear(const Kernels& kernels, const cpux_matrix& matrix, const void* x, bool is_bf16,
                 int64_t n_tokens, int threads, void* y);
 void run_attention(const Kernels& kernels, const cpux_attention& attention, int threads, void* out);
