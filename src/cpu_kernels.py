@@ -148,7 +148,7 @@ class CpuKernels:
         return f"native {self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def run(self, layer: LayerArguments, tokens: TokenArguments, out: Tensor) -> None:
-        self._check(
+        self.check(
             self.library.cpux_run(layer, tokens, self.isa_code, self.threads, out.data_ptr())
         )
 
@@ -156,26 +156,26 @@ class CpuKernels:
         return int(self.library.cpux_count_pairs(tokens))
 
     def first(self, layer: LayerArguments, tokens: TokenArguments, first: Tensor) -> None:
-        self._check(
+        self.check(
             self.library.cpux_first(layer, tokens, self.isa_code, self.threads, first.data_ptr())
         )
 
     def second(
         self, layer: LayerArguments, tokens: TokenArguments, middle: Tensor, out: Tensor
     ) -> None:
-        self._check(
+        self.check(
             self.library.cpux_second(
                 layer, tokens, self.isa_code, self.threads, middle.data_ptr(), out.data_ptr()
             )
         )
 
-    def linear(self, matrix: MatrixArguments, x: Tensor, y: Tensor) -> None:
-        self._check(
+    def linear(self, matrix: MatrixArguments, x: Tensor, n_tokens: int, y: Tensor) -> None:
+        self.check(
             self.library.cpux_linear(
                 matrix,
                 x.data_ptr(),
                 x.dtype == torch.bfloat16,
-                x.shape[0],
+                n_tokens,
                 self.isa_code,
                 self.threads,
                 y.data_ptr(),
@@ -183,9 +183,7 @@ class CpuKernels:
         )
 
     def attend(self, attention: AttentionArguments, out: Tensor) -> None:
-        self._check(
-            self.library.cpux_attend(attention, self.isa_code, self.threads, out.data_ptr())
-        )
+        self.check(self.library.cpux_attend(attention, self.isa_code, self.threads, out.data_ptr()))
 
     def read_gbps(self, data: Tensor) -> float:
         """Bandwidth of one plain read of `data` (contiguous, much larger than the caches), GB/s."""
@@ -209,7 +207,8 @@ class CpuKernels:
             )
 
     @staticmethod
-    def _check(code: int) -> None:
+    def check(code: int) -> None:
+        """Raise what a code of api.h stands for."""
         if code == 1:
             raise MemoryError(f"CPU kernels: {_ERRORS[code]}")
         if code != 0:

@@ -32,7 +32,7 @@ class ExpertStore:
         self._registered: list[int] = []
         self._blocks: list[Tensor] = []
         for layout, count in zip(self.layouts, self.n_experts, strict=True):
-            mapping = mmap.mmap(-1, layout.block_bytes * count)
+            mapping = mmap.mmap(-1, layout.block_bytes * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them is slower, not wrong
                     mapping.madvise(mmap.MADV_HUGEPAGE)
