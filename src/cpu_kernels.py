@@ -153,7 +153,7 @@ class CpuKernels:
         return f"native {self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def run(self, layer: LayerArguments, tokens: TokenArguments, out: Tensor) -> None:
-        self._check(
+        self.check(
             self.library.cpux_run(layer, tokens, self.isa_code, self.threads, out.data_ptr())
         )
 
@@ -161,14 +161,14 @@ class CpuKernels:
         return int(self.library.cpux_count_pairs(tokens))
 
     def first(self, layer: LayerArguments, tokens: TokenArguments, first: Tensor) -> None:
-        self._check(
+        self.check(
             self.library.cpux_first(layer, tokens, self.isa_code, self.threads, first.data_ptr())
         )
 
     def second(
         self, layer: LayerArguments, tokens: TokenArguments, middle: Tensor, out: Tensor
     ) -> None:
-        self._check(
+        self.check(
             self.library.cpux_second(
                 layer, tokens, self.isa_code, self.threads, middle.data_ptr(), out.data_ptr()
             )
@@ -176,7 +176,7 @@ class CpuKernels:
 
     def activate(self, layer: LayerArguments, block: int, first: Tensor, middle: Tensor) -> None:
         """`middle` bf16 [n, I] from `first` bf16 [n, R] and the biases of the block at `block`."""
-        self._check(
+        self.check(
             self.library.cpux_activate(
                 layer,
                 block,
@@ -198,7 +198,7 @@ class CpuKernels:
         out: Tensor,
     ) -> None:
         """Add `weight` fp32 [n] * (`y` bf16 [n, H] + bias) to rows `token` int64 [n] of `out`."""
-        self._check(
+        self.check(
             self.library.cpux_add(
                 layer,
                 block,
@@ -212,13 +212,13 @@ class CpuKernels:
             )
         )
 
-    def linear(self, matrix: MatrixArguments, x: Tensor, y: Tensor) -> None:
-        self._check(
+    def linear(self, matrix: MatrixArguments, x: Tensor, n_tokens: int, y: Tensor) -> None:
+        self.check(
             self.library.cpux_linear(
                 matrix,
                 x.data_ptr(),
                 x.dtype == torch.bfloat16,
-                x.shape[0],
+                n_tokens,
                 self.isa_code,
                 self.threads,
                 y.data_ptr(),
@@ -226,9 +226,7 @@ class CpuKernels:
         )
 
     def attend(self, attention: AttentionArguments, out: Tensor) -> None:
-        self._check(
-            self.library.cpux_attend(attention, self.isa_code, self.threads, out.data_ptr())
-        )
+        self.check(self.library.cpux_attend(attention, self.isa_code, self.threads, out.data_ptr()))
 
     def read_gbps(self, data: Tensor) -> float:
         """Bandwidth of one plain read of `data` (contiguous, much larger than the caches), GB/s."""
@@ -252,7 +250,8 @@ class CpuKernels:
             )
 
     @staticmethod
-    def _check(code: int) -> None:
+    def check(code: int) -> None:
+        """Raise what a code of api.h stands for."""
         if code == 1:
             raise MemoryError(f"CPU kernels: {_ERRORS[code]}")
         if code != 0:

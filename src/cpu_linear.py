@@ -49,6 +49,7 @@ class CpuLinear(nn.Module):
         self.out_features = out_features
         self.bits = bits
         self.kernels = kernels
+        self._arguments: MatrixArguments | None = None
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.register_buffer("packed", packed)
@@ -117,12 +118,23 @@ class CpuLinear(nn.Module):
         ):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self._dense_weight(x.dtype), bias)
-        rows = x.detach().reshape(-1, self.in_features).contiguous()
-        y = torch.empty(rows.shape[0], self.out_features, dtype=x.dtype)
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        self.kernels.linear(self.arguments(), x, x.numel() // self.in_features, y)
+        return y
+
+    def arguments(self) -> MatrixArguments:
+        """What the kernels need, with the addresses of now: moving the layer may change them."""
+        weight = self._parameters["weight"] if self.bits is None else self._buffers["packed"]
+        assert weight is not None
+        arguments = self._arguments
+        if arguments is None or arguments.weight != weight.data_ptr():
+            arguments = self._arguments = self._matrix(None)
+        bias = self._parameters["bias"]
+        if bias is None:
+            return arguments
         # The kernels take an fp32 bias; the parameter keeps the model's own dtype.
-        fp32_bias = None if self.bias is None else self.bias.detach().float().contiguous()
-        self.kernels.linear(self._matrix(fp32_bias), rows, y)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self._matrix(bias.detach().float().contiguous())
 
     def _is_for_onednn(self, x: Tensor) -> bool:
         if self.onednn_tokens is None or x.dtype != torch.bfloat16:
@@ -138,7 +150,6 @@ class CpuLinear(nn.Module):
         return self.weight
 
     def _matrix(self, fp32_bias: Tensor | None) -> MatrixArguments:
-        # Addresses are read at each call: loading or moving the module may replace its tensors.
         bias = None if fp32_bias is None else fp32_bias.data_ptr()
         if self.packed is None:
             weight = self._plain_weight()
@@ -148,7 +159,9 @@ class CpuLinear(nn.Module):
             assert self.scale is not None and self.scale.dtype == torch.float16
             code = FORMAT_CODES[f"int{self.bits}"]
             address, scale = self.packed.data_ptr(), self.scale.data_ptr()
-        return MatrixArguments(code, self.out_features, self.in_features, address, scale, bias)
+        matrix = MatrixArguments(code, self.out_features, self.in_features, address, scale, bias)
+        matrix.fp32_bias = fp32_bias  # kept as long as its address
+        return matrix
 
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
         if self.packed is None:

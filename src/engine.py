@@ -257,7 +257,8 @@ def load_engine(
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
     if device.type == "cpu":
-        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa)
+        blocks = [site.block for site in sites]
+        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, blocks)
     else:
         refused = store.pin()
         notes.extend([refused] if refused else [])

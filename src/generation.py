@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from errors import UserError
+from kv_cache import make_cache
 
 StopReason = Literal["eos", "length", "context", "interrupted"]
 
@@ -104,13 +105,23 @@ def generate_batch(
     device = model.device
     records = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
     inputs, mask = _left_pad(prompts, device)
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    padded = len(set(map(len, prompts))) > 1
+    n_tokens = inputs.shape[1]
+    cache = {cache_argument(model): make_cache(model.config, n_tokens + max_tokens)}
     active = records
     started = time.perf_counter()
     for step in range(max_tokens):
         if on_pass is not None:
             on_pass([record.prompt for record in active])
-        logits = _forward(model, inputs, mask, cache)
+        # Without padding, the mask's sums and the look whether it masks anything are spared.
+        positions = (
+            _positions(mask, inputs)
+            if padded
+            else torch.arange(n_tokens - inputs.shape[1], n_tokens, device=device).expand(
+                inputs.shape
+            )
+        )
+        logits = _forward(model, inputs, mask if padded else None, positions, cache)
         tokens = sampler.choose(logits)
         if forced is not None:
             tokens = torch.full_like(tokens, forced[step])
@@ -138,7 +149,9 @@ def generate_batch(
             mask, tokens = mask[rows], tokens[rows]
             active = [active[row] for row in keep]
         inputs = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        n_tokens += 1
+        if padded:
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
 
 
 def _stop_reason(
@@ -168,10 +181,17 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def _positions(mask: Tensor, inputs: Tensor) -> Tensor:
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+
+
 def _forward(
-    model: PreTrainedModel, inputs: Tensor, mask: Tensor, cache: dict[str, DynamicCache]
+    model: PreTrainedModel,
+    inputs: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    cache: dict[str, DynamicCache],
 ) -> Tensor:
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
     output: Any = model(
         input_ids=inputs,
         attention_mask=mask,

@@ -126,6 +126,21 @@ int cpux_attend(const cpux_attention* attention, int isa, int threads, void* out
   return guarded(isa, [&](const Kernels& k) { run_attention(k, *attention, threads, out); });
 }
 
+int cpux_rms_norm(const cpux_norm* norm, const void* x, int is_bf16, int64_t n_rows, void* y) {
+  return guarded(0, [&](const Kernels&) { cpux::run_norm(*norm, x, is_bf16 != 0, n_rows, y); });
+}
+
+int cpux_route(const cpux_router* router, const void* x, int64_t n_tokens, int isa, int threads,
+               void* logits, void* scores, int64_t* index) {
+  return guarded(isa, [&](const Kernels& k) {
+    cpux::run_router(k, *router, x, n_tokens, threads, logits, scores, index);
+  });
+}
+
+int cpux_project(const cpux_heads* heads, const void* x, int isa, int threads, void* projected) {
+  return guarded(isa, [&](const Kernels& k) { cpux::run_heads(k, *heads, x, threads, projected); });
+}
+
 int cpux_n_isas(void) { return kIsaCount; }
 
 const char* cpux_isa_name(int isa) { return kIsas[isa].name; }

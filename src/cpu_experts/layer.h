@@ -1,5 +1,4 @@
-// The entry points of layer.cpp, around.cpp, linear.cpp and attention.cpp; see api.h for shapes. They
-// throw std::bad_alloc.
+// The entry points of the kernels' files; see api.h for shapes. They throw std::bad_alloc.
 #pragma once
 
 #include "api.h"
@@ -20,5 +19,10 @@ void run_add(const Kernels& kernels, const cpux_layer& layer, const void* block,
 void run_linear(const Kernels& kernels, const cpux_matrix& matrix, const void* x, bool is_bf16,
                 int64_t n_tokens, int threads, void* y);
 void run_attention(const Kernels& kernels, const cpux_attention& attention, int threads, void* out);
+void run_norm(const cpux_norm& norm, const void* x, bool is_bf16, int64_t n_rows, void* y);
+void run_router(const Kernels& kernels, const cpux_router& router, const void* x, int64_t n_tokens,
+                int threads, void* logits, void* scores, int64_t* index);
+void run_heads(const Kernels& kernels, const cpux_heads& heads, const void* x, int threads,
+               void* projected);
 
 }  // namespace cpux

@@ -1,0 +1,19 @@
+// RMSNorm, as norm.cpp computes it for itself and for heads.cpp.
+#pragma once
+
+#include "api.h"
+#include "product.h"
+
+namespace cpux {
+
+// How y follows from h = x / sqrt(mean(x^2) + epsilon), which is fp32; round() is to y's type.
+enum NormForm : int32_t {
+  kRoundThenWeight = 0,  // round(weight * round(h)): Llama and most others
+  kWeightThenRound = 1,  // round(weight * h)
+  kOnePlusWeight = 2,    // round((1 + weight) * h): Gemma
+};
+
+// One row: x fp32 [width], y [width]; scratch [width], may not be x. y may lie over x when fp32.
+void norm_row(const cpux_norm& norm, bool is_bf16, const float* x, float* scratch, void* y);
+
+}  // namespace cpux
