@@ -6,7 +6,7 @@ depends on the routing, the CPU and the bus at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -172,7 +172,7 @@ def first_tokens(trace: Trace, n_tokens: int) -> tuple[RoutingPass, ...]:
     return tuple(kept)
 
 
-def _speeds(passes: Sequence[RoutingPass], costs: CostModel) -> Callable[[int, int, str], float]:
+def _speeds(passes: Iterable[RoutingPass], costs: CostModel) -> Callable[[int, int, str], float]:
     def tokens_per_s(n_indexes: int, n_ways: int, policy: str) -> float:
         cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
         result = replay(passes, cache, timeline=Timeline(costs))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from belady import Belady, most_hits
 from expert_cache import ExpertCache
+from packed_routing import NEVER
 from replacement_policies import POLICIES, make_policy
 from replay import replay
 from sweep import BELADY, Setting, run_setting, sweep
@@ -78,6 +79,56 @@ def test_with_bypass_equals_exhaustive_search(steps, n_ways):
 def test_without_bypass_equals_exhaustive_search(steps, n_ways):
     passes = decode_passes(steps)
     assert hits_of(Belady(passes), passes, n_ways) == exhaustive(steps, n_ways, bypass=False)
+
+
+class PlainBelady(Belady):
+    """The same choice by walking through the passes that are left, one id after the other."""
+
+    def __init__(self, passes) -> None:
+        super().__init__(passes)
+        self.left = list(passes)
+
+    def begin_pass(self, one: RoutingPass) -> None:
+        assert self.left.pop(0) == one
+
+    def _next_use(self, slot: int) -> int:
+        layer, expert, place = slot // self._n_ways, self._expert[slot], 0
+        for one in self.left:
+            if one.phase == "decode":
+                for token in one.ids[layer]:
+                    for other in token:
+                        if other == expert:
+                            return place
+                        place += 1
+        return NEVER
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers=st.lists(
+        st.lists(distinct_pairs(n_experts=6, max_steps=3, top_k=2), min_size=12, max_size=12),
+        min_size=1,
+        max_size=3,
+    ),
+    shift=st.sampled_from([0, 254, 300]),
+    kinds=st.lists(st.sampled_from(["decode", "decode", "prefill"]), min_size=12, max_size=12),
+    n_ways=st.integers(1, 5),
+    quota=st.sampled_from([1, 3, UNLIMITED]),
+)
+def test_the_search_through_packed_ids_finds_what_a_walk_finds(layers, shift, kinds, n_ways, quota):
+    passes = []
+    for number, kind in enumerate(kinds):
+        n_tokens = min(len(of_layer[number]) for of_layer in layers)
+        ids = tuple(
+            tuple(tuple(e + shift for e in token) for token in of_layer[number][:n_tokens])
+            for of_layer in layers
+        )
+        passes.append(RoutingPass(kind, ids))
+    results = [
+        replay(passes, ExpertCache(len(layers), n_ways, policy), quota, keep_layers=True)
+        for policy in (Belady(passes), PlainBelady(passes))
+    ]
+    assert results[0] == results[1]
 
 
 def test_a_hand_worked_case():
