@@ -48,7 +48,8 @@ class ForcedRouting:
         source = self._decoded[layer] if self._decode else self._prompt[layer]
         start = self._next_token if self._decode else 0
         rows = torch.arange(start, start + index.shape[0]) % len(source)
-        return source[rows].to(index.device), torch.full_like(weights, 1 / index.shape[1])
+        ids = source[rows].to(index.device, non_blocking=True)  # small: the host need not wait
+        return ids, torch.full_like(weights, 1 / index.shape[1])
 
 
 def _by_layer(ids: list[tuple[tuple[tuple[int, ...], ...], ...]], n_layers: int) -> list[Tensor]:
