@@ -27,7 +27,7 @@ from workload import MIXTRAL_OVERLAP, even_workload
 SHAPES_PATH = Path(__file__).parent.parent / "benchmarks" / "shapes.yaml"
 _N_ROUTED_TOKENS = 512  # then the made routing repeats
 _N_TEMPLATES = 4  # distinct random experts; the others are copies, in memory of their own
-# Drawing a random number takes ten times as long as copying one. A prime: rows of one matrix differ.
+# Drawing a random number takes ten times as long as copying one. A prime, so that rows differ.
 _N_VALUES = 4_194_301
 _SCALE = 0.02  # standard deviation
 

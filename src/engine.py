@@ -80,6 +80,9 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
             self.dispatcher.accelerator = None
+            # Else what is allocated meanwhile may sit in the old slots' memory for good, and the
+            # new ones, one allocation, find no room beside it.
+            torch.cuda.empty_cache()
         self.emulate_pcie_gbps = options.emulate_pcie_gbps
         options = fitted_cache(options, self.source, self.notes)
         if options.wants_accelerator:

@@ -69,7 +69,8 @@ class ForcedRouting:
         source = self._decoded[layer] if self._decode else self._prompt[layer]
         start = self._next_token if self._decode else 0
         rows = torch.arange(start, start + index.shape[0]) % len(source)
-        return source[rows].long().to(index.device), torch.full_like(weights, 1 / index.shape[1])
+        ids = source[rows].long().to(index.device, non_blocking=True)  # small: no need to wait
+        return ids, torch.full_like(weights, 1 / index.shape[1])
 
 
 class _Fill:

@@ -307,7 +307,8 @@ class GpuExperts:
 
 
 def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:
-    slots = torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # copies write to them later, in whatever mode
+        slots = torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         # A GPU's memory is there from the start; the first copy into pages that the system has yet
         # to supply took several times as long, and the first tokens' hits came late.

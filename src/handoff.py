@@ -32,11 +32,12 @@ class HostHandoff:
         if hidden.device.type == "cpu":
             return [part.contiguous() for part in (hidden, *routing)]
         parts = sorted((hidden, *routing), key=lambda part: -part.element_size())
-        flat = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
-        if self._inbox.numel() < flat.numel():
-            self._inbox = _staging(flat.numel(), torch.uint8)
-        inbox = self._inbox[: flat.numel()]
-        inbox.copy_(flat, non_blocking=True)
+        sources = [part.contiguous().view(torch.uint8).flatten() for part in parts]
+        n_bytes = sum(source.numel() for source in sources)
+        if self._inbox.numel() < n_bytes:
+            self._inbox = _staging(n_bytes, torch.uint8)
+        inbox = self._inbox[:n_bytes]
+        _copy_joined(sources, inbox)
         torch.cuda.current_stream(hidden.device).synchronize()
         host = {}
         start = 0
@@ -58,6 +59,19 @@ class HostHandoff:
     def to_device(self, result: Tensor, device: torch.device) -> Tensor:
         """`result` on `device`, asynchronously on a GPU."""
         return result if device.type == "cpu" else result.to(device, non_blocking=True)
+
+
+def _copy_joined(sources: list[Tensor], inbox: Tensor) -> None:
+    """The `sources`, uint8, one after the other into `inbox`: one copy, or one each.
+
+    A GPU without room to join a long prompt's on the device sends each by itself.
+    """
+    try:
+        inbox.copy_(torch.cat(sources), non_blocking=True)
+    except torch.OutOfMemoryError:
+        places = inbox.split([source.numel() for source in sources])
+        for place, source in zip(places, sources, strict=True):
+            place.copy_(source, non_blocking=True)
 
 
 def _staging(size: int, dtype: torch.dtype) -> Tensor:

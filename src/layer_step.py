@@ -19,6 +19,8 @@ from recorder import Duration
 
 Pairs = list[list[int]]
 
+_COMBINED_IN = 16  # pieces of a prompt, where the device has no room for it as a whole
+
 
 @dataclass
 class LayerStep:
@@ -170,18 +172,35 @@ class LayerStep:
 
         Experts whose copy failed, or for which the GPU had no memory, are computed on the CPU here.
         """
-        parts = list(self._outs)
-        failed = self._failed
+        on_host = []
         if cpu_out is not None:
             # The next CPU result would take the same memory.
-            own = cpu_out.clone() if failed else cpu_out
-            parts.append(self.handoff.to_device(own, self.hidden.device))
-        if failed:
-            late = self.compute_on_cpu(failed)
+            on_host.append(cpu_out.clone() if self._failed else cpu_out)
+        if self._failed:
+            late = self.compute_on_cpu(self._failed)
             assert late is not None
-            parts.append(self.handoff.to_device(late, self.hidden.device))
-        if not parts:
+            on_host.append(late)
+        if not self._outs and not on_host:
             return torch.zeros_like(self.hidden)
+        n_tokens = len(self.hidden)
+        try:
+            return self._sum(on_host, slice(n_tokens))
+        except torch.OutOfMemoryError:
+            if n_tokens == 1:
+                raise
+        # A long prompt on a full GPU: the fp32 parts of a few tokens at a time find room.
+        total = torch.empty_like(self.hidden)
+        n_rows = -(-n_tokens // _COMBINED_IN)
+        for start in range(0, n_tokens, n_rows):
+            rows = slice(start, start + n_rows)
+            total[rows] = self._sum(on_host, rows)
+        return total
+
+    def _sum(self, on_host: list[Tensor], rows: slice) -> Tensor:
+        """Both sides of some tokens added up; leaves its arguments as they are."""
+        device = self.hidden.device
+        parts = [out[rows] for out in self._outs]
+        parts += [self.handoff.to_device(part[rows], device) for part in on_host]
         total = parts[0]
         for part in parts[1:]:
             total = total + part

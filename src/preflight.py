@@ -112,7 +112,10 @@ def kv_cache_bytes(config: PretrainedConfig, n_tokens: int, bytes_per_value: int
 def make_budget(
     device: torch.device, *, expert_bytes: int, dense_bytes: int, kv_bytes: int, slot_bytes: int
 ) -> Budget:
-    """The budget of a run whose attention is on `device`; slots without a GPU are host memory."""
+    """The budget of a run whose attention is on `device`; slots without a GPU are host memory.
+
+    What an earlier model of this process has left to torch's allocator counts as available.
+    """
     model_memory = "gpu" if device.type == "cuda" else "host"
     needs: Sequence[Need] = (
         Need("experts", "host", expert_bytes),
@@ -125,7 +128,7 @@ def make_budget(
     return Budget(
         needs=tuple(need for need in needs if need.n_bytes),
         host_bytes=available_bytes(),
-        gpu_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        gpu_bytes=_free_gpu_bytes(device) if device.type == "cuda" else None,
     )
 
 
@@ -135,6 +138,10 @@ def free_slot_bytes(device: torch.device, kv_bytes: int) -> int:
     An emulated accelerator is given half of the free host memory.
     """
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return max(0, int(torch.cuda.mem_get_info(device)[0]) - kv_bytes - _WORKSPACE_BYTES)
+        return max(0, _free_gpu_bytes(device) - kv_bytes - _WORKSPACE_BYTES)
     return max(0, (available_bytes() - kv_bytes - _WORKSPACE_BYTES) // 2)
+
+
+def _free_gpu_bytes(device: torch.device) -> int:
+    torch.cuda.empty_cache()  # the driver counts what torch keeps for later as used
+    return int(torch.cuda.mem_get_info(device)[0])

@@ -26,6 +26,7 @@ from expert_fetcher import ExpertFetcher, HostFetcher, make_fetcher
 from expert_format import Activation, block_layout
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
+from handoff import _copy_joined
 from moe_dispatcher import MoeDispatcher, MoeExperts
 from recorder import NullRecorder
 from replacement_policies import make_policy
@@ -256,6 +257,49 @@ def test_a_gpu_without_room_to_launch_by_expert_costs_time(monkeypatch, capsys, 
     assert run.accelerator.layers_out_of_memory == N_LAYERS
     (warning,) = capsys.readouterr().err.strip().splitlines()
     assert "the GPU is out of memory" in warning
+
+
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+def test_a_gpu_without_room_for_the_cpus_result_takes_it_in_pieces(monkeypatch, miss_policy):
+    """The fp32 result of a long prompt is larger than what is left; some of its tokens fit."""
+    rng = random.Random(7)
+
+    def no_scratch(n_pairs: int) -> None:
+        if n_pairs and rng.random() < 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = Run(before_compute=no_scratch, miss_policy=miss_policy)
+    handoff, moved = run.dispatcher._handoff, []
+    to_device = handoff.to_device
+
+    def little_room(result, device):
+        moved.append(len(result))
+        if len(result) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return to_device(result, device)
+
+    monkeypatch.setattr(handoff, "to_device", little_room)
+    run.steps_without_close(20)
+    moved.clear()
+    with torch.no_grad():
+        run.model(torch.zeros(1, 397, dtype=torch.int64))
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+    assert set(moved) == {397, 25, 397 % 25}
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_gpu_without_room_to_join_a_layers_routing_sends_its_parts(monkeypatch, refused):
+    parts = [torch.arange(n, dtype=torch.uint8) for n in (7, 1, 4)]
+    expected, inbox = torch.cat(parts), torch.zeros(12, dtype=torch.uint8)
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if refused:
+        monkeypatch.setattr(torch, "cat", no_room)
+    _copy_joined(parts, inbox)
+    assert inbox.tolist() == expected.tolist()
 
 
 def test_the_run_ends_with_copies_in_flight():

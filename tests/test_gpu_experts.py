@@ -392,3 +392,11 @@ class TestCuda:
         gpu = GpuExperts(layout, Activation("silu"), wanted, "cuda")
         assert 0 < gpu.n_slots < wanted
         assert "cache slots" in gpu.notices[0]
+
+
+def test_slots_made_in_inference_mode_can_be_written_outside_it():
+    with torch.inference_mode():
+        gpu = GpuExperts(LAYOUT, Activation("silu"), 2, "cpu")
+    gpu.slots[1].copy_(torch.ones(LAYOUT.block_bytes, dtype=torch.uint8))
+    assert gpu.slots.sum() == LAYOUT.block_bytes
+    gpu.close()

@@ -13,7 +13,7 @@ from handoff import HostHandoff
 from miss_trial import MissTrial
 from moe_convention import find_experts
 from next_layer import PrefetchStats, find_router
-from preflight import Budget, Need, make_budget
+from preflight import Budget, Need, free_slot_bytes, make_budget
 from torch_experts import apply_activation
 
 
@@ -78,6 +78,18 @@ def test_memory_table_and_refusals() -> None:
 
 
 GB = 10**9
+
+
+def test_what_torch_keeps_for_later_is_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that this process has let go of must not make the next one look too large."""
+    kept = [20 * GB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (22 * GB - sum(kept), 24 * GB))
+    gpu = torch.device("cuda", 0)
+    needs = {"expert_bytes": 0, "kv_bytes": 0, "slot_bytes": 0}
+    assert make_budget(gpu, dense_bytes=3 * GB, **needs).gpu_bytes == 22 * GB
+    kept.append(20 * GB)
+    assert 21 * GB < free_slot_bytes(gpu, kv_bytes=GB // 10) < 22 * GB
 
 
 @pytest.mark.parametrize("memory", ["host", "gpu"])
