@@ -237,6 +237,91 @@ inline void multiply_rows(const typename P::Weight* w, int rows, int steps,
   for (; r < rows; ++r) multiply_block<V, P, kVectors, 1>(w, r, steps, x, accumulate, ahead, c);
 }
 
+// As multiply_block with vectors along the columns: c[r][t], rows of `width`, for kTokens rows of x.
+template <class V, class P, int kRows, int kTokens>
+inline void narrow_block(const typename P::Weight* w, int row, int steps,
+                         const typename P::Weight* x, int64_t x_stride, int width, bool accumulate,
+                         const Ahead& ahead, float* c) {
+  using Weight = typename P::Weight;
+  w += row * steps;
+  c += row * width;
+  const int line_steps = ahead.data == nullptr ? steps : 64 / ahead.step_bytes;
+  uintptr_t next = reinterpret_cast<uintptr_t>(ahead.data) + row * ahead.row_bytes;
+  typename V::Type acc[kRows][kTokens];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) acc[r][t] = V::zero();
+  const auto add = [&](const Weight* wk, int64_t w_stride, const Weight* xk, int64_t stride) {
+    typename P::Vector xv[kTokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) xv[t] = P::load(xk + t * stride);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const typename P::Vector wv = P::load(wk + r * w_stride);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) acc[r][t] = P::multiply_add(wv, xv[t], acc[r][t]);
+    }
+  };
+  int k = 0;
+  for (; k + V::lanes <= steps; next += 64) {
+    if (ahead.data != nullptr)
+      for (int r = 0; r < kRows; ++r)
+        __builtin_prefetch(reinterpret_cast<const void*>(next + r * ahead.row_bytes), 0,
+                           kSecondLevel);
+    const int line_end = k + line_steps < steps ? k + line_steps : steps;
+    for (; k + V::lanes <= line_end; k += V::lanes) add(w + k, steps, x + k, x_stride);
+  }
+  if (k < steps) {  // the columns that are left, and zeros
+    Weight w_end[kRows * V::lanes] = {}, x_end[kTokens * V::lanes] = {};
+    const size_t bytes = static_cast<size_t>(steps - k) * sizeof(Weight);
+    for (int r = 0; r < kRows; ++r) memcpy(w_end + r * V::lanes, w + r * steps + k, bytes);
+    for (int t = 0; t < kTokens; ++t) memcpy(x_end + t * V::lanes, x + t * x_stride + k, bytes);
+    add(w_end, V::lanes, x_end, V::lanes);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const float sum = V::sum(acc[r][t]);
+      c[r * width + t] = accumulate ? c[r * width + t] + sum : sum;
+    }
+}
+
+template <class V, class P, int kRows, int kTokens>
+inline void narrow_rows(const typename P::Weight* w, int rows, int steps,
+                        const typename P::Weight* x, int64_t x_stride, int width, bool accumulate,
+                        const Ahead& ahead, float* c) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    narrow_block<V, P, kRows, kTokens>(w, r, steps, x, x_stride, width, accumulate, ahead, c);
+  for (; r < rows; ++r)
+    narrow_block<V, P, 1, kTokens>(w, r, steps, x, x_stride, width, accumulate, ahead, c);
+}
+
+// Any number of tokens, four at a time; rows as many as the registers hold sums of.
+template <class V, class P>
+inline void narrow_tokens(const typename P::Weight* w, int rows, int steps,
+                          const typename P::Weight* x, int64_t x_stride, int width, bool accumulate,
+                          Ahead ahead, float* c) {
+  for (int t = 0; t < width; t += 4, x += 4 * x_stride, c += 4) {
+    switch (width - t) {
+      case 1:
+        narrow_rows<V, P, 12, 1>(w, rows, steps, x, x_stride, width, accumulate, ahead, c);
+        break;
+      case 2:
+        narrow_rows<V, P, 6, 2>(w, rows, steps, x, x_stride, width, accumulate, ahead, c);
+        break;
+      case 3:
+        narrow_rows<V, P, 4, 3>(w, rows, steps, x, x_stride, width, accumulate, ahead, c);
+        break;
+      default:
+        narrow_rows<V, P, 3, 4>(w, rows, steps, x, x_stride, width, accumulate, ahead, c);
+    }
+    ahead.data = nullptr;
+  }
+}
+
 struct Fp32Product {
   // One column per step; `V` gives the vector operations.
   template <class V>

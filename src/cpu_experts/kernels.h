@@ -51,6 +51,8 @@ struct Ahead {
 //   weight panel      [rows][depth]                        element type below
 //   activation panel  [depth / k_step][width][k_step]      width: a multiple of `lanes`, <= panel_tokens
 //   c                 fp32 [rows][width]
+// A few tokens more than whole vectors make a narrow panel, [width][columns], whose vectors run along
+// the columns: no lane is lost to padding.
 struct Gemm {
   int element_bytes;  // 4: fp32; 2: bf16
   int k_step;         // columns that one instruction multiplies: 1 for fp32, 2 for bf16 pairs
@@ -62,6 +64,10 @@ struct Gemm {
                        void* panel);
   void (*multiply)(const void* w_panel, int rows, int depth, const void* x_panel, int width,
                    bool accumulate, const Ahead& ahead, float* c);
+  int narrow_tokens;  // tokens of the widest narrow panel, < lanes; 0: none
+  // The same for a narrow panel; x_stride: elements from one token to the next.
+  void (*multiply_narrow)(const void* w_panel, int rows, int depth, const void* x, int64_t x_stride,
+                          int width, bool accumulate, const Ahead& ahead, float* c);
 };
 
 // Activations of int8 and int4 products: int8 in groups of 32 with one fp32 scale, per token, and

@@ -85,11 +85,18 @@ void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int
     multiply_rows<Float8, P, 1, 12>(w, rows, depth, x, accumulate, ahead, c);
 }
 
+void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, int64_t x_stride,
+                     int width, bool accumulate, const Ahead& ahead, float* c) {
+  narrow_tokens<Float8, Fp32Product::Of<Float8>>(static_cast<const float*>(w_panel), rows, depth,
+                                                 static_cast<const float*>(x), x_stride, width,
+                                                 accumulate, ahead, c);
+}
+
 const Kernels kKernels = {
     "avx2",
     dot_rows<Float8>,
     mix_rows<Float8>,
-    {4, 1, 8, 16, load_weights_fp32, multiply},
+    {4, 1, 8, 16, load_weights_fp32, multiply, 4, multiply_narrow},
     {},
     5,
     {{64, Avx2Quant::block_tokens}, {32, Avx2Quant::block_tokens}},

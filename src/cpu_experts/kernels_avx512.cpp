@@ -83,11 +83,18 @@ void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int
   }
 }
 
+void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, int64_t x_stride,
+                     int width, bool accumulate, const Ahead& ahead, float* c) {
+  narrow_tokens<Float16, Fp32Product::Of<Float16>>(static_cast<const float*>(w_panel), rows, depth,
+                                                   static_cast<const float*>(x), x_stride, width,
+                                                   accumulate, ahead, c);
+}
+
 const Kernels kKernels = {
     "avx512",
     dot_rows<Float8>,  // as fast as memory, and faster than 16 lanes (Zen 4, 4 tokens: 1.2x)
     mix_rows<Float8>,
-    {4, 1, 16, 64, load_weights_fp32, multiply},
+    {4, 1, 16, 64, load_weights_fp32, multiply, 8, multiply_narrow},
     {},
     5,
     {{64, Avx512Quant::block_tokens}, {32, Avx512Quant::block_tokens}},

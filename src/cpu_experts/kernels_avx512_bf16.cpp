@@ -41,10 +41,17 @@ void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int
   }
 }
 
+void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, int64_t x_stride,
+                     int width, bool accumulate, const Ahead& ahead, float* c) {
+  narrow_tokens<Float16, Bf16Product>(static_cast<const uint32_t*>(w_panel), rows, depth / 2,
+                                      static_cast<const uint32_t*>(x), x_stride / 2, width,
+                                      accumulate, ahead, c);
+}
+
 Kernels with_bf16() {
   Kernels kernels = *avx512_vnni_kernels();
   kernels.name = "avx512_bf16";
-  kernels.gemm_bf16 = {2, 2, 16, 64, load_weights_bf16, multiply};
+  kernels.gemm_bf16 = {2, 2, 16, 64, load_weights_bf16, multiply, 8, multiply_narrow};
   return kernels;
 }
 

@@ -22,6 +22,26 @@ int64_t padded_cols(const Gemm& gemm, const Activations& a) {
   return round_up(a.cols, gemm.k_step);
 }
 
+// Of `rest` tokens, fewer than a full panel: those that make a narrow panel of their own.
+int64_t narrow_tokens(const Gemm& gemm, int64_t rest) {
+  const int64_t tail = rest % gemm.lanes;
+  return tail <= gemm.narrow_tokens ? tail : 0;
+}
+
+bool is_narrow(const Gemm& gemm, const Panel& panel) { return panel.width % gemm.lanes != 0; }
+
+// Where the panel's first column lies.
+uint8_t* panel_data(const Gemm& gemm, const Activations& a, const Panel& panel) {
+  return a.panels + panel.first * padded_cols(gemm, a) * gemm.element_bytes;
+}
+
+// A token's column of a panel, in elements from the panel's start.
+int64_t panel_offset(const Gemm& gemm, const Activations& a, const Panel& panel, int64_t t,
+                     int64_t k) {
+  if (is_narrow(gemm, panel)) return t * padded_cols(gemm, a) + k;
+  return (k / gemm.k_step * panel.width + t) * gemm.k_step + k % gemm.k_step;
+}
+
 int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
                 int64_t r1, float* c, int64_t ld) {
   const int64_t element = m.format == kBf16 ? 2 : 4;
@@ -90,10 +110,14 @@ void product_panels(const Kernels& kernels, const Matrix& m, const Activations& 
         ahead.data = weights(r0, k + depth);
       for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
         const Panel panel = panel_of(kernels, a, p);
-        gemm.multiply(slice, rows, depth,
-                      panel_data(kernels, a, p) + k * panel.width * gemm.element_bytes,
-                      static_cast<int>(panel.width), k > 0, ahead,
-                      c + panel.first * (r1 - r0) + (r - r0) * panel.width);
+        const uint8_t* x = panel_data(gemm, a, panel) +
+                           panel_offset(gemm, a, panel, 0, k) * gemm.element_bytes;
+        const int width = static_cast<int>(panel.width);
+        float* out = c + panel.first * (r1 - r0) + (r - r0) * width;
+        if (is_narrow(gemm, panel))
+          gemm.multiply_narrow(slice, rows, depth, x, cols, width, k > 0, ahead, out);
+        else
+          gemm.multiply(slice, rows, depth, x, width, k > 0, ahead, out);
         ahead.data = nullptr;
       }
     }
@@ -188,20 +212,21 @@ const Gemm& gemm_of(const Kernels& kernels, Form form) {
 }
 
 int64_t n_panels(const Kernels& kernels, const Activations& a) {
-  const int64_t width = gemm_of(kernels, a.form).panel_tokens;
-  return (a.n + width - 1) / width;
+  const Gemm& gemm = gemm_of(kernels, a.form);
+  const int64_t rest = a.n % gemm.panel_tokens;
+  const int64_t narrow = narrow_tokens(gemm, rest);
+  return a.n / gemm.panel_tokens + (rest > narrow) + (narrow > 0);
 }
 
 Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index) {
   const Gemm& gemm = gemm_of(kernels, a.form);
-  const int64_t first = index * gemm.panel_tokens;
-  const int64_t tokens = std::min<int64_t>(gemm.panel_tokens, a.n - first);
-  return {first, tokens, round_up(tokens, gemm.lanes)};
-}
-
-uint8_t* panel_data(const Kernels& kernels, const Activations& a, int64_t index) {
-  const Gemm& gemm = gemm_of(kernels, a.form);
-  return a.panels + index * gemm.panel_tokens * padded_cols(gemm, a) * gemm.element_bytes;
+  const int64_t full = a.n / gemm.panel_tokens;
+  const int64_t first = std::min(index, full) * gemm.panel_tokens;
+  if (index < full) return {first, gemm.panel_tokens, gemm.panel_tokens};
+  const int64_t narrow = narrow_tokens(gemm, a.n - first);
+  const int64_t wide = a.n - first - narrow;
+  if (index > full || wide == 0) return {first + wide, narrow, narrow};
+  return {first, wide, round_up(wide, gemm.lanes)};
 }
 
 void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
@@ -209,6 +234,7 @@ void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
   const Gemm& gemm = gemm_of(kernels, a.form);
   const Panel panel = panel_of(kernels, a, index);
   const int64_t cols = padded_cols(gemm, a);
+  uint8_t* data = panel_data(gemm, a, panel);
   // Lines of the panel are written whole: 16 columns of every token, then the next 16.
   constexpr int64_t kColumns = 16;
   for (int64_t k0 = 0; k0 < cols; k0 += kColumns) {
@@ -216,12 +242,11 @@ void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
     for (int64_t t = 0; t < panel.width; ++t) {
       for (int64_t k = k0; k < k1; ++k) {
         const float value = t < panel.tokens && k < a.cols ? x[t][k] : 0.0f;
-        const int64_t at =
-            (k / gemm.k_step * panel.width + t) * gemm.k_step + k % gemm.k_step;
+        const int64_t at = panel_offset(gemm, a, panel, t, k);
         if (gemm.element_bytes == 4)
-          reinterpret_cast<float*>(panel_data(kernels, a, index))[at] = value;
+          reinterpret_cast<float*>(data)[at] = value;
         else
-          reinterpret_cast<uint16_t*>(panel_data(kernels, a, index))[at] = to_bf16(value);
+          reinterpret_cast<uint16_t*>(data)[at] = to_bf16(value);
       }
     }
   }
@@ -230,17 +255,23 @@ void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
 void store_panel_rows(const Kernels& kernels, const Activations& a, int64_t index, int64_t from,
                       int64_t rows, const float* value) {
   const Gemm& gemm = gemm_of(kernels, a.form);
-  const int64_t width = panel_of(kernels, a, index).width;
-  uint8_t* data = panel_data(kernels, a, index) + from * width * gemm.element_bytes;
-  if (gemm.element_bytes == 4) {
-    memcpy(data, value, static_cast<size_t>(rows * width) * sizeof(float));
+  const Panel panel = panel_of(kernels, a, index);
+  uint8_t* data = panel_data(gemm, a, panel);
+  const int64_t width = panel.width;
+  if (gemm.element_bytes == 4 && !is_narrow(gemm, panel)) {
+    memcpy(data + from * width * sizeof(float), value,
+           static_cast<size_t>(rows * width) * sizeof(float));
     return;
   }
-  uint16_t* out = reinterpret_cast<uint16_t*>(data);
   for (int64_t r = 0; r < round_up(rows, gemm.k_step); ++r)
-    for (int64_t t = 0; t < width; ++t)
-      out[(r / gemm.k_step * width + t) * gemm.k_step + r % gemm.k_step] =
-          r < rows ? to_bf16(value[r * width + t]) : static_cast<uint16_t>(0);
+    for (int64_t t = 0; t < width; ++t) {
+      const float v = r < rows ? value[r * width + t] : 0.0f;
+      const int64_t at = panel_offset(gemm, a, panel, t, from + r);
+      if (gemm.element_bytes == 4)
+        reinterpret_cast<float*>(data)[at] = v;
+      else
+        reinterpret_cast<uint16_t*>(data)[at] = to_bf16(v);
+    }
 }
 
 void quantise(const Kernels& kernels, const Activations& a, int64_t t, int64_t from, int64_t count,

@@ -84,14 +84,14 @@ Arena& fresh_arena();
 Activations allocate(const Kernels& kernels, Form form, int format, int64_t n, int64_t cols,
                      Arena& arena);
 
-// Panels of a gemm form: their number, tokens and width.
+// Panels of a gemm form: their number, tokens and width. A narrow one (kernels.h) is as wide as its
+// tokens.
 struct Panel {
   int64_t first, tokens, width;
 };
 const Gemm& gemm_of(const Kernels& kernels, Form form);
 int64_t n_panels(const Kernels& kernels, const Activations& a);
 Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index);
-uint8_t* panel_data(const Kernels& kernels, const Activations& a, int64_t index);
 
 // kPanels: packs panel `index` from the fp32 rows of its tokens, x[0..tokens).
 void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
