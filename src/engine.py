@@ -22,6 +22,7 @@ from accelerator_setup import Workbench, build_accelerator, fitted_cache
 from checkpoint import read_manifest, verify
 from config import CacheOptions, ModelOptions
 from cpu_experts import CpuExperts
+from cpu_modules import use_cpu_kernels
 from errors import UserError
 from expert_store import ExpertStore
 from hardware import read_hardware
@@ -33,7 +34,6 @@ from model_loader import (
     build_skeleton,
     find_moe_sites,
     install_experts,
-    use_cpu_kernels,
 )
 from moe_dispatcher import MoeDispatcher, MoeExperts
 from nvtx_ranges import NvtxRanges

@@ -32,7 +32,9 @@ class ExpertStore:
         self._registered: list[int] = []
         self._blocks: list[Tensor] = []
         for layout, count in zip(self.layouts, self.n_experts, strict=True):
-            mapping = mmap.mmap(-1, layout.block_bytes * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # Private: Linux gives shared memory no huge pages unless it is set up to.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            mapping = mmap.mmap(-1, layout.block_bytes * count, flags=flags)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them is slower, not wrong
                     mapping.madvise(mmap.MADV_HUGEPAGE)
