@@ -23,6 +23,7 @@ from calibration import ROUNDS
 from checkpoint import read_manifest, verify
 from config import CacheOptions, ModelOptions
 from cpu_experts import CpuExperts
+from cpu_modules import use_cpu_kernels
 from errors import UserError
 from expert_store import ExpertStore
 from hardware import read_hardware
@@ -36,7 +37,6 @@ from model_loader import (
     find_moe_sites,
     install_experts,
     onednn_linears,
-    use_cpu_kernels,
 )
 from moe_dispatcher import MoeDispatcher, MoeExperts
 from nvtx_ranges import NvtxRanges

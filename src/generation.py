@@ -105,23 +105,14 @@ def generate_batch(
     device = model.device
     records = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
     inputs, mask = _left_pad(prompts, device)
-    padded = len(set(map(len, prompts))) > 1
-    n_tokens = inputs.shape[1]
-    cache = {cache_argument(model): make_cache(model.config, n_tokens + max_tokens)}
+    n_past = 0
+    cache = {cache_argument(model): make_cache(model.config, inputs.shape[1] + max_tokens)}
     active = records
     started = time.perf_counter()
     for step in range(max_tokens):
         if on_pass is not None:
             on_pass([record.prompt for record in active])
-        # Without padding, the mask's sums and the look whether it masks anything are spared.
-        positions = (
-            _positions(mask, inputs)
-            if padded
-            else torch.arange(n_tokens - inputs.shape[1], n_tokens, device=device).expand(
-                inputs.shape
-            )
-        )
-        logits = _forward(model, inputs, mask if padded else None, positions, cache)
+        logits = _forward(model, inputs, mask, _positions(mask, inputs, n_past), cache)
         tokens = sampler.choose(logits)
         if forced is not None:
             tokens = torch.full_like(tokens, forced[step])
@@ -146,11 +137,11 @@ def generate_batch(
             rows = torch.tensor(keep, device=device)
             for kept in cache.values():
                 kept.batch_select_indices(rows)
-            mask, tokens = mask[rows], tokens[rows]
+            mask, tokens = None if mask is None else mask[rows], tokens[rows]
             active = [active[row] for row in keep]
+        n_past += inputs.shape[1]
         inputs = tokens[:, None]
-        n_tokens += 1
-        if padded:
+        if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
 
 
@@ -166,13 +157,18 @@ def _stop_reason(
     return None
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_pad(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """int64 [B, S] ids, and 0 in a mask like it for padding; no mask where nothing is padded."""
     longest = max(len(ids) for ids in prompts)
     inputs = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, ids in enumerate(prompts):
         inputs[row, longest - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
         mask[row, longest - len(ids) :] = 1
+    if all(len(ids) == longest for ids in prompts):  # spares every step the look at it
+        return inputs.to(device), None
     return inputs.to(device), mask.to(device)
 
 
@@ -181,8 +177,12 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _positions(mask: Tensor, inputs: Tensor) -> Tensor:
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+def _positions(mask: Tensor | None, inputs: Tensor, n_past: int) -> Tensor:
+    """int64 like `inputs` [B, S]: each token's number in its own sequence, padding not counted."""
+    if mask is not None:
+        return (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+    numbers = torch.arange(n_past, n_past + inputs.shape[1], device=inputs.device)
+    return numbers.expand(inputs.shape)
 
 
 def _forward(

@@ -21,8 +21,9 @@ from transformers import (
 import cpu_attention
 from cpu_attention import CpuAttention, register
 from cpu_kernels import CpuKernels, load_kernels, supported_isas
+from cpu_modules import use_cpu_kernels
 from errors import UserError
-from model_loader import build_skeleton, use_cpu_kernels
+from model_loader import build_skeleton
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None

@@ -23,19 +23,19 @@ LEVELS: dict[int, frozenset[str]] = {
         10: "machine_measurement run_prompts",
         9: "engine",
         8: "moe_dispatcher",
-        7: "layer_step accelerator_setup dummy_model prepare_model",
+        7: "layer_step accelerator_setup dummy_model prepare_model cpu_modules",
         6: (
             "accelerator model_loader machine_costs preflight tokenization generation "
-            "xformers_attention preparation"
+            "xformers_attention preparation cpu_self_attention"
         ),
         5: (
             "gpu_experts cpu_experts onednn_choice dense_plan companion_files output_folder "
-            "simulator_arguments"
+            "simulator_arguments cpu_norm cpu_router"
         ),
         4: (
             "activation_probe checkpoint expert_store expert_fetcher triton_experts "
             "onednn_experts cpu_linear cpu_attention source_checkpoint autotune sweep paper "
-            "comparison_figures destinations"
+            "comparison_figures destinations decode_kernels"
         ),
         3: (
             "torch_experts cpu_kernels shards mistral_native weight_conversion "
@@ -53,7 +53,7 @@ LEVELS: dict[int, frozenset[str]] = {
         0: (
             "errors version recorder sensors provenance streams handoff "
             "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
-            "run_progress terminal packed_routing"
+            "run_progress terminal packed_routing kv_cache"
         ),
     }.items()
 }
