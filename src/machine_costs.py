@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -182,14 +183,14 @@ def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
     layers = layers[decode[layers["pass_index"]]]
     if not len(layers):
         return None
-    total_us = 0.0
-    for row in layers:
-        gpu, waited, cpu = (
-            int(row[name]) // costs.block_bytes
-            for name in ("gpu_bytes", "waited_bytes", "cpu_bytes")
-        )
-        copying = bool(row["fetches"])
-        total_us += costs.decode_layer_us(gpu - waited, cpu, copying, n_waited=waited)
+    gpu, waited, cpu = (
+        layers[name] // costs.block_bytes for name in ("gpu_bytes", "waited_bytes", "cpu_bytes")
+    )
+    columns = (gpu - waited, cpu, layers["fetches"] > 0, waited)
+    total_us = 0.0  # the few different layers, each as often as it came
+    for layer, n in Counter(zip(*(c.tolist() for c in columns), strict=True)).items():
+        n_gpu, n_cpu, copying, n_waited = layer
+        total_us += n * costs.decode_layer_us(n_gpu, n_cpu, copying, n_waited=n_waited)
     return total_us / int(decode.sum())
 
 

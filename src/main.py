@@ -32,9 +32,10 @@ from model_loader import PreparedModel
 from model_shapes import load_shape
 from prompts import read_prompts
 from provenance import versions
-from recorded_routing import recorded_trace
+from recorded_routing import routing_lines
 from recorder import NullRecorder, Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
+from run_progress import told_if_slow
 from run_prompts import Conversation, encode_prompts, run_prompts
 from sensors import NvmlReader, SensorSampler
 from summary import format_summary, summarize
@@ -132,10 +133,11 @@ def run(
             status = "interrupted"
         finally:  # what was done before an error is evidence too
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
-            written = _report(
-                config, engine, recorder, sampler, conversations, status, paths, command,
-                tokenizer, started_unix_s,
-            )  # fmt: skip
+            with told_if_slow("writing reports..."):
+                written = _report(
+                    config, engine, recorder, sampler, conversations, status, paths, command,
+                    tokenizer, started_unix_s,
+                )  # fmt: skip
         if config.output.responses_jsonl is not None:
             written.append(config.output.responses_jsonl)
         where = ", ".join(str(path) for path in written)
@@ -236,7 +238,7 @@ def _report(
     if recorder.enabled and paths.routing is not None:
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
-        routing = recorded_trace(recorder, engine.source.name, n_experts, synthetic=dummy)
+        routing = routing_lines(recorder, engine.source.name, n_experts, synthetic=dummy)
     written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
     show(text)
     return written

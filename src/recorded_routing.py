@@ -7,8 +7,13 @@ as the run did.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+
 from recorder import Recorder
-from traces import RoutingPass, Trace, TraceInfo
+from traces import RoutingPass, Trace, TraceInfo, trace_lines
 
 
 def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Trace:
@@ -16,29 +21,44 @@ def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bo
 
     `synthetic` marks routing that no model chose, as in runs on random weights.
     """
-    passes = recorder.pass_table()
-    layers: list[list[tuple[tuple[int, ...], ...]]] = [[] for _ in passes]
-    waited: list[list[tuple[int, ...]]] = [[] for _ in passes]
-    for event in recorder.layer_events():
-        tokens = (tuple(token) for token in event.ids if min(token, default=-1) >= 0)
-        layers[event.pass_index].append(tuple(tokens))
-        waited[event.pass_index].append(event.waited)
-    info = TraceInfo(
+    info = _recorded_info(recorder, model, n_experts, synthetic)
+    return Trace(info, tuple(_recorded_passes(recorder)))
+
+
+def routing_lines(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Iterator[str]:
+    """The lines of the trace's file, made one pass at a time: a night's trace is never held."""
+    info = _recorded_info(recorder, model, n_experts, synthetic)
+    yield from trace_lines(info, _recorded_passes(recorder))
+
+
+def _recorded_info(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> TraceInfo:
+    layers = recorder.layer_table()
+    n_layers = np.bincount(layers["pass_index"], minlength=1)
+    return TraceInfo(
         model,
-        n_layers=max(map(len, layers), default=0),
-        top_k=max((len(token) for one in layers for of in one for token in of), default=0),
+        n_layers=int(n_layers.max()),
+        top_k=int(layers["top_k"].max(initial=0)),
         n_experts=n_experts,
         synthetic=synthetic,
     )
-    return Trace(
-        info,
-        tuple(
-            RoutingPass(
-                "decode" if row["decode"] else "prefill",
-                tuple(ids),
-                int(row["prompt"]),
-                tuple(copied) if any(copied) else (),
-            )
-            for row, ids, copied in zip(passes, layers, waited, strict=True)
-        ),
-    )
+
+
+def _recorded_passes(recorder: Recorder) -> Iterator[RoutingPass]:
+    by_pass = groupby(recorder.layer_events(), key=lambda event: event.pass_index)
+    index, events = next(by_pass, (-1, iter(())))
+    for number, one in enumerate(recorder.pass_table()):
+        ids: list[tuple[tuple[int, ...], ...]] = []
+        waited: list[tuple[int, ...]] = []
+        if number == index:
+            for event in events:
+                ids.append(
+                    tuple(tuple(token) for token in event.ids if min(token, default=-1) >= 0)
+                )
+                waited.append(event.waited)
+            index, events = next(by_pass, (-1, iter(())))
+        yield RoutingPass(
+            "decode" if one["decode"] else "prefill",
+            tuple(ids),
+            int(one["prompt"]),
+            tuple(waited) if any(waited) else (),
+        )

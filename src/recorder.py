@@ -69,6 +69,9 @@ LAYER_DTYPE = np.dtype(
     + [(name, "<i8") for name in BYTES]
 )
 _LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(BYTES)}q")
+_DURATION = struct.Struct("<f")
+_OFFSETS = {name: 4 * (len(_COUNTS) + n) for n, name in enumerate(DURATIONS)}  # in a row, bytes
+_CHUNK_ROWS = 4096  # read so many at a time: as Python objects a row takes 700 bytes
 
 PASS_DTYPE = np.dtype(
     [
@@ -136,7 +139,6 @@ class Recorder:
         self._n_hits_of_token = array("h")
         self._waited: dict[int, int] = {}  # row -> a bit per expert
         self._pending: list[tuple[int, str, DeviceTime]] = []
-        self._resolved: list[tuple[int, str, float]] = []
         self._open_pass: tuple[bool, int, int, int] | None = None
         self._open_layers: list[_Layer] = []
         self._packing = (-1, 0, 0, 0)  # the pass packed last; rows, ids, hits before it
@@ -248,7 +250,6 @@ class Recorder:
         del self._n_hits_of_token[n_hits:]
         self._waited = {row: bits for row, bits in self._waited.items() if row < n_rows}
         self._pending = [one for one in self._pending if one[0] < n_rows]
-        self._resolved = [one for one in self._resolved if one[0] < n_rows]
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
@@ -262,7 +263,9 @@ class Recorder:
     def resolve(self) -> None:
         """Ask the device for the durations it still holds; call it outside of timed parts."""
         pending, self._pending = self._pending, []
-        self._resolved += [(row, name, time.resolve()) for row, name, time in pending]
+        for row, name, duration in pending:
+            at = row * _LAYER_ROW.size + _OFFSETS[name]
+            _DURATION.pack_into(self._layers, at, duration.resolve())
 
     # Reading. A pass that never ended (an interrupted run) is left out with its layers.
 
@@ -297,10 +300,8 @@ class Recorder:
     def layer_table(self) -> Table:
         """One row per MoE layer of a finished pass, LAYER_DTYPE; asks devices first."""
         self.resolve()
-        table = np.frombuffer(bytes(self._layers), dtype=LAYER_DTYPE).copy()
-        for row, name, duration_us in self._resolved:
-            table[name][row] = duration_us
-        return table[table["pass_index"] < len(self._passes)]
+        rows = np.frombuffer(self._layers, dtype=LAYER_DTYPE)
+        return rows[: int(np.searchsorted(rows["pass_index"], len(self._passes)))].copy()
 
     def expert_ids(self) -> npt.NDArray[np.int16]:
         """The ids of all layer events, end to end: T * K of each row of `layer_table`."""
@@ -314,22 +315,28 @@ class Recorder:
         n_entries = int((rows["n_tokens"].astype(np.int64) * rows["cached"]).sum())
         return np.frombuffer(self._n_hits_of_token.tobytes(), dtype=np.int16)[:n_entries]
 
+    def waited_experts(self, row: int) -> tuple[int, ...]:
+        """The experts that a prompt copied to compute them, of this row of `layer_table`."""
+        bits = self._waited.get(row)
+        if bits is None:
+            return ()
+        return tuple(expert for expert in range(bits.bit_length()) if bits >> expert & 1)
+
     def layer_events(self) -> Iterator[LayerEvent]:
         """The layer events of all finished passes, one typed tuple each."""
-        all_ids, all_hits = self.expert_ids().tolist(), self.hits_of_tokens().tolist()
+        table, all_ids, all_hits = self.layer_table(), self.expert_ids(), self.hits_of_tokens()
         id_end = hits_end = 0
-        for number, row in enumerate(self.layer_table()):
-            values = dict(zip(LAYER_DTYPE.names or (), row.tolist(), strict=True))
-            n_tokens, top_k = values.pop("n_tokens"), values.pop("top_k")
-            id_start, id_end = id_end, id_end + n_tokens * top_k
-            ids = [all_ids[id_start + t * top_k :][:top_k] for t in range(n_tokens)]
-            n_hits_of_token = None
-            if values.pop("cached"):
-                hits_start, hits_end = hits_end, hits_end + n_tokens
-                n_hits_of_token = all_hits[hits_start:hits_end]
-            bits = self._waited.get(number, 0)
-            waited = tuple(expert for expert in range(bits.bit_length()) if bits >> expert & 1)
-            yield LayerEvent(ids=ids, n_hits_of_token=n_hits_of_token, waited=waited, **values)
+        for first in range(0, len(table), _CHUNK_ROWS):
+            for number, row in enumerate(table[first : first + _CHUNK_ROWS].tolist(), first):
+                pass_index, layer, n_tokens, top_k, cached, *rest = row
+                id_start, id_end = id_end, id_end + n_tokens * top_k
+                ids = all_ids[id_start:id_end].reshape(n_tokens, top_k).tolist()
+                n_hits_of_token = None
+                if cached:
+                    hits_start, hits_end = hits_end, hits_end + n_tokens
+                    n_hits_of_token = all_hits[hits_start:hits_end].tolist()
+                waited = self.waited_experts(number)
+                yield LayerEvent._make((pass_index, layer, ids, n_hits_of_token, *rest, waited))
 
 
 class NullRecorder(Recorder):

@@ -15,7 +15,7 @@ batch's first prompt. None is an empty cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,7 @@ TOKEN_HEADER = (
 TOKEN_MORE = ("CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)")
 FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0")
 FREQUENCY_MORE = ("CPU Power (W)", "GPU Power (W)")
+_CHUNK_PASSES = 256  # rows made at a time: a long run's are never all in memory
 _EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
 
 
@@ -138,34 +139,65 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
 
     In a batch a decode pass has one row per sequence, all with the pass's index.
     """
-    passes, layers, ids = recorder.pass_table(), recorder.layer_table(), recorder.expert_ids()
-    tokens = recorder.token_table()
-    prompts = _PromptColumn(recorder)
-    n_layers = _n_layers(layers)
-    widths = np.zeros(n_layers, dtype=np.int64)
-    np.maximum.at(widths, layers["layer"], layers["top_k"])
-    starts = np.concatenate([[0], np.cumsum(widths)])
-    blocks = [f"Block_{n}" for n in range(n_layers) for _ in range(widths[n])]
-    yield ("Index", *blocks, *prompts.header)
-    id_ends = np.cumsum(layers["n_tokens"].astype(np.int64) * layers["top_k"])
-    id_starts = np.concatenate([[0], id_ends])
-    first_row = np.searchsorted(layers["pass_index"], np.arange(len(passes) + 1))
-    for index, one in enumerate(passes):
-        if not one["decode"]:
-            padding = [""] * len(blocks) if prompts.header else []
-            yield (index, *padding, *prompts.cells(int(one["prompt"])))
-            continue
-        rows = range(first_row[index], first_row[index + 1])
-        n_sequences = max((int(layers["n_tokens"][row]) for row in rows), default=1)
-        cells = np.full((n_sequences, len(blocks)), -1, dtype=np.int64)
-        for row in rows:
-            top_k, start = int(layers["top_k"][row]), starts[layers["layer"][row]]
-            chosen = ids[id_starts[row] : id_starts[row + 1]].reshape(-1, top_k)
-            cells[: len(chosen), start : start + top_k] = chosen
-        owners = tokens["prompt"][tokens["pass_index"] == index].tolist()
-        owners += [int(one["prompt"])] * (n_sequences - len(owners))
-        for owner, sequence in zip(owners, cells.tolist(), strict=False):
-            yield (index, *("" if e < 0 else e for e in sequence), *prompts.cells(owner))
+    passes, tokens, prompts = recorder.pass_table(), recorder.token_table(), _PromptColumn(recorder)
+    choices = _Choices(recorder)
+    yield ("Index", *choices.header, *prompts.header)
+    first_token = np.searchsorted(tokens["pass_index"], np.arange(len(passes) + 1))
+    owners, prompt_of_pass = tokens["prompt"].tolist(), passes["prompt"].tolist()
+    is_decode = passes["decode"].tolist()
+    for first in range(0, len(passes), _CHUNK_PASSES):
+        chunk = range(first, min(first + _CHUNK_PASSES, len(passes)))
+        for index, sequences in zip(chunk, choices.decoded(chunk), strict=True):
+            prompt = prompt_of_pass[index]
+            if not is_decode[index]:
+                padding = [""] * len(choices.header) if prompts.header else []
+                yield (index, *padding, *prompts.cells(prompt))
+                continue
+            of_pass = owners[first_token[index] : first_token[index + 1]]
+            of_pass += [prompt] * (len(sequences) - len(of_pass))
+            for owner, sequence in zip(of_pass, sequences, strict=False):
+                yield (index, *sequence, *prompts.cells(owner))
+
+
+class _Choices:
+    """The chosen experts as cells: K for each layer, one row per sequence of a decode pass."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._decode = recorder.pass_table()["decode"]
+        self._layers, self._ids = recorder.layer_table(), recorder.expert_ids()
+        self._lengths = self._layers["n_tokens"].astype(np.int64) * self._layers["top_k"]
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._pass_of_row = self._layers["pass_index"].astype(np.int64)
+        self._first_row = np.searchsorted(self._pass_of_row, np.arange(len(self._decode) + 1))
+        widths = np.zeros(_n_layers(self._layers), dtype=np.int64)
+        np.maximum.at(widths, self._layers["layer"], self._layers["top_k"])
+        self._columns = np.cumsum(widths) - widths
+        self.header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
+
+    def decoded(self, chunk: range) -> Iterator[list[list[object]]]:
+        """Each pass's rows of cells, none for a prefill; empty where a layer has no such id."""
+        rows = np.arange(self._first_row[chunk.start], self._first_row[chunk.stop])
+        rows = rows[self._decode[self._pass_of_row[rows]]]
+        layers, lengths, place_in_chunk = (
+            self._layers[rows], self._lengths[rows], self._pass_of_row[rows] - chunk.start
+        )  # fmt: skip
+        n_sequences = self._decode[chunk.start : chunk.stop].astype(np.int64)  # 1 without layers
+        np.maximum.at(n_sequences, place_in_chunk, layers["n_tokens"])
+        ends = np.cumsum(n_sequences)
+        # Of every id: its place among those of its row of the table, and its cell.
+        place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        token, k = np.divmod(place, np.repeat(layers["top_k"], lengths))
+        first_cells = (ends - n_sequences)[place_in_chunk]
+        cells = np.full((int(n_sequences.sum()), len(self.header)), -1, dtype=np.int64)
+        cells[
+            np.repeat(first_cells, lengths) + token,
+            np.repeat(self._columns[layers["layer"]], lengths) + k,
+        ] = self._ids[np.repeat(self._starts[rows], lengths) + place]
+        filled: list[list[Any]] = cells.tolist()
+        if (cells < 0).any():
+            filled = [["" if expert < 0 else expert for expert in row] for row in filled]
+        for n, end in zip(n_sequences.tolist(), ends.tolist(), strict=True):
+            yield filled[end - n : end]
 
 
 def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
@@ -179,13 +211,13 @@ def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
     elapsed_s = np.cumsum(times_s)[np.searchsorted(pass_indexes, tokens["pass_index"])]
     so_far = np.searchsorted(tokens["pass_index"], tokens["pass_index"], side="right")
     sampled_at = np.array([sample.unix_s for sample in samples])
+    latest = np.searchsorted(sampled_at, tokens["unix_s"], side="right") - 1
     cpu_j, gpu_j = (
         token_energies_j(tokens, samples, sensor) for sensor in ("cpu_energy_j", "gpu_energy_j")
     )
     for index, token in enumerate(tokens):
         unix_s = float(token["unix_s"])
-        latest = int(np.searchsorted(sampled_at, unix_s, side="right")) - 1
-        sample = samples[max(latest, 0)] if samples else Sample(unix_s)
+        sample = samples[max(int(latest[index]), 0)] if samples else Sample(unix_s)
         yield (
             index,
             float(token["time_s"]),
@@ -243,8 +275,8 @@ def _n_layers(layers: Table) -> int:
 
 
 def _sums(values: Table, pass_index: Table, n_passes: int) -> npt.NDArray[np.float64]:
-    sums = np.zeros(n_passes)
-    np.add.at(sums, pass_index, values)
+    sums: npt.NDArray[np.float64] = np.zeros(n_passes)
+    sums += np.bincount(pass_index, weights=values, minlength=n_passes)  # int zeros without rows
     return sums
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from math import isfinite
@@ -29,7 +28,6 @@ from report_tables import (
 )
 from sensors import Sample
 from summary import RunSummary
-from traces import Trace, trace_lines
 
 Status = Literal["completed", "interrupted", "failed"]
 
@@ -116,13 +114,13 @@ def write_reports(
     paths: ReportPaths,
     info: RunInfo,
     summary: RunSummary,
-    routing: Trace | None = None,
+    routing: Iterable[str] | None = None,
 ) -> list[Path]:
     """Write all files atomically and return where they are.
 
     A run that did not complete never replaces files of an earlier one, complete or not: where any
     is in the way, all of its own are named `*.partial.*`. A run that finished no forward pass, or
-    recorded nothing (`--no-record`), writes nothing. `routing` goes to `paths.routing`.
+    recorded nothing (`--no-record`), writes nothing. `routing` are the lines of `paths.routing`.
     Raises UserError where the files cannot be written; no temporary file stays behind.
     """
     if not (recorder.enabled and len(recorder.pass_table())):
@@ -138,13 +136,13 @@ def write_reports(
         paths.token_gen_time: token_rows(recorder, info.samples),
         paths.cpu_freq_avg: frequency_rows(info.samples),
     }
-    texts = {path: _csv_text(rows) for path, rows in tables.items()}
+    lines: dict[Path, Iterable[str]] = {path: _csv_lines(rows) for path, rows in tables.items()}
     if paths.routing is not None and routing is not None:
-        texts[paths.routing] = "".join(trace_lines(routing.info, routing.passes))
+        lines[paths.routing] = routing
     document = _finite(_run_document(paths, info, summary))
-    texts[paths.run_json] = json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"
-    _write_together(texts)
-    return list(texts)
+    lines[paths.run_json] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
+    _write_together(lines)
+    return list(lines)
 
 
 def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
@@ -184,28 +182,34 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _csv_text(rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    return text.getvalue()
+class _Echo:
+    """A file for csv.writer that hands the line back: no table is held as text."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def _csv_lines(rows: Iterable[Row]) -> Iterator[str]:
+    writer = csv.writer(_Echo(), lineterminator="\n")
+    for row in rows:
+        yield writer.writerow([_cell(value) for value in row])
 
 
 def _cell(value: object) -> object:
     return f"{value:.9g}" if isinstance(value, float) else value
 
 
-def _write_together(texts: Mapping[Path, str]) -> None:
+def _write_together(lines: Mapping[Path, Iterable[str]]) -> None:
     """All files to temporary names, then all renamed: none is ever seen half-written."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in lines}
     try:
-        for path, text in texts.items():
+        for path, of_file in lines.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary[path].open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
+                file.writelines(of_file)
                 file.flush()
                 os.fsync(file.fileno())
-        for path in texts:
+        for path in lines:
             temporary[path].replace(path)
     except OSError as error:
         raise UserError(

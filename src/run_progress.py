@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import Timer
 from typing import Any, TextIO
 
 from torch import nn
 from tqdm import tqdm
+
+
+@contextmanager
+def told_if_slow(line: str, *, file: TextIO | None = None, delay_s: float = 1.0) -> Iterator[None]:
+    """Show `line` once what is done inside has taken `delay_s`, where `file` is a terminal."""
+    where = sys.stderr if file is None else file
+
+    def tell() -> None:
+        with suppress(OSError):  # a closed terminal
+            print(line, file=where, flush=True)
+
+    timer = Timer(delay_s, tell)
+    timer.daemon = True
+    if where.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class RunProgress:

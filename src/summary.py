@@ -180,8 +180,9 @@ def step_times_s(tokens: Table) -> tuple[Table, Floats]:
 
 def _prompt_lengths(passes: Table) -> tuple[int, ...]:
     prefill = passes[~passes["decode"]]
-    prompts = np.unique(prefill["prompt"])
-    return tuple(int(prefill["n_tokens"][prefill["prompt"] == p].sum()) for p in prompts)
+    _, prompt = np.unique(prefill["prompt"], return_inverse=True)
+    lengths = np.bincount(prompt, weights=prefill["n_tokens"])
+    return tuple(lengths.astype(np.int64).tolist())
 
 
 def _hit_counts(cached: Table, hits_of_token: Table, wanted: Table) -> HitCounts:

@@ -146,9 +146,9 @@ def trace_lines(info: TraceInfo, passes: Iterable[RoutingPass]) -> Iterator[str]
     """The lines of a trace's JSON file."""
     yield json.dumps({"routing_trace": 1, **asdict(info)}) + "\n"
     for one in passes:
-        fields = asdict(one)
-        if not one.waited:
-            del fields["waited"]
+        fields: dict[str, Any] = {"phase": one.phase, "ids": one.ids, "prompt": one.prompt}
+        if one.waited:
+            fields["waited"] = one.waited
         yield json.dumps(fields, separators=(",", ":")) + "\n"
 
 

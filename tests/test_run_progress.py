@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+from threading import Event
 
 import pytest
 import torch
 from torch import nn
 
-from run_progress import RunProgress
+from run_progress import RunProgress, told_if_slow
 
 
 class Terminal(io.StringIO):
     def __init__(self, is_terminal: bool = True) -> None:
         super().__init__()
         self._is_terminal = is_terminal
+        self.written = Event()
+
+    def write(self, text: str) -> int:
+        n_characters = super().write(text)
+        self.written.set()
+        return n_characters
 
     def isatty(self) -> bool:
         return self._is_terminal
@@ -76,3 +83,19 @@ def test_an_evaluation_that_is_cut_short_leaves_no_hook() -> None:
     progress.evaluate(3)
     progress.close()
     assert not block._forward_hooks
+
+
+def test_slow_work_is_told_of_once() -> None:
+    file = Terminal()
+    with told_if_slow("writing reports...", file=file, delay_s=0.0):
+        assert file.written.wait(60)
+    assert file.getvalue().splitlines() == ["writing reports..."]
+
+
+def test_quick_work_and_work_without_a_terminal_is_not_told_of() -> None:
+    quick, file = Terminal(), Terminal(is_terminal=False)
+    with told_if_slow("writing reports...", file=quick, delay_s=3600.0):
+        pass
+    with told_if_slow("writing reports...", file=file, delay_s=0.0):
+        assert not file.written.wait(0.2)
+    assert quick.getvalue() == file.getvalue() == ""
