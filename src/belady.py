@@ -67,11 +67,12 @@ def most_hits(passes: Sequence[RoutingPass], n_indexes: int, n_ways: int) -> int
     prompt's experts may be kept without having been looked up.
     """
     hits = 0
+    with_choices = [(one, one.last_choices()) for one in passes]
     for layer in range(n_indexes):
         steps = [
-            (one.phase == "decode", distinct_experts(one.ids[layer]))
-            for one in passes
-            if len(one.ids) > layer
+            (one.phase == "decode", distinct_experts(choices[layer]))
+            for one, choices in with_choices
+            if len(choices) > layer
         ]
         next_uses = _next_uses(steps)
         held: dict[int, int] = {}  # expert -> its next use

@@ -172,6 +172,9 @@ def share_one_index(trace: Trace) -> Trace:
         for layer, tokens in enumerate(one.ids):
             shifted = tuple(tuple(layer * E + expert for expert in token) for token in tokens)
             passes.append(RoutingPass(one.phase, (shifted,), one.prompt))
+        for layer, seen in enumerate(one.seen):
+            pairs = tuple((layer * E + expert, n) for expert, n in seen)
+            passes.append(RoutingPass(one.phase, (), one.prompt, seen=(pairs,)))
     info = replace(trace.info, n_layers=1, n_experts=trace.n_layers * E)
     return Trace(info, tuple(passes))
 

@@ -50,7 +50,7 @@ LEVELS: dict[int, frozenset[str]] = {
         0: (
             "errors version recorder sensors provenance streams handoff "
             "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
-            "run_progress terminal"
+            "run_progress terminal prompt_cells"
         ),
     }.items()
 }
