@@ -73,7 +73,7 @@ def most_hits(passes: Iterable[RoutingPass], n_indexes: int, n_ways: int) -> int
     for one in passes:
         decode = one.phase == "decode"
         place += n_decoded_ids(one)
-        for layer, (held, tokens) in enumerate(zip(held_in, one.ids, strict=False)):
+        for layer, (held, tokens) in enumerate(zip(held_in, one.last_choices(), strict=False)):
             for expert in distinct_experts(tokens):
                 hits += decode and expert in held
                 held[expert] = future.next_use(layer, expert, place)

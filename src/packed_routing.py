@@ -15,6 +15,7 @@ from typing import Literal
 
 Phase = Literal["prefill", "decode"]
 Ids = tuple[tuple[tuple[int, ...], ...], ...]
+Seen = tuple[tuple[int, int], ...]
 
 NEVER = 1 << 60
 N_IDS = 1 << 16  # ids of two bytes
@@ -26,13 +27,19 @@ class RoutingPass:
     """One forward pass: `ids[layer][token][k]`, empty where a prefill's routing is not known.
 
     `waited[layer]` are the experts that a prompt copied to the GPU to be computed there; empty
-    where none was, or where the trace does not say.
+    where none was, or where the trace does not say. `seen[layer]` is what is known of a prompt
+    whose tokens are not: (expert, number of tokens), the last token's experts first.
     """
 
     phase: Phase
     ids: Ids
     prompt: int = 0
     waited: tuple[tuple[int, ...], ...] = ()
+    seen: tuple[Seen, ...] = ()
+
+    def last_choices(self) -> Ids:
+        """`ids`, or tokens of one expert each that leave a cache the same: those of `seen`."""
+        return self.ids or tuple(tuple((e,) for e, _ in reversed(layer)) for layer in self.seen)
 
 
 class PackedRouting:
@@ -52,8 +59,10 @@ class PackedRouting:
         self._prefill: list[bytearray] = []
         self._n_tokens = array("i")  # of each pass; -1: a prompt
         self._numbers = array("q")  # the prompt that each pass belongs to
-        # Of each prompt's pass: its tokens in each layer, and what it waited for.
-        self._prompts: list[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]] = []
+        # Of each prompt's pass: its tokens in each layer, what it waited for, what is seen of it.
+        self._prompts: list[
+            tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[Seen, ...]]
+        ] = []
         for one in passes:
             self.append(one)
 
@@ -74,10 +83,9 @@ class PackedRouting:
             ids = tokens[0] if len(tokens) == 1 else [e for token in tokens for e in token]
             assert len(ids) == len(tokens) * self._top_k, (ids, self._top_k)
             highest = max(ids)
-            if highest > self.highest:
-                self.highest = highest
-                if highest > 255 and self._width == 1:
-                    self._widen()
+            self.highest = max(self.highest, highest)
+            if highest > 255 and self._width == 1:
+                self._widen()
             store = self._decode[layer] if decode else self._prefill[layer]
             store.extend(ids if self._width == 1 else array("H", ids).tobytes())
             self.n_ids += len(ids)
@@ -86,7 +94,9 @@ class PackedRouting:
         if decode:
             self.n_decoded += counts[0]
         else:
-            self._prompts.append((counts, one.waited))
+            self._prompts.append((counts, one.waited, one.seen))
+            of_seen = (expert for layer in one.seen for expert, _ in layer)
+            self.highest = max(self.highest, max(of_seen, default=-1))
 
     def __iter__(self) -> Iterator[RoutingPass]:
         k, width = self._top_k, self._width
@@ -95,13 +105,13 @@ class PackedRouting:
         prompts = iter(self._prompts)
         for n_tokens, number in zip(self._n_tokens, self._numbers, strict=True):
             if n_tokens < 0:
-                counts, waited = next(prompts)
+                counts, waited, seen = next(prompts)
                 ids = []
                 for layer, n in enumerate(counts):
                     end = starts[layer] + n * k * width
                     ids.append(self._tokens(self._prefill[layer][starts[layer] : end]))
                     starts[layer] = end
-                yield RoutingPass("prefill", tuple(ids), number, waited)
+                yield RoutingPass("prefill", tuple(ids), number, waited, seen)
                 continue
             end = at + n_tokens * k * width
             if n_tokens == width == 1:

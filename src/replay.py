@@ -10,12 +10,13 @@ next layer begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from belady import Belady, distinct_experts
 from expert_cache import ExpertCache
-from packed_routing import RoutingPass
+from packed_routing import RoutingPass, Seen
 from time_model import Timeline
 
 
@@ -55,6 +56,13 @@ class PhaseHits:
         chosen = {expert for token in tokens for expert in token}
         self.experts += len(chosen)
         self.expert_hits += len(chosen & present)
+
+    def add_seen(self, seen: Seen, ready: Collection[int]) -> None:
+        """Count a layer of a prompt whose tokens are not known one by one: no pairs."""
+        self.lookups += sum(n for _, n in seen)
+        self.hits += sum(n for expert, n in seen if expert in ready)
+        self.experts += len(seen)
+        self.expert_hits += sum(expert in ready for expert, _ in seen)
 
     def add_one(self, n_hits: int, top_k: int) -> None:
         """Count a layer of one token."""
@@ -165,7 +173,8 @@ def _replay_decode(
 def _replay_prefill(
     one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
 ) -> None:
-    for layer, tokens in enumerate(one.ids):
+    for layer, tokens in enumerate(one.last_choices()):
+        seen = one.seen[layer] if one.seen else None
         waited: Sequence[int] = one.waited[layer] if one.waited else ()
         ready = cache.ready(layer)
         if timeline is not None:
@@ -174,13 +183,15 @@ def _replay_prefill(
                 cache.mark_ready(slot)
             ready = cache.ready(layer)
             counts = [0] * (1 + max(expert for token in tokens for expert in token))
-            for token in tokens:
-                for expert in token:
-                    counts[expert] += 1
+            for expert, n in seen or Counter(e for token in tokens for e in token).items():
+                counts[expert] += n
             split = timeline.split_prefill(counts, ready)
             waited = [expert for expert in split.gpu_experts if expert not in ready]
         if layer < cache.n_indexes:
-            counted.add(tokens, ready)
+            if seen is None:
+                counted.add(tokens, ready)
+            else:
+                counted.add_seen(seen, ready)
         places = {expert: cache.slot_of(layer, expert) for expert in waited}
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)

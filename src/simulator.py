@@ -30,7 +30,7 @@ from sweep import (
     sweep,
     write_rows,
 )
-from traces import Trace, read_trace, write_trace
+from traces import RoutingPass, Trace, read_trace, write_trace
 from workload import fit_workload, popularity_workload, typical_workload
 
 DEFAULT_TOKENS = 256
@@ -114,12 +114,15 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
             f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
         )
     if options.synthetic:
-        n_prompt = max(
-            (len(one.ids[0]) for one in trace.passes if one.phase == "prefill" and one.ids),
-            default=0,
-        )
+        n_prompt = max((_n_prompt_tokens(one, trace.info.top_k) for one in trace.passes), default=0)
         return fit_workload(trace).generate(n_tokens, options.seed, n_prompt)
     return trace
+
+
+def _n_prompt_tokens(one: RoutingPass, top_k: int) -> int:
+    if one.phase == "decode" or not (one.ids or one.seen):
+        return 0
+    return len(one.ids[0]) if one.ids else sum(n for _, n in one.seen[0]) // top_k
 
 
 def _print_trace(trace: Trace) -> None:
@@ -132,6 +135,8 @@ def _print_trace(trace: Trace) -> None:
     )
     for note in info.notes:
         print(f"note: {note}")
+    if any(one.phase == "prefill" and not one.last_choices() for one in trace.passes):
+        print("note: the trace leaves prompts out: the cache's warm-up by them is not replayed")
 
 
 def _one_setting(
@@ -184,6 +189,8 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
                 f"{phase} hits: at least one {one:.1f}%, at least two {two:.1f}%, "
                 f"per expert {per_expert:.1f}%"
             )
+        elif hits.experts:
+            print(f"{phase} hits: per expert {hits.rates()[2]:.1f}%")
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
     bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
     print(

@@ -175,11 +175,15 @@ def share_one_index(trace: Trace) -> Trace:
 
 
 def _layer_by_layer(trace: Trace) -> Iterator[RoutingPass]:
+    E = trace.n_experts
     for one in trace.passes:
         for layer, tokens in enumerate(one.ids):
-            first = layer * trace.n_experts
+            first = layer * E
             shifted = tuple(tuple(first + expert for expert in token) for token in tokens)
             yield RoutingPass(one.phase, (shifted,), one.prompt)
+        for layer, seen in enumerate(one.seen):
+            pairs = tuple((layer * E + expert, n) for expert, n in seen)
+            yield RoutingPass(one.phase, (), one.prompt, seen=(pairs,))
 
 
 def _policy(name: str, trace: Trace) -> ReplacementPolicy:

@@ -2,8 +2,10 @@
 
 Three formats, told apart by their content:
   expert_choices.csv  this tool's and the reference's: `Index`, then K ids for each layer; one row
-      per decoded token (rows of one index are one batch), a prefill is its index alone. The
-      reference's header says 32 layers for every model: where header and rows differ, rows count.
+      per decoded token (rows of one index are one batch), a prefill has no ids. Ours says
+      in columns after the reference's, `Prefill_0` and on, what each layer of a prompt chose
+      (`prompt_cells`). The reference's header says 32 layers for every model: where header and rows
+      differ, rows count.
   *.route.csv         `turn,phase,step,layer,slot,expert,...`, phase 0 prompt and 1 decode, after
       `#` comments that name the model, its layers and its experts.
   JSON lines          a header object {"routing_trace": 1, "model": ..., "n_layers": ..., "top_k":
@@ -27,7 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
-from packed_routing import N_IDS, Ids, PackedRouting, Passes, Phase, RoutingPass, collected, packed
+from packed_routing import (
+    N_IDS,
+    Ids,
+    PackedRouting,
+    Passes,
+    Phase,
+    RoutingPass,
+    Seen,
+    collected,
+    packed,
+)
+from prompt_cells import read_prompt_cell
 
 __all__ = ["RoutingPass", "Trace", "TraceInfo", "TraceReader", "read_trace", "write_trace"]
 
@@ -149,6 +162,8 @@ def trace_lines(info: TraceInfo, passes: Iterable[RoutingPass]) -> Iterator[str]
         fields: dict[str, Any] = {"phase": one.phase, "ids": one.ids, "prompt": one.prompt}
         if one.waited:
             fields["waited"] = one.waited
+        if one.seen:
+            fields["seen"] = one.seen
         yield json.dumps(fields, separators=(",", ":")) + "\n"
 
 
@@ -226,6 +241,8 @@ class _ExpertChoices(_Format):
         header = next(lines).split(",")
         blocks = [name for name in header[1:] if name.startswith("Block_")]
         others = header[1 + len(blocks) :]
+        n_prefill = sum(name.startswith("Prefill_") for name in others)
+        others = others[n_prefill:]
         if not blocks or header[0] != "Index" or any(o.startswith("Block_") for o in others):
             raise self.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header)[:60])
         self.top_k = blocks.count(blocks[0])
@@ -236,12 +253,15 @@ class _ExpertChoices(_Format):
         for line in lines:
             cells = line.split(",")
             owner = cells.pop() if others and len(cells) == len(header) else None
+            of_prompt = cells[1 + len(blocks) :] if n_prefill else []
+            if n_prefill and len(cells) >= len(header) - len(others):
+                del cells[1 + len(blocks) :]
             if not any(cells[1:]):
                 if batch:
                     yield self._decode(batch, prompt)
                     batch = []
                 prompt = prompt + 1 if owner is None else self.integer(owner, others[-1])
-                yield RoutingPass("prefill", (), prompt)
+                yield self._prefill(of_prompt, prompt)
                 continue
             if not width:
                 width = len(cells)
@@ -255,6 +275,19 @@ class _ExpertChoices(_Format):
             batch.append(self._token_of_layers(cells[1:]))
         if batch:
             yield self._decode(batch, prompt)
+
+    def _prefill(self, cells: list[str], prompt: int) -> RoutingPass:
+        if not any(cells):
+            return RoutingPass("prefill", (), prompt)
+        try:
+            layers = [read_prompt_cell(cell) for cell in cells]
+        except ValueError as error:
+            raise self.error("a prompt's experts as expert:tokens", repr(str(error))) from None
+        for seen, _ in layers:
+            self.token(expert for expert, _ in seen)
+        waited = tuple(copied for _, copied in layers)
+        seen_of_layer = tuple(seen for seen, _ in layers)
+        return RoutingPass("prefill", (), prompt, waited if any(waited) else (), seen_of_layer)
 
     def _set_layers(self, width: int, n_header_ids: int) -> None:
         self.n_layers, rest = divmod(width - 1, self.top_k)
@@ -397,7 +430,20 @@ class _JsonLines(_Format):
                     if len(token) != self.top_k or not all(isinstance(e, int) for e in token):
                         raise self.error(f"{self.top_k} expert ids for each token", token)
         prompt = self.integer(str(one.get("prompt", 0)), "prompt")
-        return RoutingPass(phase, checked, prompt, self._waited(one, len(checked)))
+        seen = self._seen(one)
+        n_layers = len(checked) or len(seen)
+        return RoutingPass(phase, checked, prompt, self._waited(one, n_layers), seen)
+
+    def _seen(self, one: dict[str, Any]) -> tuple[Seen, ...]:
+        try:
+            seen = tuple(tuple((e, n) for e, n in layer) for layer in one.get("seen", []))
+            if not all(type(x) is int for layer in seen for pair in layer for x in pair):
+                raise TypeError
+        except (TypeError, ValueError):
+            raise self.error("seen as [layer][[expert, tokens]]", str(one["seen"])[:60]) from None
+        for layer in seen:
+            self.token(expert for expert, _ in layer)
+        return seen
 
     def _waited(self, one: dict[str, Any], n_layers: int) -> tuple[tuple[int, ...], ...]:
         waited = one.get("waited", [])

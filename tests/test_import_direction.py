@@ -53,7 +53,7 @@ LEVELS: dict[int, frozenset[str]] = {
         0: (
             "errors version recorder sensors provenance streams handoff "
             "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
-            "run_progress terminal packed_routing kv_cache"
+            "run_progress terminal packed_routing kv_cache prompt_cells"
         ),
     }.items()
 }

@@ -74,8 +74,9 @@ def test_the_references_columns_come_first(tmp_path: Path) -> None:
     for name, columns in first.items():
         assert (tmp_path / f"{name}.csv").read_text().startswith(columns + ",")
     lines = (tmp_path / "expert_choices.csv").read_text().splitlines()
-    assert lines[0] == "Index,Block_0,Block_0,Block_1,Block_1,Block_2,Block_2"
-    assert lines[1] == "0"  # a prefill row holds the index alone
+    ids = "Index,Block_0,Block_0,Block_1,Block_1,Block_2,Block_2"
+    assert lines[0] == ids + ",Prefill_0,Prefill_1,Prefill_2"
+    assert lines[1].startswith("0,,,,,,,")  # none of the reference's cells but the index
     assert all(line.count(",") == 6 for line in lines[2:])
 
 
@@ -121,7 +122,7 @@ def test_the_expert_choices_replayed_give_the_cache_csv(tmp_path: Path) -> None:
     n_hits = 0
     for row, hits in zip(choices, recorded, strict=True):
         replayed = ["0"] * shape.n_layers
-        for layer in range(shape.n_layers if len(row) > 1 else 0):
+        for layer in range(shape.n_layers if row[1] else 0):
             experts = [int(cell) for cell in row[1 + 2 * layer :][:2]]
             slots = cache.lookup(layer, experts)
             missed = [e for e, slot in zip(experts, slots, strict=True) if slot < 0]

@@ -1,5 +1,6 @@
 """The simulator against the engine: the same hits, pass by pass and layer by layer."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from recorded_routing import recorded_trace
 from recorder import Recorder
 from replacement_policies import POLICIES
 from replay import replay
+from reports import ReportPaths, RunInfo, write_reports
+from summary import summarize
 from time_model import Timeline
 from traces import Trace, read_trace, write_trace
 
@@ -80,6 +83,53 @@ def run(
         ):
             pass
     return recorder
+
+
+def through_the_csv(recorder: Recorder, folder: Path) -> tuple[Trace, list[list[int]]]:
+    """(expert_choices.csv as our reader takes it, cache.csv's hits by pass and layer)."""
+    write_reports(recorder, ReportPaths.in_folder(folder), RunInfo(), summarize(recorder))
+    with (folder / "cache.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    n_layers = sum(name.startswith("Block_") for name in header)
+    hits = [[int(cell) for cell in row[1 : 1 + n_layers]] for row in rows]
+    return read_trace(folder / "expert_choices.csv"), hits
+
+
+def assert_replayed(trace: Trace, hits: list[list[int]], options: CacheOptions) -> None:
+    policy = make_policy(options.policy)
+    cache = ExpertCache(options.n_indexes, options.n_ways, policy)
+    result = replay(trace.passes, cache, options.quota, keep_layers=True)
+    n_layers = len(hits[0])
+    assert [row + [0] * (n_layers - len(row)) for row in result.hits_by_layer] == hits
+    assert sum(map(sum, hits)) > 0 or options.quota == 0
+
+
+@pytest.mark.parametrize("costs", ["prompts wait for copies", "prompts on the CPU"])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(("n_indexes", "n_ways", "quota"), [(1, 2, 64), (2, 3, 1), (2, 3, 64)])
+def test_the_expert_choices_of_a_run_replay_its_cache_csv(
+    engine, policy, n_indexes, n_ways, quota, batched, costs, tmp_path: Path
+):
+    """Row by row, from the CSV alone: its prefill cells warm the cache as the prompts did."""
+    options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
+    batches = [PROMPTS, PROMPTS[:2]] if batched else [[prompt] for prompt in PROMPTS]
+    recorder = run(engine, options, batches, FAST_BUS if "wait" in costs else SLOW_BUS)
+    trace, hits = through_the_csv(recorder, tmp_path)
+    assert_replayed(trace, hits, options)
+    write_trace(tmp_path / "copy.jsonl", trace.info, trace.passes)
+    assert read_trace(tmp_path / "copy.jsonl").passes == trace.passes
+
+
+def test_without_the_prompts_the_replay_is_another(engine, tmp_path: Path):
+    """What the prefill cells are for, and a single prompt's rows."""
+    options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU")
+    recorder = run(engine, options, [[PROMPTS[0]]])
+    trace, hits = through_the_csv(recorder, tmp_path)
+    assert_replayed(trace, hits, options)
+    bare = [replace(one, seen=(), waited=()) for one in trace.passes]
+    result = replay(bare, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
+    assert result.hits_by_layer[1] == [0, 0] != hits[1]
 
 
 def engine_hits(recorder: Recorder) -> list[list[int]]:
