@@ -142,9 +142,8 @@ def machine_costs(
     `decode_step` runs one decode step with every expert left out, for the cost of the rest. The
     calibration is keyed by the hardware, the block's layout, what computes it, the `dense` part's
     description and the emulated link; one taken on a busy machine is kept by this process alone.
-    Without `gpu` its
-    costs and the copies' are infinite: nothing is ever sent there. `linears` are one layer's that
-    oneDNN may compute.
+    Without `gpu` its costs and the copies' are infinite: nothing is ever sent there. `linears` are
+    one layer's that oneDNN may compute.
     """
     cache = cache or CalibrationCache()
     layout = store.layouts[0]
