@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from cost_model import SideCost
@@ -231,6 +232,10 @@ def _without_pause(work: Callable[[], object]) -> Iterator[None]:
         looping.result()
 
 
+def _this_process() -> list[float]:
+    return [os.getpid(), psutil.Process().create_time()]
+
+
 class CalibrationCache:
     """Calibrations kept as JSON files, one per hardware and model shape, until they expire.
 
@@ -252,9 +257,10 @@ class CalibrationCache:
             document = json.loads(self.path(hardware, shape).read_text())
             age_s = time.time() - document["measured_unix_s"]
             calibration = document["calibration"]
+            owner = document.get("process")
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        fresh = 0 <= age_s <= self._max_age_s
+        fresh = 0 <= age_s <= self._max_age_s and owner in (None, _this_process())
         return calibration if fresh and isinstance(calibration, dict) else None
 
     def store(
@@ -262,14 +268,19 @@ class CalibrationCache:
         hardware: Mapping[str, Any],
         shape: Mapping[str, Any],
         calibration: Mapping[str, Any],
+        lasting: bool = True,
     ) -> bool:
-        """Keep a calibration; False where the folder cannot be written (it is then not kept)."""
+        """Keep a calibration; False where the folder cannot be written (it is then not kept).
+
+        One that is not `lasting` is believed by this process alone.
+        """
         path = self.path(hardware, shape)
         document = {
             "measured_unix_s": time.time(),
             "hardware": hardware,
             "shape": shape,
             "calibration": calibration,
+            "process": None if lasting else _this_process(),
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

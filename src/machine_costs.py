@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from math import isfinite
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -119,9 +118,6 @@ def _time(us: float) -> str:
     return f"{us / 1e3:.2f} ms" if us >= 1000 else f"{us:.3g} us"
 
 
-_noisy: dict[Path, MachineCosts] = {}  # by where a quiet machine's would be stored
-
-
 def machine_costs(
     store: ExpertStore,
     cpu: CpuExperts,
@@ -166,19 +162,15 @@ def machine_costs(
             return _from_json(known)
         except (KeyError, TypeError, UserError):
             pass  # written by another version: measured anew
-    path = cache.path(hardware.key(), shape)
-    if not remeasure and path in _noisy:
-        return _noisy[path]
     if sys.stderr.isatty():
         print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
     kernels_alone = cpu.with_onednn(None)
     costs = _measure(store, kernels_alone, gpu, decode_step, dtype, emulate_pcie_gbps, rounds)
     if has_bf16_products(hardware.isa):
         costs = _compare_onednn(costs, store, kernels_alone, linears, dtype)
-    if costs.steadiness.is_quiet:  # 30 days of another program's noise are worse than none
-        cache.store(hardware.key(), shape, costs.to_json())
-    else:  # but a process measures once: its settings are compared by the same costs
-        _noisy[path] = costs
+    # 30 days of another program's noise are worse than none; but a process measures once.
+    if costs.steadiness.is_quiet or not remeasure:
+        cache.store(hardware.key(), shape, costs.to_json(), lasting=costs.steadiness.is_quiet)
     return costs
 
 

@@ -225,3 +225,11 @@ def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert CalibrationCache().folder == tmp_path / "moe-cpu-gpu-inference"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
     assert CalibrationCache().folder == Path.home() / ".cache" / "moe-cpu-gpu-inference"
+
+
+def test_a_calibration_that_does_not_last_is_this_processes_alone(tmp_path, monkeypatch):
+    cache = CalibrationCache(tmp_path)
+    assert cache.store({"cpu": "x"}, {"layers": 2}, {"a": 1.5}, lasting=False)
+    assert cache.load({"cpu": "x"}, {"layers": 2}) == {"a": 1.5}
+    monkeypatch.setattr("calibration._this_process", lambda: [1, 0.0])
+    assert cache.load({"cpu": "x"}, {"layers": 2}) is None
