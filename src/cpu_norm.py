@@ -13,12 +13,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from decode_kernels import DecodeKernels, NormArguments
+from decode_kernels import DecodeKernels, NormArguments, is_plain
 
 FORMS: Final = {"round_then_weight": 0, "weight_then_round": 1, "one_plus_weight": 2}
-_MAX_ELEMENTS: Final = (
-    1 << 16
-)  # 16 tokens of Mixtral; beyond, torch's threads are worth their start
+# 16 tokens of Mixtral; beyond, torch's threads are worth their start.
+_MAX_ELEMENTS: Final = 1 << 16
 _PROBE_ROWS: Final = 16
 # A sum in another order may turn the rounding of a value on the edge between two.
 _EQUAL_PART: Final = 0.99
@@ -47,11 +46,8 @@ class CpuNorm:
             n > _MAX_ELEMENTS
             or args
             or kwargs
-            or hidden_states.dtype != torch.bfloat16
+            or not is_plain(hidden_states)
             or hidden_states.shape[-1] != self._width
-            or not hidden_states.is_contiguous()
-            or hidden_states.device.type != "cpu"
-            or (torch.is_grad_enabled() and hidden_states.requires_grad)
         ):
             result: Tensor = self.own(hidden_states, *args, **kwargs)
             return result

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cpu_kernels import FORMAT_CODES, MatrixArguments
-from decode_kernels import DecodeKernels, RouterArguments
+from decode_kernels import DecodeKernels, RouterArguments, is_plain
 
 Part = Literal["logits", "scores", "index"]
 
@@ -57,11 +57,8 @@ class CpuRouter:
             n_tokens > _MAX_TOKENS
             or args
             or kwargs
-            or hidden_states.dtype != torch.bfloat16
+            or not is_plain(hidden_states)
             or hidden_states.shape[-1] != self._width
-            or not hidden_states.is_contiguous()
-            or hidden_states.device.type != "cpu"
-            or (torch.is_grad_enabled() and hidden_states.requires_grad)
         ):
             return cast(tuple[Tensor, ...], self.own(hidden_states, *args, **kwargs))
         parts: dict[Part, Tensor] = {

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from cpu_kernels import AttentionArguments
 from cpu_linear import CpuLinear
 from cpu_norm import CpuNorm
-from decode_kernels import DecodeKernels, HeadsArguments
+from decode_kernels import DecodeKernels, HeadsArguments, is_plain
 from kv_cache import RoomyLayer, make_cache
 
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -114,9 +114,8 @@ class CpuSelfAttention:
         cos, sin = rotary
         shape = (1, self._heads.rotary_size)
         return (
-            hidden.dtype == cos.dtype == sin.dtype == torch.bfloat16
-            and hidden.device.type == "cpu"
-            and hidden.is_contiguous()
+            is_plain(hidden)
+            and cos.dtype == sin.dtype == torch.bfloat16
             and cos.shape[1:] == sin.shape[1:] == shape
             and cos.shape[0] == sin.shape[0]
             and cos.shape[0] in (1, hidden.shape[0])
@@ -125,7 +124,6 @@ class CpuSelfAttention:
             and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
             and len(cache.layers) > self._layer
             and not kwargs.get("output_attentions")
-            and not (torch.is_grad_enabled() and hidden.requires_grad)
         )
 
     def _project(

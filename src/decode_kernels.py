@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from cpu_kernels import CpuKernels, MatrixArguments
@@ -61,6 +62,16 @@ class HeadsArguments(ctypes.Structure):
         ("value", ctypes.c_void_p),
         ("key_strides", ctypes.c_int64 * 2),
         ("value_strides", ctypes.c_int64 * 2),
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the kernels read `x` as it lies: contiguous bf16 on the CPU, no gradient asked."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
 

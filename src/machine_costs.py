@@ -1,4 +1,4 @@
-"""This machine's cost model for one loaded model, measured in about a second and kept on disk."""
+"""This machine's cost model for one loaded model, measured in a few seconds and kept on disk."""
 
 from __future__ import annotations
 
