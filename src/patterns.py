@@ -6,6 +6,7 @@ measured figure stands beside the exact value that chance alone gives for that E
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(format_patterns(patterns, trace.info))
-    for path in paths:
-        print(path)
+    try:
+        print(format_patterns(patterns, trace.info), *paths, sep="\n", flush=True)
+    except BrokenPipeError:  # as with `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -1,8 +1,7 @@
 """A run's routing as a trace: what its simulation starts from.
 
-Unlike expert_choices.csv, which mirrors the reference and leaves prompts out, this keeps the
-prompts' choices too, and which experts a prompt copied to the GPU, so that a replay warms the cache
-as the run did.
+Of a prompt expert_choices.csv holds what the cache learns of it; this holds every token's choices,
+and which experts a prompt copied to the GPU.
 """
 
 from __future__ import annotations

@@ -55,6 +55,15 @@ def test_one_setting_prints_what_the_replay_counted(capsys, trace, trace_file):
     assert per_expert <= without <= with_bypass
 
 
+def test_a_trace_without_prompts_says_so(capsys, tmp_path):
+    path = tmp_path / "expert_choices.csv"
+    flags = (str(path), "--cache-nblocks", "1", "--cache-nways", "2")
+    path.write_text("Index,Block_0,Block_0,Prefill_0\n0,,,3:1 0:2*\n1,0,1\n")
+    assert "leaves prompts out" not in printed(capsys, *flags)
+    path.write_text("Index,Block_0,Block_0\n0\n1,0,1\n")
+    assert "the trace leaves prompts out" in printed(capsys, *flags)
+
+
 def test_times_are_printed_with_a_machine(capsys, trace_file):
     out = printed(
         capsys, trace_file, "--cache-nblocks", "3", "--cache-nways", "4", "--hardware", HARDWARE,

@@ -124,6 +124,14 @@ def test_synthetic_stays_synthetic(tmp_path):
         ),
         ("Index,Block_0,Block_0\n1,0,1,2\n", "line 2: expected 2 expert ids for each layer"),
         ("Index,Block_0,Block_0\n0\n", "at least one decoded token"),
+        (
+            "Index,Block_0,Block_0,Prefill_0\n0,,,3:x\n1,0,1\n",
+            "line 2: expected a prompt's experts as expert:tokens, found '3:x'",
+        ),
+        (
+            "Index,Block_0,Block_0,Prefill_0\n0,,,3:1 3:2\n1,0,1\n",
+            r"line 2: expected distinct experts of one token, found \[3, 3\]",
+        ),
         (ROUTE.replace("turn,phase", "turn,faze"), "line 1: expected a routing trace|line 5"),
         (ROUTE + "0,1,1,0,0,1,0.5,0\n", "line 16: expected 9 columns, found 8"),
         (ROUTE + "0,1,1,0,0,4,0.5,0,1\n", "line 16: expected an expert id of 0 to 3, found 4"),
