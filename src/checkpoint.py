@@ -23,6 +23,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from errors import UserError
+from model_folders import MANIFEST_NAME, require_prepared
 from safetensors_file import write_file_atomically
 from shards import (
     DenseShard,
@@ -37,7 +38,6 @@ from shards import (
 )
 
 FORMAT_VERSION: Final = 1
-MANIFEST_NAME: Final = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,11 @@ def read_manifest(folder: Path) -> Manifest:
     is missing or truncated.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"expected a prepared model folder at {folder}, found "
-            f"{'a file' if folder.exists() else 'nothing'}; check the path"
-        )
+    require_prepared(folder)
     path = folder / MANIFEST_NAME
     try:
         data = json.loads(path.read_bytes(), object_hook=decode_floats)
         version = data["format_version"]
-    except FileNotFoundError as error:
-        raise UserError(_not_prepared(folder)) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (KeyError, TypeError) as error:
@@ -173,14 +167,6 @@ def read_manifest(folder: Path) -> Manifest:
     for shard in manifest.shards:
         check_size(shard)
     return manifest
-
-
-def _not_prepared(folder: Path) -> str:
-    flag = "" if (folder / "params.json").exists() else " --hf"
-    return (
-        f"{folder} is not prepared yet (it has no {MANIFEST_NAME}); run: python3 "
-        f'weights_preprocessor.py --input-path "{folder}" --output-path "{folder}"{flag}'
-    )
 
 
 def _foreign(path: Path) -> str:

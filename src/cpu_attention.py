@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cpu_kernels import AttentionArguments, CpuKernels
+from cpu_kernels import CpuKernels
+from kernel_library import AttentionArguments
 
 # Tensors that transformers hands to every attention function and that change nothing in it. Any
 # other one (sinks, a bias, indices of a sparse attention) leaves the call to torch.

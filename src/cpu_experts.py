@@ -13,16 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpu_kernels import (
-    ACTIVATION_CODES,
-    FORMAT_CODES,
-    KernelChoice,
-    LayerArguments,
-    TokenArguments,
-    load_kernels,
-    supported_isas,
-)
+from cpu_kernels import KernelChoice, load_kernels
 from expert_format import Activation, BlockLayout
+from kernel_library import ACTIVATION_CODES, FORMAT_CODES, LayerArguments, TokenArguments
 from onednn_experts import OnednnExperts, block_at, find_crowd
 from torch_experts import experts_forward
 
@@ -175,15 +168,6 @@ class CpuExperts:
                 self.act_module,
             )
         )
-
-
-def describe_kernels() -> list[str]:
-    """Lines for `--version`: what computes experts on this CPU, and what else it could use."""
-    kernels = load_kernels()
-    if kernels is None:
-        return ["CPU kernels: torch"]
-    names = ", ".join(supported_isas(kernels.library))
-    return [f"CPU kernels: {kernels.description} (this CPU runs: {names})"]
 
 
 def _layer_arguments(layout: BlockLayout, activation: Activation) -> LayerArguments:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels as Python calls: library, instruction set, threads, ctypes.
+"""The compiled CPU kernels as Python calls: one instruction set of the library, and threads.
 
 ctypes releases the GIL for the length of a call. The library's OpenMP symbols resolve to the
 runtime that torch loaded, so kernels and torch share one pool of threads and never spin against
@@ -15,125 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
-import kernel_build
 from errors import UserError
+from kernel_library import (
+    AttentionArguments,
+    LayerArguments,
+    MatrixArguments,
+    TokenArguments,
+    default_threads,
+    describe,
+    isa_code,
+    open_library,
+    supported_isas,
+)
 
 KernelChoice = Literal["auto", "native", "torch"]
 
-FORMAT_CODES: Final = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
-ACTIVATION_CODES: Final = {
-    "silu": 0,
-    "gelu": 1,
-    "gelu_tanh": 2,
-    "relu": 3,
-    "relu2": 4,
-    "clamped_swiglu": 5,
-    "module": -1,
-}
 _ERRORS: Final = {1: "out of memory for scratch", 2: "instruction set not supported here"}
-
-
-class LayerArguments(ctypes.Structure):
-    """`cpux_layer` of api.h."""
-
-    _fields_ = (
-        ("weight_format", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("has_gate", ctypes.c_int32),
-        ("alpha", ctypes.c_float),
-        ("limit", ctypes.c_float),
-        ("hidden_size", ctypes.c_int64),
-        ("intermediate_size", ctypes.c_int64),
-        ("gate_up", ctypes.c_int64),
-        ("gate_up_scale", ctypes.c_int64),
-        ("gate_up_bias", ctypes.c_int64),
-        ("down", ctypes.c_int64),
-        ("down_scale", ctypes.c_int64),
-        ("down_bias", ctypes.c_int64),
-    )
-
-
-class TokenArguments(ctypes.Structure):
-    """`cpux_tokens` of api.h."""
-
-    _fields_ = (
-        ("hidden", ctypes.c_void_p),
-        ("hidden_is_bf16", ctypes.c_int32),
-        ("n_tokens", ctypes.c_int64),
-        ("top_k", ctypes.c_int64),
-        ("n_experts", ctypes.c_int64),
-        ("index", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("on_cpu", ctypes.c_void_p),
-    )
-
-
-class MatrixArguments(ctypes.Structure):
-    """`cpux_matrix` of api.h."""
-
-    _fields_ = (
-        ("weight_format", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    )
-
-
-class AttentionArguments(ctypes.Structure):
-    """`cpux_attention` of api.h."""
-
-    _fields_ = (
-        ("is_bf16", ctypes.c_int32),
-        ("n_batch", ctypes.c_int64),
-        ("n_heads", ctypes.c_int64),
-        ("n_kv_heads", ctypes.c_int64),
-        ("n_keys", ctypes.c_int64),
-        ("key_size", ctypes.c_int64),
-        ("value_size", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("query", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("key_strides", ctypes.c_int64 * 2),
-        ("value_strides", ctypes.c_int64 * 2),
-        ("mask", ctypes.c_void_p),
-    )
-
-
-_POINTER: Final = ctypes.c_void_p
-_INT: Final = ctypes.c_int
-_LONG: Final = ctypes.c_int64
-_LAYER: Final = ctypes.POINTER(LayerArguments)
-_TOKENS: Final = ctypes.POINTER(TokenArguments)
-_SIGNATURES: Final = {
-    "cpux_run": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER)),
-    "cpux_count_pairs": (_LONG, (_TOKENS,)),
-    "cpux_first": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER)),
-    "cpux_second": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER, _POINTER)),
-    "cpux_activate": (_INT, (_LAYER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER)),
-    "cpux_add": (
-        _INT,
-        (_LAYER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER),
-    ),
-    "cpux_linear": (
-        _INT,
-        (ctypes.POINTER(MatrixArguments), _POINTER, _INT, _LONG, _INT, _INT, _POINTER),
-    ),
-    "cpux_attend": (_INT, (ctypes.POINTER(AttentionArguments), _INT, _INT, _POINTER)),
-    "cpux_n_isas": (_INT, ()),
-    "cpux_isa_name": (ctypes.c_char_p, (_INT,)),
-    "cpux_isa_supported": (_INT, (_INT,)),
-    "cpux_pin_threads": (_INT, (ctypes.POINTER(ctypes.c_int32), _INT)),
-    "cpux_read_seconds": (ctypes.c_double, (_POINTER, _LONG, _INT, _INT)),
-    "cpux_fma_flops_per_s": (ctypes.c_double, (_INT, _INT, ctypes.c_double)),
-}
 
 
 @dataclass(frozen=True)
@@ -150,7 +50,7 @@ class CpuKernels:
 
     @property
     def description(self) -> str:
-        return f"native {self.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return describe(self.isa, self.threads)
 
     def run(self, layer: LayerArguments, tokens: TokenArguments, out: Tensor) -> None:
         self.check(
@@ -271,7 +171,7 @@ def load_kernels(
     if kernel == "torch":
         return None
     try:
-        library = _open_library()
+        library = open_library()
     except UserError as error:
         if kernel == "native" or isa != "auto":
             raise
@@ -284,46 +184,11 @@ def load_kernels(
         )
     name = names[-1] if isa == "auto" else isa
     kernels = CpuKernels(
-        library, name, _isa_code(library, name), len(affinity) if affinity else default_threads()
+        library, name, isa_code(library, name), len(affinity) if affinity else default_threads()
     )
     if affinity:
         kernels.pin(affinity)
     return kernels
-
-
-def supported_isas(library: ctypes.CDLL) -> list[str]:
-    """Instruction sets that the library was built with and this CPU has, slowest first."""
-    count = library.cpux_n_isas()
-    codes = [code for code in range(count) if library.cpux_isa_supported(code)]
-    return [library.cpux_isa_name(code).decode() for code in codes]
-
-
-def default_threads() -> int:
-    """`OMP_NUM_THREADS`, else one thread per physical core this process may run on."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    usable = len(os.sched_getaffinity(0))
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
-
-
-def _isa_code(library: ctypes.CDLL, name: str) -> int:
-    names = [library.cpux_isa_name(code).decode() for code in range(library.cpux_n_isas())]
-    return names.index(name)
-
-
-def _open_library() -> ctypes.CDLL:
-    # A process that runs under the sanitizers' runtime gets the build that reports to it.
-    sanitize = hasattr(ctypes.CDLL(None), "__asan_init")
-    path = kernel_build.built_library(sanitize)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise UserError(f"expected the compiled kernels {path} to load, but {error}") from None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
 
 
 def _span(cpus: Sequence[int]) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import quantization
-from cpu_kernels import FORMAT_CODES, CpuKernels, KernelChoice, MatrixArguments, load_kernels
+from cpu_kernels import CpuKernels, KernelChoice, load_kernels
+from kernel_library import FORMAT_CODES, MatrixArguments
 
 _FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 

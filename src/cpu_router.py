@@ -12,8 +12,8 @@ from typing import Any, Final, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels import FORMAT_CODES, MatrixArguments
 from decode_kernels import DecodeKernels, RouterArguments, is_plain
+from kernel_library import FORMAT_CODES, MatrixArguments
 
 Part = Literal["logits", "scores", "index"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from cpu_kernels import AttentionArguments
 from cpu_linear import CpuLinear
 from cpu_norm import CpuNorm
 from decode_kernels import DecodeKernels, HeadsArguments, is_plain
+from kernel_library import AttentionArguments
 from kv_cache import RoomyLayer, make_cache
 
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")

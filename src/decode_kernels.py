@@ -12,7 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from cpu_kernels import CpuKernels, MatrixArguments
+from cpu_kernels import CpuKernels
+from kernel_library import MatrixArguments
 
 
 class NormArguments(ctypes.Structure):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import Config
 from errors import UserError
-from reports import ReportPaths
+from report_paths import ReportPaths
 
 _FLAGS = {"breakdown": "--breakdown-csv", "cachehit": "--cachehit-csv"}
 

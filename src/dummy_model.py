@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from config import ModelOptions
@@ -20,11 +19,11 @@ from expert_format import BlockLayout, WeightFormat, block_layout, pack_block
 from expert_store import ExpertStore
 from forced_routing import ForcedRouting
 from model_loader import Progress, assign, build_skeleton, finish_model
+from model_shapes import shape_config
 from moe_convention import find_experts
 from traces import read_trace
 from workload import MIXTRAL_OVERLAP, even_workload
 
-SHAPES_PATH = Path(__file__).parent.parent / "benchmarks" / "shapes.yaml"
 _N_ROUTED_TOKENS = 512  # then the made routing repeats
 _N_TEMPLATES = 4  # distinct random experts; the others are copies, in memory of their own
 # Drawing a random number takes ten times as long as copying one. A prime, so that rows differ.
@@ -42,7 +41,8 @@ class DummyModel:
         self.name = f"random weights of {options.dummy_shape}"
         self.weight_format: WeightFormat = options.dummy_format
         self.dtype = torch.bfloat16
-        self.config = _shape_config(options.dummy_shape, options.dummy_layers)
+        fields = shape_config(options.dummy_shape, options.dummy_layers)
+        self.config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         self._generator = torch.Generator().manual_seed(seed)
         self._values = torch.randn(_N_VALUES, generator=self._generator) * _SCALE
         skeleton = build_skeleton(self.config, self.dtype, "sdpa")
@@ -148,31 +148,3 @@ class DummyTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(f" <{token}>" for token in ids)
-
-
-def shape_names() -> list[str]:
-    """The models whose shapes are known."""
-    return sorted(_read_shapes())
-
-
-def _read_shapes() -> dict[str, dict[str, Any]]:
-    shapes: dict[str, dict[str, Any]] = yaml.safe_load(SHAPES_PATH.read_text(encoding="utf-8"))
-    return shapes
-
-
-def _shape_config(name: str, n_layers: int | None) -> PretrainedConfig:
-    shapes = _read_shapes()
-    if name not in shapes:
-        raise UserError(
-            f"no shape is called '{name}': choose one of {', '.join(sorted(shapes))}, or add it "
-            f"to {SHAPES_PATH.name}"
-        )
-    fields = dict(shapes[name])
-    if n_layers is not None:
-        most = fields["num_hidden_layers"]
-        if n_layers > most:
-            raise UserError(
-                f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"
-            )
-        fields["num_hidden_layers"] = n_layers
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)

@@ -1,17 +1,19 @@
-"""This machine as a hardware file: measured on random experts of a model's shape."""
+"""This machine measured: shown to people, or as a hardware file on random experts of a shape."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from config import CacheOptions, ModelOptions
+from config import CacheOptions, Config, ModelOptions
 from dummy_model import DummyModel
-from engine import load_engine
+from engine import load_engine, open_prepared
 from hardware import read_hardware
 from machine_file import Machine, calibrated_machine, write_machine
-from model_shapes import ModelShape
+from model_shapes import ModelShape, load_shape
+from terminal import say
 
 
 def measure_machine(path: Path, shape: ModelShape) -> Machine:
@@ -46,3 +48,35 @@ def measure_machine(path: Path, shape: ModelShape) -> Machine:
     )
     write_machine(path, machine, comment)
     return machine
+
+
+def show_calibration(config: Config) -> None:
+    """Measure this machine anew and print what it is and can do.
+
+    Random weights are one MoE layer of their shape, unless --dummy-layers asks for more. With a
+    GPU and no cache asked for, a small one stands for it, so that copies are measured too.
+    """
+    options = calibration_options(config.model)
+    source = DummyModel(options) if options.dummy_shape else open_prepared(options)
+    with load_engine(source, options, config.cache, say=say) as engine:
+        if engine.device.type == "cuda" and engine.accelerator is None:
+            engine.use_cache(CacheOptions(n_indexes=1, n_ways=2))
+        engine.calibrate(again=True)
+        assert engine.costs is not None
+        layers = f"{engine.store.n_layers} MoE layer{'s'[: engine.store.n_layers > 1]}"
+        lines = [
+            *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
+            f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
+            f"{source.weight_format}, {torch.get_num_threads()} threads, {engine.cpu.description}",
+            *engine.costs.describe(),
+            *engine.run_notes(),
+        ]
+    print("\n".join(dict.fromkeys(lines)))  # what is in use is a note as well
+
+
+def calibration_options(options: ModelOptions) -> ModelOptions:
+    """The model that a calibration measures: of a shape, its first MoE layer."""
+    if options.dummy_shape is None or options.dummy_layers is not None:
+        return options
+    n_layers = load_shape(options.dummy_shape).n_dense_layers + 1
+    return replace(options, dummy_layers=n_layers)

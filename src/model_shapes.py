@@ -54,15 +54,41 @@ class ModelShape:
         return replace(self, n_layers=n_layers)
 
 
-def load_shape(name: str, path: Path = SHAPES_FILE) -> ModelShape:
-    """Return the shape called `name`; raises UserError with the known names for another."""
-    shapes = yaml.safe_load(path.read_text(encoding="utf-8"))
+def shape_names() -> list[str]:
+    """The models whose shapes are known."""
+    return sorted(_read_shapes())
+
+
+def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
+    """The transformers configuration of the shape called `name`, cut to `n_layers` where given.
+
+    Raises UserError for a name that is not known, and for more layers than the shape has.
+    """
+    shapes = _read_shapes()
     if name not in shapes:
         raise UserError(
-            f"expected one of the shapes {', '.join(shapes)}, found {name!r}; choose one of those "
-            f"or add it to {path}"
+            f"expected one of the shapes {', '.join(sorted(shapes))}, found {name!r}; choose one "
+            f"of those or add it to {SHAPES_FILE}"
         )
-    return shape_of_config(name, shapes[name])
+    fields = dict(shapes[name])
+    if n_layers is not None:
+        most = fields["num_hidden_layers"]
+        if n_layers > most:
+            raise UserError(
+                f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"
+            )
+        fields["num_hidden_layers"] = n_layers
+    return fields
+
+
+def load_shape(name: str) -> ModelShape:
+    """Return the shape called `name`; raises UserError with the known names for another."""
+    return shape_of_config(name, shape_config(name))
+
+
+def _read_shapes() -> dict[str, dict[str, Any]]:
+    shapes: dict[str, dict[str, Any]] = yaml.safe_load(SHAPES_FILE.read_text(encoding="utf-8"))
+    return shapes
 
 
 def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:

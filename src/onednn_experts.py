@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cpu_kernels import CpuKernels, LayerArguments
+from cpu_kernels import CpuKernels
 from expert_format import BlockLayout, unpack_matrix
+from kernel_library import LayerArguments
 
 # What one expert's products give for so many tokens stays small beside its weights, which are read
 # again for the next so many.

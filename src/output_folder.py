@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from checkpoint import MANIFEST_NAME
 from errors import UserError
+from model_folders import MANIFEST_NAME
 from safetensors_file import TEMPORARY_SUFFIX
 
 RECORD_NAME: Final = "preparation.json"

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from checkpoint import MANIFEST_NAME, Manifest, decode_floats, write_manifest
+from checkpoint import Manifest, decode_floats, write_manifest
 from dense_plan import DensePart, plan_dense
 from errors import UserError
 from expert_format import BlockLayout, WeightFormat, block_layout, pack_block
+from model_folders import MANIFEST_NAME
 from moe_convention import ExpertsModule
 from output_folder import RECORD_NAME, read_record, remove_shards, remove_temporary_files
 from safetensors_file import (

@@ -14,6 +14,7 @@ import prerequisites  # noqa: F401 - before all that it looks for
 
 from argument_parser import ArgumentParser
 from errors import UserError
+from model_folders import require_source
 from version import VERSION
 
 _DTYPES: Final = ("bf16", "fp32", "int8", "int4")
@@ -68,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = build_parser().parse_args(arguments)
-        # Here and not at the top: torch and transformers take 3 s to load. --help need not wait for
-        # them, and Ctrl-C while they load is one line as well.
+        require_source(options.input_path, options.hf)
+        # Here and not at the top: torch and transformers take seconds to load. --help and a wrong
+        # path need not wait for them, and Ctrl-C while they load is one line as well.
         from prepare_model import PrepareOptions, prepare_model
 
         print(

@@ -12,10 +12,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from checkpoint import MANIFEST_NAME, Manifest, read_manifest
+from checkpoint import Manifest, read_manifest
 from companion_files import copy_companions
 from errors import UserError
 from expert_format import WeightFormat
+from model_folders import MANIFEST_NAME
 from output_folder import exclusive, read_record, remove_prepared, tidy
 from preparation import Formats, Preparation
 from source_checkpoint import SourceCheckpoint, open_source

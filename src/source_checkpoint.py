@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from errors import UserError
 from mistral_native import read_native_config, to_hub_tensors
+from model_folders import require_source
 from moe_convention import ExpertsModule, find_experts
 from source_files import open_hugging_face, open_mistral_native
 from weight_conversion import ConversionPlan
@@ -68,7 +69,7 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
     missing files, missing tensors, a model without experts, an unsupported experts layout or a
     quantised checkpoint.
     """
-    _check_folder(folder, hugging_face)
+    require_source(folder, hugging_face)
     if hugging_face:
         config = _read_config(folder)
         files = open_hugging_face(folder)
@@ -95,32 +96,6 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
         ),
         fingerprint=_fingerprint(folder, hugging_face, files.paths),
     )
-
-
-def _check_folder(folder: Path, hugging_face: bool) -> None:
-    if not folder.is_dir():
-        raise UserError(
-            f"expected a model folder at {folder}, found "
-            f"{'a file' if folder.exists() else 'nothing'}; check --input-path"
-        )
-    has_config = (folder / "config.json").exists()
-    has_params = (folder / "params.json").exists()
-    if hugging_face and not has_config:
-        raise UserError(
-            f"{folder} has params.json and no config.json: it is Mistral's native format; "
-            "run again without --hf"
-            if has_params
-            else f"{folder} is no Hugging Face model folder: it has no config.json; "
-            "check --input-path"
-        )
-    if not hugging_face and not has_params:
-        raise UserError(
-            f"{folder} has config.json and no params.json: it is in Hugging Face format; "
-            "run again with --hf"
-            if has_config
-            else f"{folder} is no model folder: it has neither params.json (Mistral's native "
-            "format) nor config.json (Hugging Face format); check --input-path"
-        )
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:

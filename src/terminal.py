@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -25,6 +26,12 @@ def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)  # the flush at exit would fail too, and change the exit code
         os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """A line for the user on stderr; that nobody reads it, such as a closed pipe, is no error."""
+    with suppress(OSError):
+        show(line, file=sys.stderr)
 
 
 def _was_terminal(descriptor: int) -> bool:

@@ -14,15 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_parity import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
-import dummy_model
 import main
+import model_shapes
 from arguments import parse, parse_config
 from checkpoint import MANIFEST_NAME
 from engine import Engine
 from generation import generate_batch
+from machine_measurement import calibration_options
 from traces import read_trace
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +219,7 @@ def test_bad_arguments(
     run_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if expected == "torch sees no GPU" and main.torch.cuda.is_available():
+    if expected == "torch sees no GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert expected in refused(capsys, "--model-path", model, *arguments)
     assert not any(run_folder.iterdir()), "a refused run leaves nothing"
@@ -349,7 +351,7 @@ def test_every_result_has_a_file_of_its_own(
 def test_dummy_weights_are_checked_before_loading(
     run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "load_engine", None)
+    monkeypatch.setattr("run.load_engine", None)
     arguments = ("--dummy-weights", "mixtral-8x7b", "--max-tokens", 4)
     message = refused(capsys, *arguments, "--dummy-layers", 1, "--routing-trace", "none")
     assert "routing trace at none, found none that can be read (No such file" in message
@@ -489,7 +491,7 @@ def test_an_interruption_before_the_first_token_is_said(
     def killed(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(main, "load_engine", killed)
+    monkeypatch.setattr("run.load_engine", killed)
     before = signal.getsignal(signal.SIGTERM)
     assert run("--model-path", model, "--prompt", "x", "--max-tokens", 4) == 143
     assert signal.getsignal(signal.SIGTERM) == before
@@ -578,12 +580,12 @@ def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path
 def test_the_machine_is_calibrated_without_a_model(
     run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = main.calibration_options(parse_config(parse(["--show-calibration"])).model)
+    shapes = calibration_options(parse_config(parse(["--show-calibration"])).model)
     assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 1)
-    real = dummy_model._read_shapes()
+    real = model_shapes._read_shapes()
     small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
     small |= {"intermediate_size": 128, "vocab_size": 96}
-    monkeypatch.setattr(dummy_model, "_read_shapes", lambda: {"deepseek-v2-lite": small})
+    monkeypatch.setattr(model_shapes, "_read_shapes", lambda: {"deepseek-v2-lite": small})
     assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite") == 0
     out = capsys.readouterr().out
     for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):

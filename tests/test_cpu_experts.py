@@ -12,10 +12,11 @@ import torch
 from cpu_oracle import Layer, Routed, expected, make_layer, make_routing, read_layer
 from torch import Tensor
 
-from cpu_experts import CpuExperts, describe_kernels
+from cpu_experts import CpuExperts
 from cpu_kernels import load_kernels, supported_isas
 from errors import UserError
 from expert_format import Activation, WeightFormat, block_layout
+from kernel_library import describe_kernels
 from torch_experts import apply_activation
 
 FORMATS: tuple[WeightFormat, ...] = ("fp32", "bf16", "int8", "int4")

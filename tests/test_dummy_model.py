@@ -13,6 +13,8 @@ import yaml
 
 import dummy_model
 import main
+import model_shapes
+from config import ModelOptions
 from errors import UserError
 from forced_routing import ForcedRouting
 from model_shapes import load_shape
@@ -39,7 +41,7 @@ TINY_SHAPE = {
 def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
-    monkeypatch.setattr(dummy_model, "SHAPES_PATH", shapes)
+    monkeypatch.setattr(model_shapes, "SHAPES_FILE", shapes)
     return "tiny"
 
 
@@ -72,8 +74,8 @@ def test_a_run_follows_its_trace(weight_format: str, tiny_shape: str, run_folder
 
 
 def test_every_shipped_shape_builds() -> None:
-    for name in dummy_model.shape_names():
-        options = main.ModelOptions(None, dummy_shape=name, dummy_layers=2)
+    for name in model_shapes.shape_names():
+        options = ModelOptions(None, dummy_shape=name, dummy_layers=2)
         source = dummy_model.DummyModel(options)
         assert len(source.layouts) in (1, 2)
         assert source.top_k < source.n_experts[0]
@@ -82,7 +84,7 @@ def test_every_shipped_shape_builds() -> None:
 def test_published_sizes() -> None:
     """One expert in bf16, as the paper gives it: 352 MB for Mixtral, 157 MB for Phi-3.5-MoE."""
     for name, megabytes in (("mixtral-8x7b", 352), ("phi-3.5-moe", 157)):
-        source = dummy_model.DummyModel(main.ModelOptions(None, dummy_shape=name, dummy_layers=1))
+        source = dummy_model.DummyModel(ModelOptions(None, dummy_shape=name, dummy_layers=1))
         assert source.layouts[0].block_bytes / 1e6 == pytest.approx(megabytes, abs=1)
 
 
@@ -104,7 +106,7 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions, active)
     dense = shape.n_layers * shape.dense_weights_per_layer + shape.other_weights
     routed = shape.n_layers * shape.expert_weights
     assert (dense + shape.n_experts * routed) / 1e9 == pytest.approx(billions, rel=0.004, abs=0.05)
-    vocabulary = yaml.safe_load(dummy_model.SHAPES_PATH.read_text())[name]["vocab_size"]
+    vocabulary = yaml.safe_load(model_shapes.SHAPES_FILE.read_text())[name]["vocab_size"]
     embedding = vocabulary * shape.hidden / 1e9
     per_token = (dense + shape.top_k * routed) / 1e9
     # Rounded to one decimal, and with or without the embedding that a token looks up.
@@ -115,7 +117,7 @@ def test_unknown_shape_and_foreign_trace_are_sentences(
     tiny_shape: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["--dummy-weights", "gpt-9", "--max-tokens", "2"]) == 2
-    assert "choose one of tiny" in capsys.readouterr().err
+    assert "expected one of the shapes tiny" in capsys.readouterr().err
     write_trace(run_folder / "trace.jsonl", [[[0, 1]]])  # one layer only
     trace = str(run_folder / "trace.jsonl")
     arguments = ["--dummy-weights", tiny_shape, "--routing-trace", trace, "--max-tokens", "2"]

@@ -15,10 +15,10 @@ import torch
 import yaml
 from test_dummy_model import TINY_SHAPE
 
-import dummy_model
 import host_memory
 import layer_step
 import machine_costs
+import model_shapes
 from benchmarks import gpu_check, gpu_measurements
 from errors import UserError
 from recorder import Recorder
@@ -31,7 +31,7 @@ SETTINGS = [one.name for one in gpu_measurements.settings("tiny", 1, 1, 1.0)]
 def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
-    monkeypatch.setattr(dummy_model, "SHAPES_PATH", shapes)
+    monkeypatch.setattr(model_shapes, "SHAPES_FILE", shapes)
     monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
     monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
     return "tiny"
@@ -249,11 +249,11 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_dummy_model import TINY_SHAPE
-import dummy_model, machine_costs, yaml
+import machine_costs, model_shapes, yaml
 from benchmarks import gpu_check, gpu_measurements
 
-dummy_model.SHAPES_PATH = Path({folder!r}, "shapes.yaml")
-dummy_model.SHAPES_PATH.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
+model_shapes.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
+model_shapes.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
 gpu_check.SHAPES = ("tiny",)
 machine_costs._STEP_BUDGET_S = 0.01
 measure, calls = gpu_measurements.measure, []

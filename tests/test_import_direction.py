@@ -19,7 +19,8 @@ SOURCE = ROOT / "src"
 LEVELS: dict[int, frozenset[str]] = {
     level: frozenset(names.split())
     for level, names in {
-        11: "main prepare simulator plots patterns",
+        12: "main prepare simulator plots patterns",
+        11: "run",
         10: "machine_measurement run_prompts",
         9: "engine",
         8: "moe_dispatcher",
@@ -42,18 +43,19 @@ LEVELS: dict[int, frozenset[str]] = {
             "moe_convention miss_trial replay reports run_figures"
         ),
         2: (
-            "arguments prompts expert_format expert_cache plan calibration kernel_build "
+            "arguments prompts expert_format expert_cache plan calibration kernel_library "
             "source_files report_tables belady time_model workload machine_file "
             "routing_patterns recorded_routing forced_routing"
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
-            "model_shapes summary run_files figures hardware argument_parser"
+            "model_shapes summary run_files figures hardware argument_parser kernel_build "
+            "model_folders"
         ),
         0: (
             "errors version recorder sensors provenance streams handoff "
             "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
-            "run_progress terminal packed_routing kv_cache prompt_cells"
+            "run_progress terminal packed_routing kv_cache prompt_cells report_paths"
         ),
     }.items()
 }

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import cpu_kernels
 import kernel_build
-from cpu_kernels import default_threads, load_kernels
+from cpu_kernels import load_kernels
 from errors import UserError
+from kernel_library import default_threads
 
 SOURCE = Path(kernel_build.__file__).parent
 
@@ -152,7 +152,7 @@ def test_no_compiler_means_torch_with_one_line_or_a_refusal(monkeypatch, capfd):
     def refuse(sanitize: bool) -> Path:
         raise UserError("expected a compiler, found none: install g++")
 
-    monkeypatch.setattr(cpu_kernels.kernel_build, "built_library", refuse)
+    monkeypatch.setattr(kernel_build, "built_library", refuse)
     load_kernels.cache_clear()
     try:
         assert load_kernels() is None
@@ -170,7 +170,7 @@ def test_no_compiler_means_torch_with_one_line_or_a_refusal(monkeypatch, capfd):
 def test_a_library_that_does_not_load_is_told(monkeypatch, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_text("not a library")
-    monkeypatch.setattr(cpu_kernels.kernel_build, "built_library", lambda sanitize: broken)
+    monkeypatch.setattr(kernel_build, "built_library", lambda sanitize: broken)
     load_kernels.cache_clear()
     try:
         with pytest.raises(UserError, match="broken"):

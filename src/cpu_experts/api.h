@@ -1,4 +1,4 @@
-// The C ABI that cpu_kernels.py binds: raw pointers, no torch headers, one build for every torch.
+// The C ABI that kernel_library.py declares: raw pointers, no torch headers, one build for every torch.
 //
 // Functions that return int: 0, or one of the codes below. They are thread-safe; each calling thread
 // keeps its own scratch memory. Arrays are contiguous, in C order.
