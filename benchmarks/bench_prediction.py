@@ -133,6 +133,8 @@ def between(one: CostModel, other: CostModel, share: float) -> CostModel:
         if isinstance(a, SideCost):
             pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
             return SideCost(*(mixed(*pair) for pair in pairs))
+        if isinstance(a, tuple):
+            return tuple(mixed(*pair) for pair in zip(a, b, strict=True))
         if a is None or a == b:  # such as infinity
             return a
         return a + (b - a) * share

@@ -242,7 +242,7 @@ def bound_step_us(engine: Engine, measured: Measured) -> float:
     misses = int((layers["n_tokens"] * layers["top_k"]).sum()) / n_steps - hits
     n_layers = engine.store.n_layers
     if engine.accelerator is None:  # no bus to share the misses with
-        cpu_us = costs.cpu.expert_us + costs.cpu.token_us
+        cpu_us = costs.cpu.one_us(1)
         return n_layers * costs.dense_us_per_layer + misses * cpu_us
     return bound_us(costs, n_layers, hits, misses)
 

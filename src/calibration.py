@@ -7,7 +7,6 @@ the emulated accelerator. All figures are medians of repeated timings.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import statistics
@@ -28,8 +27,10 @@ import torch
 from cost_model import SideCost
 
 MAX_AGE_S = 30 * 24 * 3600.0
-# Calls over one or more experts with one or more tokens each: enough to tell the three costs apart.
-SIDE_CALLS = ((1,), (1, 1), (1, 1, 1, 1), (8,), (8, 8), (32,), (32, 32, 32, 32))
+# Calls over experts with so many tokens each: one token on several tells a call's cost from an
+# expert's; an expert's depends on its tokens, in steps of the kernels' tiles where they are few.
+SIDE_CALLS = ((1,), (1, 1), (1, 1, 1, 1), (4,), (8,), (16,), (32,), (128,))
+_TURNS = 5
 
 ROUNDS = 3  # of a slowdown's measurement: a machine that is shared deserves more
 Counts = tuple[int, ...]
@@ -120,32 +121,52 @@ def calibrate_side(
     calls: Sequence[Counts] = SIDE_CALLS,
     budget_s: float = 0.05,
 ) -> SideCost:
-    """Fit `call_us + sum over experts (expert_us + token_us * n)` to measured medians.
+    """What a call costs, and an expert by its tokens, from medians of timed calls (`fit_side`).
 
     `run(counts)` makes one call over len(counts) experts with so many tokens each, and returns when
-    it is done. Each of `calls` is timed for about `budget_s`.
+    it is done. Each of `calls` is timed for about `budget_s`, all of them in turn: a machine whose
+    speed drifts is slow for each.
     """
-    return fit_side(calls, [median_us(partial(run, counts), budget_s) for counts in calls])
+    for counts in calls:
+        run(counts)  # warms up
+    times_us: list[list[float]] = [[] for _ in calls]
+    for _ in range(_TURNS):
+        for counts, of_call_us in zip(calls, times_us, strict=True):
+            now_s = started_s = time.perf_counter()
+            while now_s == started_s or now_s < started_s + budget_s / _TURNS:
+                before_s = now_s
+                run(counts)
+                now_s = time.perf_counter()
+                of_call_us.append((now_s - before_s) * 1e6)
+    return fit_side(calls, list(map(statistics.median, times_us)))
 
 
 def fit_side(calls: Sequence[Counts], times_us: Sequence[float]) -> SideCost:
-    """The non-negative costs with the least squared *relative* error over the timed calls.
+    """The costs that the timed calls show.
 
-    Relative, so that a decode call of 100 us weighs as much as a prefill call of 100 ms.
+    Calls with one token an expert, which decode makes, tell a call's cost from an expert's, by the
+    least squared *relative* error; those over one expert with more tokens add a point each, never
+    below one with fewer tokens. Beyond the last point the line through the last two goes on.
     """
-    times = np.asarray(times_us, dtype=np.float64)
-    terms = np.array([(1.0, len(counts), sum(counts)) for counts in calls]) / times[:, None]
-    target = np.ones(len(times))
-    best, best_error = np.zeros(3), float("inf")
-    # Three unknowns: of all subsets held at zero, the best of those whose fit is non-negative.
-    for size in (3, 2, 1):
-        for free in itertools.combinations(range(3), size):
-            costs = np.zeros(3)
-            costs[list(free)] = np.linalg.lstsq(terms[:, free], target, rcond=None)[0]
-            error = float(((terms @ costs - target) ** 2).sum())
-            if costs.min() >= 0 and error < best_error:
-                best, best_error = costs, error
-    return SideCost(*(float(cost) for cost in best))
+    of_call = dict(zip(calls, times_us, strict=True))
+    ones = [counts for counts in calls if max(counts) == 1]
+    call_us, one_us = _fit_call([len(counts) for counts in ones], [of_call[c] for c in ones])
+    few = [(1, one_us)]
+    for n in sorted(counts[0] for counts in calls if len(counts) == 1 and counts[0] > 1):
+        few.append((n, max(few[-1][1], of_call[n,] - call_us)))
+    (tokens, us), (more_tokens, more_us) = few[-2:] if few[1:] else [(0, 0.0), few[0]]
+    token_us = (more_us - us) / (more_tokens - tokens)
+    return SideCost(call_us, more_us - token_us * more_tokens, token_us, tuple(few))
+
+
+def _fit_call(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, float]:
+    """(call, expert), us, non-negative, by relative least squares over calls of `sizes` experts."""
+    times = np.asarray(times_us)
+    terms = np.array([(1.0, size) for size in sizes]) / times[:, None]
+    call_us, expert_us = np.linalg.lstsq(terms, np.ones(len(times)), rcond=None)[0]
+    if len(times) > 1 and call_us >= 0 and expert_us >= 0:
+        return float(call_us), float(expert_us)
+    return 0.0, float(terms[:, 1].sum() / (terms[:, 1] ** 2).sum())
 
 
 def calibrate_copy(

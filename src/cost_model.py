@@ -1,34 +1,51 @@
 """What a layer's experts cost on the CPU, on the GPU and on the bus between them.
 
-Each side is a straight line, a + b*n, measured on this machine (hardware.py) or computed from a
-hardware file (simulator.py); nothing here knows a constant of its own. The predictions overlap the
+Each side's cost is measured on this machine (`calibration`) or computed from a hardware file
+(`machine_file`); nothing here knows a constant of its own. The predictions overlap the
 sides as the dispatcher does: hits on the GPU, misses on the CPU and copies on the bus, at once.
 """
 
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 from errors import UserError
 
 
 @dataclass(frozen=True)
 class SideCost:
-    """One side's time for a call over some experts: call + sum over experts (expert + token * n).
+    """One side's time for a call over some experts: `call_us`, and each expert's by its tokens.
 
-    `call_us` is paid once per call, `expert_us` per expert (reading its weights), `token_us` per
-    token of an expert (arithmetic). All in microseconds.
+    An expert with n tokens takes `expert_us + token_us * n`: reading its weights, and arithmetic.
+    Few tokens may cost another sum, for arithmetic hides behind the reading and kernels change with
+    n: `few` then holds measured (tokens, us) of one expert, from one token on, and the cost is the
+    broken line through them; from the last of them on the straight one goes on. All in
+    microseconds.
     """
 
     call_us: float
     expert_us: float
     token_us: float
+    few: tuple[tuple[int, float], ...] = ()
+
+    def one_us(self, n_tokens: float) -> float:
+        """Return what one expert with `n_tokens` adds to a call, in us."""
+        for (tokens, us), (more_tokens, more_us) in pairwise(self.few):
+            if n_tokens < more_tokens:
+                return us + (more_us - us) * (n_tokens - tokens) / (more_tokens - tokens)
+        return self.expert_us + self.token_us * n_tokens
 
     def us(self, n_experts: int, n_tokens: int) -> float:
-        """Return the time of one call in us; `n_tokens` is the sum over the call's experts."""
+        """Return the time of one call in us; `n_tokens`, over all experts, are spread evenly."""
         if not n_experts:
             return 0.0
-        return self.call_us + n_experts * self.expert_us + n_tokens * self.token_us
+        return self.call_us + n_experts * self.one_us(n_tokens / n_experts)
+
+    def us_of(self, counts: Sequence[int]) -> float:
+        """Return the time of one call over experts with so many tokens each, in us."""
+        return self.call_us + sum(map(self.one_us, counts)) if counts else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,18 +112,23 @@ class CostModel:
 
     def cpu_us(self, counts: Sequence[int]) -> float:
         """Return the time of the CPU's call over experts with so many tokens each, in us."""
-        many = [n for n in counts if self._is_many(n)]
-        return self._cpu_us(len(counts), sum(counts), len(many), sum(many))
+        return self._cpu_left_us(sorted(counts, reverse=True))[0]
 
-    def _is_many(self, n_tokens: int) -> bool:
-        return self.cpu_many is not None and n_tokens >= self.cpu_many_tokens
+    def _cpu_left_us(self, counts: Sequence[int]) -> list[float]:
+        """The CPU's time for all experts, for all but the first, and so on to none.
 
-    def _cpu_us(self, n_experts: int, n_tokens: int, n_many: int, many_tokens: int) -> float:
-        """`n_many` of the experts, with `many_tokens` of the tokens, have many each."""
-        total_us = self.cpu.us(n_experts - n_many, n_tokens - many_tokens)
-        if self.cpu_many is not None:
-            total_us += self.cpu_many.us(n_many, many_tokens)
-        return total_us
+        `counts` are their tokens, descending.
+        """
+        left_us = [0.0]
+        called = None  # which way to compute has been begun
+        for n in reversed(counts):
+            side = self.cpu
+            if self.cpu_many is not None and n >= self.cpu_many_tokens:
+                side = self.cpu_many
+            call_us = 0.0 if side is called else side.call_us
+            left_us.append(left_us[-1] + call_us + side.one_us(n))
+            called = side
+        return left_us[::-1]
 
     def copy_us(self, shared: bool) -> float:
         """Return the time to copy one expert in us; `shared`: while the CPU computes experts."""
@@ -211,28 +233,24 @@ class CostModel:
     def _split(self, held: list[int], rest: list[int], backlog_us: float) -> PrefillSplit:
         """The fastest split; experts are numbered through `held`, then `rest`."""
         order = sorted(range(len(rest)), key=lambda i: -rest[i])
-        n_held, gpu_tokens, cpu_tokens = len(held), sum(held), sum(rest)
-        many = [n for n in rest if self._is_many(n)]
-        n_many, many_tokens = len(many), sum(many)  # of those left to the CPU
+        left_us = self._cpu_left_us([rest[i] for i in order])
+        gpu_us_of_experts = sum(self.gpu.one_us(n) for n in held)
         backlog = backlog_us / self.copy_us(shared=True)
         best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
         for n in range(len(rest) + 1):
             last = rest[order[n - 1]] if n else 0
-            gpu_tokens += last
-            cpu_tokens -= last
-            if n and self._is_many(last):
-                n_many, many_tokens = n_many - 1, many_tokens - last
-            cpu_us = self._cpu_us(len(rest) - n, cpu_tokens, n_many, many_tokens)
-            cpu_us, copies_us = self.overlap_us(cpu_us, backlog + n)
-            gpu_us = self.gpu.us(n_held + n, gpu_tokens)
+            if n:
+                gpu_us_of_experts += self.gpu.one_us(last)
+            cpu_us, copies_us = self.overlap_us(left_us[n], backlog + n)
+            gpu_us = self.gpu.call_us + gpu_us_of_experts if held or n else 0.0
             cpu_us, gpu_us = self.compute_us(cpu_us, gpu_us)
             if n:  # double-buffered: only the last copy's arithmetic is not hidden
                 gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
             if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
                 best_n, best_gpu_us, best_cpu_us = n, gpu_us, cpu_us
-        numbers = [n_held + i for i in order]
+        numbers = [len(held) + i for i in order]
         return PrefillSplit(
-            gpu_experts=(*range(n_held), *numbers[:best_n]),
+            gpu_experts=(*range(len(held)), *numbers[:best_n]),
             cpu_experts=tuple(sorted(numbers[best_n:])),
             n_copies=best_n,
             gpu_us=best_gpu_us,
@@ -253,10 +271,15 @@ class CostModel:
         try:
             fields = json.loads(text)
             sides = [side for side in ("cpu", "gpu", "cpu_many") if fields.get(side) is not None]
-            fields.update({side: SideCost(**fields[side]) for side in sides})
+            fields.update({side: _side_from_json(fields[side]) for side in sides})
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
             raise UserError(
                 f"expected a calibration as a JSON object of costs, found one that does not "
                 f"fit ({type(error).__name__}: {error}); delete it and calibrate again"
             ) from None
+
+
+def _side_from_json(fields: dict[str, Any]) -> SideCost:
+    few = tuple((int(tokens), float(us)) for tokens, us in fields["few"])
+    return SideCost(**{**fields, "few": few})

@@ -77,22 +77,21 @@ class MachineCosts:
     def describe(self) -> list[str]:
         """The figures as lines for people."""
         costs = self.model
-        expert_us = costs.cpu.expert_us + costs.cpu.token_us
+        expert_us = costs.cpu.one_us(1)
         expert_gbps = costs.block_bytes / expert_us / 1e3 if expert_us > 0 else 0.0
         lines = [
             f"memory, plain read: {self.read_gbps:.1f} GB/s",
             f"one expert ({costs.block_bytes / 1e6:.1f} MB) on the CPU, one token: "
             f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, "
             f"{100 * expert_gbps / self.read_gbps:.0f}% of plain read), "
-            f"each further token {_time(costs.cpu.token_us)}, a call {_time(costs.cpu.call_us)}",
+            f"{_more_tokens(costs.cpu)}",
             *self.onednn.describe(),
             f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}",
         ]
         if isfinite(costs.gpu.expert_us):
             lines += [
                 f"one expert on the accelerator, one token: "
-                f"{_time(costs.gpu.expert_us + costs.gpu.token_us)}, each further token "
-                f"{_time(costs.gpu.token_us)}, a call {_time(costs.gpu.call_us)}",
+                f"{_time(costs.gpu.one_us(1))}, {_more_tokens(costs.gpu)}",
                 f"copies to the accelerator: {costs.copy_gbps:.1f} GB/s alone, "
                 f"{costs.copy_gbps_shared:.1f} GB/s while the CPU computes experts; one expert "
                 f"{_time(costs.copy_us(shared=False))} and {_time(costs.copy_us(shared=True))}",
@@ -112,6 +111,11 @@ class MachineCosts:
         else:
             lines.append("accelerator and copies: not measured, this run has no accelerator")
         return [*lines, f"while measuring: {self.steadiness}"]
+
+
+def _more_tokens(side: SideCost) -> str:
+    few = "".join(f"{tokens} tokens {_time(us)}, " for tokens, us in side.few[1:])
+    return f"{few}each further token {_time(side.token_us)}, a call {_time(side.call_us)}"
 
 
 def _time(us: float) -> str:
@@ -154,7 +158,8 @@ def machine_costs(
         "dtype": str(dtype),
         "dense": dense,
         "emulate_pcie_gbps": emulate_pcie_gbps,
-        "measured": [each.name for each in fields(CostModel)],  # another version's is another
+        # Another version's is another.
+        "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
     }
     known = None if remeasure else cache.load(hardware.key(), shape)
     if known is not None:

@@ -209,8 +209,7 @@ def calibrated_machine(
     """
     token_flops = 2 * expert_weights
     reached_gbps, cpu_gbps = (
-        costs.block_bytes / max(side.expert_us + side.token_us, 1e-9) / 1e3
-        for side in (costs.gpu, costs.cpu)
+        costs.block_bytes / max(side.one_us(1), 1e-9) / 1e3 for side in (costs.gpu, costs.cpu)
     )
     gpu_gbps = gpu_gbps or reached_gbps
     return Machine(

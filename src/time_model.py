@@ -99,15 +99,14 @@ class Timeline:
         self.queue(copied)
         self._waited = len(self._queue) if copied else max(places, default=0)
         self.queue([slot for e, slot in warmed if e not in waited])
-        on_cpu = sum(counts[e] for e in split.cpu_experts)
         last = split.gpu_experts[-1:] if waited else ()  # its arithmetic, no copy hides
         on_gpu = [counts[e] for e in split.gpu_experts if e not in last]
         self._pass_both(
-            costs.cpu.us(len(split.cpu_experts), on_cpu), costs.gpu.us(len(on_gpu), sum(on_gpu))
+            costs.cpu_us([counts[e] for e in split.cpu_experts]), costs.gpu.us_of(on_gpu)
         )
         while self._waited:
             self._pass_copy(self._queue[0][1], 1.0)
-        self._pass_both(0.0, costs.gpu.us(len(last), sum(counts[e] for e in last)))
+        self._pass_both(0.0, costs.gpu.us_of([counts[e] for e in last]))
 
     def queue(self, slots: Sequence[int]) -> None:
         """Queue copies that nothing waits for, such as the warm-up after a prompt's layer."""
@@ -183,8 +182,7 @@ def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> flo
     cache has and lacks. The misses are shared between CPU and bus so that both end together, the
     copies begin as early as they like, and nothing slows anything else.
     """
-    gpu_us = hits * costs.gpu.expert_us
-    cpu_us = costs.cpu.expert_us + costs.cpu.token_us
+    gpu_us, cpu_us = hits * costs.gpu.one_us(1), costs.cpu.one_us(1)
     dense_us = n_layers * costs.dense_us_per_layer
     shared_us = (dense_us + misses * cpu_us) / (1 + cpu_us / costs.copy_us(shared=False))
     return max(dense_us + gpu_us, shared_us)

@@ -30,29 +30,47 @@ HARDWARE = {"cpu": "Test CPU", "gpu": None}
 SHAPE = {"hidden_size": 64}
 
 
+# Tokens of one expert -> us, as kernels that compute tiles of tokens take them.
+STEPS = ((1, 300.0), (4, 310.0), (8, 600.0), (16, 900.0), (32, 1000.0), (128, 4000.0))
+
+
 def costs_us(cost: SideCost) -> list[float]:
-    return [cost.us(len(counts), sum(counts)) for counts in SIDE_CALLS]
+    return [cost.us_of(counts) for counts in SIDE_CALLS]
 
 
 @pytest.mark.parametrize(
     "cost",
-    [SideCost(20.0, 300.0, 5.0), SideCost(0.0, 300.0, 5.0), SideCost(20.0, 300.0, 0.0)],
+    [
+        *(SideCost(20.0, 300.0, 5.0), SideCost(0.0, 300.0, 5.0), SideCost(20.0, 300.0, 0.0)),
+        SideCost(20.0, 0.0, 31.25, STEPS),
+    ],
 )
 def test_the_fit_recovers_exact_costs(cost: SideCost) -> None:
     fitted = fit_side(SIDE_CALLS, costs_us(cost))
     assert fitted.call_us == pytest.approx(cost.call_us, abs=1e-6)
-    assert fitted.expert_us == pytest.approx(cost.expert_us, rel=1e-9)
+    for n_tokens in (1, 2, 4, 8, 12, 16, 32, 100, 128, 1000):
+        assert fitted.one_us(n_tokens) == pytest.approx(cost.one_us(n_tokens), rel=1e-9)
     assert fitted.token_us == pytest.approx(cost.token_us, abs=1e-9)
 
 
-def test_the_fit_bears_noise_and_never_goes_negative() -> None:
+def test_the_fit_bears_noise_and_more_tokens_never_cost_less() -> None:
     rng = random.Random(1)
-    for true in (SideCost(20.0, 300.0, 5.0), SideCost(0.0, 50.0, 0.1), SideCost(500.0, 0.0, 30.0)):
+    for true in (
+        *(SideCost(20.0, 300.0, 5.0), SideCost(0.0, 50.0, 0.1), SideCost(500.0, 5.0, 30.0)),
+        SideCost(0.0, 0.0, 31.25, STEPS),
+    ):
         noisy = [us * rng.uniform(0.97, 1.03) for us in costs_us(true)]
         fitted = fit_side(SIDE_CALLS, noisy)
-        assert min(fitted.call_us, fitted.expert_us, fitted.token_us) >= 0
         for measured, predicted in zip(noisy, costs_us(fitted), strict=True):
-            assert predicted == pytest.approx(measured, rel=0.1)
+            assert predicted == pytest.approx(measured, rel=0.07)
+        of_tokens_us = [fitted.one_us(n) for n in range(1, 300)]
+        assert fitted.call_us >= 0 and of_tokens_us[0] > 0
+        assert of_tokens_us == sorted(of_tokens_us)
+
+
+def test_one_call_is_enough_to_cost_its_expert() -> None:
+    fitted = fit_side([(1,)], [70.0])
+    assert fitted.us_of((1,)) == 70.0 and fitted.us_of((1, 2)) == 210.0
 
 
 def test_every_call_is_run_with_its_counts() -> None:

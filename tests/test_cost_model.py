@@ -25,9 +25,21 @@ COST = CostModel(
 
 def test_one_side_is_a_straight_line_and_nothing_costs_nothing():
     assert COST.cpu.us(2, 5) == 20 + 2 * 600 + 5 * 100
-    assert COST.cpu.us(0, 0) == 0
+    assert COST.cpu.us(0, 0) == COST.cpu.us_of([]) == 0
+    assert COST.cpu.us_of([1, 4]) == COST.cpu.us(2, 5)
     assert COST.copy_us(shared=False) == 1010
     assert COST.copy_us(shared=True) == 2010
+
+
+def test_few_tokens_cost_what_was_measured_and_many_a_straight_line():
+    side = SideCost(20, 200, 10, few=((1, 600.0), (5, 700.0), (50, 700.0)))
+    assert [side.one_us(n) for n in (1, 2, 5, 20, 50, 100)] == [600, 625, 700, 700, 700, 1200]
+    assert side.us(2, 2) == 20 + 2 * 600
+    assert side.us_of([1, 2, 100]) == 20 + 600 + 625 + 1200
+    cost = replace(COST, cpu=side)
+    assert cost.decode_layer_us(0, 2, copying=False) == 70 + 20 + 2 * 600
+    assert cost.split_prefill([1, 2], cached=()).cpu_us == 20 + 600 + 625
+    assert CostModel.from_json(cost.to_json()) == cost
 
 
 def test_decode_layer_overlaps_its_sides():
