@@ -23,7 +23,7 @@ from machine_costs import MachineCosts, machine_costs
 from model_loader import ModelSource, MoeSite
 from next_layer import Router, find_router
 from preflight import free_slot_bytes
-from traces import read_trace
+from trace_reader import read_trace
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from forced_routing import ForcedRouting
 from model_loader import Progress, assign, build_skeleton, finish_model
 from model_shapes import shape_config
 from moe_convention import find_experts
-from traces import read_trace
+from trace_reader import read_trace
 from workload import MIXTRAL_OVERLAP, even_workload
 
 _N_ROUTED_TOKENS = 512  # then the made routing repeats

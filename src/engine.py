@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import xformers_attention
@@ -43,7 +41,8 @@ from nvtx_ranges import NvtxRanges
 from onednn_choice import CROSSOVER_TOKENS, OnednnChoice, has_bf16_products
 from preflight import kv_cache_bytes, make_budget
 from recorder import NullRecorder, Recorder
-from traces import read_trace
+from run_progress import byte_bar
+from trace_reader import read_trace
 
 _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
 
@@ -255,7 +254,7 @@ def load_engine(
     for site in sites:
         install_experts(model, site.experts_path, MoeExperts(dispatcher, site.layer))
     total_bytes = source.dense_bytes + store.total_bytes
-    with _progress(f"loading {source.name}", total_bytes) as advance:
+    with byte_bar(f"loading {source.name}", total_bytes) as advance:
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
@@ -315,7 +314,7 @@ def open_prepared(options: ModelOptions) -> PreparedModel:
     manifest = read_manifest(options.model_path)
     if options.verify:
         total_bytes = sum(shard.file_bytes for shard in manifest.shards)
-        with _progress("verifying", total_bytes) as advance:
+        with byte_bar("verifying", total_bytes) as advance:
             verify(manifest, advance)
     return PreparedModel(manifest)
 
@@ -347,21 +346,3 @@ def _cpu_experts(source: ModelSource, site: MoeSite, options: ModelOptions) -> C
         isa=options.cpu_isa,
         affinity=options.cpu_affinity,
     )
-
-
-@contextmanager
-def _progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, silent when that is not a terminal."""
-    with tqdm(
-        total=total_bytes,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    ) as bar:
-
-        def advance(n_bytes: int) -> None:
-            bar.update(n_bytes)
-
-        yield advance

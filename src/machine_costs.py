@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -11,11 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from math import isfinite
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calibration import (
     ROUNDS,
@@ -25,24 +22,22 @@ from calibration import (
     calibrate_copy,
     calibrate_sharing,
     calibrate_side,
-    measure_read_gbps,
     slowdown,
 )
 from cost_model import CostModel, SideCost
 from cpu_experts import CpuExperts
 from cpu_linear import CpuLinear
 from errors import UserError
-from expert_fetcher import ExpertFetcher, make_fetcher
+from expert_fetcher import make_fetcher
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 from hardware import Hardware
+from machine_probes import Copier, cpu_runner, gpu_starter, plain_read_gbps
 from onednn_choice import OnednnChoice, compare_dense, has_bf16_products, measure_crossover
 from recorder import Recorder
 from steadiness import QuietWatch, Steadiness
 
 _STEP_BUDGET_S = 0.3
-_READ_BYTES = 1 << 29  # several times any last-level cache
-_READS = 5
 _CROSSOVER_BYTES = 1 << 26  # of experts that the kernels and oneDNN are compared on
 
 
@@ -218,7 +213,7 @@ def _measure(
     emulate_pcie_gbps: float | None,
     rounds: int,
 ) -> MachineCosts:
-    run_cpu = _cpu_runner(store, cpu, dtype)
+    run_cpu = cpu_runner(store, cpu, dtype)
     watch = QuietWatch(lambda: run_cpu((1, 1)))
     watch.burst()
     block_bytes = store.layouts[0].block_bytes
@@ -236,7 +231,7 @@ def _measure(
             gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
         gpu_calls = [counts for counts in calls if len(counts) <= gpu.n_slots]
         order = make_fetcher(gpu.device, gpu.slots)
-        start_gpu = _gpu_starter(gpu, order, store, dtype)
+        start_gpu = gpu_starter(gpu, order, store, dtype)
 
         def run_gpu(counts: Counts) -> None:
             start_gpu(counts)()
@@ -256,7 +251,7 @@ def _measure(
         if gpu.device.type == "cpu":
             sharing = calibrate_sharing(partial(run_cpu, (1,)), partial(run_gpu, (1,)), run_both)
         order.close()
-        with _Copier(store, gpu, emulate_pcie_gbps) as copier:
+        with Copier(store, gpu, emulate_pcie_gbps) as copier:
             measured = calibrate_copy(
                 copier.copy,
                 block_bytes,
@@ -275,7 +270,7 @@ def _measure(
             measured.copy_gbps_shared,
             measured.cpu_shared_factor,
         )
-    read_gbps = _read_gbps(store, cpu)
+    read_gbps = plain_read_gbps(store, cpu)
     watch.burst()
     model = CostModel(
         cpu_cost, gpu_cost, *copy, block_bytes, dense_us, sharing, gpu_factor, dense_factor
@@ -325,8 +320,8 @@ def _compare_onednn(
     n_experts = min(max(1, _CROSSOVER_BYTES // layout.block_bytes), store.n_experts[0])
     crossover = None
     if cpu.suits_onednn and dtype == torch.bfloat16:
-        by_kernels = _cpu_runner(store, cpu, dtype)
-        by_onednn = _cpu_runner(store, cpu.with_onednn(1), dtype)
+        by_kernels = cpu_runner(store, cpu, dtype)
+        by_onednn = cpu_runner(store, cpu.with_onednn(1), dtype)
         crossover = measure_crossover(
             lambda n: by_kernels((n,) * n_experts), lambda n: by_onednn((n,) * n_experts)
         )
@@ -335,91 +330,3 @@ def _compare_onednn(
         costs.model, cpu_many=choice.expert_cost, cpu_many_tokens=choice.expert_tokens or 0
     )
     return replace(costs, model=model, onednn=choice)
-
-
-def _read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:
-    """Plain-read bandwidth on the kernels' own threads; through torch where no kernel runs."""
-    kernels = cpu.kernels
-    blocks = store.blocks(0)
-    if kernels is None or blocks.nbytes < _READ_BYTES:
-        return measure_read_gbps()
-    return median(kernels.read_gbps(blocks.view(-1)[:_READ_BYTES]) for _ in range(_READS))
-
-
-def _routing(counts: Counts) -> Tensor:
-    """int64 [T, 1]: `counts[e]` tokens on expert e."""
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
-
-
-def _cpu_runner(
-    store: ExpertStore, cpu: CpuExperts, dtype: torch.dtype
-) -> Callable[[Counts], None]:
-    turns = itertools.count()
-
-    def run(counts: Counts) -> None:
-        turn = next(turns)  # other experts every time: nothing may be left in a cache
-        layer = turn % store.n_layers
-        n_experts = store.n_experts[layer]
-        index = (_routing(counts) + turn // store.n_layers * len(counts)) % n_experts
-        hidden = torch.ones(len(index), store.layouts[layer].hidden_size, dtype=dtype)
-        cpu.run(
-            hidden,
-            store.pointers(layer),
-            torch.ones(n_experts, dtype=torch.uint8),
-            index,
-            torch.ones(index.shape),
-            torch.empty(hidden.shape),
-        )
-
-    return run
-
-
-def _gpu_starter(
-    gpu: GpuExperts, order: ExpertFetcher, store: ExpertStore, dtype: torch.dtype
-) -> Callable[[Counts], Callable[[], None]]:
-    def start(counts: Counts) -> Callable[[], None]:
-        index = _routing(counts)
-        hidden = torch.ones(
-            len(index), store.layouts[0].hidden_size, dtype=dtype, device=gpu.device
-        )
-        pending = gpu.launch(hidden, index, torch.ones(index.shape, device=gpu.device), order)
-
-        def wait() -> None:
-            pending.result()
-            if gpu.device.type == "cuda":
-                torch.cuda.synchronize(gpu.device)
-
-        return wait
-
-    return start
-
-
-class _Copier:
-    """Copies the first bytes of one block after another to the accelerator's last slot."""
-
-    def __init__(
-        self, store: ExpertStore, gpu: GpuExperts, emulate_pcie_gbps: float | None
-    ) -> None:
-        self._store = store
-        self._gpu = gpu
-        self._emulate_pcie_gbps = emulate_pcie_gbps
-        self._fetchers: dict[int, ExpertFetcher] = {}
-        self._turns = itertools.count()
-
-    def copy(self, n_bytes: int) -> None:
-        if n_bytes not in self._fetchers:
-            slots = self._gpu.slots[:, :n_bytes]
-            self._fetchers[n_bytes] = make_fetcher(self._gpu.device, slots, self._emulate_pcie_gbps)
-        layer, turn = next(self._turns) % self._store.n_layers, next(self._turns)
-        source = self._store.block(layer, turn % self._store.n_experts[layer])
-        self._fetchers[n_bytes].fetch(self._gpu.n_slots - 1, source[:n_bytes])
-        for completion in self._fetchers[n_bytes].drain():
-            if completion.error is not None:
-                raise UserError(f"calibration could not copy an expert: {completion.error}")
-
-    def __enter__(self) -> _Copier:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fetcher in self._fetchers.values():
-            fetcher.close()

@@ -24,7 +24,7 @@ from prompts import read_prompts
 from provenance import versions
 from report_paths import ReportPaths
 from terminal import say
-from traces import TraceReader
+from trace_reader import TraceReader
 from version import VERSION
 
 EXIT_USER_ERROR = 2

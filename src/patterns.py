@@ -22,7 +22,8 @@ from argument_parser import ArgumentParser
 from errors import UserError
 from figures import BLUE, GREEN, PURPLE, RED, house_style, save_figure
 from routing_patterns import Patterns, analyse
-from traces import TraceInfo, read_trace
+from trace_reader import read_trace
+from traces import TraceInfo
 
 HEADER = ("Reuse", "Layer", "Measured (%)", "Chance (%)", "Pairs")
 

@@ -21,7 +21,7 @@ from figures import house_style, save_figure
 from routing_patterns import analyse
 from run_figures import Drawing, draw_experts, draw_hits, draw_tokens
 from run_files import RunFiles, read_runs
-from traces import read_trace
+from trace_reader import read_trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,11 +6,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from checkpoint import Manifest, read_manifest
 from companion_files import copy_companions
@@ -19,6 +18,7 @@ from expert_format import WeightFormat
 from model_folders import MANIFEST_NAME
 from output_folder import exclusive, read_record, remove_prepared, tidy
 from preparation import Formats, Preparation
+from run_progress import byte_bar
 from source_checkpoint import SourceCheckpoint, open_source
 from version import VERSION
 
@@ -78,23 +78,13 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
     if read_record(output):
         print("found an interrupted preparation: keeping its finished files", file=sys.stderr)
     copy_companions(source.folder, output, source.config)
-    with tqdm(
-        total=preparation.total_bytes,
-        unit="B",
-        unit_scale=True,
-        desc="preparing",
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        created_with = {
-            "tool": VERSION,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        }
-        return preparation.run(created_with, on_bytes=lambda n_bytes: _advance(bar, n_bytes))
-
-
-def _advance(bar: tqdm[NoReturn], n_bytes: int) -> None:
-    bar.update(n_bytes)
+    created_with = {
+        "tool": VERSION,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+    with byte_bar("preparing", preparation.total_bytes, leave=True) as advance:
+        return preparation.run(created_with, on_bytes=advance)
 
 
 def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats) -> None:

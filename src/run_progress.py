@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Timer
 from typing import Any, TextIO
@@ -30,6 +30,27 @@ def told_if_slow(line: str, *, file: TextIO | None = None, delay_s: float = 1.0)
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def byte_bar(what: str, total_bytes: int, leave: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes on stderr, silent when that is no terminal; call what it gives to advance.
+
+    `leave`: the full bar stays on the terminal.
+    """
+    with tqdm(
+        total=total_bytes,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=leave,
+    ) as bar:
+
+        def advance(n_bytes: int) -> None:
+            bar.update(n_bytes)
+
+        yield advance
 
 
 class RunProgress:

@@ -30,7 +30,8 @@ from sweep import (
     sweep,
     write_rows,
 )
-from traces import RoutingPass, Trace, read_trace, write_trace
+from trace_reader import read_trace
+from traces import RoutingPass, Trace, write_trace
 from workload import fit_workload, popularity_workload, typical_workload
 
 DEFAULT_TOKENS = 256

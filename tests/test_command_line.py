@@ -25,7 +25,7 @@ from checkpoint import MANIFEST_NAME
 from engine import Engine
 from generation import generate_batch
 from machine_measurement import calibration_options
-from traces import read_trace
+from trace_reader import read_trace
 
 ROOT = Path(__file__).parent.parent
 REPORTS = (

@@ -18,7 +18,8 @@ from config import ModelOptions
 from errors import UserError
 from forced_routing import ForcedRouting
 from model_shapes import load_shape
-from traces import RoutingPass, Trace, TraceInfo, read_trace
+from trace_reader import read_trace
+from traces import RoutingPass, Trace, TraceInfo
 from workload import even_workload
 
 TINY_SHAPE = {

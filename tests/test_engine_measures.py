@@ -26,7 +26,8 @@ from recorder import Recorder
 from replay import replay
 from reports import ReportPaths, RunInfo, write_reports
 from summary import summarize
-from traces import RoutingPass, read_trace
+from trace_reader import read_trace
+from traces import RoutingPass
 
 PROMPT = [5, 17, 40, 8, 22, 71, 9]
 N_TOKENS = 24
@@ -271,7 +272,7 @@ def test_calibrating_leaves_the_cached_experts_in_their_slots(
         assert n_hits == len(PROMPT) * 4 * 2
         held = {layer: cache.ready(layer) for layer in range(4)}
         if interrupted:
-            monkeypatch.setattr(machine_costs, "_read_gbps", lambda *_: 1 / 0)
+            monkeypatch.setattr(machine_costs, "plain_read_gbps", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 engine.calibrate(again=True)
         else:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from errors import UserError
 from expert_cache import ExpertCache, SlotState, make_policy
 from replacement_policies import LFRU, POLICIES, ReplacementPolicy
-from traces import read_trace
+from trace_reader import read_trace
 
 SHARED_TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 N_EXPERTS = 6  # few, so that random operations meet each other

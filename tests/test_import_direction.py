@@ -23,10 +23,10 @@ LEVELS: dict[int, frozenset[str]] = {
         11: "run",
         10: "machine_measurement run_prompts",
         9: "engine",
-        8: "moe_dispatcher",
-        7: "layer_step accelerator_setup dummy_model prepare_model cpu_modules",
+        8: "moe_dispatcher accelerator_setup",
+        7: "layer_step machine_costs dummy_model prepare_model cpu_modules",
         6: (
-            "accelerator model_loader machine_costs preflight tokenization generation "
+            "accelerator model_loader machine_probes preflight tokenization generation "
             "xformers_attention preparation cpu_self_attention"
         ),
         5: (
@@ -40,12 +40,12 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         3: (
             "torch_experts cpu_kernels shards mistral_native weight_conversion "
-            "moe_convention miss_trial replay reports run_figures"
+            "moe_convention miss_trial replay reports run_figures trace_reader"
         ),
         2: (
             "arguments prompts expert_format expert_cache plan calibration kernel_library "
             "source_files report_tables belady time_model workload machine_file "
-            "routing_patterns recorded_routing forced_routing"
+            "routing_patterns recorded_routing forced_routing trace_formats"
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "

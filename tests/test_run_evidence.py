@@ -19,7 +19,7 @@ from tiny_models import write_mixtral_with_tokenizer
 import main
 import patterns
 import plots
-from traces import read_trace
+from trace_reader import read_trace
 
 ROOT = Path(__file__).parent.parent
 N_PROMPTS, N_INDEXES, N_WAYS, MAX_TOKENS = 20, 1, 3, 8

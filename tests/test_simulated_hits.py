@@ -23,7 +23,8 @@ from replay import replay
 from reports import ReportPaths, RunInfo, write_reports
 from summary import summarize
 from time_model import Timeline
-from traces import Trace, read_trace, write_trace
+from trace_reader import read_trace
+from traces import Trace, write_trace
 
 PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12], [3, 3, 90, 14]]
 N_TOKENS = 12

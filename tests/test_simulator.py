@@ -14,7 +14,8 @@ from machine_file import load_machine
 from paper import paper_cells
 from replay import replay
 from sweep import Setting, grid, share_one_index, sweep
-from traces import read_trace, write_trace
+from trace_reader import read_trace
+from traces import write_trace
 from workload import even_workload
 
 ROOT = Path(__file__).resolve().parent.parent

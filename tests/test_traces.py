@@ -12,7 +12,9 @@ from errors import UserError
 from expert_cache import ExpertCache, make_policy
 from packed_routing import PackedRouting
 from replay import replay
-from traces import RoutingPass, TraceReader, _ExpertChoices, read_trace, write_trace
+from trace_formats import ExpertChoices
+from trace_reader import TraceReader, read_trace
+from traces import RoutingPass, write_trace
 
 DECODE = RoutingPass("decode", (((0, 1),), ((2, 3),)))
 ROUTE = """# route_trace v1
@@ -270,7 +272,7 @@ def test_the_first_pass_comes_before_the_rest_is_read(tmp_path):
     with os.fdopen(write_end, "w") as pipe:
         pipe.write(CHOICES)
         pipe.flush()
-        reading = _ExpertChoices(Path(f"/dev/fd/{read_end}"), None)
+        reading = ExpertChoices(Path(f"/dev/fd/{read_end}"), None)
         passes = reading.passes()
         # The third line is needed to know that the second's batch has ended, no fourth.
         assert [next(passes), next(passes)] == [RoutingPass("prefill", ()), DECODE]

@@ -8,7 +8,8 @@ import pytest
 from errors import UserError
 from expert_cache import ExpertCache, make_policy
 from replay import replay
-from traces import read_trace, write_trace
+from trace_reader import read_trace
+from traces import write_trace
 from workload import (
     Workload,
     even_workload,
