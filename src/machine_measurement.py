@@ -13,6 +13,7 @@ from engine import load_engine, open_prepared
 from hardware import read_hardware
 from machine_file import Machine, calibrated_machine, write_machine
 from model_shapes import ModelShape, load_shape
+from preflight import gpu_memory_told
 from terminal import say
 
 
@@ -50,6 +51,7 @@ def measure_machine(path: Path, shape: ModelShape) -> Machine:
     return machine
 
 
+@gpu_memory_told()
 def show_calibration(config: Config) -> None:
     """Measure this machine anew and print what it is and can do.
 

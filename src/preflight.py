@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +141,15 @@ def free_slot_bytes(device: torch.device, kv_bytes: int) -> int:
     if device.type == "cuda":
         return max(0, _free_gpu_bytes(device) - kv_bytes - _WORKSPACE_BYTES)
     return max(0, (available_bytes() - kv_bytes - _WORKSPACE_BYTES) // 2)
+
+
+@contextmanager
+def gpu_memory_told() -> Iterator[None]:
+    """Raise UserError where the GPU's memory ends all the same."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(str(error)) from error
 
 
 def _free_gpu_bytes(device: torch.device) -> int:

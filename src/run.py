@@ -12,11 +12,11 @@ import torch
 from config import Config, ModelOptions
 from dummy_model import DummyModel, DummyTokenizer, dummy_routing
 from engine import Engine, load_engine, open_prepared
-from errors import UserError
 from hardware import read_hardware
 from interruption import Interruption
 from machine_costs import predicted_step_us
 from model_loader import PreparedModel
+from preflight import gpu_memory_told
 from recorded_routing import routing_lines
 from recorder import NullRecorder, Recorder
 from report_paths import ReportPaths
@@ -30,6 +30,7 @@ from tokenization import Tokenizer, load_tokenizer
 from version import VERSION
 
 
+@gpu_memory_told()
 def run(
     config: Config,
     texts: Sequence[str],
@@ -41,19 +42,6 @@ def run(
 
     Returns the exit code. Raises UserError for what cannot be served, GPU memory among it.
     """
-    try:
-        return _run(config, texts, paths, command, interruption)
-    except torch.OutOfMemoryError as error:
-        raise UserError(str(error)) from error
-
-
-def _run(
-    config: Config,
-    texts: Sequence[str],
-    paths: ReportPaths,
-    command: Sequence[str],
-    interruption: Interruption,
-) -> int:
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
     longest = max(len(ids) for ids in prompts) + config.generation.max_tokens

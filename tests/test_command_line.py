@@ -375,6 +375,23 @@ def test_memory_is_checked_before_loading(
     assert 0 < fitting < asked <= 64 * 8192
 
 
+@pytest.mark.parametrize("flags", [("--prompt", "x", "--max-tokens", 4), ("--show-calibration",)])
+def test_gpu_memory_that_ends_is_a_sentence(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[object, ...],
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr("run.load_engine", full)
+    monkeypatch.setattr("machine_measurement.load_engine", full)
+    message = refused(capsys, "--model-path", model, *flags)
+    assert message == "error: CUDA out of memory. Tried to allocate 2 GiB."
+
+
 @pytest.mark.parametrize(
     ("number", "name", "code"),
     [

@@ -55,17 +55,24 @@ def greedy(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     return [records[i].ids for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_fp32_matches_transformers(name: str, layout: str, tmp_path: Path) -> None:
-    source = LAYOUTS[layout](build_model(CONFIGS[name]()), tmp_path / "source")
+def with_the_same_fp32_logits(
+    source: Path, tmp_path: Path
+) -> tuple[PreTrainedModel, PreTrainedModel, Tensor]:
+    """transformers' model, ours, and the token ids over which their logits were found equal."""
     folder = prepared(source, tmp_path / "prepared", "--hf", "--expert-dtype", "fp32")
     theirs, ours = eager(source, torch.float32), load_model(folder, device="cpu")
     ids = prompt_ids(theirs.config.vocab_size, 24)
     with torch.inference_mode():
         expected, found = theirs(ids).logits, ours(ids).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    return theirs, ours, ids
 
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fp32_matches_transformers(name: str, layout: str, tmp_path: Path) -> None:
+    source = LAYOUTS[layout](build_model(CONFIGS[name]()), tmp_path / "source")
+    theirs, ours, ids = with_the_same_fp32_logits(source, tmp_path)
     prompts = [ids[0].tolist(), ids[0, :9].tolist(), ids[0, :17].tolist()]
     singles = []
     for prompt in prompts:
@@ -98,12 +105,7 @@ def test_bf16_matches_transformers(name: str, tmp_path: Path) -> None:
 
 def test_gateless_experts_match(tmp_path: Path) -> None:
     source = write_hub(build_model(nemotron_h()), tmp_path / "source")
-    folder = prepared(source, tmp_path / "prepared", "--hf", "--expert-dtype", "fp32")
-    theirs, ours = eager(source, torch.float32), load_model(folder, device="cpu")
-    ids = prompt_ids(theirs.config.vocab_size, 24)
-    with torch.inference_mode():
-        expected, found = theirs(ids).logits, ours(ids).logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with_the_same_fp32_logits(source, tmp_path)
 
 
 def test_native_twin_gives_the_same_logits(tmp_path: Path) -> None:

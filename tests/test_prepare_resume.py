@@ -45,6 +45,12 @@ def run(source: Path, output: Path, *flags: str) -> int:
     return prepare.main(["--input-path", str(source), "--output-path", str(output), "--hf", *flags])
 
 
+def assert_completed(source: Path, output: Path, reference: dict[str, bytes]) -> None:
+    """The next run ends with the files of an undisturbed one."""
+    assert run(source, output) == 0
+    assert contents(output) == reference
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -102,8 +108,7 @@ def test_killed_at_every_call_and_resumed(
                 n_calls += 1
         if (output / "manifest.json").exists():  # killed after the last rename: it is whole
             verify(read_manifest(output))
-        assert run(source, output) == 0
-        assert contents(output) == reference
+        assert_completed(source, output, reference)
     assert n_calls >= 3
     assert contents(output) == reference
 
@@ -133,8 +138,7 @@ def test_killed_by_the_system_in_the_middle(
     assert child.wait() == -signal.SIGKILL
     assert not (output / "manifest.json").exists()
     finished = (output / "experts-00000.safetensors").stat().st_mtime_ns
-    assert run(source, output) == 0
-    assert contents(output) == reference
+    assert_completed(source, output, reference)
     assert (output / "experts-00000.safetensors").stat().st_mtime_ns == finished  # kept, not redone
 
 
@@ -150,8 +154,7 @@ def test_a_finished_file_that_changed_is_written_again(
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1
     shard.write_bytes(data)
-    assert run(source, output) == 0
-    assert contents(output) == reference
+    assert_completed(source, output, reference)
 
 
 def test_interrupted_with_other_settings_starts_over(
@@ -162,8 +165,7 @@ def test_interrupted_with_other_settings_starts_over(
         fail_at(patch, "posix_fallocate", 2, KilledError())
         with pytest.raises(KilledError):
             run(source, output, "--expert-dtype", "int8")
-    assert run(source, output) == 0
-    assert contents(output) == reference
+    assert_completed(source, output, reference)
 
 
 def test_damaged_record_starts_over(
@@ -195,8 +197,7 @@ def test_disk_full(
     message = capsys.readouterr().err
     assert message.startswith(f"error: the disk of {output} is full") and message.count("\n") == 1
     assert not list(output.glob("*.partial"))
-    assert run(source, output) == 0
-    assert contents(output) == reference
+    assert_completed(source, output, reference)
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
@@ -241,8 +242,7 @@ def test_control_c(
         assert run(source, output) == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
     assert not list(output.glob("*.partial")) and not (output / "manifest.json").exists()
-    assert run(source, output) == 0
-    assert contents(output) == reference
+    assert_completed(source, output, reference)
 
 
 def test_control_c_while_libraries_load(source: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The simulator against the engine: the same hits, pass by pass and layer by layer."""
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +60,12 @@ def run(
     options: CacheOptions,
     batches: list[list[list[int]]],
     costs: CostModel = SLOW_BUS,
+    told: Callable[[list[Completion]], list[Completion]] = list,
 ) -> Recorder:
-    """Generate with copies that end before the next layer begins."""
+    """Generate with copies that end before the next layer begins.
+
+    Each layer hears of what `told` makes of those that ended since the last: all of them.
+    """
     engine.use_cache(options)
     accelerator = engine.accelerator
     assert accelerator is not None
@@ -71,7 +76,7 @@ def run(
     def poll_when_done() -> list[Completion]:
         fetcher.poll = poll  # drain() itself polls
         try:
-            return fetcher.drain()
+            return told(fetcher.drain())
         finally:
             fetcher.poll = poll_when_done
 
@@ -204,19 +209,8 @@ def run_late(engine: Engine, options: CacheOptions) -> tuple[Recorder, list[list
     """
     looks: list[list[int]] = []
     waiting: list[tuple[int, Completion]] = []  # until which look
-    engine.use_cache(options)
-    accelerator = engine.accelerator
-    assert accelerator is not None
-    accelerator.costs = SLOW_BUS
-    fetcher = accelerator.fetcher
-    poll = fetcher.poll
 
-    def late_poll() -> list[Completion]:
-        fetcher.poll = poll  # drain() itself polls
-        try:
-            ended = fetcher.drain()
-        finally:
-            fetcher.poll = late_poll
+    def late(ended: list[Completion]) -> list[Completion]:
         for completion in ended:
             earliest = waiting[-1][0] if waiting else 0
             waiting.append((max(earliest, len(looks) + 5 * len(looks) % 7), completion))
@@ -225,14 +219,7 @@ def run_late(engine: Engine, options: CacheOptions) -> tuple[Recorder, list[list
         looks.append([completion.slot for completion in told])
         return told
 
-    fetcher.poll = late_poll
-    recorder = engine.dispatcher.recorder = Recorder()
-    sampler = make_sampler(0.0, 1.0, 0, engine.device)
-    for prompt in PROMPTS:
-        for _ in generate_batch(
-            engine.model, [prompt], max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
-        ):
-            pass
+    recorder = run(engine, options, [[prompt] for prompt in PROMPTS], told=late)
     return recorder, looks
 
 
