@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,7 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
             self.dispatcher.accelerator = None
+            gc.collect()  # an error that was kept holds its frames, and those the slots
             # Else what is allocated meanwhile may sit in the old slots' memory for good, and the
             # new ones, one allocation, find no room beside it.
             torch.cuda.empty_cache()

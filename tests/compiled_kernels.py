@@ -15,8 +15,11 @@ from triton.compiler import ASTSource
 
 import triton_experts
 
-# Turing, the oldest with enough memory to matter; Ampere, Ada, Hopper.
-CAPABILITIES = (75, 80, 89, 90)
+# Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
+# program may take of shared memory there, in bytes (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability).
+SHARED_LIMIT_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
+CAPABILITIES = tuple(SHARED_LIMIT_BYTES)
 MATRIX = {32: "*fp32", 16: "*bf16", 8: "*i32", 4: "*i32"}
 SHARED = {
     **dict.fromkeys(("n_columns", "block_words", "matrix_offset", "scale_offset"), "i32"),
@@ -110,6 +113,7 @@ def report() -> Iterator[dict[str, object]]:
                 "cubin_bytes": len(binary.asm["cubin"]),
                 "widest_load_bytes": widest_load(binary.asm["ptx"]),
                 "stack_bytes": stack_bytes(binary.asm["cubin"]),
+                "shared_bytes": binary.metadata.shared,
             }
 
 

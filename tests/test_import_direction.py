@@ -48,10 +48,10 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
-            "model_shapes summary run_files figures hardware argument_parser"
+            "model_shapes summary run_files figures hardware argument_parser handoff"
         ),
         0: (
-            "errors version recorder sensors provenance streams handoff "
+            "errors version recorder sensors provenance streams device_memory "
             "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
             "run_progress terminal packed_routing kv_cache prompt_cells"
         ),
