@@ -239,7 +239,9 @@ def load_engine(
         device,
         expert_bytes=sum(
             layout.block_bytes * n
-            for layout, n in zip(source.layouts, source.n_experts, strict=True)
+            for layout, n in zip(
+                source.layouts[: source.n_stored_layers], source.n_experts, strict=False
+            )
         ),
         dense_bytes=source.dense_bytes,
         kv_bytes=kv_bytes,
@@ -249,7 +251,7 @@ def load_engine(
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
 
-    store = ExpertStore(source.layouts, source.n_experts)
+    store = ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
     cpu = [_cpu_experts(source, site, options) for site in sites]
     dispatcher = MoeDispatcher(
         store, cpu, recorder or NullRecorder(), ranges=NvtxRanges(enabled=nvtx)

@@ -72,6 +72,12 @@ def test_kernels_compile_for_every_gpu_generation(compiled):
     assert all(row["cubin_bytes"] > 0 for row in compiled)
 
 
+def test_a_programs_tiles_fit_every_gpus_shared_memory(compiled):
+    for row in compiled:
+        limit = compiled_kernels.SHARED_LIMIT_BYTES[row["capability"]]
+        assert row["shared_bytes"] <= limit, row
+
+
 def test_no_register_is_spilled(compiled):
     assert [row for row in compiled if row["stack_bytes"]] == []
 
