@@ -167,7 +167,7 @@ def test_triton_kernels_are_given_tensors_of_the_gpu_alone(
 
             return launch
 
-    for name in ("_first_kernel", "_second_kernel", "_unpack_kernel"):
+    for name in ("first_kernel", "second_kernel", "unpack_kernel"):
         monkeypatch.setattr(triton_experts, name, StandIn(name))
     _, layers = run_on_pretence(folders["mixtral", weight_format], CACHED, monkeypatch)
     assert all(len(copies) <= 1 for _, copies in layers)

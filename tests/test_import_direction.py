@@ -39,7 +39,7 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         3: (
             "torch_experts cpu_kernels shards mistral_native weight_conversion "
-            "moe_convention miss_trial replay reports run_figures"
+            "moe_convention miss_trial replay reports run_figures triton_kernels"
         ),
         2: (
             "arguments prompts expert_format expert_cache plan calibration kernel_build "

@@ -127,7 +127,7 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
     import triton_experts
 
     variants: set = set()
-    for name in ("_first_kernel", "_second_kernel", "_unpack_kernel"):
+    for name in ("first_kernel", "second_kernel", "unpack_kernel"):
         monkeypatch.setattr(triton_experts, name, Launches(getattr(triton_experts, name), variants))
     case = Case(weight_format, 64, 48, kind, has_bias=True, n_experts=40)
     blocks = random_blocks(case.layout(), case.n_experts)
