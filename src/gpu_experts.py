@@ -188,7 +188,7 @@ class GpuExperts:
         self, slots: list[int], n_pairs: int, order: SlotOrder, forward: Callable[[], Tensor]
     ) -> Pending:
         """`forward` in the stream, behind copies into `slots` and before later ones."""
-        stream = self._thread or _current_stream(self.device)
+        stream: Any = self._thread or torch.cuda.current_stream(self.device)
         copies = order.wait_ready(slots, stream)
         pending = Pending(None, copies, *self._new_events())
         # The mode belongs to a thread. The caller's, so that it may use the result as its own.
@@ -323,10 +323,6 @@ def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Ten
         # to supply took several times as long, and the first tokens' hits came late.
         slots.zero_()
     return slots
-
-
-def _current_stream(device: torch.device) -> Any:
-    return torch.cuda.current_stream(device)
 
 
 def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
