@@ -4,11 +4,17 @@
 
 Runs the CUDA-marked tests, then builds models of Mixtral's, Phi-3.5-MoE's and Qwen3-30B's shapes
 with random weights in memory and measures decoding with each way to serve a miss. Caches are sized
-for a 24 GB card unless `--memory-gb` says otherwise; fewer layers are built where host memory is
-short, or the machine too slow to fill and pin it in a third of the time there is.
+for a 24 GB card unless `--memory-gb` says otherwise.
+
+The models have all their layers, so that speeds are the real model's, but host memory holds the
+experts of some only, at most 16 GB, which the other layers use again in turn: a machine of 32 GB
+will do, and filling and pinning takes seconds. A step reads and copies as many bytes as it would,
+and comes back to a layer's memory only after several times what any last-level cache holds. Less is
+made where memory is short, or the machine too slow to fill it in a third of the time there is.
 
 It is over after eight minutes, whatever happens: the measuring is done by another process. No
-setting starts after `--minutes`, and each takes its share of the time that is left. At `--limit-s`
+setting starts after `--minutes`, and each takes its share of the time that is left; the last two of
+a model give way where it has had its third. At `--limit-s`
 that process is ended with all it started, hanging or not. The report is written anew after each
 setting, so that what was measured is kept, and what was not is named, however it ends.
 
@@ -65,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=get_args(Format), default=["bf16"])
-    parser.add_argument("--layers", type=int, help="fewer layers, for less memory")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--tokens", type=int, default=24, help="decode steps measured per setting")
     parser.add_argument("--memory-gb", type=float, default=20.0, help="for --cache-auto (20)")
     parser.add_argument("--trace", type=Path, help="routing trace instead of synthetic routing")

@@ -161,10 +161,6 @@ def _chosen_cache(
         costs.model,
         None if options.trace is None else read_trace(options.trace),
     )
-    workbench.notes.append(
-        f"--cache-auto chose: --cache-nblocks {choice.n_indexes} --cache-nways {choice.n_ways} "
-        f"--cache-replace-policy {choice.policy} ({choice.reason})"
-    )
     chosen = replace(
         options,
         auto=False,
@@ -176,7 +172,23 @@ def _chosen_cache(
         miss_policy=options.miss_policy if choice.n_indexes else "cpu",
         emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,
     )
+    workbench.notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
     return chosen, costs
+
+
+def _flags(options: CacheOptions) -> str:
+    """The command line that chooses `options` again, defaults left out."""
+    flags = (
+        f"--cache-nblocks {options.n_indexes} --cache-nways {options.n_ways} "
+        f"--cache-replace-policy {options.policy}"
+    )
+    for flag, value, default in (
+        ("--cache-quota", options.quota, CacheOptions.quota),
+        ("--miss-policy", options.miss_policy, CacheOptions.miss_policy),
+        ("--prefetch", options.prefetch, CacheOptions.prefetch),
+    ):
+        flags += f" {flag} {value}" if value != default else ""
+    return flags
 
 
 def _router(workbench: Workbench, site: MoeSite) -> Router:

@@ -32,11 +32,16 @@ _SCALE = 0.02  # standard deviation
 
 
 class DummyModel:
-    """A `ModelSource` of random weights; `seed` fixes them."""
+    """A `ModelSource` of random weights; `seed` fixes them.
+
+    With `n_stored_layers`, the experts of so many layers are made, and serve the other layers too.
+    """
 
     dense_format = "bf16"
 
-    def __init__(self, options: ModelOptions, seed: int = 0) -> None:
+    def __init__(
+        self, options: ModelOptions, seed: int = 0, n_stored_layers: int | None = None
+    ) -> None:
         assert options.dummy_shape is not None
         self.name = f"random weights of {options.dummy_shape}"
         self.weight_format: WeightFormat = options.dummy_format
@@ -59,6 +64,7 @@ class DummyModel:
             for one in found
         ]
         self.n_experts = [one.n_experts for one in found]
+        self.n_stored_layers = min(n_stored_layers or len(found), len(found))
         paths = tuple(self.experts_paths)
         self.dense_bytes = sum(
             tensor.numel() * tensor.element_size()
@@ -88,7 +94,7 @@ class DummyModel:
     def load_experts(self, store: ExpertStore, progress: Progress) -> None:
         """Every block its own memory; the values repeat every few experts."""
         templates = [self._random_block(self.layouts[0]) for _ in range(_N_TEMPLATES)]
-        for layer in range(store.n_layers):
+        for layer in range(store.n_stored):
             if self.layouts[layer] != self.layouts[0]:
                 raise UserError(f"the MoE layers of {self.name} differ in shape")
             for expert in range(store.n_experts[layer]):

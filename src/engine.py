@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
             self.dispatcher.accelerator = None
+            gc.collect()  # an error that was kept holds its frames, and those the slots
             # Else what is allocated meanwhile may sit in the old slots' memory for good, and the
             # new ones, one allocation, find no room beside it.
             torch.cuda.empty_cache()
@@ -236,7 +238,9 @@ def load_engine(
         device,
         expert_bytes=sum(
             layout.block_bytes * n
-            for layout, n in zip(source.layouts, source.n_experts, strict=True)
+            for layout, n in zip(
+                source.layouts[: source.n_stored_layers], source.n_experts, strict=False
+            )
         ),
         dense_bytes=source.dense_bytes,
         kv_bytes=kv_bytes,
@@ -246,7 +250,7 @@ def load_engine(
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
 
-    store = ExpertStore(source.layouts, source.n_experts)
+    store = ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
     cpu = [_cpu_experts(source, site, options) for site in sites]
     dispatcher = MoeDispatcher(
         store, cpu, recorder or NullRecorder(), ranges=NvtxRanges(enabled=nvtx)

@@ -204,7 +204,8 @@ class CudaFetcher(ExpertFetcher):
             self._synchronize(copy)
 
     def _new_event(self, timed: bool) -> Any:
-        return self._cuda.Event(enable_timing=timed)
+        # Blocking: a host that waits (`drain`) sleeps, and takes no core from the CPU's experts.
+        return self._cuda.Event(enable_timing=timed, blocking=timed)
 
     def _enqueue(self, copy: Copy, source: Tensor, stream: Any) -> None:
         with self._cuda.stream(stream):

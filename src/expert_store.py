@@ -23,17 +23,30 @@ class ExpertStore:
     `pin`, each mapping is registered with CUDA where it lies (torch's own pinned allocations
     round up to a power of two); a refused registration leaves the memory pageable, and `pinned`
     tells whether all of it is. Not thread-safe while filling; read-only after.
+
+    With `n_stored`, only so many layers, all of one shape, have memory of their own, and the others
+    use it again in turn: a model of random weights is then as deep as the real one in a part of its
+    memory. Bytes that a step reads and copies stay the same.
     """
 
-    def __init__(self, layouts: Sequence[BlockLayout], n_experts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        n_experts: Sequence[int],
+        n_stored: int | None = None,
+    ) -> None:
         self.layouts = tuple(layouts)
         self.n_experts = tuple(n_experts)
         self.pinned = False
         self._registered: list[int] = []
-        self._blocks: list[Tensor] = []
-        for layout, count in zip(self.layouts, self.n_experts, strict=True):
+        shapes = list(zip(self.layouts, self.n_experts, strict=True))
+        self.n_stored = len(shapes) if n_stored is None else n_stored
+        assert self.n_stored == len(shapes) or len(set(shapes)) == 1
+        self._stored: list[Tensor] = []
+        for layout, count in shapes[: self.n_stored]:
             blocks = torch.frombuffer(_mapping(layout.block_bytes * count), dtype=torch.uint8)
-            self._blocks.append(blocks.view(count, layout.block_bytes))
+            self._stored.append(blocks.view(count, layout.block_bytes))
+        self._blocks = [self._stored[layer % self.n_stored] for layer in range(len(shapes))]
         self._pointers = [
             torch.arange(count, dtype=torch.int64) * layout.block_bytes + blocks.data_ptr()
             for layout, count, blocks in zip(
@@ -47,7 +60,7 @@ class ExpertStore:
 
     @property
     def total_bytes(self) -> int:
-        return sum(blocks.numel() for blocks in self._blocks)
+        return sum(blocks.numel() for blocks in self._stored)
 
     def block(self, layer: int, expert: int) -> Tensor:
         """The block of one expert, a uint8 [block_bytes] view."""
@@ -93,7 +106,7 @@ class ExpertStore:
         """
         runtime = torch.cuda.cudart()
         pinned_bytes = 0
-        for blocks in self._blocks:
+        for blocks in self._stored:
             code = runtime.cudaHostRegister(blocks.data_ptr(), blocks.numel(), 0)
             if int(code) != 0:
                 _forget_cuda_error()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from device_memory import is_out_of_memory
 from expert_format import Activation, BlockLayout
 from streams import HostEvent, HostStream
 from torch_experts import ActivationModule, expert_ffn
@@ -29,6 +30,9 @@ _TOKENS_PER_SLOT_FOR_GEMM = 4
 PAIRS_FOR_TABLE = 512
 # Of 8 pairs a loop finds the hits in 1.3 us and torch in 6; of 16384, mostly misses, in 330 and 21.
 _PAIRS_WORTH_FILTERING = 64
+# What computing one expert takes beside the slots: at most the larger matrix of Mixtral's in bf16,
+# unpacked, of 235 MB. Slots that leave less on a GPU are too many.
+_SCRATCH_BYTES = 256 << 20
 
 
 class SlotOrder(Protocol):
@@ -70,7 +74,7 @@ class Pending:
     @property
     def out_of_memory(self) -> bool:
         """Whether the device had no room for the work's scratch; its output is untouched then."""
-        return isinstance(self._error, torch.OutOfMemoryError)
+        return is_out_of_memory(self._error)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
@@ -184,7 +188,7 @@ class GpuExperts:
         self, slots: list[int], n_pairs: int, order: SlotOrder, forward: Callable[[], Tensor]
     ) -> Pending:
         """`forward` in the stream, behind copies into `slots` and before later ones."""
-        stream = self._thread or _current_stream(self.device)
+        stream: Any = self._thread or torch.cuda.current_stream(self.device)
         copies = order.wait_ready(slots, stream)
         pending = Pending(None, copies, *self._new_events())
         # The mode belongs to a thread. The caller's, so that it may use the result as its own.
@@ -267,9 +271,8 @@ class GpuExperts:
         while True:
             try:
                 slots = allocate(n_slots, self.layout.block_bytes, self.device)
-            except RuntimeError as error:  # the CPU's allocator has no class of its own for it
-                out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                if n_slots == 0 or not (out_of_memory or "allocate memory" in str(error)):
+            except RuntimeError as error:
+                if n_slots == 0 or not is_out_of_memory(error):
                     raise
                 n_slots //= 2
                 continue
@@ -307,17 +310,19 @@ class GpuExperts:
 
 
 def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        # cuBLAS takes memory of its own for its first product: before the slots take the rest.
+        probe = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        torch.nn.functional.linear(probe, probe)
     with torch.inference_mode(False):  # copies write to them later, in whatever mode
         slots = torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    else:
         # A GPU's memory is there from the start; the first copy into pages that the system has yet
         # to supply took several times as long, and the first tokens' hits came late.
         slots.zero_()
     return slots
-
-
-def _current_stream(device: torch.device) -> Any:
-    return torch.cuda.current_stream(device)
 
 
 def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:

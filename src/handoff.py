@@ -11,6 +11,8 @@ import sys
 import torch
 from torch import Tensor
 
+from device_memory import is_out_of_memory
+
 
 class HostHandoff:
     """Staging memory for one model; grows to the largest prompt seen.
@@ -68,7 +70,9 @@ def _copy_joined(sources: list[Tensor], inbox: Tensor) -> None:
     """
     try:
         inbox.copy_(torch.cat(sources), non_blocking=True)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         places = inbox.split([source.numel() for source in sources])
         for place, source in zip(places, sources, strict=True):
             place.copy_(source, non_blocking=True)

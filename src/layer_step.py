@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accelerator import Accelerator
 from cpu_experts import CpuExperts
+from device_memory import is_out_of_memory
 from expert_store import ExpertStore
 from gpu_experts import PAIRS_FOR_TABLE, Pending
 from handoff import HostHandoff
@@ -107,7 +108,9 @@ class LayerStep:
                     self.hidden.shape, dtype=torch.float32, device=self.hidden.device
                 )
             pairs = None if self.out_of_memory else self._pairs_of_expert[expert]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self.out_of_memory, pairs = True, None
         if self._shared_out is None or pairs is None:  # not tried again in this layer
             self._failed.append(expert)
@@ -185,8 +188,8 @@ class LayerStep:
         n_tokens = len(self.hidden)
         try:
             return self._sum(on_host, slice(n_tokens))
-        except torch.OutOfMemoryError:
-            if n_tokens == 1:
+        except RuntimeError as error:
+            if n_tokens == 1 or not is_out_of_memory(error):
                 raise
         # A long prompt on a full GPU: the fp32 parts of a few tokens at a time find room.
         total = torch.empty_like(self.hidden)

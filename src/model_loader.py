@@ -122,7 +122,8 @@ def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> Non
 class ModelSource(Protocol):
     """Where a model's weights come from: a prepared folder, or a generator of random ones.
 
-    `experts_paths`, `layouts` and `n_experts` have one entry per MoE layer. `load_dense` brings
+    `experts_paths`, `layouts` and `n_experts` have one entry per MoE layer; `n_stored_layers` of
+    them have memory of their own, all but in models of random weights. `load_dense` brings
     a skeleton to life on a device, `load_experts` fills a store; both call `progress` with the
     bytes of each piece.
     """
@@ -133,6 +134,7 @@ class ModelSource(Protocol):
     experts_paths: list[str]
     layouts: list[BlockLayout]
     n_experts: list[int]
+    n_stored_layers: int
     dense_bytes: int
 
     @property
@@ -162,6 +164,7 @@ class PreparedModel:
         self.experts_paths = [layer.module for layer in manifest.moe_layers]
         self.layouts = [layer.layout for layer in manifest.moe_layers]
         self.n_experts = [layer.n_experts for layer in manifest.moe_layers]
+        self.n_stored_layers = len(self.layouts)
         self.dense_bytes = manifest.dense_bytes
 
     @property

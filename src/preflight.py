@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from device_memory import is_out_of_memory
 from errors import UserError
 from host_memory import available_bytes
 
@@ -145,10 +146,12 @@ def free_slot_bytes(device: torch.device, kv_bytes: int) -> int:
 
 @contextmanager
 def gpu_memory_told() -> Iterator[None]:
-    """Raise UserError where the GPU's memory ends all the same."""
+    """Raise UserError where the GPU's memory ends all the same, whoever found it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(str(error)) from error
 
 

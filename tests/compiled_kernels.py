@@ -13,10 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import triton_experts
+import triton_kernels
 
-# Turing, the oldest with enough memory to matter; Ampere, Ada, Hopper.
-CAPABILITIES = (75, 80, 89, 90)
+# Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
+# program may take of shared memory there, in bytes (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability).
+SHARED_LIMIT_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
+CAPABILITIES = tuple(SHARED_LIMIT_BYTES)
 MATRIX = {32: "*fp32", 16: "*bf16", 8: "*i32", 4: "*i32"}
 SHARED = {
     **dict.fromkeys(("n_columns", "block_words", "matrix_offset", "scale_offset"), "i32"),
@@ -37,39 +40,50 @@ FIRST = {
 }
 SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
 UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "n_columns": "i32"}
-UNALIGNED = (*triton_experts._VARYING, "alpha", "limit")
+UNALIGNED = (*triton_kernels.VARYING, "alpha", "limit")
 
 
 def kernels(
-    every_activation: bool,
+    every_variant: bool,
 ) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
     for bits in MATRIX:
-        step = triton_experts._WORDS if bits < 16 else triton_experts._DENSE_COLUMNS
+        step = triton_kernels.WORDS if bits < 16 else triton_kernels.DENSE_COLUMNS
         tile = {
             "BITS": bits,
             "HAS_BIAS": True,
             "IN_WORDS": True,
-            "ROWS": triton_experts._ROWS,
+            "ROWS": triton_kernels.ROWS,
             "STEP": step,
         }
         matrix = {"matrix": MATRIX[bits]}
-        for kind in ("silu", "gelu", "gelu_tanh", "relu2", "clamped_swiglu", "module"):
-            if kind == "silu" or (bits == 8 and every_activation):
+        for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"):
+            if kind == "silu" or (bits == 8 and every_variant):
                 yield (
                     f"first-{bits}-{kind}",
-                    triton_experts._first_kernel,
+                    triton_kernels.first_kernel,
                     {**FIRST, **matrix},
                     {**tile, "HAS_GATE": True, "KIND": kind},
                 )
         second = {**SECOND, **matrix}
-        yield f"second-{bits}", triton_experts._second_kernel, second, tile
-        if bits == 16:
-            in_memory = {**tile, "IN_WORDS": False}
-            yield f"second-{bits}-in-memory", triton_experts._second_kernel, second, in_memory
+        yield f"second-{bits}", triton_kernels.second_kernel, second, tile
+        in_memory = {
+            **tile,
+            "IN_WORDS": False,
+            "HAS_BIAS": False,
+        }  # a batch; a model without biases
+        if bits == 16 or every_variant:
+            yield f"second-{bits}-in-memory", triton_kernels.second_kernel, second, in_memory
+        if every_variant:
+            yield (
+                f"first-{bits}-gateless-in-memory",
+                triton_kernels.first_kernel,
+                {**FIRST, **matrix},
+                {**in_memory, "HAS_GATE": False, "KIND": "relu2"},
+            )
         if bits < 16:
-            constants = {"BITS": bits, "WORDS": triton_experts._WORDS}
-            yield f"unpack-{bits}", triton_experts._unpack_kernel, UNPACK, constants
+            constants = {"BITS": bits, "WORDS": triton_kernels.WORDS}
+            yield f"unpack-{bits}", triton_kernels.unpack_kernel, UNPACK, constants
 
 
 def widest_load(ptx: str) -> int:
@@ -110,6 +124,7 @@ def report() -> Iterator[dict[str, object]]:
                 "cubin_bytes": len(binary.asm["cubin"]),
                 "widest_load_bytes": widest_load(binary.asm["ptx"]),
                 "stack_bytes": stack_bytes(binary.asm["cubin"]),
+                "shared_bytes": binary.metadata.shared,
             }
 
 

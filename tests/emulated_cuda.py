@@ -32,7 +32,7 @@ class EmulatedCuda:
         self._created.append(EmulatedStream("copy"))
         return self._created[-1]
 
-    def Event(self, enable_timing: bool) -> HostEvent:
+    def Event(self, enable_timing: bool, blocking: bool) -> HostEvent:
         return HostEvent()
 
     def current_stream(self, device: Any = None) -> EmulatedStream:

@@ -208,14 +208,25 @@ def test_failing_copies_cost_time_not_correctness(capsys, miss_policy):
     assert "injected" in warnings[0]
 
 
+NO_ROOM = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=["torch", "alloc", "handle", "triton"])
 @pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
 @pytest.mark.parametrize("n_tokens", [1, 400])
-def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(capsys, miss_policy, n_tokens):
+def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(
+    capsys, miss_policy, n_tokens, error
+):
     rng = random.Random(7)
 
     def no_room(n_pairs: int) -> None:
         if n_pairs and rng.random() < 0.5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     run = Run(before_compute=no_room, miss_policy=miss_policy)
     run.steps_without_close(30)

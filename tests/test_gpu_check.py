@@ -13,18 +13,19 @@ import psutil
 import pytest
 import torch
 import yaml
+from pretended_gpu import pretended_gpu
 from test_dummy_model import TINY_SHAPE
 
 import host_memory
 import layer_step
 import machine_costs
 import model_shapes
-from benchmarks import gpu_check, gpu_measurements
+from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
 from errors import UserError
 from recorder import Recorder
 from steadiness import Steadiness
 
-SETTINGS = [one.name for one in gpu_measurements.settings("tiny", 1, 1, 1.0)]
+SETTINGS = [one.name for one in gpu_models.settings("tiny", 1, 1, 1.0)]
 
 
 @pytest.fixture
@@ -50,13 +51,13 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
     rows = {(row["setting"], row["routing"]): row for row in report["rows"]}
     assert list(rows) == [
         ("cpu only", "forced"),
-        ("fetch on demand", "forced"),
-        ("fetch on demand, cached", "forced"),
         ("paper", "forced"),
-        ("paper, auto misses", "forced"),
         ("--cache-auto", "forced"),
-        ("fetch, cached", "model"),
+        ("fetch on demand", "forced"),
         ("next-layer prefetch", "model"),
+        ("fetch, cached", "model"),
+        ("paper, auto misses", "forced"),
+        ("fetch on demand, cached", "forced"),
     ]
     assert code == 0
     assert report["skipped"] == []
@@ -80,6 +81,21 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--cache-auto chose" in printed
     assert "WRONG" not in printed
+
+
+def test_every_setting_runs_on_a_gpu_of_pretence(tiny_shape, tmp_path, monkeypatch, capsys):
+    report = tmp_path / "report.json"
+    flags = ["--device", "cuda", "--skip-tests", "--tokens", "4", "--memory-gb", "0.0001"]
+    with pretended_gpu(monkeypatch):
+        code = gpu_measurements.main([*flags, "--json", str(report)])
+    document = json.loads(report.read_text())
+    assert [row["setting"] for row in document["rows"]] == SETTINGS
+    assert all(row["correct"] for row in document["rows"])
+    assert (code, document["skipped"]) == (0, [])
+    for row in document["rows"]:
+        assert ("cuda:0" in row["computed_by"]) == (
+            row["setting"] not in ("cpu only", "--cache-auto")
+        )
 
 
 TINY_N_EXPERTS = TINY_SHAPE["num_experts"]
@@ -113,30 +129,64 @@ def test_out_of_time_is_said(tiny_shape, tmp_path, capsys):
 
 def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
     budgets = []
-    measure = gpu_measurements.measure
+    measure = gpu_one_setting.measure
 
     def hurried(engine, ids, warm_up, n_steps, budget_s, patient):
         budgets.append(budget_s)
         return measure(engine, ids, warm_up, 1000, 0.0, patient)
 
-    monkeypatch.setattr(gpu_measurements, "measure", hurried)
+    monkeypatch.setattr(gpu_one_setting, "measure", hurried)
     code, report = check(tmp_path)
     assert code == 0
-    assert {row["steps"] for row in report["rows"]} == {gpu_measurements.LEAST_STEPS}
+    assert {row["steps"] for row in report["rows"]} == {gpu_one_setting.LEAST_STEPS}
     # Half of an equal share of what is left to the eight settings, the rest is for all else.
     assert len(budgets) == 8
     for number, budget_s in enumerate(budgets):
         assert 0 < budget_s <= 60 * 7 / (8 - number) / 2
 
 
-@pytest.mark.parametrize("n_layers", [2, 3])
-def test_a_cgroups_memory_decides_how_many_layers_are_built(tiny_shape, monkeypatch, n_layers):
-    room = (n_layers + 0.5) * TINY_N_EXPERTS * TINY_BLOCK_BYTES / gpu_measurements.HOST_MEMORY_SHARE
+@pytest.mark.parametrize("n_stored", [2, 3])
+def test_a_cgroups_memory_decides_how_many_layers_are_in_memory(tiny_shape, monkeypatch, n_stored):
+    room = (n_stored + 0.5) * TINY_N_EXPERTS * TINY_BLOCK_BYTES / gpu_models.HOST_MEMORY_SHARE
     monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(int(room) + 100, 100)]))
-    assert len(gpu_measurements.open_source(tiny_shape, "bf16", None).layouts) == n_layers
+    source = gpu_models.open_source(tiny_shape, "bf16", None)
+    assert (source.n_stored_layers, len(source.layouts)) == (n_stored, 3)
     monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(1000, 0)]))
     with pytest.raises(UserError, match="one layer of tiny needs"):
-        gpu_measurements.open_source(tiny_shape, "bf16", None)
+        gpu_models.open_source(tiny_shape, "bf16", None)
+
+
+@pytest.mark.parametrize("name", gpu_check.SHAPES)
+def test_a_model_has_all_layers_and_few_of_them_in_memory(name):
+    source = gpu_models.open_source(name, "bf16", None, 40e9)
+    layer_bytes = source.layouts[0].block_bytes * source.n_experts[0]
+    assert len(source.layouts) == {"qwen3-30b-a3b": 48}.get(name, 32)
+    assert 0 < source.n_stored_layers * layer_bytes <= 16e9
+    n, m = gpu_models.PAPER_CACHE[name]
+    assert n <= len(source.layouts)
+    assert (n * m + 2) * source.layouts[0].block_bytes + source.dense_bytes < 24.5e9
+
+
+def test_a_model_that_has_had_its_time_leaves_the_lesser_settings_out(
+    tiny_shape, tmp_path, monkeypatch
+):
+    def slow(*arguments):
+        time.sleep(0.05)
+        return run_setting(*arguments)
+
+    run_setting = gpu_measurements.run_setting
+    monkeypatch.setattr(gpu_measurements, "run_setting", slow)
+    monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
+    source = gpu_models.open_source("tiny", "bf16", None)
+    arguments = gpu_check.parse(["--device", "cpu", "--tokens", "4", "--shapes", "mixtral-8x7b"])
+    report = gpu_measurements.Report(None, [("tiny", "bf16")])
+    # A thousandth of the ten minutes is this model's.
+    gpu_measurements.run_shape(source, "tiny", arguments, time.monotonic() + 600, 6000, report)
+    core = SETTINGS[: gpu_models.N_CORE_SETTINGS]
+    assert [row.setting for row in report.rows] == core
+    assert report.skipped == [
+        f"tiny bf16 {name} (out of time)" for name in SETTINGS if name not in core
+    ]
 
 
 def test_the_report_names_the_gpu_in_use(tiny_shape, tmp_path, monkeypatch):
@@ -189,8 +239,8 @@ def one_step(hits: int) -> Recorder:
     ],
 )
 def test_copies_that_were_waited_for_are_no_free_hits(accelerated, hits, ahead, expected_us):
-    measured = gpu_measurements.Measured(one_step(hits), 1.0, ahead)
-    assert gpu_measurements.bound_step_us(OneStep(accelerated), measured) == pytest.approx(
+    measured = gpu_one_setting.Measured(one_step(hits), 1.0, ahead)
+    assert gpu_one_setting.bound_step_us(OneStep(accelerated), measured) == pytest.approx(
         expected_us
     )
 
@@ -218,14 +268,14 @@ def test_the_report_on_disk_has_every_row_as_it_comes(tiny_shape, tmp_path, monk
 
 
 def test_a_setting_that_fails_leaves_the_others_alone(tiny_shape, tmp_path, monkeypatch, capsys):
-    logits = gpu_measurements.logits
+    logits = gpu_one_setting.logits
 
     def broken(engine, ids):
         if engine.accelerator is not None and engine.accelerator.mode == "fetch":
             raise RuntimeError("no such kernel")
         return logits(engine, ids)
 
-    monkeypatch.setattr(gpu_measurements, "logits", broken)
+    monkeypatch.setattr(gpu_one_setting, "logits", broken)
     code, report = check(tmp_path)
     assert code == 1
     failed = [name for name in SETTINGS if "fetch" in name]
@@ -235,12 +285,11 @@ def test_a_setting_that_fails_leaves_the_others_alone(tiny_shape, tmp_path, monk
     assert reason in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("n_bytes", "n_layers"), [(1, 1), (2.5, 2), (9, 3)])
-def test_time_for_loading_decides_how_many_layers_are_built(tiny_shape, n_bytes, n_layers, capsys):
+@pytest.mark.parametrize(("n_bytes", "n_stored"), [(0.1, 1), (1, 1), (2.5, 2), (9, 3)])
+def test_time_for_loading_decides_how_many_layers_are_in_memory(tiny_shape, n_bytes, n_stored):
     most_bytes = n_bytes * TINY_N_EXPERTS * TINY_BLOCK_BYTES
-    source = gpu_measurements.open_source(tiny_shape, "bf16", 3, most_bytes)
-    assert len(source.layouts) == n_layers
-    assert ("not 3" in capsys.readouterr().out) == (n_layers < 3)
+    source = gpu_models.open_source(tiny_shape, "bf16", 3, most_bytes)
+    assert (source.n_stored_layers, len(source.layouts)) == (n_stored, 3)
 
 
 # Two rows, then `THEN` in the third setting, with a process of its own beside it.
@@ -250,13 +299,13 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_dummy_model import TINY_SHAPE
 import machine_costs, model_shapes, yaml
-from benchmarks import gpu_check, gpu_measurements
+from benchmarks import gpu_check, gpu_measurements, gpu_one_setting
 
 model_shapes.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
 model_shapes.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
 gpu_check.SHAPES = ("tiny",)
 machine_costs._STEP_BUDGET_S = 0.01
-measure, calls = gpu_measurements.measure, []
+measure, calls = gpu_one_setting.measure, []
 
 def third_time(*arguments):
     calls.append(1)
@@ -267,7 +316,7 @@ def third_time(*arguments):
         {then}
     return measure(*arguments)
 
-gpu_measurements.measure = third_time
+gpu_one_setting.measure = third_time
 sys.exit(gpu_measurements.main())
 """
 

@@ -40,7 +40,7 @@ LEVELS: dict[int, frozenset[str]] = {
         ),
         3: (
             "torch_experts cpu_kernels shards mistral_native weight_conversion "
-            "moe_convention miss_trial replay reports run_figures trace_reader"
+            "moe_convention miss_trial replay reports run_figures trace_reader triton_kernels"
         ),
         2: (
             "arguments prompts expert_format expert_cache plan calibration kernel_library "
@@ -50,10 +50,10 @@ LEVELS: dict[int, frozenset[str]] = {
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
             "model_shapes summary run_files figures hardware argument_parser kernel_build "
-            "model_folders"
+            "model_folders handoff"
         ),
         0: (
-            "errors version recorder sensors provenance streams handoff "
+            "errors version recorder sensors provenance streams device_memory "
             "next_layer nvtx_ranges interruption prerequisites steadiness host_memory "
             "run_progress terminal packed_routing kv_cache prompt_cells report_paths"
         ),

@@ -120,3 +120,17 @@ def test_experts_lie_in_private_huge_pages_that_no_child_copies():
     assert "dc" in flags
     if Path("/sys/kernel/mm/transparent_hugepage").exists():
         assert "hg" in flags
+
+
+def test_layers_without_memory_of_their_own_use_that_of_others_in_turn(monkeypatch):
+    store = ExpertStore([LAYOUT] * 5, [4] * 5, n_stored=2)
+    for layer in range(2):
+        store.blocks(layer).fill_(layer + 1)
+    assert [int(store.block(layer, 3)[0]) for layer in range(5)] == [1, 2, 1, 2, 1]
+    assert store.pointers(4).tolist() == store.pointers(0).tolist()
+    assert store.total_bytes == 2 * 4 * LAYOUT.block_bytes
+    runtime = with_runtime(monkeypatch, 2)
+    assert store.pin() is None
+    assert len(runtime.registered) == 2
+    store.close()
+    assert runtime.registered == {}

@@ -72,6 +72,12 @@ def test_kernels_compile_for_every_gpu_generation(compiled):
     assert all(row["cubin_bytes"] > 0 for row in compiled)
 
 
+def test_a_programs_tiles_fit_every_gpus_shared_memory(compiled):
+    for row in compiled:
+        limit = compiled_kernels.SHARED_LIMIT_BYTES[row["capability"]]
+        assert row["shared_bytes"] <= limit, row
+
+
 def test_no_register_is_spilled(compiled):
     assert [row for row in compiled if row["stack_bytes"]] == []
 
@@ -121,7 +127,7 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
     import triton_experts
 
     variants: set = set()
-    for name in ("_first_kernel", "_second_kernel", "_unpack_kernel"):
+    for name in ("first_kernel", "second_kernel", "unpack_kernel"):
         monkeypatch.setattr(triton_experts, name, Launches(getattr(triton_experts, name), variants))
     case = Case(weight_format, 64, 48, kind, has_bias=True, n_experts=40)
     blocks = random_blocks(case.layout(), case.n_experts)

@@ -1,0 +1,95 @@
+"""The models that `gpu_check.py` measures, sized to the machine, and the ways to serve a miss."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_check import Format
+from config import CacheOptions, ModelOptions
+from dummy_model import DummyModel
+from errors import UserError
+from expert_format import block_layout
+from expert_store import ExpertStore
+from host_memory import available_bytes
+from miss_trial import TRIAL_STEPS
+
+# The paper's cache on 24 GB: 14 x 4 for Mixtral, 16 x 8 for Phi; a quarter of the experts of Qwen3.
+PAPER_CACHE = {"mixtral-8x7b": (14, 4), "phi-3.5-moe": (16, 8), "qwen3-30b-a3b": (48, 32)}
+# Of a model's experts in memory, the other layers using them again. Many times any last-level
+# cache, and little enough for a machine of 32 GB; filling and pinning it takes seconds.
+STORED_BYTES = 16e9
+HOST_MEMORY_SHARE = 0.8
+WARM_UP_STEPS = 8
+N_CORE_SETTINGS = 6  # of `settings`, the first: they are measured of every model before the others
+_TRIED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to serve a miss; `forced` routing is the trace's, else the model's own."""
+
+    name: str
+    cache: CacheOptions
+    forced: bool = True
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Decode steps before what is measured: `auto` must have come to its verdict."""
+        return TRIAL_STEPS + WARM_UP_STEPS if self.cache.miss_policy == "auto" else WARM_UP_STEPS
+
+
+def settings(shape: str, n_layers: int, n_experts: int, memory_gb: float) -> list[Setting]:
+    """The ways to serve a miss, the most telling first; the first is what the others' logits are
+    held against.
+    """
+    n, m = PAPER_CACHE.get(shape, (n_layers, max(1, n_experts // 2)))
+    cached: dict[str, Any] = {"n_indexes": n, "n_ways": m, "policy": "LRU"}
+    prefetching = CacheOptions(miss_policy="fetch", prefetch="next-layer", **cached)
+    return [
+        Setting("cpu only", CacheOptions()),
+        Setting("paper", CacheOptions(**cached)),
+        Setting("--cache-auto", CacheOptions(auto=True, miss_policy="auto", memory_gb=memory_gb)),
+        Setting("fetch on demand", CacheOptions(miss_policy="fetch")),
+        Setting("next-layer prefetch", prefetching, forced=False),
+        Setting("fetch, cached", CacheOptions(miss_policy="fetch", **cached), forced=False),
+        Setting("paper, auto misses", CacheOptions(miss_policy="auto", **cached)),
+        Setting("fetch on demand, cached", CacheOptions(miss_policy="fetch", **cached)),
+    ]
+
+
+def load_s_per_byte(device: str) -> float:
+    """Seconds per byte to fill memory for experts and, for a GPU, to pin it: tried on a little."""
+    if device == "cuda":
+        torch.zeros(1, device=device)  # the first call makes the context: seconds of its own
+    started_s = time.monotonic()
+    layout = block_layout("bf16", 4096, 14336)
+    store = ExpertStore([layout], [_TRIED_BLOCKS])
+    source = torch.ones(layout.block_bytes, dtype=torch.uint8)
+    for expert in range(_TRIED_BLOCKS):
+        store.block(0, expert).copy_(source)
+    if device == "cuda":
+        store.pin()
+    store.close()
+    return (time.monotonic() - started_s) / store.total_bytes
+
+
+def open_source(
+    shape: str, weight_format: Format, layers: int | None, most_bytes: float = float("inf")
+) -> DummyModel:
+    """A model of `layers`, or of all it has, with as many layers' experts in memory as are enough
+    and fit the host's memory and `most_bytes`, at least one.
+
+    UserError when the memory does not hold one layer.
+    """
+    options = ModelOptions(None, dummy_shape=shape, dummy_layers=layers, dummy_format=weight_format)
+    one = DummyModel(replace(options, dummy_layers=1))
+    layer_bytes = one.layouts[0].block_bytes * one.n_experts[0]
+    room_bytes = HOST_MEMORY_SHARE * available_bytes()
+    if room_bytes < layer_bytes:
+        raise UserError(f"one layer of {shape} needs {layer_bytes / 1e9:.1f} GB of host memory")
+    stored_bytes = min(room_bytes, most_bytes, STORED_BYTES)
+    return DummyModel(options, n_stored_layers=max(1, int(stored_bytes / layer_bytes)))

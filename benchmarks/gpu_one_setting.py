@@ -1,0 +1,221 @@
+"""One setting of `gpu_check.py` on a loaded model: its speed, and whether it is right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_models import Setting
+from benchmarks.gpu_rows import Row
+from engine import Engine
+from forced_routing import ForcedRouting
+from generation import cache_argument, generate_batch, make_sampler
+from machine_costs import predicted_step_us
+from recorder import NullRecorder, Recorder
+from summary import summarize
+from time_model import bound_us
+from torch_experts import experts_forward
+
+PROMPT_TOKENS = 32
+LEAST_STEPS = 4
+CHECKED_STEPS = 4
+_CHECKED_LAYERS = 4  # the last of those that are watched: torch's bf16 is slow on some CPUs
+LOGIT_TOLERANCE = 0.05  # relative norm; bf16 and quantised activations round differently per side
+LAYER_TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int4": 0.05}  # of one layer's output
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one layer was given and gave in one decode step, on the host."""
+
+    layer: int
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    out: Tensor
+
+
+@contextmanager
+def watched(engine: Engine) -> Iterator[list[Sample]]:
+    """Inside, the first and the last MoE layer of each decode step are kept."""
+    dispatcher, samples = engine.dispatcher, []
+    run, watched_layers = dispatcher.run, {0, engine.store.n_layers - 1}
+
+    def watching(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = run(layer, hidden, index, weights)
+        if len(hidden) == 1 and layer in watched_layers:
+            if dispatcher.forced_routing is not None:
+                index, weights = dispatcher.forced_routing.choose(layer, index, weights)
+            samples.append(Sample(layer, hidden.cpu(), index.cpu(), weights.cpu(), out.cpu()))
+        return out
+
+    dispatcher.run = watching  # type: ignore[method-assign]
+    try:
+        yield samples
+    finally:
+        del dispatcher.run  # type: ignore[method-assign]
+
+
+def layer_error(engine: Engine, samples: Sequence[Sample]) -> float:
+    """The largest relative error of the last samples against the torch oracle."""
+    errors = []
+    for one in samples[-_CHECKED_LAYERS:]:
+        layout, site = engine.store.layouts[one.layer], engine.sites[one.layer]
+        blocks = {e: engine.store.block(one.layer, e) for e in one.index.unique().tolist()}
+        expected = experts_forward(
+            layout,
+            blocks,
+            one.hidden,
+            one.index,
+            one.weights.float(),
+            site.activation,
+            site.act_module,
+        )
+        errors.append(float((one.out.float() - expected).norm() / expected.norm()))
+    return max(errors)
+
+
+@torch.inference_mode()
+def logits(engine: Engine, ids: list[int]) -> Tensor:
+    """Logits [T, vocabulary] of a prompt pass and of some decode steps after it."""
+    if engine.dispatcher.forced_routing is not None:
+        engine.dispatcher.forced_routing.rewind()
+    inputs = torch.tensor([ids], device=engine.device)
+    cache_name = cache_argument(engine.model)
+    output = engine.model(input_ids=inputs, use_cache=True)
+    found = [output.logits[0]]
+    for step in range(CHECKED_STEPS):
+        past = {cache_name: output[cache_name]}
+        output = engine.model(input_ids=inputs[:, step : step + 1], **past)
+        found.append(output.logits[0])
+    return torch.cat(found).float().cpu()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The record of the steps after the warm-up; `fetched_ahead` were hits by prefetching."""
+
+    recorder: Recorder
+    prefill_s: float
+    fetched_ahead: int
+
+
+def measure(
+    engine: Engine, ids: list[int], warm_up: int, n_steps: int, budget_s: float, patient: bool
+) -> Measured:
+    """Generate; fewer steps where they do not fit `budget_s`, and with `patient` a full warm-up."""
+    if engine.dispatcher.forced_routing is not None:
+        engine.dispatcher.forced_routing.rewind()
+    sampler = make_sampler(0.0, 1.0, 0, engine.device)
+    recorder, prefill_s, steps, used = Recorder(), 0.0, 0, 0
+    began_s = time.monotonic()
+    measuring_since: int | None = None
+    for record, _ in generate_batch(
+        engine.model,
+        [ids],
+        max_tokens=1 + warm_up + n_steps,
+        sampler=sampler,
+        eos_ids=frozenset(),
+    ):
+        prefill_s, steps = record.prefill_s, len(record.ids) - 1
+        elapsed_s = time.monotonic() - began_s
+        if measuring_since is None:
+            impatient = not patient and steps and elapsed_s > budget_s / 3
+            if steps >= warm_up or impatient:
+                measuring_since, used = steps, _used_of_prefetched(engine)
+                engine.dispatcher.recorder = recorder
+            continue
+        recorder.token(0, record.token_times_s[-1], time.time())
+        measured = steps - measuring_since
+        if measured >= n_steps or (measured >= LEAST_STEPS and elapsed_s > budget_s):
+            break
+    engine.dispatcher.recorder = NullRecorder()
+    return Measured(recorder, prefill_s, _used_of_prefetched(engine) - used)
+
+
+def _used_of_prefetched(engine: Engine) -> int:
+    return 0 if engine.accelerator is None else engine.accelerator.prefetch.used
+
+
+def bound_step_us(engine: Engine, measured: Measured) -> float:
+    """The least time of a decode step for the hits that this setting's cache had."""
+    assert engine.costs is not None
+    costs = engine.costs.model
+    layers = measured.recorder.layer_table()
+    n_steps = int(measured.recorder.pass_table()["decode"].sum())
+    hits = (int(layers["hits"].sum()) - measured.fetched_ahead) / n_steps
+    misses = int((layers["n_tokens"] * layers["top_k"]).sum()) / n_steps - hits
+    n_layers = engine.store.n_layers
+    if engine.accelerator is None:  # no bus to share the misses with
+        cpu_us = costs.cpu.one_us(1)
+        return n_layers * costs.dense_us_per_layer + misses * cpu_us
+    return bound_us(costs, n_layers, hits, misses)
+
+
+def run_setting(
+    engine: Engine,
+    shape: str,
+    setting: Setting,
+    routing: ForcedRouting,
+    reference: Tensor | None,
+    n_steps: int,
+    budget_s: float,
+) -> tuple[Row, Tensor]:
+    """Measure one setting and check its layers and, with forced routing, its logits."""
+    engine.notes.clear()
+    engine.dispatcher.forced_routing = routing if setting.forced else None
+    engine.use_cache(setting.cache)
+    engine.calibrate()
+    assert engine.costs is not None
+    ids = [(7 * i + 3) % min(1000, engine.source.config.vocab_size) for i in range(PROMPT_TOKENS)]
+    patient = setting.cache.miss_policy == "auto"
+    measured = measure(engine, ids, setting.warm_up_steps, n_steps, budget_s, patient)
+    with watched(engine) as samples:
+        found = logits(engine, ids)
+    error = layer_error(engine, samples)
+    reference = found if reference is None else reference
+    logit_error = None
+    if setting.forced:
+        logit_error = float((found - reference).norm() / reference.norm())
+    recorder = measured.recorder
+    summary = summarize(recorder)
+    assert summary.step_ms is not None
+    bound_ms = bound_step_us(engine, measured) / 1e3
+    predicted_us = predicted_step_us(recorder, engine.costs.model)
+    stats = None
+    if engine.accelerator is not None and engine.accelerator.prefetch.chosen:
+        stats = engine.accelerator.prefetch
+    cache = engine.describe()
+    return Row(
+        shape=shape,
+        layers=engine.store.n_layers,
+        stored_layers=engine.store.n_stored,
+        weight_format=engine.source.weight_format,
+        setting=setting.name,
+        routing="forced" if setting.forced else "model",
+        cache=f"{cache['cache_nblocks']} x {cache['cache_nways']}",
+        computed_by=cache["accelerator"] or cache["cpu_kernels"],
+        steps=int(recorder.pass_table()["decode"].sum()),
+        tokens_per_s=1e3 / summary.step_ms,
+        step_ms=summary.step_ms,
+        predicted_ms=None if predicted_us is None else predicted_us / 1e3,
+        bound_ms=bound_ms,
+        percent_of_bound=100 * bound_ms / summary.step_ms,
+        hit_percent=summary.decode_hits.per_expert_percent,
+        fetched_gb=summary.fetched_bytes / 1e9,
+        prefetch_recall_percent=None if stats is None else 100 * stats.recall,
+        prefetch_wasted_gb=None if stats is None else stats.wasted_bytes / 1e9,
+        cpu_read_gbps=summary.cpu_read_gbps,
+        prefill_tokens_per_s=PROMPT_TOKENS / measured.prefill_s,
+        layer_error=error,
+        logit_error=logit_error,
+        correct=bool(found.isfinite().all())
+        and error <= LAYER_TOLERANCE[engine.source.weight_format]
+        and (logit_error is None or logit_error <= LOGIT_TOLERANCE),
+        notes=engine.run_notes(),
+    ), reference
