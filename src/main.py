@@ -131,6 +131,9 @@ def run(
                 status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
         except KeyboardInterrupt:  # a second one, while the first was being answered
             status = "interrupted"
+        except BrokenPipeError:  # whoever read the responses has gone
+            status = "interrupted"
+            raise
         finally:  # what was done before an error is evidence too
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
             with told_if_slow("writing reports..."):
@@ -170,11 +173,19 @@ def show_calibration(config: Config) -> None:
         lines = [
             *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
             f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
-            f"{source.weight_format}, {torch.get_num_threads()} threads, {engine.cpu.description}",
+            f"{source.weight_format}, {_computed_by(engine)}",
             *engine.costs.describe(),
             *engine.run_notes(),
         ]
     print("\n".join(dict.fromkeys(lines)))  # what is in use is a note as well
+
+
+def _computed_by(engine: Engine) -> str:
+    """What computes the CPU's experts and on how many threads, which the kernels say themselves."""
+    description = engine.cpu.description
+    if "threads" in description:
+        return description
+    return f"{description}, {torch.get_num_threads()} threads"
 
 
 def calibration_options(options: ModelOptions) -> ModelOptions:
