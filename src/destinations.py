@@ -31,6 +31,11 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
     for flag, path in wanted:
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; name a file with {flag}")
+        if path.exists() and not path.is_file() and flag != "--responses-jsonl":
+            raise UserError(  # the finished file would take the device's place
+                f"cannot write {path}: it is a device or pipe, not a file; name a file with {flag}"
+                ", or --no-record"
+            )
         if path.resolve() in taken:
             raise UserError(f"{taken[path.resolve()]} {path}: choose another file with {flag}")
         taken[path.resolve()] = "another of the run's files goes to"

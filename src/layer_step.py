@@ -15,8 +15,6 @@ from device_memory import is_out_of_memory
 from expert_store import ExpertStore
 from gpu_experts import PAIRS_FOR_TABLE, Pending
 from handoff import HostHandoff
-from plan import Plan
-from recorder import Duration
 
 Pairs = list[list[int]]
 
@@ -47,7 +45,7 @@ class LayerStep:
     _shared_out: Tensor | None = None  # one sum for all launches by expert
     _outs: list[Tensor] = field(default_factory=list)
     _failed: list[int] = field(default_factory=list)
-    _pending: list[tuple[Pending, tuple[int, ...]]] = field(default_factory=list)
+    launches: list[tuple[Pending, tuple[int, ...]]] = field(default_factory=list)
 
     def counts(self) -> list[int]:
         """The tokens of each expert of the layer, chosen or not; padding left out."""
@@ -69,7 +67,7 @@ class LayerStep:
         pending = accelerator.gpu.launch(
             self.hidden, slot_of_pair, self.weights, accelerator.fetcher
         )
-        self._pending.append((pending, tuple(slots)))
+        self.launches.append((pending, tuple(slots)))
 
     def launch_waited(
         self,
@@ -123,7 +121,7 @@ class LayerStep:
             accelerator.fetcher,
             self._shared_out,
         )
-        self._pending.append((pending, (expert,)))
+        self.launches.append((pending, (expert,)))
 
     @cached_property
     def _pairs_of_expert(self) -> list[Tensor]:
@@ -158,7 +156,7 @@ class LayerStep:
 
     def wait(self) -> None:
         """Wait for the emulated accelerator; on a GPU the stream does, and the host runs on."""
-        for pending, experts in self._pending:
+        for pending, experts in self.launches:
             try:
                 out = pending.result()
             except Exception:
@@ -208,19 +206,3 @@ class LayerStep:
         for part in parts[1:]:
             total = total + part
         return total.to(self.hidden.dtype)
-
-    def gpu_us(self) -> Duration:
-        """The accelerator's own time for this layer, known after the run on a GPU."""
-        return _Sum([pending for pending, _ in self._pending]) if self._pending else 0.0
-
-    def hits_of_token(self, plan: Plan) -> list[int]:
-        """How many of each token's experts were ready on the accelerator."""
-        return [sum(expert in plan.hits for expert in token) for token in self.pairs]
-
-
-@dataclass(frozen=True)
-class _Sum:
-    pending: list[Pending]
-
-    def resolve(self) -> float:
-        return sum(pending.resolve() for pending in self.pending)

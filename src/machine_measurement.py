@@ -9,7 +9,7 @@ import torch
 
 from config import CacheOptions, Config, ModelOptions
 from dummy_model import DummyModel
-from engine import load_engine, open_prepared
+from engine import Engine, load_engine, open_prepared
 from hardware import read_hardware
 from machine_file import Machine, calibrated_machine, write_machine
 from model_shapes import ModelShape, load_shape
@@ -69,11 +69,19 @@ def show_calibration(config: Config) -> None:
         lines = [
             *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
             f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
-            f"{source.weight_format}, {torch.get_num_threads()} threads, {engine.cpu.description}",
+            f"{source.weight_format}, {_computed_by(engine)}",
             *engine.costs.describe(),
             *engine.run_notes(),
         ]
     print("\n".join(dict.fromkeys(lines)))  # what is in use is a note as well
+
+
+def _computed_by(engine: Engine) -> str:
+    """What computes the CPU's experts and on how many threads, which the kernels say themselves."""
+    description = engine.cpu.description
+    if "threads" in description:
+        return description
+    return f"{description}, {torch.get_num_threads()} threads"
 
 
 def calibration_options(options: ModelOptions) -> ModelOptions:

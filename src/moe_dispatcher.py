@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from accelerator import Accelerator
 from cpu_experts import CpuExperts
 from expert_store import ExpertStore
 from forced_routing import ForcedRouting
+from gpu_experts import Pending
 from handoff import HostHandoff
 from layer_step import LayerStep
 from nvtx_ranges import NvtxRanges
@@ -118,7 +120,6 @@ class MoeDispatcher:
             torch.cuda.current_stream().synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
-        self.recorder.resolve()  # the pass is over on the device too: no event need be kept
         self._ranges.end_pass()
         trial = None if self.accelerator is None else self.accelerator.trial
         if self._decode and trial is not None and not self._skip_experts:
@@ -195,36 +196,57 @@ class MoeDispatcher:
         output = step.combine(cpu_out)
         end_s = time.perf_counter()
         if self.recorder.enabled:
-            block_bytes = self.store.layouts[layer].block_bytes
-            cached = self._decode and self._is_cached(layer)
-            hits_of_token = step.hits_of_token(plan) if cached else None
-            n_hits = sum(hits_of_token or ())
-            self.recorder.layer(
-                layer,
-                step.pairs,
-                hits_of_token,
-                hits=n_hits,
-                misses=sum(map(len, step.pairs)) - n_hits if cached else 0,
-                fetches=step.n_fetches,
-                evictions=self._evictions() - evictions,
-                attention_us=(self._block_started_s - self._last_end_s) * 1e6,
-                router_us=(routed_s - self._block_started_s) * 1e6,
-                plan_us=(started_s - routed_s) * 1e6,
-                cpu_us=(computed_s - started_s) * 1e6,
-                gpu_us=step.gpu_us(),
-                copy_wait_us=(waited_s - computed_s) * 1e6,
-                combine_us=(end_s - waited_s) * 1e6,
-                cpu_bytes=len(plan.cpu) * block_bytes,
-                gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
-                waited_bytes=len(plan.waited) * block_bytes,
-                fetch_bytes=step.n_fetches * block_bytes,
-                waited=() if self._decode else plan.waited,
-            )
+            self.recorder.at_end(
+                self._record, layer, plan, step.pairs, step.launches, step.n_fetches,
+                self._evictions() - evictions, self._last_end_s, self._block_started_s,
+                routed_s, started_s, computed_s, waited_s, end_s,
+            )  # fmt: skip
         self._last_end_s = end_s
         self._next_layer = layer + 1
         is_last = self._next_layer == self.store.n_layers
         self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
+
+    def _record(
+        self,
+        layer: int,
+        plan: Plan,
+        pairs: list[list[int]],
+        launches: list[tuple[Pending, tuple[int, ...]]],
+        fetches: int,
+        evictions: int,
+        *ends_s: float,
+    ) -> None:
+        """Record a layer of the pass that has ended; its parts lie between two of `ends_s`."""
+        block_bytes = self.store.layouts[layer].block_bytes
+        cached = self._decode and self._is_cached(layer)
+        hits = plan.hits
+        hits_of_token = [sum(e in hits for e in token) for token in pairs] if cached else None
+        n_hits = sum(hits_of_token or ())
+        attention_us, router_us, plan_us, cpu_us, copy_wait_us, combine_us = (
+            (end_s - start_s) * 1e6 for start_s, end_s in pairwise(ends_s)
+        )
+        self.recorder.layer(
+            layer,
+            pairs,
+            hits_of_token,
+            hits=n_hits,
+            misses=sum(map(len, pairs)) - n_hits if cached else 0,
+            fetches=fetches,
+            evictions=evictions,
+            attention_us=attention_us,
+            router_us=router_us,
+            plan_us=plan_us,
+            cpu_us=cpu_us,
+            gpu_us=sum(pending.resolve() for pending, _ in launches),
+            copy_wait_us=copy_wait_us,
+            combine_us=combine_us,
+            cpu_bytes=len(plan.cpu) * block_bytes,
+            gpu_bytes=(len(hits) + len(plan.waited)) * block_bytes,
+            waited_bytes=len(plan.waited) * block_bytes,
+            fetch_bytes=fetches * block_bytes,
+            waited=() if self._decode else plan.waited,
+        )
 
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a decode step's layer, launch its hits and start its copies."""

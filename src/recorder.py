@@ -1,11 +1,10 @@
 """What happened in a run: typed events appended on the hot path, read after it.
 
 Appending does no I/O and never waits for a device. Between two layers the CPU's caches hold
-weights and every line of Python is slow, so a layer event is only put on a list there; it is packed
-with the others of its pass when that has ended: 96 bytes, its expert ids two bytes each. A night of
-prompts (a million layer events) stays under 150 MB and leaves the garbage collector nothing to
-walk. Durations that only the device knows are handed over as objects with `.resolve() -> us` and
-are asked after the run.
+weights and every line of Python is slow, so only a call with its arguments is put on a list there
+(`at_end`). When the pass has ended, on the device too, these calls ask for what the device timed
+and put the events together, packed: 96 bytes, expert ids two bytes each. A night of prompts (a
+million layer events) stays under 150 MB and leaves the garbage collector nothing to walk.
 
 The seven durations of a layer:
   attention, router, plan, cpu, copy_wait, combine  are disjoint spans of one clock, in this order;
@@ -21,9 +20,9 @@ from __future__ import annotations
 import struct
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,15 +30,6 @@ import numpy.typing as npt
 Phase = Literal["prefill", "decode"]
 Table = npt.NDArray[Any]
 
-
-class DeviceTime(Protocol):
-    """A duration that the device still holds, such as a pair of CUDA events."""
-
-    def resolve(self) -> float:
-        """Microseconds; may wait for the device."""
-
-
-Duration = float | DeviceTime
 
 DURATIONS = (
     "attention_us",
@@ -69,8 +59,6 @@ LAYER_DTYPE = np.dtype(
     + [(name, "<i8") for name in BYTES]
 )
 _LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(BYTES)}q")
-_DURATION = struct.Struct("<f")
-_OFFSETS = {name: 4 * (len(_COUNTS) + n) for n, name in enumerate(DURATIONS)}  # in a row, bytes
 _CHUNK_ROWS = 4096  # read so many at a time: as Python objects a row takes 700 bytes
 
 PASS_DTYPE = np.dtype(
@@ -86,15 +74,6 @@ PASS_DTYPE = np.dtype(
 TOKEN_DTYPE = np.dtype(
     [("pass_index", "<i8"), ("prompt", "<i8"), ("time_s", "<f8"), ("unix_s", "<f8")]
 )
-
-
-_Layer = tuple[
-    tuple[int, Sequence[Sequence[int]], Sequence[int] | None],
-    tuple[int, int, int, int],
-    tuple[Duration, ...],
-    tuple[int, int, int, int],
-    tuple[int, ...],
-]
 
 
 class LayerEvent(NamedTuple):
@@ -138,18 +117,25 @@ class Recorder:
         self._ids = array("h")
         self._n_hits_of_token = array("h")
         self._waited: dict[int, int] = {}  # row -> a bit per expert
-        self._pending: list[tuple[int, str, DeviceTime]] = []
         self._open_pass: tuple[bool, int, int, int] | None = None
-        self._open_layers: list[_Layer] = []
-        self._packing = (-1, 0, 0, 0)  # the pass packed last; rows, ids, hits before it
+        self._at_end: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._begun = (-1, 0, 0, 0)  # the pass begun last; rows, ids, hits before it
 
     def begin_pass(self, phase: Phase, n_tokens: int, prompt: int, n_sequences: int = 1) -> None:
         """A forward pass over `n_tokens` tokens of `n_sequences` starts.
 
         `prompt` is the (first) prompt's number.
         """
-        self._open_layers.clear()  # of a pass that never ended: an error, a Ctrl-C
+        if self._begun[0] == len(self._passes):  # it never ended: an error, a Ctrl-C
+            self._at_end.clear()
+            self._drop_last_pass()
+        n_rows = len(self._layers) // _LAYER_ROW.size
+        self._begun = (len(self._passes), n_rows, len(self._ids), len(self._n_hits_of_token))
         self._open_pass = (phase == "decode", n_tokens, prompt, n_sequences)
+
+    def at_end(self, record: Callable[..., None], *arguments: Any) -> None:
+        """Call `record`, which calls `layer`, when the pass has ended; they run in their order."""
+        self._at_end.append((record, arguments))
 
     def layer(
         self,
@@ -160,13 +146,13 @@ class Recorder:
         misses: int,
         fetches: int,
         evictions: int,
-        attention_us: Duration = 0.0,
-        router_us: Duration = 0.0,
-        plan_us: Duration = 0.0,
-        cpu_us: Duration = 0.0,
-        gpu_us: Duration = 0.0,
-        copy_wait_us: Duration = 0.0,
-        combine_us: Duration = 0.0,
+        attention_us: float = 0.0,
+        router_us: float = 0.0,
+        plan_us: float = 0.0,
+        cpu_us: float = 0.0,
+        gpu_us: float = 0.0,
+        copy_wait_us: float = 0.0,
+        combine_us: float = 0.0,
         cpu_bytes: int = 0,
         gpu_bytes: int = 0,
         waited_bytes: int = 0,
@@ -175,54 +161,28 @@ class Recorder:
     ) -> None:
         """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
 
-        The lists are kept until the pass ends: do not change them.
         `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
         `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once);
         `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.
         `fetch_bytes` are those whose copy to the accelerator this layer started. `waited` are the
         experts that a prompt copied to be computed there.
         """
-        self._open_layers.append(
-            (
-                (layer, ids, n_hits_of_token),
-                (hits, misses, fetches, evictions),
-                (attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us),
-                (cpu_bytes, gpu_bytes, waited_bytes, fetch_bytes),
-                tuple(waited),
-            )
-        )
-
-    def _pack(self, one: _Layer) -> None:
-        (layer, ids, n_hits_of_token), counts, durations, n_bytes, waited = one
         if waited:
             row = len(self._layers) // _LAYER_ROW.size
             self._waited[row] = sum(1 << expert for expert in waited)
         n_tokens = len(ids)
-        top_k = len(ids[0]) if n_tokens else 0
         if n_tokens == 1:
             self._ids.extend(ids[0])
         else:
             self._ids.extend(chain.from_iterable(ids))
         if n_hits_of_token is not None:
             self._n_hits_of_token.extend(n_hits_of_token)
-        which = (len(self._passes), layer, n_tokens, top_k, n_hits_of_token is not None)
-        try:
-            self._layers += _LAYER_ROW.pack(*which, *counts, *durations, *n_bytes)
-        except struct.error:  # a duration that is not a number yet
-            known = self._defer(durations)
-            self._layers += _LAYER_ROW.pack(*which, *counts, *known, *n_bytes)
-
-    def _defer(self, durations: Sequence[Duration]) -> list[float]:
-        """The durations with 0 for each that the device still holds; those are asked later."""
-        row = len(self._layers) // _LAYER_ROW.size
-        known = []
-        for name, duration in zip(DURATIONS, durations, strict=True):
-            if isinstance(duration, (int, float)):
-                known.append(float(duration))
-            else:
-                self._pending.append((row, name, duration))
-                known.append(0.0)
-        return known
+        self._layers += _LAYER_ROW.pack(
+            *(len(self._passes), layer, n_tokens, len(ids[0]) if n_tokens else 0),
+            *(n_hits_of_token is not None, hits, misses, fetches, evictions),
+            *(attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us),
+            *(cpu_bytes, gpu_bytes, waited_bytes, fetch_bytes),
+        )
 
     def end_pass(self, duration_s: float, unix_s: float | None = None) -> None:
         """The pass begun last is done, by default now; `duration_s` is its wall-clock time."""
@@ -230,26 +190,20 @@ class Recorder:
             raise ValueError("end_pass without begin_pass")
         decode, n_tokens, prompt, n_sequences = self._open_pass
         now_s = time.time() if unix_s is None else unix_s
-        self._drop_half_packed()
-        n_rows = len(self._layers) // _LAYER_ROW.size
-        self._packing = (len(self._passes), n_rows, len(self._ids), len(self._n_hits_of_token))
-        for one in self._open_layers:
-            self._pack(one)
+        for record, arguments in self._at_end:
+            record(*arguments)
+        self._at_end.clear()
         # Only this makes the pass one: a Ctrl-C before it leaves the others as they were.
         self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
         self._open_pass = None
-        self._open_layers.clear()
 
-    def _drop_half_packed(self) -> None:
-        """Forget the layers of a pass whose `end_pass` was interrupted."""
-        index, n_rows, n_ids, n_hits = self._packing
-        if index != len(self._passes):
-            return
+    def _drop_last_pass(self) -> None:
+        """Forget the layers of a pass that never ended."""
+        _, n_rows, n_ids, n_hits = self._begun
         del self._layers[n_rows * _LAYER_ROW.size :]
         del self._ids[n_ids:]
         del self._n_hits_of_token[n_hits:]
         self._waited = {row: bits for row, bits in self._waited.items() if row < n_rows}
-        self._pending = [one for one in self._pending if one[0] < n_rows]
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
@@ -259,13 +213,6 @@ class Recorder:
         """
         last_pass = len(self._passes) - (self._open_pass is None)
         self._tokens.append((last_pass, prompt, time_s, unix_s))
-
-    def resolve(self) -> None:
-        """Ask the device for the durations it still holds; call it outside of timed parts."""
-        pending, self._pending = self._pending, []
-        for row, name, duration in pending:
-            at = row * _LAYER_ROW.size + _OFFSETS[name]
-            _DURATION.pack_into(self._layers, at, duration.resolve())
 
     # Reading. A pass that never ended (an interrupted run) is left out with its layers.
 
@@ -298,8 +245,7 @@ class Recorder:
         return tokens
 
     def layer_table(self) -> Table:
-        """One row per MoE layer of a finished pass, LAYER_DTYPE; asks devices first."""
-        self.resolve()
+        """One row per MoE layer of a finished pass, LAYER_DTYPE."""
         rows = np.frombuffer(self._layers, dtype=LAYER_DTYPE)
         return rows[: int(np.searchsorted(rows["pass_index"], len(self._passes)))].copy()
 

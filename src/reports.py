@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -109,7 +110,7 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
         "hardware": dict(info.hardware),
         "model": dict(info.model),
         "layout": dict(info.layout),
-        "calibration": None if info.calibration is None else dict(info.calibration),
+        "calibration": None if info.calibration is None else _measured(info.calibration),
         "summary": summary.to_json(),
         "notes": list(info.notes),
         "files": {
@@ -118,6 +119,17 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
             if name != "run_json"
         },
     }
+
+
+def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """`calibration` with null for the costs of copies where no accelerator was there to copy to.
+
+    The planner's stand-in for them is a link that is all but closed: no measurement.
+    """
+    costs = dict(calibration.get("costs") or {})
+    if not isfinite((costs.get("gpu") or {}).get("expert_us", 0.0)):
+        costs |= dict.fromkeys([name for name in costs if "copy" in name or "shared" in name])
+    return dict(calibration) | {"costs": costs}
 
 
 def _finite(value: Any) -> Any:
@@ -159,9 +171,10 @@ def _write_together(lines: Mapping[Path, Iterable[str]]) -> None:
         for path in lines:
             temporary[path].replace(path)
     except OSError as error:
+        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
         raise UserError(
-            f"expected to write the run's reports to {path.parent}, but {error.strerror}: "
-            "choose another --output-dir or make room"
+            f"expected to write {path}, but found: {error.strerror}: {make_room}send the run's "
+            "files elsewhere with --output-dir"
         ) from error
     finally:
         for leftover in temporary.values():

@@ -82,6 +82,9 @@ def run(
                 status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
         except KeyboardInterrupt:  # a second one, while the first was being answered
             status = "interrupted"
+        except BrokenPipeError:  # whoever read the responses has gone
+            status = "interrupted"
+            raise
         finally:  # what was done before an error is evidence too
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
             with told_if_slow("writing reports..."):

@@ -93,7 +93,8 @@ def run_prompts(
 ) -> Literal["completed", "interrupted"]:
     """Generate for every prompt, appending to `conversations` and to the responses file.
 
-    A Ctrl-C ends the run in order: what was begun is kept, marked as interrupted.
+    A Ctrl-C ends the run in order: what was begun is kept, marked as interrupted. So it is where
+    the text can be shown to nobody, and BrokenPipeError goes on to the caller.
 
     A single prompt at a time streams to stdout as it is generated, unless responses are hidden.
     """
@@ -110,13 +111,18 @@ def run_prompts(
     )
     batch: dict[int, tuple[Generated, StreamingDetokenizer, list[str]]] = {}
 
-    def finish(record: Generated) -> None:
+    def keep(record: Generated) -> str:
+        """The end of the response, which is in the files from now on."""
         _, detokenizer, pieces = batch.pop(record.prompt)
         rest = detokenizer.finish()
         conversation = Conversation(texts[record.prompt], "".join([*pieces, rest]), record)
         conversations.append(conversation)
-        responses.write(conversation)  # before it is shown: that may fail
+        responses.write(conversation)
         progress.prompt_done()
+        return rest
+
+    def finish(record: Generated) -> None:
+        rest = keep(record)
         if stream:
             show(rest + "\n")
 
@@ -150,6 +156,10 @@ def run_prompts(
         for record, _, _ in list(batch.values()):
             finish(record)
         return "interrupted"
+    except BrokenPipeError:  # as the text was streamed: nobody reads it any more
+        for record, _, _ in list(batch.values()):
+            keep(record)
+        raise
     finally:
         responses.close()
         progress.close()

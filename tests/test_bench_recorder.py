@@ -27,6 +27,8 @@ class TakesPastKeyValues(nn.Module):
 class Engine:
     """Serves `model` to the benchmark, and nothing else of it."""
 
+    accelerator = None
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.dispatcher = nn.Module()
@@ -49,10 +51,10 @@ def test_the_cache_is_passed_by_this_releases_name(
     )
     monkeypatch.setattr(bench_recorder, "DummyModel", lambda options: None)
     monkeypatch.setattr(bench_recorder, "DynamicCache", lambda config: "kept")
-    monkeypatch.setattr(bench_recorder, "dummy_routing", lambda source, trace: None)
+    monkeypatch.setattr(bench_recorder, "_routing", lambda source: None)
     monkeypatch.setattr(bench_recorder, "load_engine", lambda *_: Engine(served))
-    row = bench_recorder._share_of_step(CacheOptions(), n_rounds=20)
+    row = bench_recorder._share_of_step(CacheOptions(), n_blocks=20)
     assert row["plain_ms"] > 0
-    assert len(passes) == 1 + 2 * 25
+    assert len(passes) == 1 + 6 * 25
     assert all("kept" in kwargs.values() for kwargs in passes)
     assert torch.equal(passes[-1]["input_ids"], torch.tensor([[5]]))  # type: ignore[call-overload]

@@ -337,6 +337,7 @@ def test_every_result_has_a_file_of_its_own(
         (("--breakdown-csv", "folder"), "it is a folder; name a file with --breakdown-csv"),
         (("--cachehit-csv", "folder"), "it is a folder; name a file with --cachehit-csv"),
         (("--responses-jsonl", "folder"), "it is a folder; name a file with --responses-jsonl"),
+        (("--breakdown-csv", "/dev/full"), "it is a device or pipe, not a file"),
         (("--breakdown-csv", "x", "--cachehit-csv", "./x"), "another file with --cachehit-csv"),
         (("--cachehit-csv", "expert_choices.csv"), "another file with --cachehit-csv"),
         (("--responses-jsonl", "run.json"), "another file with --responses-jsonl"),
@@ -572,15 +573,19 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
     assert status == ("interrupted" if interrupted else "completed")
 
 
-def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path) -> None:
-    """As in `main.py ... | head -0`: the summary has no reader, the files are written."""
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_reader_that_goes_away_costs_no_evidence(
+    model: Path, run_folder: Path, streamed: bool
+) -> None:
+    """As in `main.py ... | head -0`: text or summary has no reader, the files are written."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     with os.fdopen(write_end, "w") as nobody:
         done = subprocess.run(
             [
                 *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
-                *("--prompt", "x", "--max-tokens", "4", "--hide-resp"),
+                *("--prompt", "x", "--max-tokens", "30", "--responses-jsonl", "responses.jsonl"),
+                *(() if streamed else ("--hide-resp",)),
             ],
             stdout=nobody,
             stderr=subprocess.PIPE,
@@ -591,7 +596,14 @@ def test_a_reader_that_goes_away_costs_no_evidence(model: Path, run_folder: Path
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
-    assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
+    assert {path.name for path in run_folder.iterdir()} == {*REPORTS, "responses.jsonl"}
+    status = json.loads((run_folder / "run.json").read_text())["status"]
+    assert status == ("interrupted" if streamed else "completed")
+    (response,) = map(json.loads, (run_folder / "responses.jsonl").read_text().splitlines())
+    assert response["stop"] == ("interrupted" if streamed else "length")
+    passes = by_name(run_folder / "out.csv")
+    assert len(passes) == response["generated_tokens"]
+    assert (len(passes) < 30) == streamed
 
 
 def test_the_machine_is_calibrated_without_a_model(
@@ -607,7 +619,8 @@ def test_the_machine_is_calibrated_without_a_model(
     out = capsys.readouterr().out
     for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):
         assert text in out
-    assert "measured on 1 MoE layer of deepseek-v2-lite" in out
+    (measured,) = re.findall("measured on 1 MoE layer of deepseek-v2-lite.*", out)
+    assert measured.count(" threads") == 1
     assert "accelerator and copies: not measured" in out
     assert "inf" not in out.replace("information", "")
     assert not any(run_folder.iterdir())

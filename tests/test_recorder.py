@@ -1,24 +1,13 @@
-"""The recorder keeps what it is told, in order, compactly, and asks devices only when read."""
+"""The recorder keeps what it is told, in order and compactly."""
 
 from __future__ import annotations
 
 import gc
+from functools import partial
 
 import pytest
 
 from recorder import LayerEvent, NullRecorder, Recorder
-
-
-class DeviceSpan:
-    """A duration that counts how often it was asked for."""
-
-    def __init__(self, us: float) -> None:
-        self.us = us
-        self.asked = 0
-
-    def resolve(self) -> float:
-        self.asked += 1
-        return self.us
 
 
 def test_events_come_back_typed_and_in_order() -> None:
@@ -46,17 +35,26 @@ def test_events_come_back_typed_and_in_order() -> None:
     assert recorder.token_table().tolist() == [(0, 7, 0.25, 1000.5), (1, 7, 0.125, 1000.75)]
 
 
-def test_device_durations_are_asked_once_and_only_after_the_run() -> None:
-    recorder = Recorder()
-    attention, gpu = DeviceSpan(11.0), DeviceSpan(22.0)
+def test_what_is_left_for_the_end_is_recorded_then_and_in_order() -> None:
+    recorder, asked = Recorder(), []
+
+    def record(layer: int, expert: int) -> None:
+        asked.append(layer)
+        recorder.layer(layer, [[expert]], None, 0, 0, 0, 0, gpu_us=22.0)
+
     recorder.begin_pass("decode", 1, 0)
-    recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, attention_us=attention, cpu_us=3, gpu_us=gpu)
+    recorder.at_end(record, 0, 3)
+    recorder.at_end(record, 1, 4)
+    assert asked == []
     recorder.end_pass(0.1)
-    assert attention.asked == gpu.asked == 0
-    for _ in range(2):
-        (event,) = recorder.layer_events()
-        assert (event.attention_us, event.cpu_us, event.gpu_us) == (11.0, 3.0, 22.0)
-    assert attention.asked == gpu.asked == 1
+    recorder.begin_pass("decode", 1, 0)
+    recorder.end_pass(0.1)
+    assert asked == [0, 1]
+    events = list(recorder.layer_events())
+    assert [(event.layer, event.ids, event.gpu_us) for event in events] == [
+        (0, [[3]], 22.0),
+        (1, [[4]], 22.0),
+    ]
 
 
 def test_a_pass_that_never_ended_is_left_out() -> None:
@@ -72,42 +70,36 @@ def test_a_pass_that_never_ended_is_left_out() -> None:
     assert recorder.hits_of_tokens().tolist() == [1]
 
 
-@pytest.mark.parametrize("where", ["first", "middle", "packed"])
-def test_an_interrupt_while_a_pass_is_packed_leaves_that_pass_out(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("n_recorded", [0, 1, 2])
+def test_an_interrupt_as_a_pass_ends_leaves_that_pass_out(n_recorded: int) -> None:
     recorder = Recorder()
-    pack, calls = recorder._pack, []
 
-    def interrupted(one: object) -> None:
-        calls.append(one)
-        if where == "first":
-            raise KeyboardInterrupt
-        pack(one)  # type: ignore[arg-type]
-        if len(calls) == 2 or where == "middle":
-            raise KeyboardInterrupt
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-    def run(expert: int, *, waited: tuple[int, ...] = (), gpu_us: float | DeviceSpan) -> None:
+    def run(expert: int, *, waited: tuple[int, ...] = (), interrupted: bool = False) -> None:
         recorder.begin_pass("prefill", 1, 0)
         for layer in range(2):
-            ids = [[expert, layer]]
-            recorder.layer(layer, ids, [layer], 1, 1, 0, 0, gpu_us=gpu_us, waited=waited)
+            if interrupted and layer == n_recorded:
+                recorder.at_end(interrupt)
+            event = (layer, [[expert, layer]], [layer], 1, 1, 0, 0)
+            recorder.at_end(partial(recorder.layer, gpu_us=float(expert), waited=waited), *event)
+        if interrupted:
+            recorder.at_end(interrupt)
         recorder.end_pass(0.1)
 
-    run(5, gpu_us=1.0)
-    monkeypatch.setattr(recorder, "_pack", interrupted)
+    run(5)
     with pytest.raises(KeyboardInterrupt):
-        run(6, waited=(6,), gpu_us=DeviceSpan(9.0))
-    monkeypatch.undo()
+        run(6, waited=(6,), interrupted=True)
     assert [event.ids for event in recorder.layer_events()] == [[[5, 0]], [[5, 1]]]
     assert len(recorder.pass_table()) == 1
-    run(7, gpu_us=2.0)
+    run(7)
     assert len(recorder.pass_table()) == 2
     events = list(recorder.layer_events())
     assert [event.pass_index for event in events] == [0, 0, 1, 1]
     assert [event.ids for event in events] == [[[5, 0]], [[5, 1]], [[7, 0]], [[7, 1]]]
     assert [event.n_hits_of_token for event in events] == [[0], [1], [0], [1]]
-    assert [event.gpu_us for event in events] == [1.0, 1.0, 2.0, 2.0]
+    assert [event.gpu_us for event in events] == [5.0, 5.0, 7.0, 7.0]
     assert all(event.waited == () for event in events)
 
 
@@ -165,7 +157,6 @@ def test_the_null_recorder_takes_the_same_calls_and_keeps_no_layers() -> None:
     recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, cpu_us=3.0, fetch_bytes=4)
     recorder.end_pass(0.1)
     recorder.token(0, 0.1, 1.0)
-    recorder.resolve()
     assert len(recorder.layer_table()) == 0
     assert len(recorder.pass_table()) == len(recorder.token_table()) == 1
     assert not recorder.enabled

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from synthetic_recording import QUOTA, Shape, record_run, sensor_samples
+from synthetic_recording import Shape, record_run, sensor_samples
 
+from cost_model import CostModel, SideCost
 from errors import UserError
-from expert_cache import ExpertCache, make_policy
 from recorder import NullRecorder, Recorder
 from reports import ReportPaths, RunInfo, Status, write_reports
 from run_files import read_run
@@ -113,28 +113,6 @@ def test_what_is_read_back_is_what_was_recorded(tmp_path: Path, shape: Shape) ->
     assert len(hits) == len(decode)
 
 
-def test_the_expert_choices_replayed_give_the_cache_csv(tmp_path: Path) -> None:
-    shape = Shape(n_layers=4, n_indexes=3, n_ways=3, n_tokens=60, policy="FIFO")
-    write(tmp_path, shape)
-    cache = ExpertCache(shape.n_indexes, shape.n_ways, make_policy(shape.policy))
-    _, choices = read(tmp_path / "expert_choices.csv")
-    _, recorded = read(tmp_path / "cache.csv")
-    n_hits = 0
-    for row, hits in zip(choices, recorded, strict=True):
-        replayed = ["0"] * shape.n_layers
-        for layer in range(shape.n_layers if row[1] else 0):
-            experts = [int(cell) for cell in row[1 + 2 * layer :][:2]]
-            slots = cache.lookup(layer, experts)
-            missed = [e for e, slot in zip(experts, slots, strict=True) if slot < 0]
-            for _, slot in cache.start_fetches(layer, missed, QUOTA):
-                cache.mark_ready(slot)
-            cache.end_step(layer)
-            replayed[layer] = str(2 - len(missed))
-            n_hits += 2 - len(missed)
-        assert hits[1 : 1 + shape.n_layers] == replayed
-    assert n_hits > 0
-
-
 @pytest.mark.parametrize("shape", [SINGLE, BATCH])
 def test_conservation(tmp_path: Path, shape: Shape) -> None:
     write(tmp_path, shape)
@@ -178,6 +156,19 @@ def test_run_json_is_json_to_the_letter(tmp_path: Path) -> None:
 
     run = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
     assert run["calibration"]["costs"] == {"gpu": {"expert_us": None}, "a": [None]}
+
+
+def test_what_no_accelerator_measured_is_null_in_run_json(tmp_path: Path) -> None:
+    costs = CostModel(
+        SideCost(1, 2, 3), SideCost(0, float("inf"), 0), 0, 1e-9, 1e-9, 1, 4096, 5
+    )  # fmt: skip
+    for gpu, measured in ((costs.gpu, None), (SideCost(1, 2, 3), 1e-9)):
+        info = RunInfo(calibration={"costs": asdict(replace(costs, gpu=gpu))})
+        recorder = record_run(SINGLE)
+        write_reports(recorder, ReportPaths.in_folder(tmp_path), info, summarize(recorder))
+        written = json.loads((tmp_path / "run.json").read_text())["calibration"]["costs"]
+        assert written["copy_gbps"] == written["copy_gbps_shared"] == measured
+        assert written["cpu"]["expert_us"] == 2
 
 
 def test_machines_without_sensors_have_empty_cells(tmp_path: Path) -> None:
@@ -245,7 +236,7 @@ def test_a_run_that_records_nothing_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="expected to write the run's reports"):
+    with pytest.raises(UserError, match=r"write .*/file/out\.csv, but found: File exists: send"):
         write(tmp_path / "file", SINGLE)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -260,6 +251,8 @@ def test_a_failed_write_leaves_the_old_files_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(
+        UserError, match=r"write .*/out\.csv, but found: No space left on device: make room"
+    ):
         write(tmp_path, BATCH)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
