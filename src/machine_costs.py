@@ -65,8 +65,8 @@ class MachineCosts:
         if self.steadiness.is_quiet:
             return None
         return (
-            f"calibrated while the machine was not quiet ({self.steadiness}): predictions and "
-            "shares may be off; not kept, the next run measures again"
+            f"this machine's speed varied while it was measured ({self.steadiness}): take "
+            "predictions and shares of limits as rough; the next run measures again"
         )
 
     def describe(self) -> list[str]:

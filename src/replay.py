@@ -40,13 +40,21 @@ class PhaseHits:
     expert_hits: int = 0
 
     def rates(self) -> tuple[float, float, float]:
-        """At least one, at least two, per expert, in percent; 0 where there was nothing."""
-        pairs, experts = max(self.pairs, 1), max(self.experts, 1)
+        """At least one, at least two, per expert, in percent; 0 where there was nothing.
+
+        The engine's summary gives the same three.
+        """
+        pairs = max(self.pairs, 1)
         return (
             100 * self.at_least_one / pairs,
             100 * self.at_least_two / pairs,
-            100 * self.expert_hits / experts,
+            100 * self.hits / max(self.lookups, 1),
         )
+
+    @property
+    def distinct_percent(self) -> float:
+        """Hits in percent of what the directory is asked, each expert once in a pass."""
+        return 100 * self.expert_hits / max(self.experts, 1)
 
     def add(self, tokens: Sequence[tuple[int, ...]], ready: Iterable[int]) -> None:
         """Count the tokens of one layer, of whose experts `ready` are there."""

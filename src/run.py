@@ -107,6 +107,17 @@ def run(
     return interruption.exit_code
 
 
+def _ended_early(conversations: Sequence[Conversation]) -> list[str]:
+    """A line where the model's context ended an answer before `--max-tokens` did."""
+    n_full = sum(one.generated.stop == "context" for one in conversations)
+    if not n_full:
+        return []
+    return [
+        f"{n_full} of {len(conversations)} answers end where the model's context is full, "
+        "before --max-tokens"
+    ]
+
+
 def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
     if options.dummy_shape is not None:
         dummy = DummyModel(options)
@@ -136,7 +147,7 @@ def _report(
         cpu_limit_gbps=None if costs is None else costs.read_gbps,
         predicted_step_us=None if costs is None else predicted_step_us(recorder, costs.model),
     )
-    notes = [*engine.run_notes(), *sampler.notes]
+    notes = [*engine.run_notes(), *sampler.notes, *_ended_early(conversations)]
     info = RunInfo(
         command=["src/main.py", *command],
         settings=asdict(config),

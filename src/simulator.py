@@ -192,10 +192,13 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
             )
         elif hits.experts:
             print(f"{phase} hits: per expert {hits.rates()[2]:.1f}%")
+    once = ""
+    if result.decode.experts != result.decode.lookups:  # a batch
+        once = f"each expert counted once in a pass, hits: {result.decode.distinct_percent:.1f}%; "
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
     bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
     print(
-        f"Belady's optimum, per expert: {optimum.replay.decode.rates()[2]:.1f}% without bypass, "
+        f"{once}Belady's optimum: {optimum.replay.decode.distinct_percent:.1f}% without bypass, "
         f"{bypass:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")

@@ -12,7 +12,7 @@ import psutil
 
 _BURST_S = 0.04
 _MIN_TIMINGS = 5
-_MIN_TIMING_S = 1e-3  # shorter ones measure how threads wake up; several calls are timed as one
+_MIN_TIMING_S = 5e-3  # shorter ones measure how threads wake up; several calls are timed as one
 # A quiet machine stays below both by a factor of two or more; one competing thread on two cores
 # exceeds them by as much (docs/PERFORMANCE.md, "Calibration").
 MAX_SPREAD = 0.25

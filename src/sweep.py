@@ -193,13 +193,13 @@ def _policy(name: str, trace: Trace) -> ReplacementPolicy:
 def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:
     outcome = run_setting(trace, setting, costs)
     decode = outcome.replay.decode
-    one, two, per_expert = decode.rates()
+    one, two, _ = decode.rates()
     return SweepRow(
         **{name: value for name, value in asdict(setting).items() if name != "quota"},
         slots=setting.n_indexes * setting.n_ways,
         hit_one=one,
         hit_two=two,
-        hit_expert=per_expert,
+        hit_expert=decode.distinct_percent,
         bound_bypass=100 * outcome.most_hits / max(decode.experts, 1),
         all_hits=100 * decode.expert_hits / outcome.n_chosen,
         fetches=outcome.replay.fetches,

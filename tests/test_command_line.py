@@ -87,6 +87,18 @@ def test_prints_the_reference_summary(
     assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
 
 
+def test_an_answer_that_the_context_cut_short_is_told(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = run_folder / "prompts.txt"
+    prompts.write_text("Hello\nHello there\n")
+    arguments = ("--model-path", model, "--prompt-path", prompts, "--max-tokens")
+    assert run(*arguments, 100) == 0  # of a context of 64
+    assert "2 of 2 answers end where the model's context is full" in capsys.readouterr().out
+    assert run(*arguments, 4) == 0
+    assert "context is full" not in capsys.readouterr().out
+
+
 def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None:
     prompts = run_folder / "prompts.txt"
     prompts.write_text("One\n\nTwo words\n  Three words here \n", encoding="utf-8")

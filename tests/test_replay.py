@@ -110,7 +110,8 @@ def test_a_batch_looks_each_expert_up_once_and_counts_by_token():
     assert result.decode.at_least_two == 2
     assert (result.decode.lookups, result.decode.hits) == (12, 4)
     assert (result.decode.experts, result.decode.expert_hits) == (10, 3)
-    assert result.decode.rates()[2] == 30.0
+    assert result.decode.rates() == (100 * 2 / 6, 100 * 2 / 6, 100 * 4 / 12)  # the engine's unit
+    assert result.decode.distinct_percent == 30.0
     assert result.n_decode_tokens == 6 and result.n_decode_passes == 2
 
 

@@ -15,7 +15,7 @@ from paper import paper_cells
 from replay import replay
 from sweep import Setting, grid, share_one_index, sweep
 from trace_reader import read_trace
-from traces import write_trace
+from traces import RoutingPass, TraceInfo, write_trace
 from workload import even_workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +54,19 @@ def test_one_setting_prints_what_the_replay_counted(capsys, trace, trace_file):
         float, re.search(r"([\d.]+)% without bypass, ([\d.]+)% with", out).groups()
     )
     assert per_expert <= without <= with_bypass
+
+
+def test_a_batch_prints_the_rates_of_the_engine_and_the_optimum_in_its_own_unit(capsys, tmp_path):
+    batch = RoutingPass("decode", (((0, 1), (0, 2), (3, 4)),))
+    info = TraceInfo(model="batch", n_layers=1, n_experts=8, top_k=2)
+    write_trace(tmp_path / "batch.jsonl", info, [batch, batch])
+    out = printed(
+        capsys, str(tmp_path / "batch.jsonl"), "--cache-nblocks", "1", "--cache-nways", "3",
+        "--cache-replace-policy", "LRU",
+    )  # fmt: skip
+    # Of 12 choices 4 were there; of the 5 experts of each pass, 3 in the second.
+    assert "at least one 33.3%, at least two 33.3%, per expert 33.3%" in out
+    assert "each expert counted once in a pass, hits: 30.0%; Belady's optimum: 30.0%" in out
 
 
 def test_a_trace_without_prompts_says_so(capsys, tmp_path):
