@@ -50,21 +50,21 @@ def watched(machine: Machine, n_bursts: int = 3) -> Steadiness:
 
 
 def test_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watched(Machine([0.005, 0.00505], 0.0, monkeypatch))
+    seen = watched(Machine([0.010, 0.0101], 0.0, monkeypatch))
     assert seen.spread == pytest.approx(0.01, rel=0.1)
     assert seen.other_load == pytest.approx(0.0, abs=1e-9)
     assert seen.is_quiet
 
 
 def test_other_programs_and_stolen_time_are_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watched(Machine([0.005], 0.4, monkeypatch))
+    seen = watched(Machine([0.010], 0.4, monkeypatch))
     assert seen.spread == 0.0  # steadily slow: the spread alone would not show it
     assert seen.other_load == pytest.approx(0.4)
     assert not seen.is_quiet
 
 
 def test_uneven_timings_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watched(Machine([0.005, 0.010], 0.0, monkeypatch))
+    seen = watched(Machine([0.010, 0.020], 0.0, monkeypatch))
     assert 0.5 <= seen.spread <= 1.0  # half of the calls take twice as long
     assert not seen.is_quiet
 
@@ -75,8 +75,8 @@ def test_short_probes_are_timed_several_at_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_outlier_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    times_s = [0.005] * 200
-    times_s[50] = 0.150
+    times_s = [0.010] * 200
+    times_s[50] = 0.300
     assert watched(Machine(times_s, 0.0, monkeypatch)).is_quiet
 
 
