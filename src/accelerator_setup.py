@@ -178,6 +178,8 @@ def _chosen_cache(
 
 def _flags(options: CacheOptions) -> str:
     """The command line that chooses `options` again, defaults left out."""
+    if not options.wants_accelerator:
+        return "--cache-nblocks 0"
     flags = (
         f"--cache-nblocks {options.n_indexes} --cache-nways {options.n_ways} "
         f"--cache-replace-policy {options.policy}"

@@ -91,8 +91,10 @@ def choose_cache(
     tried += [((n, m), speed(n, m, "LRU")) for n, m in layouts(n_slots, n_layers, n_experts)]
     (n_indexes, n_ways), best = _best(tried)
     if not n_indexes:
-        why = "nothing fits" if n_slots == 0 else "no cache is predicted to beat the CPU alone"
-        return CacheChoice(0, 0, "LRU", alone, f"{n_slots} slots: {why}")
+        why = "no cache: not one expert fits"
+        if n_slots:
+            why = f"no cache: {n_slots} experts fit, but the CPU alone is predicted to be as fast"
+        return CacheChoice(0, 0, "LRU", alone, why)
     policies = [("LRU", best)]
     policies += [(p, speed(n_indexes, n_ways, p)) for p in POLICIES_TRIED if p != "LRU"]
     policy, best = _best(policies)

@@ -181,7 +181,7 @@ class Engine:
             "dtype": str(self.source.dtype).removeprefix("torch."),
             "weight_format": self.source.weight_format,
             "dense_format": self.source.dense_format,
-            "expert_bytes": self.store.total_bytes,
+            "total_expert_bytes": self.store.total_bytes,
             "device": str(self.device),
             "cpu_kernels": self.cpu.description,
             "accelerator": None if accelerator is None else accelerator.gpu.description,

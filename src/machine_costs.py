@@ -74,11 +74,13 @@ class MachineCosts:
         costs = self.model
         expert_us = costs.cpu.one_us(1)
         expert_gbps = costs.block_bytes / expert_us / 1e3 if expert_us > 0 else 0.0
+        share = f"{100 * expert_gbps / self.read_gbps:.0f}% of plain read"
+        if expert_gbps > 1.1 * self.read_gbps:
+            share = "faster than memory: so few weights stay in the CPU's caches"
         lines = [
             f"memory, plain read: {self.read_gbps:.1f} GB/s",
             f"one expert ({costs.block_bytes / 1e6:.1f} MB) on the CPU, one token: "
-            f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, "
-            f"{100 * expert_gbps / self.read_gbps:.0f}% of plain read), "
+            f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, {share}), "
             f"{_more_tokens(costs.cpu)}",
             *self.onednn.describe(),
             f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}",

@@ -16,7 +16,7 @@ from expert_fetcher import ExpertFetcher, make_fetcher
 from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 
-_READ_BYTES = 1 << 29  # several times any last-level cache
+_READ_BYTES = 1 << 29  # twice the largest last-level cache met so far
 _READS = 5
 
 

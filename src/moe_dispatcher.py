@@ -219,7 +219,9 @@ class MoeDispatcher:
     ) -> None:
         """Record a layer of the pass that has ended; its parts lie between two of `ends_s`."""
         block_bytes = self.store.layouts[layer].block_bytes
-        cached = self._decode and self._is_cached(layer)
+        if self._token_mask is not None:
+            pairs = [token for token in pairs if token[0] >= 0]  # the others are padding
+        cached = self._is_cached(layer)
         hits = plan.hits
         hits_of_token = [sum(e in hits for e in token) for token in pairs] if cached else None
         n_hits = sum(hits_of_token or ())

@@ -16,7 +16,7 @@ from traces import RoutingPass, Trace, TraceInfo, trace_lines
 
 
 def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Trace:
-    """Return every pass that `recorder` holds, in order; padding tokens are left out.
+    """Return every pass that `recorder` holds, in order.
 
     `synthetic` marks routing that no model chose, as in runs on random weights.
     """
@@ -50,9 +50,7 @@ def _recorded_passes(recorder: Recorder) -> Iterator[RoutingPass]:
         waited: list[tuple[int, ...]] = []
         if number == index:
             for event in events:
-                ids.append(
-                    tuple(tuple(token) for token in event.ids if min(token, default=-1) >= 0)
-                )
+                ids.append(tuple(map(tuple, event.ids)))
                 waited.append(event.waited)
             index, events = next(by_pass, (-1, iter(())))
         yield RoutingPass(

@@ -161,6 +161,8 @@ class Recorder:
     ) -> None:
         """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
 
+        Padding is no token: it is left out.
+
         `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
         `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once);
         `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.

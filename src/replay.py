@@ -91,7 +91,7 @@ class Replay:
     """What a replay counted.
 
     `fetches` and `evictions` include the warm-up after prompts. `hits_by_layer` has one row for
-    each pass, as the cachehit CSV: hits of each cached layer (empty for a prompt), where kept.
+    each pass, as the cachehit CSV: hits of each cached layer, where kept.
     `decode_us` is the modelled time of the decode passes, 0 without a timeline.
     """
 
@@ -125,9 +125,8 @@ def replay(
         if isinstance(policy, Belady):
             policy.begin_pass(one)
         began_us = timeline.now_us if timeline else 0.0
-        row: list[int] = []
         if one.phase == "prefill":
-            _replay_prefill(one, cache, quota, timeline, result.prefill)
+            row = _replay_prefill(one, cache, quota, timeline, result.prefill)
             result.prefill_us += timeline.now_us - began_us if timeline else 0.0
         else:
             row = _replay_decode(one, cache, quota, timeline, result.decode)
@@ -180,7 +179,8 @@ def _replay_decode(
 
 def _replay_prefill(
     one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
-) -> None:
+) -> list[int]:
+    row: list[int] = []
     for layer, tokens in enumerate(one.last_choices()):
         seen = one.seen[layer] if one.seen else None
         waited: Sequence[int] = one.waited[layer] if one.waited else ()
@@ -196,10 +196,12 @@ def _replay_prefill(
             split = timeline.split_prefill(counts, ready)
             waited = [expert for expert in split.gpu_experts if expert not in ready]
         if layer < cache.n_indexes:
+            hits_before = counted.hits
             if seen is None:
                 counted.add(tokens, ready)
             else:
                 counted.add_seen(seen, ready)
+            row.append(counted.hits - hits_before)
         places = {expert: cache.slot_of(layer, expert) for expert in waited}
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
@@ -209,3 +211,4 @@ def _replay_prefill(
         else:
             for _, slot in fetches:
                 cache.mark_ready(slot)
+    return row

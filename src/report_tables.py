@@ -181,14 +181,13 @@ class _Choices:
         self.header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
 
     def prefilled(self, index: int) -> list[str]:
-        """A prefill's cells, one per layer; padding tokens are left out."""
+        """A prefill's cells, one per layer."""
         cells = [""] * len(self.prefill_header)
         first, end = int(self._first_row[index]), int(self._first_row[index + 1])
         for row, one in enumerate(self._layers[first:end], first):
             start, length = self._starts[row], self._lengths[row]
             chosen = self._ids[start : start + length].reshape(-1, max(int(one["top_k"]), 1))
             newest_first = chosen[::-1].ravel()
-            newest_first = newest_first[newest_first >= 0]
             experts, at, counts = np.unique(newest_first, return_index=True, return_counts=True)
             order = np.argsort(at)
             seen = zip(experts[order].tolist(), counts[order].tolist(), strict=True)

@@ -285,7 +285,7 @@ def _own_lines(summary: RunSummary) -> list[str]:
     if summary.tpot_median_s is not None and summary.tpot_p95_s is not None:
         lines.append(f"TPOT: median {_ms(summary.tpot_median_s)}, p95 {_ms(summary.tpot_p95_s)}")
     for phase, hits in (("decode", summary.decode_hits), ("prefill", summary.prefill_hits)):
-        if hits.pairs:
+        if hits.pairs and (phase == "decode" or hits.hits):  # a first prompt finds nothing
             lines.append(
                 f"Hit rate, {phase}: {hits.at_least_one_percent:.2f}% at least one, "
                 f"{hits.at_least_two_percent:.2f}% at least two, "
@@ -297,7 +297,7 @@ def _own_lines(summary: RunSummary) -> list[str]:
             f"Expert bytes: {_gb(summary.fetched_bytes)} fetched in {summary.fetches} copies "
             f"({summary.evictions} evictions), {_gb(summary.saved_bytes)} saved by decode hits"
         )
-    if summary.cpu_read_gbps is not None:
+    if summary.cpu_read_gbps is not None and summary.cpu_read_bytes:
         share = summary.cpu_share_of_limit
         of_limit = (
             f", {100 * share:.0f}% of this machine's {summary.cpu_limit_gbps:.1f} GB/s"
@@ -316,7 +316,7 @@ def _own_lines(summary: RunSummary) -> list[str]:
     if summary.predicted_step_ms is not None and summary.step_ms:
         off = 100 * (summary.predicted_step_ms / summary.step_ms - 1)
         lines.append(
-            f"Predicted decode step: {summary.predicted_step_ms:.2f} ms, "
+            f"Predicted decode step, of one short sequence: {summary.predicted_step_ms:.2f} ms, "
             f"measured {summary.step_ms:.2f} ms ({off:+.0f}%)"
         )
     if summary.j_per_token is not None:

@@ -57,7 +57,7 @@ def test_room_for_everything_caches_everything():
 
 def test_no_room_or_no_gain_is_no_cache_and_says_why():
     assert choose(0).n_indexes == 0
-    assert "nothing fits" in choose(0).reason
+    assert "not one expert fits" in choose(0).reason
     slow_gpu = replace(COSTS, gpu=SideCost(10, 9000, 10))
     choice = choose(8, slow_gpu)
     assert (choice.n_indexes, choice.n_ways) == (0, 0)

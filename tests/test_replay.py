@@ -35,6 +35,8 @@ def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
                 for token in one.ids[layer][::-1]:
                     wanted += [e for e in token if e not in wanted]
                 wanted = wanted[:n_ways]
+                chosen = [e for token in one.ids[layer] for e in token]
+                row.append(sum(cache.slot_of(layer, e) is not None for e in chosen))
                 cache.protect(layer, wanted)
                 absent = [e for e in wanted if cache.slot_of(layer, e) is None]
                 absent = absent[:share]
@@ -73,7 +75,7 @@ def test_hits_of_each_pass_and_layer_are_the_engines(policy, n_indexes, n_ways, 
     )
     expected = engine_hits(passes, n_indexes, n_ways, policy, quota)
     assert result.hits_by_layer == expected
-    assert result.decode.hits == sum(map(sum, expected))
+    assert result.decode.hits + result.prefill.hits == sum(map(sum, expected))
     assert result.n_decode_tokens == result.n_decode_passes == 90
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,15 +79,23 @@ TTFT: median 600.0 ms
 TPOT: median 25.0 ms, p95 29.5 ms
 Hit rate, decode: 100.00% at least one, 50.00% at least two, 75.00% per expert \
 (3 of 4 on cached layers)
-Hit rate, prefill: 0.00% at least one, 0.00% at least two, 0.00% per expert \
-(0 of 6 on cached layers)
 Expert bytes: 0.012 GB fetched in 8 copies (4 evictions), 0.028 GB saved by decode hits
 CPU experts: read 0.200 GB in decode at 25.0 GB/s, 62% of this machine's 40.0 GB/s
 Decode step: 25.00 ms = attention 2.00, router 0.00, plan 0.00, cpu 4.00, copy wait 0.00, \
 combine 0.00, rest 19.00
-Predicted decode step: 20.00 ms, measured 25.00 ms (-20%)
+Predicted decode step, of one short sequence: 20.00 ms, measured 25.00 ms (-20%)
 Energy: 3.75 J/token (CPU 1.25, GPU 2.50)
 GPU energy is sampled."""
+
+
+def test_a_prompt_that_found_experts_says_so() -> None:
+    recorder = Recorder()
+    hand_made_run(recorder)
+    found = replace(summarize(recorder), prefill_hits=HitCounts(3, 2, 1, 3, 3))
+    assert (
+        "Hit rate, prefill: 66.67% at least one, 33.33% at least two, 50.00% per expert "
+        "(3 of 6 on cached layers)"
+    ) in format_summary(found)
 
 
 def test_the_printed_summary_is_the_references_block_then_our_lines() -> None:
