@@ -45,8 +45,8 @@ class RunSummary:
 
     `prompt_s` is the time of the prefill passes; `generation_s` that of the steps that gave
     `generated_tokens`, the tokens after each prompt's first. `parts_ms` splits a mean decode step:
-    the recorder's disjoint durations summed over the layers, and `rest` (embeddings, head,
-    sampling). `predicted_step_ms` and `step_ms` are means over decode passes.
+    the recorder's disjoint durations summed over the layers, and `rest`, what follows the last of
+    them: the head. `predicted_step_ms` and `step_ms` are means over decode passes.
     Without `has_events` nothing counted the cache's hits.
     """
 

@@ -1,4 +1,4 @@
-"""The summary's figures recomputed from a run's CSV files alone, sharing no code with the tool.
+"""The summary's figures recomputed from a run's files alone, sharing no code with the tool.
 
 `python3 tests/recomputed_summary.py RUN_DIR` prints them.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ def recompute(folder: Path) -> dict[str, float]:
     if tokens[0]["GPU Energy (J)"]:
         figures["gpu_j_per_token"] = statistics.mean(float(r["GPU Energy (J)"]) for r in tokens)
     return figures
+
+
+def first_tokens_s(folder: Path) -> list[float]:
+    """Each prompt's time to its first token, s, from the responses file: no CSV has it."""
+    lines = (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = sorted(map(json.loads, lines), key=lambda prompt: prompt["index"])
+    return [prompt["prefill_s"] for prompt in prompts]
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -7,28 +7,33 @@ import csv
 import io
 import json
 import re
+import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from plotted import is_drawn
-from recomputed_summary import recompute
+from recomputed_summary import first_tokens_s, recompute
 from test_parity import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
 import main
 import patterns
 import plots
+from checkpoint import MANIFEST_NAME
 from trace_reader import read_trace
 
 ROOT = Path(__file__).parent.parent
-N_PROMPTS, N_INDEXES, N_WAYS, MAX_TOKENS = 20, 1, 3, 8
+N_PROMPTS, N_WAYS, MAX_TOKENS = 20, 3, 8
 
 
 @dataclass(frozen=True)
 class Run:
     folder: Path
     printed: str
+    n_indexes: int
 
     def summary(self) -> dict[str, float]:
         document: dict[str, dict[str, float]] = json.loads((self.folder / "run.json").read_text())
@@ -39,20 +44,34 @@ class Run:
             return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one at a time", "batches of 3"])
+def demo_model(folder: Path) -> Path:
+    """The model of `make demo`: as that has left it, else trained here, in half a minute."""
+    made = ROOT / "build" / "demo" / "prepared"
+    if (made / MANIFEST_NAME).exists():
+        return made
+    script = ROOT / "examples" / "train_demo.py"
+    subprocess.run([sys.executable, script, "--output-path", folder / "hub"], check=True)
+    return prepared(folder / "hub", folder / "prepared", "--hf")
+
+
+@pytest.fixture(scope="module", params=["demo, one at a time", "random, batches of 3"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("evidence")
-    source = write_mixtral_with_tokenizer(folder / "hub", max_position_embeddings=256)
-    model = prepared(source, folder / "prepared", "--hf")
+    if request.param.startswith("demo"):
+        model, n_indexes, batch_size = demo_model(folder), 3, 1
+    else:
+        source = write_mixtral_with_tokenizer(folder / "hub", max_position_embeddings=256)
+        model, n_indexes, batch_size = prepared(source, folder / "prepared", "--hf"), 1, 3
     arguments = [
         *("--model-path", model, "--prompt-path", ROOT / "prompts.txt", "--n-prompts", N_PROMPTS),
-        *("--max-tokens", MAX_TOKENS, "--cache-nblocks", N_INDEXES, "--cache-nways", N_WAYS),
-        *("--batch-size", request.param, "--hide-resp", "--output-dir", folder / "run"),
+        *("--max-tokens", MAX_TOKENS, "--cache-nblocks", n_indexes, "--cache-nways", N_WAYS),
+        *("--batch-size", batch_size, "--hide-resp", "--output-dir", folder / "run"),
+        *("--responses-jsonl", folder / "run" / "responses.jsonl"),
     ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main.main([str(argument) for argument in arguments]) == 0
-    return Run(folder / "run", printed.getvalue())
+    return Run(folder / "run", printed.getvalue(), n_indexes)
 
 
 def test_the_csv_files_alone_give_the_summary(run: Run) -> None:
@@ -73,10 +92,27 @@ def test_the_csv_files_alone_give_the_summary(run: Run) -> None:
     assert float(lengths[1]) == pytest.approx(sum(seqlens) / N_PROMPTS, abs=0.01)
 
 
+def test_the_times_to_first_token_are_the_prompts(run: Run) -> None:
+    first_s = first_tokens_s(run.folder)
+    assert len(first_s) == N_PROMPTS
+    assert run.summary()["ttft_s"] == pytest.approx(first_s, abs=1e-6)
+    printed = re.search(r"^TTFT: median ([\d.]+) ms$", run.printed, re.MULTILINE)
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(statistics.median(first_s) * 1e3, abs=0.06)
+    # A prompt's evaluation is the most of it, and choosing the token the rest.
+    prefill_s = {
+        int(row["Prompt"]): float(row["step_ms"]) / 1e3
+        for row in run.rows("out.csv")
+        if row["phase"] == "prefill"
+    }
+    for prompt, time_s in enumerate(first_s):
+        assert time_s >= prefill_s[max(first for first in prefill_s if first <= prompt)] - 1e-6
+
+
 def test_hits_and_misses_are_all_choices_of_cached_layers(run: Run) -> None:
     for row in run.rows("cache.csv"):
         if row["Phase"] == "decode":
-            choices = int(row["Tokens"]) * N_INDEXES * 2
+            choices = int(row["Tokens"]) * run.n_indexes * 2
             assert int(row["Hits"]) + int(row["Misses"]) == choices
 
 
