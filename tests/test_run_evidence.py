@@ -110,10 +110,12 @@ def test_the_times_to_first_token_are_the_prompts(run: Run) -> None:
 
 
 def test_hits_and_misses_are_all_choices_of_cached_layers(run: Run) -> None:
+    hits = {"prefill": 0, "decode": 0}
     for row in run.rows("cache.csv"):
-        if row["Phase"] == "decode":
-            choices = int(row["Tokens"]) * run.n_indexes * 2
-            assert int(row["Hits"]) + int(row["Misses"]) == choices
+        choices = int(row["Tokens"]) * run.n_indexes * 2
+        assert int(row["Hits"]) + int(row["Misses"]) == choices
+        hits[row["Phase"]] += int(row["Hits"])
+    assert min(hits.values()) > 0  # a prompt finds what the one before it left
 
 
 def test_the_parts_of_a_step_add_up(run: Run) -> None:
@@ -125,6 +127,27 @@ def test_the_parts_of_a_step_add_up(run: Run) -> None:
         total_ms = in_layers_ms + float(row["rest_ms"])
         assert total_ms == pytest.approx(float(row["step_ms"]), rel=0.05)
         assert float(row["rest_ms"]) >= 0  # no time was counted twice
+
+
+def test_the_predicted_step_without_a_cache_follows_from_the_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every layer pays its rest, one call and each chosen expert with one token."""
+    source = write_mixtral_with_tokenizer(tmp_path / "hub", max_position_embeddings=256)
+    model = prepared(source, tmp_path / "prepared", "--hf")
+    arguments = ["--model-path", model, "--prompt", "Hello", "--max-tokens", 5]
+    assert main.main([str(one) for one in [*arguments, "--output-dir", tmp_path]]) == 0
+    document = json.loads((tmp_path / "run.json").read_text())
+    costs = document["calibration"]["costs"]
+    (n_tokens, one_token_us), *_ = costs["cpu"]["few"]
+    assert n_tokens == 1
+    with (tmp_path / "expert_choices.csv").open(newline="") as file:
+        chosen = [name for name in next(csv.reader(file)) if name.startswith("Block_")]
+    n_layers, top_k = len(set(chosen)), len(chosen) // len(set(chosen))
+    layer_us = costs["dense_us_per_layer"] + costs["cpu"]["call_us"] + top_k * one_token_us
+    expected_ms = n_layers * layer_us / 1e3
+    assert document["summary"]["predicted_step_ms"] == pytest.approx(expected_ms)
+    assert f"of one short sequence: {expected_ms:.2f} ms, measured" in capsys.readouterr().out
 
 
 def test_every_prompt_has_its_rows(run: Run) -> None:
