@@ -8,6 +8,7 @@ from pathlib import Path
 
 from argument_parser import ArgumentParser
 from config import (
+    POLICIES,
     CacheOptions,
     Config,
     GenerationOptions,
@@ -18,7 +19,6 @@ from config import (
 from errors import UserError
 
 CALIBRATION_SHAPE = "mixtral-8x7b"  # where no model is named: its experts outgrow any CPU cache
-POLICIES = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 _EPILOG = """examples:
   python3 src/main.py --model-path M --prompt "Explain quantum computing" --max-tokens 256

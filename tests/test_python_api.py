@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from engine import load_model
+from errors import UserError
 from recorder import Recorder
 from summary import format_summary, summarize
 
@@ -61,6 +63,36 @@ def test_generate_with_a_streamer(cache: dict[str, int], tmp_path: Path) -> None
     assert first not in other[0, 4:].tolist()
     assert model.num_parameters() < reference.num_parameters()  # its experts are not in the module
     model.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "tpu"}, "expected --device as one of auto, cuda, cpu, found 'tpu'"),
+        ({"device": ""}, "found ''"),
+        ({"device": torch.device("cpu")}, "found device"),
+        ({"miss_policy": "zzz"}, "expected --miss-policy as one of cpu, fetch, auto"),
+        ({"prefetch": "zzz"}, "expected --prefetch as one of off, next-layer"),
+        ({"cache_nblocks": 2.5}, "expected --cache-nblocks as a whole number, found 2.5"),
+        ({"cache_nways": "2"}, "expected --cache-nways as a whole number, found '2'"),
+        ({"cache_nblocks": True}, "found True"),
+        ({"quota": "a"}, "expected --cache-quota as a whole number, found 'a'"),
+        ({"cache_replace_policy": "zzz"}, "FIFO, LRU, RANDOM, LFU, LFRU, found 'zzz'"),
+        ({"cache_replace_policy": None}, "expected --cache-replace-policy as text, found None"),
+        ({"auto": True, "memory_gb": float("nan")}, "as a finite number or None, found nan"),
+        ({"auto": 1}, "expected --cache-auto as True or False, found 1"),
+        ({"trace": "file"}, "expected --trace as a pathlib.Path or None, found 'file'"),
+        ({"seed": 2**64}, "expected --seed from -2^63 to 2^64 - 1, found 18446744073709551616"),
+        ({"cache_ways": 2}, "trace as settings of load_model, found cache_ways"),
+        ({"n_indexes": 2}, "found n_indexes"),
+    ],
+)
+def test_settings_are_checked_before_the_folder(settings: dict[str, Any], message: str) -> None:
+    cache = {"cache_nblocks": 2, "cache_nways": 2} if "auto" not in settings else {}
+    with pytest.raises(UserError) as refused:
+        load_model("no such folder", **(cache | settings))
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("expected ")
 
 
 def test_a_bare_generate_has_a_whole_summary(tmp_path: Path) -> None:
