@@ -20,6 +20,7 @@ from output_folder import exclusive, read_record, remove_prepared, tidy
 from preparation import Formats, Preparation
 from run_progress import byte_bar
 from source_checkpoint import SourceCheckpoint, open_source
+from tokenization import check_tokenizer
 from version import VERSION
 
 
@@ -54,6 +55,7 @@ def prepare_model(options: PrepareOptions) -> str:
         model_dtype=torch.float32 if dense_format == "fp32" else torch.bfloat16,
     )
     source = open_source(options.input_path, options.hugging_face, formats.model_dtype)
+    check_tokenizer(source.folder, source.config.model_type)
     output = options.output_path
     output.mkdir(parents=True, exist_ok=True)
     with exclusive(output):

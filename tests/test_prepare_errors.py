@@ -241,6 +241,9 @@ def test_fp8_tensors_without_a_quantisation_config(
     ("text", "message"),
     [
         ("{", "config.json is damaged"),
+        ("[" * 100_000, "config.json is damaged"),
+        ("[1]", "found list"),
+        ('{"quantization_config": "fp8"}', "is quantised (an unknown method)"),
         ('{"model_type": "no_such_model"}', "transformers cannot use"),
         ('{"model_type": "bert"}', "holds no weights"),
     ],
@@ -252,6 +255,56 @@ def test_bad_config(
     folder.mkdir()
     (folder / "config.json").write_text(text)
     assert message in refusal(capsys, folder, "--hf")
+
+
+@pytest.mark.parametrize("top_k", [0, 99, -1])
+def test_more_experts_per_token_than_there_are(
+    top_k: int, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = hub / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts_per_tok": top_k}))
+    expected = f"expected num_experts_per_tok of 1 to 4 in {path}, found {top_k}"
+    assert expected in refusal(capsys, hub, "--hf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected a JSON object in {path}, found list"),
+        ("{", "{path} is damaged"),
+        ('{"eos_token_id": "abc"}', "expected eos_token_id in {path} as a token id or a list"),
+        ('{"eos_token_id": [1, -2]}', "found [1, -2]"),
+        ('{"cache_implementation": 7}', "cannot use the generation defaults in {path}"),
+    ],
+)
+def test_bad_generation_defaults(
+    text: str, message: str, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = hub / "generation_config.json"
+    path.write_text(text)
+    assert message.format(path=path) in refusal(capsys, hub, "--hf")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_tokenizer_that_no_run_could_read(
+    name: str, content: bytes, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hub / name).write_bytes(content)
+    assert f"{hub / name} is" in refusal(capsys, hub, "--hf")
+    assert not (hub.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"moe": 3}', '{"moe": {"num_experts": 4}}', "[]", '{"moe": {}}', "[" * 100_000]
+)
+def test_bad_native_parameters(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "params.json").write_text(text)
+    assert f"{folder / 'params.json'}" in refusal(capsys, folder)
 
 
 def test_custom_code_is_never_run(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
