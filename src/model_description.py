@@ -21,7 +21,8 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error).strip().partition("\n\n")[0]  # an essay may follow the first paragraph
+        said = f"it does not know {error}" if isinstance(error, KeyError) else str(error).strip()
+        said = said.partition("\n\n")[0]  # an essay may follow the first paragraph
         reason = shorten(said, 160, placeholder=" ...").rstrip(".:") or type(error).__name__
         raise UserError(f"transformers cannot {task}: {reason}; {remedy}") from error
 

@@ -311,6 +311,10 @@ def test_missing_and_unprepared_folders(
     unprepared = refused(capsys, "--model-path", model.parent / "hub", *arguments)
     assert "python3 weights_preprocessor.py --input-path" in unprepared
     assert "--hf" in unprepared
+    (run_folder / "empty").mkdir()
+    message = refused(capsys, "--model-path", run_folder / "empty", *arguments)
+    assert "nor a model to prepare" in message and "weights_preprocessor" not in message
+    assert "an empty text" in refused(capsys, "--model-path", "", *arguments)
 
 
 def _damaged(model: Path, folder: Path) -> Path:

@@ -136,6 +136,19 @@ def test_missing_tensor_is_named(
     assert f"tensor {shown} is missing" in refusal(capsys, folder, "--hf")
 
 
+def test_several_missing_tensors_are_counted(
+    model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_models.write_hub(model, tmp_path / "one")
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "self_attn.q_proj" not in name}
+    save_file(kept, folder / "model.safetensors")
+    first = "tensor model.layers.0.self_attn.q_proj.weight and 1 more are missing"
+    assert f"{first}: the model needs them and no file of the checkpoint has them" in refusal(
+        capsys, folder, "--hf"
+    )
+
+
 def test_wrong_shapes(
     model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,9 +342,13 @@ def test_ties_that_the_weights_contradict(
 
 def test_unwritable_output(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/prepared")):
+    for output, reason in (
+        (tmp_path / "file", "a file is where a folder should be"),
+        (tmp_path / "file" / "below", "a file is where a folder should be"),
+        (Path("/proc/prepared"), "nothing can be made there"),
+    ):
         message = refusal(capsys, hub, "--hf", output=output)
-        assert f"cannot write {output}" in message and "--output-path" in message
+        assert message == f"error: cannot write {output}: {reason}; choose another --output-path\n"
 
 
 def test_foreign_manifest_is_not_ours_to_replace(
@@ -367,7 +384,15 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [[], ["--input-path", "x"], ["--expert-dtype", "fp16"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--input-path", "x"],
+        ["--expert-dtype", "fp16"],
+        ["--input-path", "", "--output-path", "x"],
+    ],
+)
 def test_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main(flags) == 2
     lines = capsys.readouterr().err.splitlines()
