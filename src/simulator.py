@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     if machine is not None:
         if shape is None:
             known = shape_named_in(trace.info.model)
-            hint = f"; {trace.info.model} has the shape --model {known}" if known else ""
+            hint = f" {trace.info.model} has the shape --model {known}" if known else ""
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )

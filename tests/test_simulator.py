@@ -262,7 +262,7 @@ def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("Qwen3-30B-A3B-Q4_K_M", "; Qwen3-30B-A3B-Q4_K_M has the shape --model qwen3-30b-a3b"),
+        ("Qwen3-30B-A3B-Q4_K_M", "? Qwen3-30B-A3B-Q4_K_M has the shape --model qwen3-30b-a3b"),
         ("Mixtral-8x7B-Instruct-v0.1", " --model mixtral-8x7b"),
         ("gpt-oss-120b", " --model gpt-oss-120b"),
         ("my-own", "does the machine compute?"),
