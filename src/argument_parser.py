@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from errors import UserError
+
+
+def a_path(text: str) -> Path:
+    """The path that an argument names; an empty text, such as a variable unset, names none."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return Path(text)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from argument_parser import ArgumentParser
+from argument_parser import ArgumentParser, a_path
 from config import (
+    POLICIES,
     CacheOptions,
     Config,
     GenerationOptions,
@@ -18,7 +19,6 @@ from config import (
 from errors import UserError
 
 CALIBRATION_SHAPE = "mixtral-8x7b"  # where no model is named: its experts outgrow any CPU cache
-POLICIES = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 _EPILOG = """examples:
   python3 src/main.py --model-path M --prompt "Explain quantum computing" --max-tokens 256
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model-path", type=Path, metavar="DIR", help="prepared model folder")
+    group.add_argument("--model-path", type=a_path, metavar="DIR", help="prepared model folder")
     group.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto",
         help="where attention runs; auto: the GPU when there is one",
@@ -82,14 +82,14 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         help="weight format of the random experts (default bf16)",
     )  # fmt: skip
     group.add_argument(
-        "--routing-trace", type=Path, metavar="FILE",
+        "--routing-trace", type=a_path, metavar="FILE",
         help="with --dummy-weights: force the routing recorded in this trace",
     )  # fmt: skip
 
 
 def _add_prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    group.add_argument("--prompt-path", type=Path, metavar="FILE", help="prompts, one per line")
+    group.add_argument("--prompt-path", type=a_path, metavar="FILE", help="prompts, one per line")
     group.add_argument(
         "--n-prompts", type=int, metavar="N", help="how many; cycles through the file (default all)"
     )
@@ -135,7 +135,10 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         "--cache-memory-gb", type=float, metavar="X", help="with --cache-auto: use at most X GB"
     )
     group.add_argument(
-        "--trace", type=Path, metavar="FILE", help="with --cache-auto: a routing trace to tune on"
+        "--trace",
+        type=a_path,
+        metavar="FILE",
+        help="with --cache-auto: a routing trace to tune on",
     )
     group.add_argument(
         "--miss-policy", choices=("cpu", "fetch", "auto"), default="cpu",
@@ -167,12 +170,12 @@ def _add_cpu(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--breakdown-csv", type=Path, default=Path("out.csv"), metavar="FILE",
+    group.add_argument("--breakdown-csv", type=a_path, default=Path("out.csv"), metavar="FILE",
                        help="time per forward pass (default out.csv)")  # fmt: skip
-    group.add_argument("--cachehit-csv", type=Path, default=Path("cache.csv"), metavar="FILE",
+    group.add_argument("--cachehit-csv", type=a_path, default=Path("cache.csv"), metavar="FILE",
                        help="hits per forward pass and layer (default cache.csv)")  # fmt: skip
-    group.add_argument("--output-dir", type=Path, metavar="DIR", help="put all CSVs there")
-    group.add_argument("--responses-jsonl", type=Path, metavar="FILE",
+    group.add_argument("--output-dir", type=a_path, metavar="DIR", help="put all CSVs there")
+    group.add_argument("--responses-jsonl", type=a_path, metavar="FILE",
                        help="one line per prompt, written as soon as it is done")  # fmt: skip
     group.add_argument("--hide-resp", action="store_true", help="do not print responses")
     group.add_argument("--no-record", action="store_true", help="no events, no CSVs, no hit rates")

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from errors import UserError
+from expert_format import WEIGHT_FORMATS
 from model_folders import MANIFEST_NAME, require_prepared
 from safetensors_file import write_file_atomically
 from shards import (
@@ -38,6 +41,8 @@ from shards import (
 )
 
 FORMAT_VERSION: Final = 1
+MODEL_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PREPARE_AGAIN: Final = "prepare the model again with weights_preprocessor.py --force"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class PackedWeight:
     bits: int
     n_rows: int
     n_columns: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or not isinstance(self.name, str):
+            raise ValueError(f"no packed weight: {self}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (KeyError, TypeError) as error:
         raise UserError(_foreign(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(_damaged(path)) from error
     if version != FORMAT_VERSION:
         raise UserError(
@@ -150,18 +159,25 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest(
             folder=folder,
-            source=data["source"],
-            created_with=data["created_with"],
-            config=data["config"],
-            generation_config=data["generation_config"],
-            model_dtype=data["model_dtype"],
-            weight_format=data["weight_format"],
-            dense_format=data["dense_format"],
+            source=str(data["source"]),
+            created_with=dict(data["created_with"]),
+            config=_object(path, data, "config"),
+            generation_config=(
+                None
+                if data["generation_config"] is None
+                else _object(path, data, "generation_config")
+            ),
+            model_dtype=_choice(path, data, "model_dtype", MODEL_DTYPES),
+            weight_format=_choice(path, data, "weight_format", WEIGHT_FORMATS),
+            dense_format=_choice(path, data, "dense_format", WEIGHT_FORMATS),
             packed_weights=tuple(PackedWeight(**weight) for weight in data["packed_weights"]),
             dense_files=tuple(dense_shard_from_json(folder, shard) for shard in data["dense"]),
             moe_layers=tuple(moe_layer_from_json(folder, layer) for layer in data["moe_layers"]),
-            source_fingerprint=data["source_fingerprint"],
+            source_fingerprint=str(data["source_fingerprint"]),
         )
+        formats = {layer.layout.weight_format for layer in manifest.moe_layers}
+        if formats != {manifest.weight_format}:
+            raise ValueError("layers of experts in the format it says")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(_damaged(path)) from error
     for shard in manifest.shards:
@@ -177,7 +193,26 @@ def _foreign(path: Path) -> str:
 
 
 def _damaged(path: Path) -> str:
-    return f"{path} is damaged; prepare the model again with weights_preprocessor.py --force"
+    return f"{path} is damaged; {PREPARE_AGAIN}"
+
+
+def _object(path: Path, data: dict[str, Any], name: str) -> dict[str, Any]:
+    found = data[name]
+    if not isinstance(found, dict):
+        raise UserError(_unexpected(path, name, "an object", found))
+    return found
+
+
+def _choice(path: Path, data: dict[str, Any], name: str, choices: Collection[str]) -> str:
+    found = data[name]
+    if not isinstance(found, str) or found not in choices:
+        raise UserError(_unexpected(path, name, f"one of {', '.join(choices)}", found))
+    return found
+
+
+def _unexpected(path: Path, name: str, expected: str, found: object) -> str:
+    shown = shorten(repr(found), 60, placeholder=" ...")
+    return f"expected {name} in {path} as {expected}, found {shown}; {PREPARE_AGAIN}"
 
 
 def iterate_dense(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

@@ -1,25 +1,94 @@
-"""A run's configuration: frozen, built once from the command line, checked once.
+"""A run's configuration: frozen, built once, and checked by itself, whoever builds it.
 
-`main.py` builds a `Config`; everything below it is handed the part it needs.
+`main.py` builds a `Config` from its command line, a Python program parts of it; everything below is
+handed the part it needs. Messages name a setting by its flag.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from errors import UserError
+
+POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 Device = Literal["auto", "cuda", "cpu"]
 MissPolicy = Literal["cpu", "fetch", "auto"]
 Prefetch = Literal["off", "next-layer"]
 CpuKernel = Literal["auto", "native", "torch"]
 
+# Flags that are called otherwise than their field.
+_FLAGS: Final = {
+    "n_indexes": "--cache-nblocks",
+    "n_ways": "--cache-nways",
+    "quota": "--cache-quota",
+    "policy": "--cache-replace-policy",
+    "auto": "--cache-auto",
+    "memory_gb": "--cache-memory-gb",
+    "dummy_shape": "--dummy-weights",
+    "path": "--prompt-path",
+    "raw": "--raw-prompt",
+    "hide_responses": "--hide-resp",
+    "record": "--no-record",
+}
+_KINDS: Final[dict[Any, str]] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    Path: "a pathlib.Path",
+    type(None): "None",
+}
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _check_kinds(options: object) -> None:
+    """UserError for a field whose value is not of its annotated kind: Python programs can err."""
+    hints = get_type_hints(type(options))
+    for field in fields(options):  # type: ignore[arg-type]
+        value, hint = getattr(options, field.name), hints[field.name]
+        flag = _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
+        _require(_fits(value, hint), f"expected {flag} as {_kind(hint)}, found {value!r}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is int:
+        return isinstance(value, Integral)
+    if hint is float:
+        return isinstance(value, (int, float)) and abs(value) < math.inf
+    return isinstance(value, hint)
+
+
+def _kind(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(parts)}"
+    if origin is UnionType:
+        return " or ".join(_kind(part) for part in parts)
+    return "a tuple of whole numbers" if origin is tuple else _KINDS[hint]
+
+
+def _require_seed(seed: int) -> None:
+    """What torch's generators take."""
+    _require(-(2**63) <= seed < 2**64, f"expected --seed from -2^63 to 2^64 - 1, found {seed}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +112,7 @@ class ModelOptions:
     routing_trace: Path | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             (self.model_path is None) != (self.dummy_shape is None),
             "expected exactly one of --model-path and --dummy-weights",
@@ -70,6 +140,7 @@ class CacheOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         for flag, value in (
             ("--cache-nblocks", self.n_indexes),
             ("--cache-nways", self.n_ways),
@@ -86,8 +157,19 @@ class CacheOptions:
             "expected --cache-auto or --cache-nblocks with --cache-nways, found both",
         )
         _require(
-            self.memory_gb is None or (self.auto and self.memory_gb > 0),
-            "expected --cache-memory-gb above 0 and together with --cache-auto",
+            self.policy.upper() in POLICIES,
+            f"expected --cache-replace-policy as one of {', '.join(POLICIES)}, "
+            f"found {self.policy!r}",
+        )
+        _require_seed(self.seed)
+        _require(
+            self.memory_gb is None or self.memory_gb > 0,
+            f"expected --cache-memory-gb above 0, found {self.memory_gb}",
+        )
+        _require(
+            self.memory_gb is None or self.auto,
+            "expected --cache-auto with --cache-memory-gb, found none: without it --cache-nblocks "
+            "and --cache-nways give the cache's size",
         )
         for flag, asked in (
             ("--prefetch next-layer", self.prefetch != "off"),
@@ -128,6 +210,7 @@ class GenerationOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             self.max_tokens >= 1, f"expected --max-tokens of at least 1, found {self.max_tokens}"
         )
@@ -139,6 +222,7 @@ class GenerationOptions:
             self.top_p == 1 or self.temperature > 0,
             "expected --temperature above 0 for --top-p: greedy decoding has nothing to sample",
         )
+        _require_seed(self.seed)
         _require(
             self.batch_size >= 1, f"expected --batch-size of at least 1, found {self.batch_size}"
         )
@@ -154,6 +238,7 @@ class PromptOptions:
     raw: bool = False
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         _require(
             (self.prompt is None) != (self.path is None),
             "expected exactly one of --prompt and --prompt-path, found "
@@ -176,6 +261,19 @@ class OutputOptions:
     hide_responses: bool = False
     record: bool = True
     nvtx: bool = False
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        for flag, asked in (
+            ("--output-dir", self.output_dir is not None),
+            ("--breakdown-csv", self.breakdown_csv != OutputOptions.breakdown_csv),
+            ("--cachehit-csv", self.cachehit_csv != OutputOptions.cachehit_csv),
+        ):
+            _require(
+                self.record or not asked,
+                f"expected --no-record or {flag}, found both: without a record there is no file to "
+                "put there",
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
     """Make the folders of all results and try them; no file is left in them.
 
     UserError names the flag to change: for a folder that cannot be written, a folder in a file's
-    place, two results in one file, and a result in the place of the prompts.
+    place, two results in one file, a result in the place of the prompts, and responses in a folder
+    that neither is there nor is one of the other results'.
     """
     wanted: list[tuple[str, Path]] = []
     if config.output.record:
@@ -24,6 +25,13 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
         named = sorted(paths.by_name().items(), key=lambda one: one[0] in _FLAGS)
         wanted += [(_FLAGS.get(name, "--output-dir"), path) for name, path in named]
     if config.output.responses_jsonl is not None:
+        folder = config.output.responses_jsonl.parent
+        made = {path.parent.resolve() for _, path in wanted}
+        if not folder.exists() and folder.resolve() not in made:
+            raise UserError(
+                f"expected --responses-jsonl in a folder that is there, found no {folder}: make it "
+                "or correct the path"
+            )
         wanted.append(("--responses-jsonl", config.output.responses_jsonl))
     taken: dict[Path, str] = {}
     if config.prompts.path is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -298,16 +298,17 @@ def load_model(
     attribute is the `Engine` behind it. Further keywords are those of `config.CacheOptions`.
     Raises `errors.UserError` for folders and settings that cannot be served.
     """
-    engine = load_engine(
-        PreparedModel(read_manifest(Path(path))),
-        ModelOptions(model_path=Path(path), device=device),
-        CacheOptions(
-            n_indexes=cache_nblocks,
-            n_ways=cache_nways,
-            policy=cache_replace_policy,
-            **cache_options,
-        ),
+    known = {entry.name for entry in fields(CacheOptions)} - {"n_indexes", "n_ways", "policy"}
+    if unknown := sorted(cache_options.keys() - known):
+        raise UserError(
+            "expected device, cache_nblocks, cache_nways, cache_replace_policy, "
+            f"{', '.join(sorted(known))} as settings of load_model, found {', '.join(unknown)}"
+        )
+    options = ModelOptions(model_path=Path(path), device=device)
+    cache = CacheOptions(
+        n_indexes=cache_nblocks, n_ways=cache_nways, policy=cache_replace_policy, **cache_options
     )
+    engine = load_engine(PreparedModel(read_manifest(Path(path))), options, cache)
     engine.model.engine = engine
     return engine.model
 

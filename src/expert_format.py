@@ -12,6 +12,7 @@ Matrices are row-major in `fp32` and `bf16`; `int8` and `int4` use the packed ti
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -100,12 +101,17 @@ class BlockLayout:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> BlockLayout:
-        """The inverse of `to_json`; KeyError or TypeError when a field is missing."""
-        fields = tuple(
-            Field(f["name"], f["dtype"], tuple(f["shape"]), f["offset_bytes"])
-            for f in data["fields"]
+        """The inverse of `to_json`; KeyError, TypeError or ValueError for what is no layout."""
+        layout = block_layout(
+            data["weight_format"],
+            data["hidden_size"],
+            data["intermediate_size"],
+            data["has_gate"],
+            data["has_bias"],
         )
-        return BlockLayout(**{**data, "fields": fields})
+        if json.dumps(layout.to_json(), sort_keys=True) != json.dumps(data, sort_keys=True):
+            raise ValueError("fields that lie where this format has them")
+        return layout
 
 
 def _round_up(value: int, multiple: int) -> int:

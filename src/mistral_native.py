@@ -8,7 +8,6 @@ wq and wk are sorted apart. Experts: the first release stacks them, `block_spars
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,8 @@ from torch import Tensor
 from transformers import MixtralConfig
 
 from errors import UserError
+from json_files import read_json_object
+from model_description import transformers_told
 from source_files import LazyTensor
 
 _TOP_NAMES: Final = {
@@ -49,15 +50,16 @@ _KNOWN_MOE: Final = {"num_experts", "num_experts_per_tok"}
 def read_native_config(folder: Path) -> MixtralConfig:
     """The config that `params.json` describes; UserError when it is not a Mixtral's."""
     path = folder / "params.json"
-    try:
-        params: dict[str, Any] = json.loads(path.read_bytes())
-        params = {**params, "moe": params.get("moe")}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged or unreadable; download it again") from error
-    if params["moe"] is None:
+    params = read_json_object(path)
+    if params.get("moe") is None:
         raise UserError(
             f"{path} has no 'moe' entry: this is not a Mixture-of-Experts model; run it with "
             "mistral-inference or transformers"
+        )
+    if not isinstance(params["moe"], dict) or params["moe"].keys() < _KNOWN_MOE:
+        raise UserError(
+            f"expected num_experts and num_experts_per_tok in the 'moe' entry of {path}, found "
+            f"{params['moe']!r}; download it again"
         )
     unknown = set(params["moe"]) - _KNOWN_MOE
     if unknown or "q_lora_rank" in params:
@@ -69,7 +71,14 @@ def read_native_config(folder: Path) -> MixtralConfig:
     for key in _REQUIRED:
         if key not in params:
             raise UserError(f"{path} lacks the entry '{key}'; download it again")
-    config = MixtralConfig(
+    with transformers_told(f"use {path}", "download it again"):
+        config = _mixtral_config(params)
+    config.architectures = ["MixtralForCausalLM"]
+    return config
+
+
+def _mixtral_config(params: dict[str, Any]) -> MixtralConfig:
+    return MixtralConfig(
         vocab_size=params["vocab_size"],
         hidden_size=params["dim"],
         intermediate_size=params["hidden_dim"],
@@ -88,8 +97,6 @@ def read_native_config(folder: Path) -> MixtralConfig:
         num_experts_per_tok=params["moe"]["num_experts_per_tok"],
         tie_word_embeddings=False,
     )
-    config.architectures = ["MixtralForCausalLM"]
-    return config
 
 
 def to_hub_tensors(tensors: dict[str, LazyTensor], config: MixtralConfig) -> dict[str, LazyTensor]:

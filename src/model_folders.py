@@ -19,6 +19,11 @@ def require_prepared(folder: Path) -> None:
                 f"{'a file' if folder.exists() else 'nothing'}; check the path"
             )
         if not (folder / MANIFEST_NAME).exists():
+            if not any((folder / name).exists() for name in ("config.json", "params.json")):
+                raise UserError(
+                    f"expected a prepared model folder at {folder}, found neither {MANIFEST_NAME} "
+                    "nor a model to prepare (config.json or params.json); check the path"
+                )
             flag = "" if (folder / "params.json").exists() else " --hf"
             raise UserError(
                 f"{folder} is not prepared yet (it has no {MANIFEST_NAME}); run: python3 "

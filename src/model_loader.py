@@ -26,14 +26,19 @@ from transformers import (
 )
 
 from activation_probe import probe_activation
-from checkpoint import Manifest, PackedWeight, iterate_dense
+from checkpoint import MODEL_DTYPES, PREPARE_AGAIN, Manifest, PackedWeight, iterate_dense
 from cpu_linear import CpuLinear
 from errors import UserError
 from expert_format import Activation, BlockLayout
 from expert_store import ExpertStore
+from model_description import (
+    require_experts_per_token,
+    require_generation_config,
+    transformers_told,
+)
+from model_folders import MANIFEST_NAME
 
 Progress = Callable[[int], None]
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,21 @@ class MoeSite:
 
 
 def model_config(manifest: Manifest) -> PretrainedConfig:
-    """The transformers config of a prepared folder; UserError for an unknown architecture."""
-    model_type = manifest.config.get("model_type", "")
+    """The transformers config of a prepared folder; UserError for one that it cannot use."""
+    model_type = str(manifest.config.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"{manifest.folder} holds a model of type '{model_type}', which the installed "
             "transformers does not know: install a newer transformers"
         )
-    return CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
+    path = manifest.folder / MANIFEST_NAME
+    with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
+        config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
+    n_experts = min(layer.n_experts for layer in manifest.moe_layers)
+    require_experts_per_token(config, n_experts, path, PREPARE_AGAIN)
+    if manifest.generation_config is not None:
+        require_generation_config(manifest.generation_config, path, PREPARE_AGAIN)
+    return config
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -80,7 +92,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
             f"{model_class.__name__} computes its attention differently under names it does not "
             "know: use --attention sdpa"
         )
-    with torch.device("meta"):
+    task = "build the model that the prepared folder describes"
+    with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
@@ -160,7 +173,7 @@ class PreparedModel:
         self.folder = manifest.folder
         self.name = manifest.folder.resolve().name
         self.config = model_config(manifest)
-        self.dtype = DTYPES[manifest.model_dtype]
+        self.dtype = MODEL_DTYPES[manifest.model_dtype]
         self.experts_paths = [layer.module for layer in manifest.moe_layers]
         self.layouts = [layer.layout for layer in manifest.moe_layers]
         self.n_experts = [layer.n_experts for layer in manifest.moe_layers]

@@ -59,6 +59,12 @@ def shape_names() -> list[str]:
     return sorted(_read_shapes())
 
 
+def shape_named_in(model: str) -> str | None:
+    """The shape whose name begins a model's, as files of weights are called; None without one."""
+    plain = model.lower().replace("_", "-")
+    return next((name for name in shape_names() if plain.startswith(name)), None)
+
+
 def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
     """The transformers configuration of the shape called `name`, cut to `n_layers` where given.
 

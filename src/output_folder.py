@@ -41,7 +41,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of an interrupted preparation, empty when there is none or it is unreadable."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         data = json.loads((folder / RECORD_NAME).read_bytes())
         if isinstance(data, dict) and isinstance(data.get("shards"), dict):
             return data
@@ -69,7 +69,7 @@ def remove_prepared(folder: Path) -> None:
     """
     path = folder / MANIFEST_NAME
     names: list[str] = []
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         data = json.loads(path.read_bytes())
         if "format_version" not in data:
             raise UserError(

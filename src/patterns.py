@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from argument_parser import ArgumentParser
+from argument_parser import ArgumentParser, a_path
 from errors import UserError
 from figures import BLUE, GREEN, PURPLE, RED, house_style, save_figure
 from routing_patterns import Patterns, analyse
@@ -34,15 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="How much expert routing repeats across layers and tokens, beside chance."
     )
     parser.add_argument(
-        "trace", type=Path, help="expert_choices.csv, *.route.csv or JSON lines of a run"
+        "trace", type=a_path, help="expert_choices.csv, *.route.csv or JSON lines of a run"
     )
     parser.add_argument(
         "--n-experts", type=int, help="experts per layer, where the trace does not say (CSV)"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("figures"), help="default: figures")
+    parser.add_argument(
+        "--output-dir", type=a_path, default=Path("figures"), help="default: figures"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     try:
         arguments = parser.parse_args(argv)
+        if arguments.n_experts is not None and arguments.n_experts < 1:
+            raise UserError(f"expected --n-experts of at least 1, found {arguments.n_experts}")
         trace = read_trace(arguments.trace, arguments.n_experts)
         patterns = analyse(trace)
         with house_style():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import prerequisites  # noqa: F401 - before all that it looks for
 
-from argument_parser import ArgumentParser
+from argument_parser import ArgumentParser, a_path
 from comparison_figures import draw_breakdown, draw_cache_sizes, draw_cores, draw_energy
 from errors import UserError
 from figures import house_style, save_figure
@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=a_path,
         metavar="RUN_DIR",
         help="folder of src/main.py --output-dir (or a run.partial.json)",
     )
     parser.add_argument(
         "--output-dir",
-        type=Path,
+        type=a_path,
         help="where the figures go (default: RUN_DIR/figures; with several runs: figures)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

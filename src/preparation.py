@@ -182,8 +182,8 @@ class Preparation:
         free = shutil.disk_usage(self._output).free
         if needed > free:
             raise UserError(
-                f"{self._output} has too little room: {_gigabytes(needed)} still to write, "
-                f"{_gigabytes(free)} free; free some space, choose another --output-path or a "
+                f"{self._output} has too little room: {size_text(needed)} still to write, "
+                f"{size_text(free)} free; free some space, choose another --output-path or a "
                 "smaller --expert-dtype"
             )
 
@@ -250,5 +250,6 @@ class Preparation:
         )
 
 
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
+def size_text(n_bytes: int) -> str:
+    """Bytes for people: GB, or MB where that would round to little."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"

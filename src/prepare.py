@@ -12,11 +12,12 @@ from typing import Final
 
 import prerequisites  # noqa: F401 - before all that it looks for
 
-from argument_parser import ArgumentParser
+from argument_parser import ArgumentParser, a_path
 from errors import UserError
 from model_folders import require_source
 from version import VERSION
 
+_ANOTHER: Final = "choose another --output-path"
 _DTYPES: Final = ("bf16", "fp32", "int8", "int4")
 
 
@@ -26,10 +27,10 @@ def build_parser() -> ArgumentParser:
         description="Prepare a Mixture-of-Experts checkpoint for src/main.py. The source is only "
         "read; an interrupted run goes on where it stopped when it is started again.",
     )
-    parser.add_argument("--input-path", type=Path, required=True, help="the checkpoint's folder")
+    parser.add_argument("--input-path", type=a_path, required=True, help="the checkpoint's folder")
     parser.add_argument(
         "--output-path",
-        type=Path,
+        type=a_path,
         required=True,
         help="the prepared folder; may be the same as --input-path",
     )
@@ -106,8 +107,12 @@ def _explain(error: OSError, output: Path) -> str:
             "finished files are kept"
         )
     where = error.filename if error.filename is not None else output
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"cannot write {where}: a file is where a folder should be; {_ANOTHER}"
+    if isinstance(error, FileNotFoundError):
+        return f"cannot write {where}: nothing can be made there; {_ANOTHER}"
     reason = os.strerror(error.errno) if error.errno is not None else str(error)
-    return f"cannot write {where}: {reason}; choose another --output-path or mend its permissions"
+    return f"cannot write {where}: {reason}; {_ANOTHER} or mend its permissions"
 
 
 if __name__ == "__main__":

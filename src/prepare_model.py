@@ -17,9 +17,10 @@ from errors import UserError
 from expert_format import WeightFormat
 from model_folders import MANIFEST_NAME
 from output_folder import exclusive, read_record, remove_prepared, tidy
-from preparation import Formats, Preparation
+from preparation import Formats, Preparation, size_text
 from run_progress import byte_bar
 from source_checkpoint import SourceCheckpoint, open_source
+from tokenization import check_tokenizer
 from version import VERSION
 
 
@@ -54,6 +55,7 @@ def prepare_model(options: PrepareOptions) -> str:
         model_dtype=torch.float32 if dense_format == "fp32" else torch.bfloat16,
     )
     source = open_source(options.input_path, options.hugging_face, formats.model_dtype)
+    check_tokenizer(source.folder, source.config.model_type)
     output = options.output_path
     output.mkdir(parents=True, exist_ok=True)
     with exclusive(output):
@@ -111,6 +113,6 @@ def _summary(manifest: Manifest, duration_s: float) -> str:
     return (
         f"prepared {manifest.folder} in {duration_s:.1f} s: {len(manifest.moe_layers)} MoE layers "
         f"of {'/'.join(map(str, n_experts))} experts in {manifest.weight_format} "
-        f"({manifest.expert_bytes / 1e9:.2f} GB), the rest in {manifest.dense_format} "
-        f"({manifest.dense_bytes / 1e9:.2f} GB)"
+        f"({size_text(manifest.expert_bytes)}), the rest in {manifest.dense_format} "
+        f"({size_text(manifest.dense_bytes)})"
     )

@@ -14,7 +14,8 @@ _LARGEST_FILE_BYTES = 64 << 20  # a million long prompts; more is a wrong file
 def read_prompts(options: PromptOptions) -> list[str]:
     """The prompts to run, in order; more than the file has cycles through it.
 
-    Empty lines are skipped. UserError for an empty prompt, and for a file that is missing,
+    A line ends at a line feed, a carriage return or both, and keeps its spaces; lines without text
+    are skipped. UserError for an empty prompt, and for a file that is missing,
     empty, binary or too large to be a list of prompts.
     """
     if options.prompt is not None:
@@ -43,7 +44,7 @@ def _lines(path: Path) -> list[str]:
         ) from error
     if "\0" in text:
         raise UserError(f"{path} is a binary file: expected text, one prompt per line")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]  # reading made all ends that
     if not lines:
         raise UserError(f"{path} holds no prompt: expected one per line")
     return lines

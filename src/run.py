@@ -66,6 +66,8 @@ def run(
                 f"random weights, routing of {routing.info.model}: the text is meaningless"
             )
             engine.notes.extend(routing.notes)
+        if config.output.nvtx and engine.device.type == "cpu":
+            engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
         for note in engine.notes:
             say(note)
         if config.output.record:
@@ -147,7 +149,9 @@ def _report(
         cpu_limit_gbps=None if costs is None else costs.read_gbps,
         predicted_step_us=None if costs is None else predicted_step_us(recorder, costs.model),
     )
-    notes = [*engine.run_notes(), *sampler.notes, *_ended_early(conversations)]
+    notes = [*engine.run_notes(), *_ended_early(conversations)]
+    if recorder.enabled:  # else no file has the columns that they speak of
+        notes += sampler.notes
     info = RunInfo(
         command=["src/main.py", *command],
         settings=asdict(config),

@@ -6,6 +6,7 @@ checked on its own and in parallel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,17 +109,24 @@ def dense_shard_to_json(shard: DenseShard) -> dict[str, Any]:
 
 
 def dense_shard_from_json(folder: Path, data: dict[str, Any]) -> DenseShard:
+    """The inverse of `dense_shard_to_json`; ValueError, KeyError, TypeError or AttributeError for
+    what that cannot have written."""
     tensors = tuple(
         DenseTensor(
             tensor["name"],
             _dtype(tensor["dtype"]),
-            tuple(tensor["shape"]),
-            tensor["offset_bytes"],
-            tensor["checksum"],
+            tuple(map(_whole, tensor["shape"])),
+            _whole(tensor["offset_bytes"]),
+            _whole(tensor["checksum"]),
         )
         for tensor in data["tensors"]
     )
-    return DenseShard(folder / data["file"], data["bytes"], data["header_checksum"], tensors)
+    n_bytes, header_checksum = _whole(data["bytes"]), _whole(data["header_checksum"])
+    shard = DenseShard(folder / data["file"], n_bytes, header_checksum, tensors)
+    for one in tensors:
+        if one.offset_bytes + math.prod(one.shape) * one.dtype.itemsize > n_bytes:
+            raise ValueError(f"{one.name} lies beyond the end of its file")
+    return shard
 
 
 def moe_layer_to_json(layer: MoeLayer) -> dict[str, Any]:
@@ -135,19 +143,28 @@ def moe_layer_to_json(layer: MoeLayer) -> dict[str, Any]:
 
 
 def moe_layer_from_json(folder: Path, data: dict[str, Any]) -> MoeLayer:
+    """The inverse of `moe_layer_to_json`, with the same errors as `dense_shard_from_json`."""
     layer = MoeLayer(
         module=data["module"],
         path=folder / data["file"],
-        file_bytes=data["bytes"],
-        data_offset_bytes=data["data_offset_bytes"],
-        n_experts=data["n_experts"],
+        file_bytes=_whole(data["bytes"]),
+        data_offset_bytes=_whole(data["data_offset_bytes"]),
+        n_experts=_whole(data["n_experts"]),
         layout=BlockLayout.from_json(data["layout"]),
-        header_checksum=data["header_checksum"],
-        block_checksums=tuple(data["block_checksums"]),
+        header_checksum=_whole(data["header_checksum"]),
+        block_checksums=tuple(map(_whole, data["block_checksums"])),
     )
     if len(layer.block_checksums) != layer.n_experts:
         raise ValueError("one checksum per expert")
+    if layer.block_offset_bytes(layer.n_experts) != layer.file_bytes:
+        raise ValueError("as many blocks as the file has room for")
     return layer
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size, place or checksum")
+    return value
 
 
 def _dtype(name: str) -> torch.dtype:

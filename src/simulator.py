@@ -16,7 +16,7 @@ from autotune import FORMATS, tune
 from cost_model import CostModel
 from errors import UserError
 from machine_file import Machine, load_machine
-from model_shapes import ModelShape, load_shape
+from model_shapes import ModelShape, load_shape, shape_named_in
 from paper import paper_table
 from simulator_arguments import asked_setting, cut_to_model, parse_simulation
 from sweep import (
@@ -79,7 +79,11 @@ def run(options: argparse.Namespace) -> None:
     costs = None
     if machine is not None:
         if shape is None:
-            raise UserError("--hardware needs --model: whose experts does the machine compute?")
+            known = shape_named_in(trace.info.model)
+            hint = f" {trace.info.model} has the shape --model {known}" if known else ""
+            raise UserError(
+                f"--hardware needs --model: whose experts does the machine compute?{hint}"
+            )
         shape = shape.with_layers(trace.n_layers)
         costs = machine.cost_model(shape, options.expert_dtype)
     elif options.expert_dtype != "bf16" and shape is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from argument_parser import ArgumentParser
+from argument_parser import ArgumentParser, a_path
 from autotune import FORMATS
 from errors import UserError
 from replacement_policies import POLICIES
@@ -36,7 +36,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     routing.add_argument(
         "trace",
         nargs="?",
-        type=Path,
+        type=a_path,
         metavar="TRACE",
         help="expert_choices.csv, *.route.csv, JSON lines, or a JSON file of expert popularity",
     )
@@ -47,7 +47,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         help="replay so many made-up tokens: fitted to TRACE, or typical for --model",
     )
     routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
-    routing.add_argument("--write-trace", type=Path, metavar="FILE", help="save it as JSON lines")
+    routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--cache-nblocks", type=int, metavar="N", help="indexes")
     cache.add_argument("--cache-nways", type=int, metavar="M", help="ways")
@@ -70,7 +70,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         help="one index for all layers, as other tools cache: with --cache-nways",
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--hardware", type=Path, metavar="FILE", help="see hardware/*.yaml")
+    machine.add_argument("--hardware", type=a_path, metavar="FILE", help="see hardware/*.yaml")
     machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
     machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
     machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
@@ -83,12 +83,12 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks.add_argument("--memory-gb", type=float, help="for --tune; default: the GPU's free memory")
     tasks.add_argument(
         "--calibrate",
-        type=Path,
+        type=a_path,
         metavar="FILE",
         help="measure this machine with experts of --model and write its hardware file",
     )
     tasks.add_argument("--paper", action="store_true", help="the paper's table beside predictions")
-    tasks.add_argument("--output-dir", type=Path, default=Path(), metavar="DIR")
+    tasks.add_argument("--output-dir", type=a_path, default=Path(), metavar="DIR")
     tasks.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="for --sweep (default: all)"
     )
@@ -109,7 +109,7 @@ def asked_setting(options: argparse.Namespace) -> Setting:
                 "--paper"
             )
         if value < least:
-            raise UserError(f"expected {flag} of at least {least}, found {value}; correct it")
+            raise UserError(f"expected {flag} of at least {least}, found {value}")
     return Setting(
         options.cache_nblocks,
         options.cache_nways,

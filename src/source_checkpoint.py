@@ -7,7 +7,6 @@ its experts modules and a conversion plan, or a sentence on why the checkpoint c
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from errors import UserError
+from json_files import read_json_object
 from mistral_native import read_native_config, to_hub_tensors
+from model_description import (
+    require_experts_per_token,
+    require_generation_config,
+    transformers_told,
+)
 from model_folders import require_source
 from moe_convention import ExpertsModule, find_experts
 from source_files import open_hugging_face, open_mistral_native
@@ -80,6 +85,12 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
         tensors = to_hub_tensors(files.tensors, config)
     model = _build_meta_model(folder, config, dtype)
     experts = find_experts(model)
+    require_experts_per_token(
+        config,
+        min(module.n_experts for module in experts),
+        folder / ("config.json" if hugging_face else "params.json"),
+        "correct it or download it again",
+    )
     plan = ConversionPlan(model, tensors)
     of_experts = {name for module in experts for name in module.parameters.values()}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
@@ -100,57 +111,42 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or unreadable; download it again") from error
-    quantised = raw.get("quantization_config") if isinstance(raw, dict) else None
+    quantised = read_json_object(path).get("quantization_config")
     if quantised:
-        method = quantised.get("quant_method", "an unknown method")
+        known = quantised if isinstance(quantised, dict) else {}
+        method = known.get("quant_method", "an unknown method")
         raise UserError(
             f"{folder} is quantised ({method}), expected bf16, fp16 or fp32 weights; download a "
             "bf16 version, or load it with transformers' from_pretrained(..., "
             "quantization_config=Mxfp4Config(dequantize=True) or "
             "FineGrainedFP8Config(dequantize=True)), save_pretrained it and prepare that folder"
         )
-    try:
+    remedy = "install a newer transformers or download the file again"
+    with transformers_told(f"use {path}", remedy):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a config it cannot use
-        raise UserError(
-            f"transformers cannot use {path}: {_first_line(error)}; "
-            "install a newer transformers or download the file again"
-        ) from error
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "generation_config.json"
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or unreadable; download it again") from error
-    return found if isinstance(found, dict) else None
+    found = read_json_object(path)
+    require_generation_config(found, path, "correct it or download it again")
+    return found
 
 
 def _build_meta_model(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
-    except Exception as error:  # a config can be wrong in as many ways as there are models
-        raise UserError(
-            f"transformers cannot build the model of {folder / 'config.json'}: "
-            f"{_first_line(error)}; expected a text-generation (causal LM) model"
-        ) from error
+    task = f"build the model of {folder / 'config.json'}"
+    with (
+        transformers_told(task, "expected a text-generation (causal LM) model"),
+        torch.device("meta"),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def _fingerprint(folder: Path, hugging_face: bool, paths: tuple[Path, ...]) -> str:

@@ -6,7 +6,6 @@ lazy tensor serves both: a place in a file. Reading is plain `pread` (see `safet
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from errors import UserError
+from json_files import read_json_object
 from safetensors_file import TensorEntry, read_header, read_into
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
@@ -97,9 +97,9 @@ def open_mistral_native(folder: Path) -> SourceFiles:
 
 def _open_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> SourceFiles:
     try:
-        weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        weight_map = dict(read_json_object(index)["weight_map"])
         paths = tuple(index.parent / str(file) for file in sorted(set(weight_map.values())))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is damaged or unreadable; download it again") from error
     found: dict[str, LazyTensor] = {}
     for path in paths:

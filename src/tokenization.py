@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,9 @@ from textwrap import shorten
 from typing import Any, Protocol
 
 from errors import UserError
+from json_files import read_json_object
 
+_LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
 
 
@@ -35,7 +36,13 @@ class MistralTokenizer:
     def __init__(self, path: Path) -> None:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Backend
 
-        self._backend = Backend.from_file(str(path))
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # sentencepiece, tiktoken and pydantic raise their own kinds
+            raise UserError(
+                f"{path} is no tokenizer that mistral-common can read ({_said(error)}): download "
+                "it again, without git-lfs it is a pointer to the file"
+            ) from error
         self._tokenizer = self._backend.instruct_tokenizer.tokenizer
         version = self._tokenizer.version.value
         self.name = f"mistral-common {version} ({path.name})"
@@ -66,17 +73,17 @@ class CheckpointTokenizer:
 
         try:
             self._backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # of as many kinds as there are ways for its files to be wrong
             raise UserError(
-                f"{folder} holds no tokenizer that transformers can read "
-                f"({shorten(str(error), 100, placeholder=' ...')}): copy the model's tokenizer "
-                "files there"
+                f"{folder} holds no tokenizer that transformers can read ({_said(error)}): copy "
+                "the model's tokenizer files there"
             ) from error
         if len(self._backend.get_vocab()) <= len(self._backend.all_special_tokens):
             raise UserError(
                 f"{folder} holds no tokenizer (transformers made an empty one): copy the model's "
                 "tokenizer files there"
             )
+        self._folder = folder
         self.name = f"{type(self._backend).__name__} ({folder.name})"
         eos = self._backend.eos_token_id
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})
@@ -85,9 +92,15 @@ class CheckpointTokenizer:
         if raw or not self._backend.chat_template:
             return list(self._backend(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}]
-        encoded = self._backend.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        try:
+            encoded = self._backend.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # a template is a program
+            raise UserError(
+                f"the chat template of {self._folder} fails ({_said(error)}): mend it there, or "
+                "use --raw-prompt"
+            ) from error
         return list(encoded["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -110,6 +123,31 @@ def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
     return CheckpointTokenizer(folder) if path is None else MistralTokenizer(path)
 
 
+def check_tokenizer(folder: Path, model_type: str) -> None:
+    """UserError for a damaged tokenizer file; a folder without any is a Python program's matter.
+
+    Mistral's are read; of others only what needs no library is looked at.
+    """
+    for path in sorted(folder.glob("tokenizer*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise UserError(
+                        f"{path} is a git-lfs pointer, not the file itself: run git lfs pull "
+                        "there, or download it again"
+                    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    mistrals = _mistral_file(folder, model_type)
+    if mistrals is not None:
+        MistralTokenizer(mistrals)
+
+
+def _said(error: Exception) -> str:
+    return shorten(str(error), 100, placeholder=" ...") or type(error).__name__
+
+
 def _mistral_file(folder: Path, model_type: str) -> Path | None:
     versioned = sorted(p for p in folder.iterdir() if _SENTENCEPIECE_VERSIONED.search(p.name))
     if (folder / "tekken.json").is_file():
@@ -126,9 +164,9 @@ def _has_mistral_template(folder: Path) -> bool:
     template = None
     config_path = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     elif config_path.is_file():
-        template = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
+        template = read_json_object(config_path).get("chat_template")
     return template is None or "[INST]" in str(template)
 
 

@@ -62,7 +62,8 @@ def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> N
             lines.writelines(trace_lines(info, passes))
     except OSError as error:
         raise UserError(
-            f"expected to write a trace to {path}, found {error}; choose another place"
+            f"expected to write a trace to {path}, found no place for it ({error.strerror}); "
+            "choose another"
         ) from None
 
 

@@ -228,10 +228,15 @@ class ConversionPlan:
             if name not in self._group_of and not any(re.search(key, name) for key in optional)
         ]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            told = (
+                f"tensor {missing[0]} is missing: the model needs it"
+                if len(missing) == 1
+                else f"tensor {missing[0]} and {len(missing) - 1} more are missing: the model "
+                "needs them"
+            )
             raise UserError(
-                f"tensor {missing[0]}{more} is missing: the model needs it and no file of the "
-                "checkpoint has it; download the model again"
+                f"{told} and no file of the checkpoint has "
+                f"{'it' if len(missing) == 1 else 'them'}; download the model again"
             )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from textwrap import shorten
 
 from errors import UserError
 from traces import RoutingPass, Trace, TraceInfo
@@ -130,12 +131,17 @@ def popularity_workload(path: Path, top_k: int, overlap: float = MIXTRAL_OVERLAP
     Such a file knows nothing of sequences: `overlap` is taken for every layer. Raises UserError.
     """
     try:
-        counts = json.loads(path.read_text())["expert_popularity"]
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict) or "expert_popularity" not in document:
+            keys = ", ".join(document) if isinstance(document, dict) else ""
+            raise ValueError(f"no such entry{keys and ' beside '}{shorten(keys, 60)}")
+        counts = document["expert_popularity"]
         popularity = tuple(tuple(max(float(n), 1e-9) for n in layer) for layer in counts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f'expected {path} to hold {{"expert_popularity": [layers][experts]}}, found '
-            f"{type(error).__name__}: {error}; correct the file or give a trace"
+            f"{error.strerror if isinstance(error, OSError) else error}; give such a file or a "
+            "trace"
         ) from None
     if not popularity or {len(layer) for layer in popularity} != {len(popularity[0])}:
         raise UserError(f"expected {path} to have as many experts in every layer; correct it")

@@ -105,6 +105,7 @@ def test_folder_of_another_format_version(prepared: Manifest) -> None:
         ("{}", "is not the manifest of a prepared folder"),
         ('{"format_version": 1}', "is damaged"),
         ('{"format_version": 1, "moe_layers": 3}', "is damaged"),
+        ("[" * 100_000, "is damaged"),
     ],
 )
 def test_damaged_manifest(text: str, message: str, prepared: Manifest) -> None:

@@ -22,9 +22,11 @@ import main
 import model_shapes
 from arguments import parse, parse_config
 from checkpoint import MANIFEST_NAME
+from config import PromptOptions
 from engine import Engine
 from generation import generate_batch
 from machine_measurement import calibration_options
+from prompts import read_prompts
 from trace_reader import read_trace
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +120,7 @@ def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None
         for path in sorted(run_folder.glob("responses-*.jsonl"))
     )
     assert [line["prompt"] for line in single] == [
-        *("One", "Two words", "Three words here", "One", "Two words")
+        *("One", "Two words", "  Three words here ", "One", "Two words")
     ]
     assert all(line["generated_tokens"] == 4 for line in single + batched)
     assert [line["prompt"] for line in batched] == [line["prompt"] for line in single]
@@ -164,7 +166,34 @@ def test_without_recording_only_the_summary_is_left(
     out = capsys.readouterr().out
     assert "TOKEN GENERATION:\ntoken count: 2\n" in out
     assert "Cache hit" not in out, "nothing counted the hits, and 0.0 would be a lie"
+    assert "columns" not in out, "there is no file that could have them"
     assert not any(run_folder.iterdir())
+
+
+def test_what_a_run_cannot_do_is_said_and_responses_may_go_beside_the_reports(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--output-dir", "new", "--responses-jsonl", "new/r.jsonl", "--nvtx", "--device", "cpu")
+    assert run("--model-path", model, "--prompt", "Hi", "--max-tokens", 2, *flags) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("--nvtx without a GPU") == 1
+    assert "--nvtx without a GPU" in captured.out  # among the summary's notes
+    assert (run_folder / "new" / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"  indented \r\n\n\ttab\rlast", ["  indented ", "\ttab", "last"]),
+        ("one\u2028line\nof\x85them\n".encode(), ["one\u2028line", "of\x85them"]),
+        (b"form\ffeed\n\f\nvertical\vtab", ["form\ffeed", "vertical\vtab"]),
+    ],
+)
+def test_a_prompt_is_a_line_as_it_stands(
+    content: bytes, prompts: list[str], run_folder: Path
+) -> None:
+    (run_folder / "prompts").write_bytes(content)
+    assert read_prompts(PromptOptions(path=run_folder / "prompts")) == prompts
 
 
 def test_sampling_repeats_with_its_seed(model: Path, run_folder: Path) -> None:
@@ -222,6 +251,25 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
         (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
         (("--prompt-path", "no-such-file", "--max-tokens", "4"), "No such file"),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--seed", str(2**64)),
+            "found 18446744073709551616",
+        ),
+        (("--prompt", "x", "--max-tokens", "4", "--seed", str(-(2**63) - 1)), "--seed from -2^63"),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--temperature", "inf"),
+            "finite number, found inf",
+        ),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--temperature", "nan"),
+            "finite number, found nan",
+        ),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-memory-gb", "-1"), "above 0, found -1.0"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-memory-gb", "1"), "expected --cache-auto"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--output-dir", "r"), "found both"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--breakdown-csv", "r"), "both"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--cachehit-csv", "r"), "both"),
+        (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "no/r"), "found no no: make"),
     ],
 )
 def test_bad_arguments(
@@ -275,6 +323,10 @@ def test_missing_and_unprepared_folders(
     unprepared = refused(capsys, "--model-path", model.parent / "hub", *arguments)
     assert "python3 weights_preprocessor.py --input-path" in unprepared
     assert "--hf" in unprepared
+    (run_folder / "empty").mkdir()
+    message = refused(capsys, "--model-path", run_folder / "empty", *arguments)
+    assert "nor a model to prepare" in message and "weights_preprocessor" not in message
+    assert "an empty text" in refused(capsys, "--model-path", "", *arguments)
 
 
 def _damaged(model: Path, folder: Path) -> Path:

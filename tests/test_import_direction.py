@@ -50,7 +50,7 @@ LEVELS: dict[int, frozenset[str]] = {
         1: (
             "config quantization safetensors_file replacement_policies cost_model traces "
             "model_shapes summary run_files figures hardware argument_parser kernel_build "
-            "model_folders handoff"
+            "model_folders handoff json_files model_description"
         ),
         0: (
             "errors version recorder sensors provenance streams device_memory "

@@ -180,6 +180,13 @@ def test_bad_traces_are_one_sentence(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_a_number_of_experts_that_is_none(capsys: pytest.CaptureFixture[str], number: str) -> None:
+    assert patterns.main(["trace.csv", "--n-experts", number]) == 2
+    expected = f"error: expected --n-experts of at least 1, found {number}\n"
+    assert capsys.readouterr() == ("", expected)
+
+
 def test_a_missing_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert patterns.main([]) == 2
     expected = "error: the following arguments are required: trace; see --help\n"

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import mistral_common
 import pytest
 import tiny_models
 import torch
@@ -338,7 +339,9 @@ def test_companion_files_travel(tmp_path: Path) -> None:
         "chat_template.jinja",
     ]
     for name in names:
-        (source / name).write_text(f"contents of {name}")
+        (source / name).write_text(json.dumps({"contents of": name}))
+    tekken = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    (source / "tekken.json").write_bytes(tekken.read_bytes())  # the one that a run would read
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     output = tmp_path / "out"
     manifest = prepare_folder(source, output, "--hf")

@@ -136,6 +136,19 @@ def test_missing_tensor_is_named(
     assert f"tensor {shown} is missing" in refusal(capsys, folder, "--hf")
 
 
+def test_several_missing_tensors_are_counted(
+    model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_models.write_hub(model, tmp_path / "one")
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if "self_attn.q_proj" not in name}
+    save_file(kept, folder / "model.safetensors")
+    first = "tensor model.layers.0.self_attn.q_proj.weight and 1 more are missing"
+    assert f"{first}: the model needs them and no file of the checkpoint has them" in refusal(
+        capsys, folder, "--hf"
+    )
+
+
 def test_wrong_shapes(
     model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +254,9 @@ def test_fp8_tensors_without_a_quantisation_config(
     ("text", "message"),
     [
         ("{", "config.json is damaged"),
+        ("[" * 100_000, "config.json is damaged"),
+        ("[1]", "found list"),
+        ('{"quantization_config": "fp8"}', "is quantised (an unknown method)"),
         ('{"model_type": "no_such_model"}', "transformers cannot use"),
         ('{"model_type": "bert"}', "holds no weights"),
     ],
@@ -252,6 +268,56 @@ def test_bad_config(
     folder.mkdir()
     (folder / "config.json").write_text(text)
     assert message in refusal(capsys, folder, "--hf")
+
+
+@pytest.mark.parametrize("top_k", [0, 99, -1])
+def test_more_experts_per_token_than_there_are(
+    top_k: int, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = hub / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts_per_tok": top_k}))
+    expected = f"expected num_experts_per_tok of 1 to 4 in {path}, found {top_k}"
+    assert expected in refusal(capsys, hub, "--hf")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected a JSON object in {path}, found list"),
+        ("{", "{path} is damaged"),
+        ('{"eos_token_id": "abc"}', "expected eos_token_id in {path} as a token id or a list"),
+        ('{"eos_token_id": [1, -2]}', "found [1, -2]"),
+        ('{"cache_implementation": 7}', "cannot use the generation defaults in {path}"),
+    ],
+)
+def test_bad_generation_defaults(
+    text: str, message: str, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = hub / "generation_config.json"
+    path.write_text(text)
+    assert message.format(path=path) in refusal(capsys, hub, "--hf")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_tokenizer_that_no_run_could_read(
+    name: str, content: bytes, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hub / name).write_bytes(content)
+    assert f"{hub / name} is" in refusal(capsys, hub, "--hf")
+    assert not (hub.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"moe": 3}', '{"moe": {"num_experts": 4}}', "[]", '{"moe": {}}', "[" * 100_000]
+)
+def test_bad_native_parameters(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "params.json").write_text(text)
+    assert f"{folder / 'params.json'}" in refusal(capsys, folder)
 
 
 def test_custom_code_is_never_run(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,9 +342,13 @@ def test_ties_that_the_weights_contradict(
 
 def test_unwritable_output(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/prepared")):
+    for output, reason in (
+        (tmp_path / "file", "a file is where a folder should be"),
+        (tmp_path / "file" / "below", "a file is where a folder should be"),
+        (Path("/proc/prepared"), "nothing can be made there"),
+    ):
         message = refusal(capsys, hub, "--hf", output=output)
-        assert f"cannot write {output}" in message and "--output-path" in message
+        assert message == f"error: cannot write {output}: {reason}; choose another --output-path\n"
 
 
 def test_foreign_manifest_is_not_ours_to_replace(
@@ -314,7 +384,15 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [[], ["--input-path", "x"], ["--expert-dtype", "fp16"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--input-path", "x"],
+        ["--expert-dtype", "fp16"],
+        ["--input-path", "", "--output-path", "x"],
+    ],
+)
 def test_usage(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main(flags) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mistral_common
 import pytest
 import tiny_models
 import torch
@@ -92,12 +93,13 @@ def test_rotary_layout_gives_the_attention_scores_of_the_native_model(tmp_path: 
 def test_native_folder_gets_a_config_beside_the_weights(tmp_path: Path) -> None:
     model = tiny_models.build_model(tiny_models.mixtral())
     source = tiny_models.write_native(model, tmp_path / "native")
-    (source / "tokenizer.model.v1").write_text("a tokenizer")
+    tokenizer = (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
+    (source / "tokenizer.model.v1").write_bytes(tokenizer)
     prepare_folder(source, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "mixtral" and config["architectures"] == ["MixtralForCausalLM"]
     assert (tmp_path / "out" / "params.json").read_bytes() == (source / "params.json").read_bytes()
-    assert (tmp_path / "out" / "tokenizer.model.v1").read_text() == "a tokenizer"
+    assert (tmp_path / "out" / "tokenizer.model.v1").read_bytes() == tokenizer
 
 
 def test_native_in_place(tmp_path: Path) -> None:

@@ -221,11 +221,11 @@ def test_too_little_room_is_said_before_writing(
 ) -> None:
     output = tmp_path / "out"
     monkeypatch.setattr(
-        "preparation.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
+        "preparation.shutil.disk_usage", lambda _: type("Usage", (), {"free": 40_000})
     )
     assert run(source, output) == 2
     message = capsys.readouterr().err
-    assert "too little room" in message and "0.00 GB free" in message
+    assert "too little room" in message and " MB still to write, 0.04 MB free" in message
     assert not list(output.glob("*.safetensors*"))
 
 

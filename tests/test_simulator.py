@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,12 +238,13 @@ def test_the_papers_table_is_printed(capsys):
         ),
         (
             ["TRACE", "--cache-nblocks", "2", "--cache-nways", "0"],
-            "expected --cache-nways of at least 1, found 0; correct it",
+            "expected --cache-nways of at least 1, found 0\n",
         ),
         (
             ["TRACE", "--cache-nblocks", "2", "--cache-nways", "2", "--cache-quota", "-3"],
-            "expected --cache-quota of at least 0, found -3; correct it",
+            "expected --cache-quota of at least 0, found -3\n",
         ),
+        (["TRACE", "--hardware", ""], "--hardware: expected a path, found an empty text"),
         (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
         (["--model", "m"], "expected one of the shapes"),
         (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
@@ -250,7 +252,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
         (
             ["--model", "olmoe-1b-7b", "--cache-nblocks", "-1", "--cache-nways", "2"],
-            "expected --cache-nblocks of at least 1, found -1; correct it",
+            "expected --cache-nblocks of at least 1, found -1\n",
         ),
         (
             ["--model", "olmoe-1b-7b", "--cache-nblocks", "2", "--cache-nways", "8",
@@ -268,6 +270,23 @@ def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
     arguments = [trace_file if argument == "TRACE" else argument for argument in arguments]
     out = printed(capsys, *arguments, code=2)
     assert sentence in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Qwen3-30B-A3B-Q4_K_M", "? Qwen3-30B-A3B-Q4_K_M has the shape --model qwen3-30b-a3b"),
+        ("Mixtral-8x7B-Instruct-v0.1", " --model mixtral-8x7b"),
+        ("gpt-oss-120b", " --model gpt-oss-120b"),
+        ("my-own", "does the machine compute?"),
+    ],
+)
+def test_a_trace_that_names_its_model_tells_the_shape(capsys, tmp_path, trace, name, hint):
+    path = tmp_path / "trace.jsonl"
+    write_trace(path, replace(trace.info, model=name), trace.passes)
+    out = printed(capsys, str(path), "--hardware", HARDWARE, code=2)
+    assert out.splitlines()[-1].startswith("error: --hardware needs --model")
+    assert out.endswith(f"{hint}\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -18,6 +18,7 @@ from tokenization import (
     CheckpointTokenizer,
     MistralTokenizer,
     StreamingDetokenizer,
+    check_tokenizer,
     load_tokenizer,
 )
 
@@ -92,6 +93,44 @@ def test_no_tokenizer_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
     with pytest.raises(UserError, match="copy the model's tokenizer files"):
         load_tokenizer(tmp_path, "olmoe")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", POINTER, bytes(range(256)) * 8])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.model.v3", "tekken.json"])
+def test_a_damaged_file_of_mistrals_is_a_sentence(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for refuse in (load_tokenizer, check_tokenizer):
+        with pytest.raises(UserError, match="download it again") as refused:
+            refuse(tmp_path, "mixtral")
+        assert f"{tmp_path / name}" in str(refused.value)
+        assert len(str(refused.value)) < len(str(tmp_path)) + 250, "a library's essay is cut short"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"chat_template": "x', "[" * 100_000, ""])
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe"])
+def test_a_damaged_tokenizer_config_is_a_sentence(
+    text: str, model_type: str, mixtral_folder: Path
+) -> None:
+    write_byte_tokenizer(mixtral_folder, None)
+    (mixtral_folder / "tokenizer_config.json").write_text(text)
+    for refuse in (load_tokenizer, check_tokenizer):
+        with pytest.raises(UserError, match=r"download it again|copy the model's tokenizer"):
+            refuse(mixtral_folder, model_type)
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])
+def test_a_template_that_fails_is_a_sentence(template: str, tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, template)
+    check_tokenizer(tmp_path, "olmoe")
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    with pytest.raises(UserError, match="mend it there, or use --raw-prompt"):
+        tokenizer.encode("Hi", raw=False)
+    assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
 
 
 TEXTS = [

@@ -100,10 +100,22 @@ def test_published_popularity(tmp_path):
     assert Counter(decoded(trace, 1)).most_common(1)[0][0] == (3,)
 
 
-@pytest.mark.parametrize("text", ["[", "{}", '{"expert_popularity": [[1, 2], [1]]}'])
-def test_a_popularity_file_that_is_none_is_a_sentence(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[", "found Expecting value"),
+        ("{}", "found no such entry; give"),
+        ("[1]", "found no such entry; give"),
+        ('{"c4": 1, "math": 2}', "found no such entry beside c4, math; give"),
+        ('{"expert_popularity": 3}', "not iterable; give"),
+        ('{"expert_popularity": [[1, 2], [1]]}', "as many experts in every layer"),
+        ("[" * 100_000, "found maximum recursion depth"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_popularity_file_that_is_none_is_a_sentence(tmp_path, text, found):
     (tmp_path / "p.json").write_text(text)
-    with pytest.raises(UserError, match="correct"):
+    with pytest.raises(UserError, match=found):
         popularity_workload(tmp_path / "p.json", 2)
 
 
