@@ -80,9 +80,10 @@ def show_calibration(config: Config) -> None:
 def _computed_by(engine: Engine) -> str:
     """What computes the CPU's experts and on how many threads, which the kernels say themselves."""
     description = engine.cpu.description
-    if "threads" in description:
+    if " thread" in description:
         return description
-    return f"{description}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{description}, {n_threads} thread{'s'[: n_threads > 1]}"
 
 
 def calibration_options(options: ModelOptions) -> ModelOptions:
