@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_check import RUNNING, Format, write_report
 from benchmarks.gpu_models import settings
+from machine_costs import UNSTEADY
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def print_row(row: Row) -> None:
         flush=True,
     )
     for note in row.notes:
-        if not note.startswith("calibrated"):  # of every row, and in the report
+        if not note.startswith(UNSTEADY):  # of every row, and in the report
             print(f"{'':21}{note}", flush=True)
 
 

@@ -188,6 +188,7 @@ def _flags(options: CacheOptions) -> str:
         ("--cache-quota", options.quota, CacheOptions.quota),
         ("--miss-policy", options.miss_policy, CacheOptions.miss_policy),
         ("--prefetch", options.prefetch, CacheOptions.prefetch),
+        ("--emulate-pcie-gbps", options.emulate_pcie_gbps, CacheOptions.emulate_pcie_gbps),
     ):
         flags += f" {flag} {value}" if value != default else ""
     return flags

@@ -166,7 +166,12 @@ def _fit_call(sizes: Sequence[int], times_us: Sequence[float]) -> tuple[float, f
     call_us, expert_us = np.linalg.lstsq(terms, np.ones(len(times)), rcond=None)[0]
     if len(times) > 1 and call_us >= 0 and expert_us >= 0:
         return float(call_us), float(expert_us)
-    return 0.0, float(terms[:, 1].sum() / (terms[:, 1] ** 2).sum())
+    # The better of one of them alone: a GPU's launch may take as long whatever it computes.
+    alone = terms.sum(axis=0) / (terms**2).sum(axis=0)
+    call_error, expert_error = ((terms * alone - 1) ** 2).sum(axis=0)
+    if call_error < expert_error:
+        return float(alone[0]), 0.0
+    return 0.0, float(alone[1])
 
 
 def calibrate_copy(

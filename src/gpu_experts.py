@@ -286,9 +286,7 @@ class GpuExperts:
     def _load_kernels(self, kernels: str, dtype: torch.dtype) -> GroupedKernels | None:
         if kernels == "torch" or (kernels == "auto" and self._thread is not None):
             return None
-        if kernels == "triton":
-            return self._triton()
-        return self._triton_if_it_runs(dtype)
+        return self._triton() if kernels == "triton" else self._triton_if_it_runs(dtype)
 
     def _triton(self) -> GroupedKernels:
         from triton_experts import TritonExperts  # slow to import, and absent on many machines
@@ -329,6 +327,8 @@ def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
     try:
         work()
     except Exception as error:  # raised again by result()
+        if is_out_of_memory(error):
+            error.__traceback__ = None  # its frames hold scratch, and there is no room
         pending._error = error
 
 

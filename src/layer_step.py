@@ -159,10 +159,11 @@ class LayerStep:
         for pending, experts in self.launches:
             try:
                 out = pending.result()
-            except Exception:
+            except Exception as error:
                 self.out_of_memory |= pending.out_of_memory
                 if not (pending.copy_failed or pending.out_of_memory):  # a mistake of ours
                     raise
+                error.__traceback__ = None  # kept, and its frames would hold the layer's tensors
                 self._failed.extend(experts)
             else:
                 if all(out is not other for other in self._outs):

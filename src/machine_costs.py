@@ -37,6 +37,7 @@ from onednn_choice import OnednnChoice, compare_dense, has_bf16_products, measur
 from recorder import Recorder
 from steadiness import QuietWatch, Steadiness
 
+UNSTEADY = "this machine's speed varied while it was measured"
 _STEP_BUDGET_S = 0.3
 _CROSSOVER_BYTES = 1 << 26  # of experts that the kernels and oneDNN are compared on
 
@@ -65,7 +66,7 @@ class MachineCosts:
         if self.steadiness.is_quiet:
             return None
         return (
-            f"this machine's speed varied while it was measured ({self.steadiness}): take "
+            f"{UNSTEADY} ({self.steadiness}): take "
             "predictions and shares of limits as rough; the next run measures again"
         )
 

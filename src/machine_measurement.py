@@ -17,11 +17,12 @@ from preflight import gpu_memory_told
 from terminal import say
 
 
+@gpu_memory_told()
 def measure_machine(path: Path, shape: ModelShape) -> Machine:
     """Measure one layer of `shape` in bf16 and write `path`; returns what was written.
 
     Without a GPU the accelerator is the emulated one, and the file says so. Raises UserError when
-    memory cannot hold the layer.
+    memory, the GPU's among it, cannot hold the layer.
     """
     options = ModelOptions(None, dummy_shape=shape.name, dummy_layers=shape.n_dense_layers + 1)
     with load_engine(DummyModel(options), options, CacheOptions()) as engine:
@@ -79,9 +80,10 @@ def show_calibration(config: Config) -> None:
 def _computed_by(engine: Engine) -> str:
     """What computes the CPU's experts and on how many threads, which the kernels say themselves."""
     description = engine.cpu.description
-    if "threads" in description:
+    if " thread" in description:
         return description
-    return f"{description}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{description}, {n_threads} thread{'s'[: n_threads > 1]}"
 
 
 def calibration_options(options: ModelOptions) -> ModelOptions:

@@ -39,9 +39,9 @@ def cpu_runner(store: ExpertStore, cpu: CpuExperts, dtype: torch.dtype) -> Calla
 
     def run(counts: Counts) -> None:
         turn = next(turns)  # other experts every time: nothing may be left in a cache
-        layer = turn % store.n_layers
+        layer = turn % store.n_stored  # the layers beyond use the same memory
         n_experts = store.n_experts[layer]
-        index = (_routing(counts) + turn // store.n_layers * len(counts)) % n_experts
+        index = (_routing(counts) + turn // store.n_stored * len(counts)) % n_experts
         hidden = torch.ones(len(index), store.layouts[layer].hidden_size, dtype=dtype)
         cpu.run(
             hidden,

@@ -47,7 +47,12 @@ def test_the_line_chooses_the_same_cache_again(
 
     monkeypatch.setattr(accelerator_setup, "machine_costs", costs)
     options = CacheOptions(
-        auto=True, memory_gb=0.0001, miss_policy="auto", prefetch="next-layer", quota=5
+        auto=True,
+        memory_gb=0.0001,
+        miss_policy="auto",
+        prefetch="next-layer",
+        quota=5,
+        emulate_pcie_gbps=12.5,
     )
     with load(folder, options) as engine:
         (line,) = [note for note in engine.notes if note.startswith("--cache-auto chose: ")]

@@ -68,6 +68,15 @@ def test_the_fit_bears_noise_and_more_tokens_never_cost_less() -> None:
         assert of_tokens_us == sorted(of_tokens_us)
 
 
+@pytest.mark.parametrize("times_us", [(100, 100, 100), (102, 99, 98), (98, 101, 97)])
+def test_a_launch_that_takes_as_long_whatever_it_computes_is_a_calls_cost(
+    times_us: tuple[float, ...],
+) -> None:
+    fitted = fit_side(SIDE_CALLS, [*times_us, 101, 102, 102, 110, 200])
+    for n_experts, us in zip((1, 2, 4), times_us, strict=True):
+        assert fitted.us(n_experts, n_experts) == pytest.approx(us, rel=0.03)
+
+
 def test_one_call_is_enough_to_cost_its_expert() -> None:
     fitted = fit_side([(1,)], [70.0])
     assert fitted.us_of((1,)) == 70.0 and fitted.us_of((1, 2)) == 210.0

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from checkpoint import MANIFEST_NAME
 from config import PromptOptions
 from engine import Engine
 from generation import generate_batch
-from machine_measurement import calibration_options
+from machine_measurement import _computed_by, calibration_options
 from prompts import read_prompts
 from trace_reader import read_trace
 
@@ -691,6 +693,23 @@ def test_the_machine_is_calibrated_without_a_model(
     flags = ("--cache-nblocks", 1, "--cache-nways", 2)
     assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite", *flags) == 0
     assert re.search(r"copies to the accelerator: [\d.]+ GB/s alone", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("description", "n_threads", "expected"),
+    [
+        ("native avx2, 1 thread", 1, "native avx2, 1 thread"),
+        ("native avx2, 2 threads", 2, "native avx2, 2 threads"),
+        ("torch", 1, "torch, 1 thread"),
+        ("torch", 2, "torch, 2 threads"),
+    ],
+)
+def test_threads_are_told_once(
+    description: str, n_threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    engine: Any = SimpleNamespace(cpu=SimpleNamespace(description=description))
+    assert _computed_by(engine) == expected
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

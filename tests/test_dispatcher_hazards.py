@@ -7,10 +7,12 @@ that the same comparison then fails.
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -28,7 +30,7 @@ from expert_store import ExpertStore
 from gpu_experts import GpuExperts
 from handoff import _copy_joined
 from moe_dispatcher import MoeDispatcher, MoeExperts
-from recorder import NullRecorder
+from recorder import NullRecorder, Recorder
 from replacement_policies import make_policy
 
 HIDDEN, N_LAYERS, N_EXPERTS, TOP_K = 16, 3, 8, 2
@@ -238,6 +240,39 @@ def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(
     assert "out of memory in" in run.accelerator.notes()[-1]
     (warning,) = capsys.readouterr().err.strip().splitlines()
     assert "the GPU is out of memory" in warning
+
+
+@pytest.mark.parametrize("what", ["nothing", "copies", "computation"])
+@pytest.mark.parametrize("n_tokens", [1, 400])
+def test_what_is_kept_of_a_layer_until_the_pass_ends_holds_none_of_its_tensors(what, n_tokens):
+    """Launches are kept for their times, with the errors in them: on a GPU that has no room."""
+
+    def no_room(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fails = {"copies": "before_copy", "computation": "before_compute"}
+    run = Run(miss_policy="fetch", **({fails[what]: no_room} if what in fails else {}))
+    run.dispatcher.recorder = Recorder()
+    real, kept = run.dispatcher.run, []
+
+    def watching(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        of_layer = hidden.clone()
+        alive = weakref.ref(of_layer)
+        out = real(layer, of_layer, index, weights)
+        del of_layer
+        kept.append(alive() is not None)
+        return out
+
+    run.dispatcher.run = watching
+    gc.disable()  # else it may happen to come by
+    try:
+        with torch.no_grad():
+            run.model(torch.zeros(1, n_tokens, dtype=torch.int64))
+    finally:
+        gc.enable()
+        run.accelerator.close()
+    assert run.model.wrong_layers == 0
+    assert kept == [False] * N_LAYERS
 
 
 @pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])

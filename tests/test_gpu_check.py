@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,7 @@ import layer_step
 import machine_costs
 import model_shapes
 from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
+from benchmarks.gpu_rows import Row, print_row
 from errors import UserError
 from recorder import Recorder
 from steadiness import Steadiness
@@ -265,6 +266,15 @@ def test_the_report_on_disk_has_every_row_as_it_comes(tiny_shape, tmp_path, monk
     code, report = check(tmp_path)
     assert (code, report["ended"]) == (0, gpu_check.COMPLETE)
     assert seen == [gpu_check.RUNNING] * len(SETTINGS)
+
+
+def test_a_row_is_printed_with_its_own_notes_only(capsys):
+    costs = replace(OneStep(True).costs, steadiness=Steadiness(0.9, 0.0))
+    values = dict.fromkeys((one.name for one in fields(Row)), 0)
+    print_row(Row(**values | {"notes": [costs.note, "4 of 8 cache slots fit"]}))
+    assert "varied" in costs.note
+    out = capsys.readouterr().out
+    assert "4 of 8 cache slots fit" in out and "varied" not in out
 
 
 def test_a_setting_that_fails_leaves_the_others_alone(tiny_shape, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import handoff
 from expert_format import block_layout
 from expert_store import ExpertStore
 from handoff import HostHandoff
+from machine_probes import cpu_runner
 
 LAYOUT = block_layout("fp32", 16, 16)
 
@@ -134,3 +135,17 @@ def test_layers_without_memory_of_their_own_use_that_of_others_in_turn(monkeypat
     assert len(runtime.registered) == 2
     store.close()
     assert runtime.registered == {}
+
+
+def test_a_calibration_reads_all_that_is_in_memory_before_it_reads_anything_again():
+    """What is read again soon may come from the CPU's caches, and is timed too short."""
+
+    class Reads:
+        def run(self, hidden, pointers, mask, index, weights, out):
+            read.extend(pointers[index.flatten()].tolist())
+
+    read: list[int] = []
+    run = cpu_runner(ExpertStore([LAYOUT] * 5, [4] * 5, n_stored=2), Reads(), torch.float32)
+    for _ in range(2 * 4):
+        run((1,))
+    assert len(set(read)) == len(read) == 2 * 4

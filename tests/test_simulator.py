@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import simulator
 from expert_cache import ExpertCache, make_policy
@@ -189,6 +190,17 @@ def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeyp
     small.write_text(re.sub(r"memory_gb: [\d.]+", "memory_gb: 1", Path(HARDWARE).read_text()))
     out = printed(capsys, *model, "--hardware", str(small), "--tune", code=2)
     assert "GPU memory for olmoe-1b-7b's dense weights, found 1 GB" in out
+
+
+def test_gpu_memory_that_ends_in_a_calibration_is_a_sentence(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("machine_measurement.load_engine", full)
+    path = tmp_path / "machine.yaml"
+    out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b", code=2)
+    assert out.splitlines()[-1] == "error: CUDA out of memory"
+    assert not path.exists()
 
 
 def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):

@@ -58,9 +58,8 @@ def test_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_programs_and_stolen_time_are_load(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(Machine([0.010], 0.4, monkeypatch))
-    assert seen.spread == pytest.approx(
-        0.0, abs=1e-9
-    )  # steadily slow: the spread alone would not show it
+    # Steadily slow: the spread alone would not show it.
+    assert seen.spread == pytest.approx(0.0, abs=1e-9)
     assert seen.other_load == pytest.approx(0.4)
     assert not seen.is_quiet
 
