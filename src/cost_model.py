@@ -21,8 +21,8 @@ class SideCost:
     An expert with n tokens takes `expert_us + token_us * n`: reading its weights, and arithmetic.
     Few tokens may cost another sum, for arithmetic hides behind the reading and kernels change with
     n: `few` then holds measured (tokens, us) of one expert, from one token on, and the cost is the
-    broken line through them; from the last of them on the straight one goes on. All in
-    microseconds.
+    broken line through them; from the last of them on the straight one goes on (its `expert_us`, at
+    no token, is then only where that line begins, and may be negative). All in microseconds.
     """
 
     call_us: float
@@ -32,6 +32,8 @@ class SideCost:
 
     def one_us(self, n_tokens: float) -> float:
         """Return what one expert with `n_tokens` adds to a call, in us."""
+        if n_tokens == 1 and self.few:  # all that decode asks, often
+            return self.few[0][1]
         for (tokens, us), (more_tokens, more_us) in pairwise(self.few):
             if n_tokens < more_tokens:
                 return us + (more_us - us) * (n_tokens - tokens) / (more_tokens - tokens)
