@@ -9,7 +9,7 @@ for a 24 GB card unless `--memory-gb` says otherwise.
 The models have all their layers, so that speeds are the real model's, but host memory holds the
 experts of some only, at most 16 GB, which the other layers use again in turn: a machine of 32 GB
 will do, and filling and pinning takes seconds. A step reads and copies as many bytes as it would,
-and comes back to a layer's memory only after several times what any last-level cache holds. Less is
+and comes back to a layer's memory only after reading all that is stored. Less is
 made where memory is short, or the machine too slow to fill it in a third of the time there is.
 
 It is over after eight minutes, whatever happens: the measuring is done by another process. No
