@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 # torch's allocator has an exception of its own. What allocates for itself has not: cuBLAS, whose
-# handle on a full GPU fails with either status; CUDA, which loads a kernel's code at its first
-# launch; Triton, likewise; and the CPU's allocator.
+# handle on a full GPU fails with either status; cuDNN, which attention may use; CUDA, which loads a
+# kernel's code at its first launch; Triton, likewise; and the CPU's allocator.
 _SIGNS = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
     "allocate memory",
 )
 
