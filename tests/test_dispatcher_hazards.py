@@ -219,7 +219,7 @@ NO_ROOM = [
 ]
 
 
-@pytest.mark.parametrize("error", NO_ROOM, ids=["torch", "alloc", "handle", "triton"])
+@pytest.mark.parametrize("error", NO_ROOM, ids=["torch", "alloc", "handle", "cudnn", "triton"])
 @pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
 @pytest.mark.parametrize("n_tokens", [1, 400])
 def test_a_gpu_without_room_for_scratch_costs_time_not_correctness(
