@@ -8,15 +8,15 @@ for a 24 GB card unless `--memory-gb` says otherwise.
 
 The models have all their layers, so that speeds are the real model's, but host memory holds the
 experts of some only, at most 16 GB, which the other layers use again in turn: a machine of 32 GB
-will do, and filling and pinning takes seconds. A step reads and copies as many bytes as it would,
-and comes back to a layer's memory only after reading all that is stored. Less is
-made where memory is short, or the machine too slow to fill it in a third of the time there is.
+will do, and less has to be filled and pinned. A step reads and copies as many bytes as it would,
+and comes back to a layer's memory only after reading all that is stored. Less is made where memory
+is short, or the machine too slow to fill it in a third of the time there is.
 
 It is over after eight minutes, whatever happens: the measuring is done by another process. No
 setting starts after `--minutes`, and each takes its share of the time that is left; the last two of
-a model give way where it has had its third. At `--limit-s`
-that process is ended with all it started, hanging or not. The report is written anew after each
-setting, so that what was measured is kept, and what was not is named, however it ends.
+a model give way where it has had its third. At `--limit-s` that process is ended with all it
+started, hanging or not. The report is written anew after each setting, so that what was measured is
+kept, and what was not is named, however it ends.
 
 Routing is synthetic with Mixtral's reuse of experts (or `--trace`), the same for every setting.
 Prefetching guesses with the model's own routers, which know nothing of such routing: it is measured

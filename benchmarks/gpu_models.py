@@ -20,7 +20,7 @@ from miss_trial import TRIAL_STEPS
 # The paper's cache on 24 GB: 14 x 4 for Mixtral, 16 x 8 for Phi; a quarter of the experts of Qwen3.
 PAPER_CACHE = {"mixtral-8x7b": (14, 4), "phi-3.5-moe": (16, 8), "qwen3-30b-a3b": (48, 32)}
 # Of a model's experts in memory, the other layers using them again. Many times any last-level
-# cache, and little enough for a machine of 32 GB; filling and pinning it takes seconds.
+# cache, and little enough for a machine of 32 GB.
 STORED_BYTES = 16e9
 HOST_MEMORY_SHARE = 0.8
 WARM_UP_STEPS = 8

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import config
 from errors import UserError
 from expert_cache import ExpertCache, SlotState, make_policy
 from replacement_policies import LFRU, POLICIES, ReplacementPolicy
@@ -462,3 +463,7 @@ def test_qwen3_hit_rate_is_the_published_one():
             for _, slot in fetches:
                 cache.mark_ready(slot)
     assert 100 * cache.hits / (cache.hits + cache.misses) == pytest.approx(61, abs=1)
+
+
+def test_every_policy_can_be_asked_for():
+    assert tuple(POLICIES) == config.POLICIES
