@@ -27,7 +27,7 @@ DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-dev.txt)
 DEMO := build/demo
 DEMO_SOURCES := examples/train_demo.py examples/demo_corpus.txt
 # The prepared demo is made again when what decides the bytes of a prepared folder has changed.
-FORMAT_SOURCES := src/prepare.py src/checkpoint.py src/expert_format.py src/quantization.py
+FORMAT_SOURCES := $(wildcard src/moe_offload/checkpoint/*.py)
 
 .PHONY: help
 help: ## list the targets
@@ -66,17 +66,17 @@ gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
 
 .PHONY: kernels
 kernels: $(RUN_STAMP) ## compile the CPU kernels ahead of their first use
-	@$(PY) src/kernel_build.py >/dev/null
+	@PYTHONPATH=src $(PY) -m moe_offload.kernels.kernel_build >/dev/null
 
 # The sanitisers' runtime is preloaded, which also makes the product load the sanitised build. Leaks
 # are not looked for: Python and torch keep memory to the end.
 .PHONY: sanitize
 sanitize: $(DEV_STAMP) ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(PY) src/kernel_build.py --sanitize >/dev/null
+	@PYTHONPATH=src $(PY) -m moe_offload.kernels.kernel_build --sanitize >/dev/null
 	@runtime() { $${CXX:-g++} -print-file-name="$$1"; }; \
 	LD_PRELOAD="$$(runtime libasan.so) $$(runtime libubsan.so) $$(runtime libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(PY) -m pytest -q -s -p no:cacheprovider tests/test_cpu_*.py $(PYTEST_FLAGS)
+	$(PY) -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu_*.py tests/model/test_cpu_*.py $(PYTEST_FLAGS)
 
 .PHONY: demo
 demo: $(RUN_STAMP) $(DEMO)/prepared/manifest.json ## train a toy, prepare it, ask it PROMPT

@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MixtralConfig
 
-from checkpoint import MANIFEST_NAME
-from config import CacheOptions, ModelOptions
-from cpu_kernels import load_kernels
-from engine import Engine, load_engine, open_prepared
-from generation import generate_batch, make_sampler
-from hardware import read_hardware
+from moe_offload.checkpoint.checkpoint import MANIFEST_NAME
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.engine import Engine, load_engine, open_prepared
+from moe_offload.kernels.cpu_kernels import load_kernels
+from moe_offload.machine.hardware import read_hardware
+from moe_offload.model.generation import generate_batch, make_sampler
 
 ROOT = Path(__file__).parent.parent
 BITS = {"bf16": 16.0, "int8": 8.5, "int4": 4.5}  # per weight, with the scales of groups of 32

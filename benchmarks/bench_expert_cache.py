@@ -21,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from expert_cache import ExpertCache
-from replacement_policies import POLICIES, make_policy
-from workload import MIXTRAL_OVERLAP, even_workload
+from moe_offload.experts.expert_cache import ExpertCache
+from moe_offload.experts.replacement_policies import POLICIES, make_policy
+from moe_offload.simulation.workload import MIXTRAL_OVERLAP, even_workload
 
 TARGET_US = 2.0
 N_STEPS = 2000

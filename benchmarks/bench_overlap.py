@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from accelerator import N_STAGING_SLOTS, Accelerator
-from cpu_experts import CpuExperts
-from expert_cache import ExpertCache
-from expert_fetcher import HostFetcher
-from expert_format import Activation, block_layout
-from expert_store import ExpertStore
-from gpu_experts import GpuExperts
-from moe_dispatcher import MoeDispatcher, MoeExperts
-from recorder import NullRecorder
-from replacement_policies import make_policy
+from moe_offload.checkpoint.expert_format import Activation, block_layout
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
+from moe_offload.experts.expert_cache import ExpertCache
+from moe_offload.experts.expert_fetcher import HostFetcher
+from moe_offload.experts.expert_store import ExpertStore
+from moe_offload.experts.gpu_experts import GpuExperts
+from moe_offload.experts.moe_dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.recorder import NullRecorder
+from moe_offload.experts.replacement_policies import make_policy
+from moe_offload.kernels.cpu_experts import CpuExperts
 
 HIDDEN, INTERMEDIATE, N_EXPERTS, TOP_K, N_LAYERS, N_WAYS = 2048, 768, 64, 32, 2, 2
 LEAST_HIDDEN = 0.5

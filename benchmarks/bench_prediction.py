@@ -23,17 +23,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from config import CacheOptions, ModelOptions
-from cost_model import CostModel, SideCost
-from dummy_model import DummyModel, dummy_routing
-from engine import Engine, load_engine
-from expert_cache import ExpertCache, make_policy
-from generation import generate_batch, make_sampler
-from recorded_routing import recorded_trace
-from recorder import Recorder
-from replay import Replay, replay
-from time_model import Timeline
-from traces import Trace
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.experts.recorder import Recorder
+from moe_offload.model.dummy_model import DummyModel, dummy_routing
+from moe_offload.model.generation import generate_batch, make_sampler
+from moe_offload.report.recorded_routing import recorded_trace
+from moe_offload.simulation.replay import Replay, replay
+from moe_offload.simulation.time_model import Timeline
+from moe_offload.simulation.traces import Trace
 
 PROMPT = list(range(1, 17))
 QUOTA = 64

@@ -31,7 +31,8 @@ FORMATS = {
 }
 
 CHILD = """
-import sys, time, prepare, prepare_model
+import sys, time
+from moe_offload.commands import prepare, prepare_model
 started_s = time.monotonic()
 code = prepare.main(sys.argv[1:]) if len(sys.argv) > 1 else 0
 duration_s = time.monotonic() - started_s

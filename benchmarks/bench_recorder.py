@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from accelerator import Accelerator
-from config import CacheOptions, ModelOptions
-from dummy_model import DummyModel
-from engine import load_engine
-from forced_routing import ForcedRouting
-from generation import cache_argument
-from recorder import NullRecorder, Recorder
-from traces import RoutingPass, Trace, TraceInfo
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.engine import load_engine
+from moe_offload.experts.accelerator import Accelerator
+from moe_offload.experts.recorder import NullRecorder, Recorder
+from moe_offload.model.dummy_model import DummyModel
+from moe_offload.model.forced_routing import ForcedRouting
+from moe_offload.model.generation import cache_argument
+from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
 
 SHAPE, N_LAYERS = "qwen3-30b-a3b", 4
 N_WAYS, N_MISSES = 16, 4  # of each layer's 128 experts, and of a token's 8

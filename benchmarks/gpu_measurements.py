@@ -16,16 +16,16 @@ from datetime import date
 
 import torch
 
-from accelerator_setup import gpu_uuid
 from benchmarks.gpu_check import COMPLETE, ROOT, parse
 from benchmarks.gpu_models import N_CORE_SETTINGS, load_s_per_byte, open_source, settings
 from benchmarks.gpu_one_setting import PROMPT_TOKENS, run_setting
 from benchmarks.gpu_rows import Report, print_row
-from config import CacheOptions, ModelOptions
-from dummy_model import DummyModel, dummy_routing
-from engine import choose_device, load_engine
-from errors import UserError
-from hardware import read_hardware
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.accelerator_setup import gpu_uuid
+from moe_offload.engine.engine import choose_device, load_engine
+from moe_offload.errors import UserError
+from moe_offload.machine.hardware import read_hardware
+from moe_offload.model.dummy_model import DummyModel, dummy_routing
 
 LOADING_SHARE = 1 / 3  # of a model's part of the time, for filling and pinning its memory
 TEST_TIMEOUT_S = 150

@@ -1,0 +1,1 @@
+"""A model's weights on disk: sources, conversion, the prepared folder."""

@@ -1,0 +1,201 @@
+"""One expert's block: the contiguous bytes that file, host memory, CPU kernel and GPU slot share.
+
+Shapes, here and everywhere: `T` tokens, `K` top-k, `E` experts per layer, `L` MoE layers,
+`H` hidden size, `I` expert intermediate size, `N` cache indexes, `M` cache ways. `R` is the rows
+of the first matrix: `2 * I` for a gated expert (gate rows, then up rows), `I` for a gateless one.
+
+An expert computes `down @ act(gate_up @ x + gate_up_bias) + down_bias`. Its block holds, in the
+order the CPU kernel streams them: `gate_up`, its scales and bias, `down`, its scales and bias.
+Matrices are row-major in `fp32` and `bf16`; `int8` and `int4` use the packed tiles that
+`quantization.py` describes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moe_offload.checkpoint import quantization
+
+WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
+ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"]
+
+WEIGHT_FORMATS: Final = get_args(WeightFormat)
+BLOCK_ALIGNMENT: Final = 4096  # a page: direct file reads and host registration want it
+FIELD_ALIGNMENT: Final = 64  # a cache line: no vector load of a field's start is split
+
+_DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "uint8": torch.uint8,
+}
+_BITS: Final = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What stands between an expert's two matrices.
+
+    Gated experts compute `act(gate) * up`. `clamped_swiglu` is gpt-oss's: with
+    `gate = min(gate, limit)` and `up = clamp(up, -limit, limit)` it is
+    `(up + 1) * gate * sigmoid(alpha * gate)`. `module` calls the model's own code.
+    """
+
+    kind: ActivationKind
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array inside a block: `shape` elements of `dtype`, `offset_bytes` from its start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+    def view(self, block: Tensor) -> Tensor:
+        """The field as a view into `block` (uint8 [..., block_bytes]), shape [..., *self.shape]."""
+        part = block[..., self.offset_bytes : self.offset_bytes + self.nbytes]
+        return part.view(_DTYPES[self.dtype]).view(*block.shape[:-1], *self.shape)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where each field of an expert's block lies; equal for all experts of a layer."""
+
+    weight_format: WeightFormat
+    hidden_size: int
+    intermediate_size: int
+    has_gate: bool
+    has_bias: bool
+    fields: tuple[Field, ...]
+    block_bytes: int
+
+    @property
+    def first_rows(self) -> int:
+        """R, the rows of `gate_up`."""
+        return (2 if self.has_gate else 1) * self.intermediate_size
+
+    @cached_property
+    def _by_name(self) -> dict[str, Field]:
+        return {field.name: field for field in self.fields}
+
+    def field(self, name: str) -> Field:
+        return self._by_name[name]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> BlockLayout:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError for what is no layout."""
+        layout = block_layout(
+            data["weight_format"],
+            data["hidden_size"],
+            data["intermediate_size"],
+            data["has_gate"],
+            data["has_bias"],
+        )
+        if json.dumps(layout.to_json(), sort_keys=True) != json.dumps(data, sort_keys=True):
+            raise ValueError("fields that lie where this format has them")
+        return layout
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def block_layout(
+    weight_format: WeightFormat,
+    hidden_size: int,
+    intermediate_size: int,
+    has_gate: bool = True,
+    has_bias: bool = False,
+) -> BlockLayout:
+    """The layout of a block; a pure function of its arguments."""
+    first_rows = (2 if has_gate else 1) * intermediate_size
+    arrays: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, rows, columns in (
+        ("gate_up", first_rows, hidden_size),
+        ("down", hidden_size, intermediate_size),
+    ):
+        if weight_format in _BITS:
+            packed, scale = quantization.packed_shapes(rows, columns, _BITS[weight_format])
+            arrays.append((name, "uint8", packed))
+            arrays.append((f"{name}_scale", "float16", scale))
+        else:
+            dtype = "float32" if weight_format == "fp32" else "bfloat16"
+            arrays.append((name, dtype, (rows, columns)))
+        if has_bias:
+            arrays.append((f"{name}_bias", "float32", (rows,)))
+    fields = []
+    offset = 0
+    for name, dtype, shape in arrays:
+        field = Field(name, dtype, shape, offset)
+        fields.append(field)
+        offset = _round_up(offset + field.nbytes, FIELD_ALIGNMENT)
+    return BlockLayout(
+        weight_format=weight_format,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        has_gate=has_gate,
+        has_bias=has_bias,
+        fields=tuple(fields),
+        block_bytes=_round_up(offset, BLOCK_ALIGNMENT),
+    )
+
+
+def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> None:
+    """Write one expert's logical weights into `out` as the bytes of a block.
+
+    `weights` holds `gate_up` [R, H], `down` [H, I] and, with biases, `gate_up_bias` [R] and
+    `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included.
+    """
+    out.zero_()
+    for name in ("gate_up", "down"):
+        weight = weights[name]
+        if layout.weight_format in _BITS:
+            packed, scale = quantization.quantize(weight, _BITS[layout.weight_format])
+            layout.field(name).view(out).copy_(packed)
+            layout.field(f"{name}_scale").view(out).copy_(scale)
+        else:
+            layout.field(name).view(out).copy_(weight)
+        if layout.has_bias:
+            layout.field(f"{name}_bias").view(out).copy_(weights[f"{name}_bias"])
+
+
+def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "down"]) -> Tensor:
+    """One matrix of a block in its logical shape: a view for fp32 and bf16, fp32 else."""
+    stored = layout.field(name).view(block)
+    if layout.weight_format not in _BITS:
+        return stored
+    rows, columns = (
+        (layout.first_rows, layout.hidden_size)
+        if name == "gate_up"
+        else (layout.hidden_size, layout.intermediate_size)
+    )
+    scale = layout.field(f"{name}_scale").view(block)
+    return quantization.dequantize(stored, scale, rows, columns, _BITS[layout.weight_format])
+
+
+def unpack_block(layout: BlockLayout, block: Tensor) -> dict[str, Tensor]:
+    """A block's logical weights in fp32: `gate_up` [R, H], `down` [H, I] and the biases."""
+    weights = {"gate_up": unpack_matrix(layout, block, "gate_up").float()}
+    weights["down"] = unpack_matrix(layout, block, "down").float()
+    if layout.has_bias:
+        weights["gate_up_bias"] = layout.field("gate_up_bias").view(block)
+        weights["down_bias"] = layout.field("down_bias").view(block)
+    return weights

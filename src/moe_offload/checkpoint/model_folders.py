@@ -1,0 +1,60 @@
+"""Whether a folder is a model's, told before any of it is read: no torch is needed for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from moe_offload.errors import UserError
+
+MANIFEST_NAME: Final = "manifest.json"
+
+
+def require_prepared(folder: Path) -> None:
+    """UserError for a folder that is missing or that `weights_preprocessor.py` has not finished."""
+    try:
+        if not folder.is_dir():
+            raise UserError(
+                f"expected a prepared model folder at {folder}, found "
+                f"{'a file' if folder.exists() else 'nothing'}; check the path"
+            )
+        if not (folder / MANIFEST_NAME).exists():
+            if not any((folder / name).exists() for name in ("config.json", "params.json")):
+                raise UserError(
+                    f"expected a prepared model folder at {folder}, found neither {MANIFEST_NAME} "
+                    "nor a model to prepare (config.json or params.json); check the path"
+                )
+            flag = "" if (folder / "params.json").exists() else " --hf"
+            raise UserError(
+                f"{folder} is not prepared yet (it has no {MANIFEST_NAME}); run: python3 "
+                f'weights_preprocessor.py --input-path "{folder}" --output-path "{folder}"{flag}'
+            )
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def require_source(folder: Path, hugging_face: bool) -> None:
+    """UserError for a folder that is no checkpoint: Hugging Face's, or else Mistral's native."""
+    if not folder.is_dir():
+        raise UserError(
+            f"expected a model folder at {folder}, found "
+            f"{'a file' if folder.exists() else 'nothing'}; check --input-path"
+        )
+    has_config = (folder / "config.json").exists()
+    has_params = (folder / "params.json").exists()
+    if hugging_face and not has_config:
+        raise UserError(
+            f"{folder} has params.json and no config.json: it is Mistral's native format; "
+            "run again without --hf"
+            if has_params
+            else f"{folder} is no Hugging Face model folder: it has no config.json; "
+            "check --input-path"
+        )
+    if not hugging_face and not has_params:
+        raise UserError(
+            f"{folder} has config.json and no params.json: it is in Hugging Face format; "
+            "run again with --hf"
+            if has_config
+            else f"{folder} is no model folder: it has neither params.json (Mistral's native "
+            "format) nor config.json (Hugging Face format); check --input-path"
+        )

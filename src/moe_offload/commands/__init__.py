@@ -1,0 +1,1 @@
+"""What a person can start from a shell."""

@@ -1,0 +1,113 @@
+"""Entry point of weights_preprocessor.py: a checkpoint as users have it -> a prepared folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from moe_offload import VERSION
+from moe_offload.checkpoint.model_folders import require_source
+from moe_offload.commands.argument_parser import ArgumentParser, a_path
+from moe_offload.errors import UserError
+
+_ANOTHER: Final = "choose another --output-path"
+_DTYPES: Final = ("bf16", "fp32", "int8", "int4")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="weights_preprocessor.py",
+        description="Prepare a Mixture-of-Experts checkpoint for src/main.py. The source is only "
+        "read; an interrupted run goes on where it stopped when it is started again.",
+    )
+    parser.add_argument("--input-path", type=a_path, required=True, help="the checkpoint's folder")
+    parser.add_argument(
+        "--output-path",
+        type=a_path,
+        required=True,
+        help="the prepared folder; may be the same as --input-path",
+    )
+    parser.add_argument(
+        "--hf",
+        action="store_true",
+        help="the input is a Hugging Face folder (config.json with safetensors or "
+        "pytorch_model*.bin); without it: Mistral's native one (params.json with consolidated*)",
+    )
+    parser.add_argument(
+        "--expert-dtype",
+        choices=_DTYPES,
+        default="bf16",
+        help="how the experts are stored: bf16 and fp32 as they are, int8 and int4 in groups of 32 "
+        "(8.5 and 4.5 bits per weight); default bf16",
+    )
+    parser.add_argument(
+        "--dense-dtype",
+        choices=("auto", *_DTYPES),
+        default="auto",
+        help="how the rest is stored: auto is bf16, or fp32 with --expert-dtype fp32; int8 and "
+        "int4 pack the matrices of attention, shared experts and LM head, for runs without a GPU",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="prepare again although the folder is prepared"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run with these arguments (default: the command line's); returns the exit code.
+
+    0 done or already done, 2 a user mistake, a bad file or a full disk, 130 interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = build_parser().parse_args(arguments)
+        require_source(options.input_path, options.hf)
+        # Here and not at the top: torch and transformers take seconds to load. --help and a wrong
+        # path need not wait for them, and Ctrl-C while they load is one line as well.
+        from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
+
+        print(
+            prepare_model(
+                PrepareOptions(
+                    input_path=options.input_path,
+                    output_path=options.output_path,
+                    hugging_face=options.hf,
+                    expert_dtype=options.expert_dtype,
+                    dense_dtype=options.dense_dtype,
+                    force=options.force,
+                    library_warnings=options.debug,
+                )
+            )
+        )
+        return 0
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+        reason = _explain(error, options.output_path) if isinstance(error, OSError) else error
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+
+
+def _explain(error: OSError, output: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of {output} is full; free some space and run the same command again, "
+            "finished files are kept"
+        )
+    where = error.filename if error.filename is not None else output
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"cannot write {where}: a file is where a folder should be; {_ANOTHER}"
+    if isinstance(error, FileNotFoundError):
+        return f"cannot write {where}: nothing can be made there; {_ANOTHER}"
+    reason = os.strerror(error.errno) if error.errno is not None else str(error)
+    return f"cannot write {where}: {reason}; {_ANOTHER} or mend its permissions"

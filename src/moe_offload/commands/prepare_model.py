@@ -1,0 +1,118 @@
+"""Preparing one checkpoint from the first look at it to the manifest."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+
+from moe_offload import VERSION
+from moe_offload.checkpoint.checkpoint import Manifest, read_manifest
+from moe_offload.checkpoint.companion_files import copy_companions
+from moe_offload.checkpoint.expert_format import WeightFormat
+from moe_offload.checkpoint.model_folders import MANIFEST_NAME
+from moe_offload.checkpoint.output_folder import exclusive, read_record, remove_prepared, tidy
+from moe_offload.checkpoint.preparation import Formats, Preparation, size_text
+from moe_offload.checkpoint.source_checkpoint import SourceCheckpoint, open_source
+from moe_offload.errors import UserError
+from moe_offload.machine.run_progress import byte_bar
+from moe_offload.model.tokenization import check_tokenizer
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to prepare, and into what; `dense_dtype` auto is bf16, or fp32 with fp32 experts."""
+
+    input_path: Path
+    output_path: Path
+    hugging_face: bool = False
+    expert_dtype: WeightFormat = "bf16"
+    dense_dtype: WeightFormat | Literal["auto"] = "auto"
+    force: bool = False
+    library_warnings: bool = False
+
+
+def prepare_model(options: PrepareOptions) -> str:
+    """Prepare a folder, or find that it is prepared; returns the sentence to tell the user.
+
+    Shows progress on a terminal's stderr. UserError for a bad checkpoint or folder; OSError from
+    the disk passes through.
+    """
+    started_s = time.monotonic()
+    if not options.library_warnings:
+        transformers.logging.set_verbosity_error()
+    dense_format = options.dense_dtype
+    if dense_format == "auto":
+        dense_format = "fp32" if options.expert_dtype == "fp32" else "bf16"
+    formats = Formats(
+        weight_format=options.expert_dtype,
+        dense_format=dense_format,
+        model_dtype=torch.float32 if dense_format == "fp32" else torch.bfloat16,
+    )
+    source = open_source(options.input_path, options.hugging_face, formats.model_dtype)
+    check_tokenizer(source.folder, source.config.model_type)
+    output = options.output_path
+    output.mkdir(parents=True, exist_ok=True)
+    with exclusive(output):
+        if (output / MANIFEST_NAME).exists():
+            if not options.force:
+                _require_same(read_manifest(output), source, formats)
+                tidy(output)
+                return f"{output} is already prepared; --force prepares it again"
+            remove_prepared(output)
+        manifest = _prepare(source, output, formats)
+    return _summary(manifest, time.monotonic() - started_s)
+
+
+def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manifest:
+    if source.unused:
+        print(
+            f"note: the model has no place for {len(source.unused)} tensors of the checkpoint, "
+            f"such as {source.unused[0]}; they are left out",
+            file=sys.stderr,
+        )
+    preparation = Preparation(source, output, formats)
+    if read_record(output):
+        print("found an interrupted preparation: keeping its finished files", file=sys.stderr)
+    copy_companions(source.folder, output, source.config)
+    created_with = {
+        "tool": VERSION,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+    with byte_bar("preparing", preparation.total_bytes, leave=True) as advance:
+        return preparation.run(created_with, on_bytes=advance)
+
+
+def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats) -> None:
+    """UserError unless the folder holds just what was asked for."""
+    for flag, found, wanted in (
+        ("--expert-dtype", manifest.weight_format, formats.weight_format),
+        ("--dense-dtype", manifest.dense_format, formats.dense_format),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"{manifest.folder} is prepared with {flag} {found}, this command asks for "
+                f"{wanted}; add --force to replace it or choose another --output-path"
+            )
+    if manifest.source_fingerprint != source.fingerprint:
+        raise UserError(
+            f"{manifest.folder} was prepared from {manifest.source}, whose files were other than "
+            f"those now in {source.folder}; add --force to replace it or choose another "
+            "--output-path"
+        )
+
+
+def _summary(manifest: Manifest, duration_s: float) -> str:
+    n_experts = sorted({layer.n_experts for layer in manifest.moe_layers})
+    return (
+        f"prepared {manifest.folder} in {duration_s:.1f} s: {len(manifest.moe_layers)} MoE layers "
+        f"of {'/'.join(map(str, n_experts))} experts in {manifest.weight_format} "
+        f"({size_text(manifest.expert_bytes)}), the rest in {manifest.dense_format} "
+        f"({size_text(manifest.dense_bytes)})"
+    )

@@ -1,0 +1,1 @@
+"""A loaded model, wired together, with this machine's costs."""

@@ -1,0 +1,358 @@
+"""Wires a model, its experts and its caches together: what `main.py` and Python programs run.
+
+`load_model` is the short way for a program: it returns a real transformers model.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_offload.checkpoint.checkpoint import read_manifest, verify
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.accelerator_setup import (
+    Workbench,
+    build_accelerator,
+    fitted_cache,
+    gpu_uuid,
+)
+from moe_offload.engine.calibration import ROUNDS
+from moe_offload.engine.machine_costs import MachineCosts, machine_costs
+from moe_offload.engine.onednn_choice import CROSSOVER_TOKENS, OnednnChoice, has_bf16_products
+from moe_offload.engine.preflight import kv_cache_bytes, make_budget
+from moe_offload.errors import UserError
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
+from moe_offload.experts.expert_store import ExpertStore
+from moe_offload.experts.moe_dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.nvtx_ranges import NvtxRanges
+from moe_offload.experts.recorder import NullRecorder, Recorder
+from moe_offload.kernels.cpu_experts import CpuExperts
+from moe_offload.machine.hardware import read_hardware
+from moe_offload.machine.run_progress import byte_bar
+from moe_offload.model import xformers_attention
+from moe_offload.model.cpu_modules import use_cpu_kernels
+from moe_offload.model.model_loader import (
+    ModelSource,
+    MoeSite,
+    PreparedModel,
+    build_skeleton,
+    distinct_linears,
+    find_moe_sites,
+    install_experts,
+    onednn_linears,
+)
+from moe_offload.simulation.trace_reader import read_trace
+
+_DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
+
+
+@dataclass
+class Engine:
+    """A loaded model and everything that serves it. Close it, or use it as a context manager.
+
+    `notes` are lines for the user: what was degraded, chosen or emulated. Our kernels compute the
+    CPU's part until a calibration has shown that torch's oneDNN is faster for many tokens.
+    """
+
+    model: PreTrainedModel
+    source: ModelSource
+    store: ExpertStore
+    dispatcher: MoeDispatcher
+    device: torch.device
+    cpu: CpuExperts
+    sites: list[MoeSite]
+    kv_bytes: int
+    costs: MachineCosts | None = None
+    emulate_pcie_gbps: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        return self.dispatcher.accelerator
+
+    def use_cache(self, options: CacheOptions) -> None:
+        """Serve the experts with another cache from now on; the weights stay where they are.
+
+        Further lines join `notes`. UserError when the cache cannot be built.
+        """
+        if self.accelerator is not None:
+            self.accelerator.close()
+            self.dispatcher.accelerator = None
+            gc.collect()  # an error that was kept holds its frames, and those the slots
+            # Else what is allocated meanwhile may sit in the old slots' memory for good, and the
+            # new ones, one allocation, find no room beside it.
+            torch.cuda.empty_cache()
+        self.emulate_pcie_gbps = options.emulate_pcie_gbps
+        options = fitted_cache(options, self.source, self.notes)
+        if options.wants_accelerator:
+            workbench = Workbench(
+                self.source,
+                self.store,
+                self.cpu,
+                self.sites,
+                self.device,
+                self.decode_step,
+                self.notes,
+                distinct_linears(onednn_linears(self.model)),
+            )
+            self.dispatcher.accelerator, self.costs = build_accelerator(
+                workbench, options, self.kv_bytes
+            )
+            self.use_onednn(self.costs.onednn)
+
+    def calibrate(self, again: bool = False, rounds: int = ROUNDS) -> None:
+        """Know the machine's costs: measured once, then from disk; `again` measures anew.
+
+        `rounds`: how often it measures what slows what, of which it takes the median.
+        """
+        if self.costs is None or again:
+            accelerator = self.accelerator
+            # The measurement computes from the slots and copies into them.
+            with nullcontext() if accelerator is None else accelerator.lending_slots():
+                self.costs = machine_costs(
+                    self.store,
+                    self.cpu,
+                    None if accelerator is None else accelerator.gpu,
+                    self.decode_step,
+                    read_hardware(gpu_uuid=self.gpu_uuid),
+                    dtype=self.source.dtype,
+                    dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+                    linears=distinct_linears(onednn_linears(self.model)),
+                    emulate_pcie_gbps=self.emulate_pcie_gbps,
+                    remeasure=again,
+                    rounds=rounds,
+                )
+            if accelerator is not None and accelerator.costs is not None:
+                accelerator.costs = self.costs.model  # what its plans go by
+            self.use_onednn(self.costs.onednn)
+
+    def calibrate_for(self, prompt_tokens: int) -> None:
+        """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
+        is_possible = self.cpu.suits_onednn or onednn_linears(self.model)
+        if (
+            prompt_tokens >= max(CROSSOVER_TOKENS)
+            and is_possible
+            and has_bf16_products(read_hardware(gpu_uuid=self.gpu_uuid).isa)
+        ):
+            self.calibrate()
+
+    def use_onednn(self, choice: OnednnChoice) -> None:
+        """Let oneDNN compute what it was measured to compute faster."""
+        for experts in self.dispatcher.cpu:
+            experts.onednn_tokens = choice.expert_tokens if experts.suits_onednn else None
+        for linear in onednn_linears(self.model):
+            linear.onednn_tokens = choice.dense_tokens
+
+    def decode_step(self) -> None:
+        """One decode step with every expert left out: what all the rest costs."""
+        with self.dispatcher.experts_left_out(), torch.inference_mode():
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+
+    @property
+    def gpu_uuid(self) -> str | None:
+        """The GPU in use, as NVML knows it; None without one."""
+        return gpu_uuid(self.device)
+
+    def follow_prompts(self, prompts: Sequence[int]) -> None:
+        """Record the coming pass under the first of `prompts`."""
+        self.dispatcher.prompt = prompts[0]
+
+    def run_notes(self) -> list[str]:
+        """`notes`, and what the accelerator learnt during the run."""
+        lines = list(self.notes)
+        if self.costs is not None and self.costs.note is not None:
+            lines.append(self.costs.note)
+        if self.costs is not None:
+            lines += self.costs.onednn.notes()
+        if self.accelerator is not None:
+            lines += self.accelerator.notes()
+        return lines
+
+    def describe(self) -> dict[str, Any]:
+        """What runs where, as plain JSON values."""
+        accelerator = self.accelerator
+        return {
+            "name": self.source.name,
+            "model_type": self.source.config.model_type,
+            "n_moe_layers": self.store.n_layers,
+            "n_experts": list(self.store.n_experts),
+            "dtype": str(self.source.dtype).removeprefix("torch."),
+            "weight_format": self.source.weight_format,
+            "dense_format": self.source.dense_format,
+            "total_expert_bytes": self.store.total_bytes,
+            "device": str(self.device),
+            "cpu_kernels": self.cpu.description,
+            "accelerator": None if accelerator is None else accelerator.gpu.description,
+            "cache_nblocks": 0 if accelerator is None else accelerator.cache.n_indexes,
+            "cache_nways": 0 if accelerator is None else accelerator.cache.n_ways,
+        }
+
+    def close(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.close()
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_engine(
+    source: ModelSource,
+    options: ModelOptions,
+    cache: CacheOptions,
+    recorder: Recorder | NullRecorder | None = None,
+    *,
+    context_tokens: int = _DEFAULT_CONTEXT_TOKENS,
+    nvtx: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Engine:
+    """Check memory, build the model, read its weights and install the experts.
+
+    `context_tokens` is the most tokens, over a whole batch, that the KV cache will hold; `say`
+    hears progress lines. Raises UserError for a device or model that cannot be served, and
+    before loading anything when memory cannot hold the run.
+    """
+    device = choose_device(options.device)
+    if options.attention == xformers_attention.NAME:
+        xformers_attention.register(device)
+    if device.type == "cuda" and source.dense_format in ("int8", "int4"):
+        raise UserError(
+            f"the dense weights of {source.name} are prepared as {source.dense_format}, which "
+            "only the CPU serves: use --device cpu, or prepare with --dense-dtype bf16"
+        )
+    if device.type == "cuda" and cache.emulate_pcie_gbps is not None:
+        raise UserError("--emulate-pcie-gbps is for --device cpu: a GPU's link is not emulated")
+    fitted_cache(cache, source, [])  # refuse before loading what would be refused after
+    if cache.trace is not None:
+        read_trace(cache.trace)
+    notes: list[str] = []
+    model = build_skeleton(source.config, source.dtype, options.attention)
+    sites = find_moe_sites(model, source.experts_paths)
+    kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
+    budget = make_budget(
+        device,
+        expert_bytes=sum(
+            layout.block_bytes * n
+            for layout, n in zip(
+                source.layouts[: source.n_stored_layers], source.n_experts, strict=False
+            )
+        ),
+        dense_bytes=source.dense_bytes,
+        kv_bytes=kv_bytes,
+        slot_bytes=_slot_bytes(cache, source),
+    )
+    if say is not None:
+        say(budget.table())
+    budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
+
+    store = ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
+    cpu = [_cpu_experts(source, site, options) for site in sites]
+    dispatcher = MoeDispatcher(
+        store, cpu, recorder or NullRecorder(), ranges=NvtxRanges(enabled=nvtx)
+    )
+    for site in sites:
+        install_experts(model, site.experts_path, MoeExperts(dispatcher, site.layer))
+    total_bytes = source.dense_bytes + store.total_bytes
+    with byte_bar(f"loading {source.name}", total_bytes) as advance:
+        source.load_dense(model, device, advance)
+        source.load_experts(store, advance)
+    dispatcher.attach(model, [site.block for site in sites])
+    if device.type == "cpu":
+        blocks = [site.block for site in sites]
+        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, blocks)
+    else:
+        refused = store.pin()
+        notes.extend([refused] if refused else [])
+    engine = Engine(
+        model=model,
+        source=source,
+        store=store,
+        dispatcher=dispatcher,
+        device=device,
+        cpu=cpu[0],
+        sites=sites,
+        kv_bytes=kv_bytes,
+        notes=notes,
+    )
+    engine.use_cache(cache)
+    return engine
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+    cache_nblocks: int = 0,
+    cache_nways: int = 0,
+    cache_replace_policy: str = "FIFO",
+    **cache_options: Any,
+) -> PreTrainedModel:
+    """A prepared folder as a real transformers model, its experts served by this tool.
+
+    `generate()`, streamers, logits processors and evaluation harnesses work on it. Its `engine`
+    attribute is the `Engine` behind it. Further keywords are those of `config.CacheOptions`.
+    Raises `errors.UserError` for folders and settings that cannot be served.
+    """
+    known = {entry.name for entry in fields(CacheOptions)} - {"n_indexes", "n_ways", "policy"}
+    if unknown := sorted(cache_options.keys() - known):
+        raise UserError(
+            "expected device, cache_nblocks, cache_nways, cache_replace_policy, "
+            f"{', '.join(sorted(known))} as settings of load_model, found {', '.join(unknown)}"
+        )
+    options = ModelOptions(model_path=Path(path), device=device)
+    cache = CacheOptions(
+        n_indexes=cache_nblocks, n_ways=cache_nways, policy=cache_replace_policy, **cache_options
+    )
+    engine = load_engine(PreparedModel(read_manifest(Path(path))), options, cache)
+    engine.model.engine = engine
+    return engine.model
+
+
+def open_prepared(options: ModelOptions) -> PreparedModel:
+    """The model that `options` name; with `verify`, every byte of its folder is read first."""
+    assert options.model_path is not None
+    manifest = read_manifest(options.model_path)
+    if options.verify:
+        total_bytes = sum(shard.file_bytes for shard in manifest.shards)
+        with byte_bar("verifying", total_bytes) as advance:
+            verify(manifest, advance)
+    return PreparedModel(manifest)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `wanted` (auto, cuda, cpu) means here; UserError for cuda without one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda was asked for and torch sees no GPU: use --device cpu, or install "
+            "a torch built for your CUDA driver"
+        )
+    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _slot_bytes(cache: CacheOptions, source: ModelSource) -> int:
+    if not cache.n_slots:
+        return 0
+    n_slots = min(cache.n_indexes, len(source.layouts)) * min(cache.n_ways, source.n_experts[0])
+    return (n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes
+
+
+def _cpu_experts(source: ModelSource, site: MoeSite, options: ModelOptions) -> CpuExperts:
+    return CpuExperts(
+        source.layouts[site.layer],
+        site.activation,
+        act_module=site.act_module,
+        kernel=options.cpu_kernel,
+        isa=options.cpu_isa,
+        affinity=options.cpu_affinity,
+    )

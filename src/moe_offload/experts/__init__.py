@@ -1,0 +1,1 @@
+"""Where experts live and who computes them: store, cache, fetcher, plan, dispatcher."""

@@ -1,0 +1,197 @@
+"""The GPU's side of a run, real or emulated: slots, their directory, and the copies into them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from moe_offload.experts.cost_model import CostModel
+from moe_offload.experts.expert_cache import ExpertCache, SlotState
+from moe_offload.experts.expert_fetcher import Completion, ExpertFetcher
+from moe_offload.experts.expert_store import ExpertStore
+from moe_offload.experts.gpu_experts import GpuExperts
+from moe_offload.experts.miss_trial import MissTrial
+from moe_offload.experts.next_layer import PrefetchStats, Router
+from moe_offload.experts.plan import MissMode
+
+N_STAGING_SLOTS = 2  # one is computed while the other is filled
+
+
+@dataclass
+class Accelerator:
+    """Owns what the dispatcher needs beside the CPU. Driven by the thread of the forward pass.
+
+    Slots beyond the cache's are for staging: experts streamed through once, on demand. `routers`
+    has one entry per MoE layer when fetching ahead is on. `quota` is the most background fetches
+    of one forward pass.
+    """
+
+    store: ExpertStore
+    cache: ExpertCache
+    gpu: GpuExperts
+    fetcher: ExpertFetcher
+    quota: int
+    miss_policy: Literal["cpu", "fetch", "auto"] = "cpu"
+    costs: CostModel | None = None
+    routers: Sequence[Router | None] = ()
+    trial: MissTrial | None = field(init=False)
+    prefetch: PrefetchStats = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.gpu.n_slots >= self.cache.n_slots + N_STAGING_SLOTS
+        self.trial = MissTrial() if self.miss_policy == "auto" else None
+        self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
+        self.failed_copies = 0
+        self.layers_out_of_memory = 0
+        self._next_staging = 0
+
+    @property
+    def mode(self) -> MissMode:
+        """How the current step treats a miss."""
+        if self.trial is not None:
+            return self.trial.mode
+        return "fetch" if self.miss_policy == "fetch" else "cpu"
+
+    @property
+    def backlog_us(self) -> float:
+        """Predicted time until the copies already queued are done."""
+        if self.costs is None:
+            return 0.0
+        return self.fetcher.in_flight * self.costs.copy_us(shared=True)
+
+    def collect_copies(self) -> None:
+        """Tell the directory which copies have ended since the last call."""
+        self._collect(self.fetcher.poll())
+
+    @contextmanager
+    def lending_slots(self) -> Iterator[None]:
+        """Inside, anyone may write to the slots, and no layer may run; no copy is under way.
+
+        Afterwards, whatever happened, each slot that was ready holds its expert again: the
+        directory, the policy and their counters have seen nothing.
+        """
+        self._collect(self.fetcher.drain())
+        try:
+            yield
+        finally:
+            for slot in range(self.cache.n_slots):
+                held = self.cache.tag(slot)
+                if held is not None and self.cache.state(slot) is SlotState.READY:
+                    self.gpu.slots[slot].copy_(self.store.block(*held))
+
+    def _collect(self, completions: Sequence[Completion]) -> None:
+        for completion in completions:
+            if completion.error is not None:
+                self._warn(completion.error)
+            if completion.slot >= self.cache.n_slots:
+                continue
+            if completion.error is None:
+                self.cache.mark_ready(completion.slot)
+            else:
+                self.cache.cancel(completion.slot)
+
+    def fetch_background(self, layer: int, experts: Sequence[int], quota: int) -> int:
+        """Start copying missed experts for the tokens to come; returns how many."""
+        pairs = self.cache.start_fetches(layer, experts, quota)
+        for expert, slot in pairs:
+            self.fetch(layer, expert, slot)
+        return len(pairs)
+
+    def fetch(self, layer: int, expert: int, slot: int) -> None:
+        """Start copying one expert into a slot that is its own or a staging slot."""
+        self.fetcher.fetch(slot, self.store.block(layer, expert))
+
+    def slot_for_waited(self, layer: int, expert: int, staging_only: bool) -> tuple[int, bool]:
+        """A slot that holds or will hold `expert`, and whether a copy was started for it.
+
+        The expert's own slot when it is on its way; else a way of its index; else, or with
+        `staging_only`, a staging slot, which the caller computes from once.
+        """
+        slot = self.cache.slot_of(layer, expert)
+        if slot is not None:
+            return slot, False
+        if not staging_only:
+            slot = self.cache.admit(layer, expert)
+        if slot is None:
+            slot = self.cache.n_slots + self._next_staging
+            self._next_staging = (self._next_staging + 1) % N_STAGING_SLOTS
+        self.fetch(layer, expert, slot)
+        return slot, True
+
+    def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """The experts that `layer` is expected to choose, int64 [T, K] on hidden's device.
+
+        `hidden` [T, H] is the previous layer's input. None when fetching ahead is off, or `layer`
+        is not cached.
+        """
+        if layer >= len(self.routers) or layer >= self.cache.n_indexes:
+            return None
+        router = self.routers[layer]
+        return None if router is None else router(hidden).long()
+
+    def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
+        """Start copying the `guessed` experts of `layer`; returns how many.
+
+        Only while no other copy is under way, and never in the place of an expert that is guessed
+        itself.
+        """
+        self.prefetch.guess(layer, guessed)
+        self.collect_copies()  # one that has ended since keeps nobody from the bus
+        if self.fetcher.in_flight or quota <= 0:
+            return 0
+        self.cache.protect(layer, guessed)
+        pairs = self.cache.start_fetches(layer, guessed, quota)
+        for expert, slot in pairs:
+            self.fetch(layer, expert, slot)
+            self.prefetch.fetch(slot, layer, expert)
+        self.cache.end_step(layer)
+        return len(pairs)
+
+    def notes(self) -> list[str]:
+        """What was learnt during the run, as lines for the summary."""
+        lines = []
+        if self.trial is not None:
+            lines.append(self.trial.line)
+        if self.prefetch.chosen:
+            lines.append(
+                f"next-layer prefetch: recall {100 * self.prefetch.recall:.1f}%, "
+                f"{self.prefetch.fetched} experts fetched, "
+                f"{self.prefetch.wasted_bytes / 1e9:.3f} GB of it wasted"
+            )
+        if self.failed_copies:
+            lines.append(f"{self.failed_copies} copies failed; the CPU computed those experts")
+        if self.layers_out_of_memory:
+            lines.append(
+                f"the GPU was out of memory in {self.layers_out_of_memory} layers; the CPU "
+                "computed their experts"
+            )
+        return lines
+
+    def close(self) -> None:
+        """End all copies and computations; slots are not to be used afterwards."""
+        self.fetcher.close()
+        self.gpu.close()
+
+    def warn_out_of_memory(self) -> None:
+        """The GPU had no room for a layer's scratch, and the CPU has computed its experts."""
+        if self.layers_out_of_memory == 0:
+            print(
+                "warning: the GPU is out of memory for computing experts; the CPU computes them "
+                "instead, results are not affected: use fewer cache slots to avoid it",
+                file=sys.stderr,
+            )
+        self.layers_out_of_memory += 1
+
+    def _warn(self, error: Exception) -> None:
+        if self.failed_copies == 0:
+            print(
+                f"warning: a copy to the accelerator failed ({error}); the CPU computes such "
+                "experts instead, results are not affected",
+                file=sys.stderr,
+            )
+        self.failed_copies += 1

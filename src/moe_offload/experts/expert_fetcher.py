@@ -1,0 +1,284 @@
+"""Background copies of an expert's block from host memory into a cache slot.
+
+Copies run in a stream of their own and never block the host. Two orders keep them safe, both
+enforced between streams, not by the host:
+
+    ready     a computation that reads a slot waits until the copy into it is done
+    released  a copy into a slot waits until the last computation that reads it is done
+
+Without the second, an eviction would overwrite weights that a running kernel still reads. One class
+holds that logic; its streams are CUDA's, or threads with a real memcpy (`HostFetcher`), so that the
+order tested without a GPU is the order that holds on one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_offload.machine.streams import HostEvent, HostStream
+
+CopyHook = Callable[[int], None]
+
+# A whole Mixtral expert at once takes a core for 30 ms and then rests, so that what runs beside it
+# is slowed or not by luck; memcpy is as fast in chunks of this size (measured: 256 KiB to 64 MiB).
+_CHUNK_BYTES = 1 << 22
+
+
+class CopyCancelledError(Exception):
+    """The fetcher was closed before the copy began."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A copy into `slot` has ended; with an error the slot's bytes are undefined."""
+
+    slot: int
+    error: Exception | None
+
+
+@dataclass(eq=False)
+class Copy:
+    """One copy on its way. `error` is final once `done`; `source` keeps its memory alive."""
+
+    slot: int
+    source: Tensor | None
+    started: Any
+    ready: Any
+    error: Exception | None = None
+    done: bool = False
+
+
+class ExpertFetcher(ABC):
+    """Copies blocks into `slots`, uint8 [n_slots, block_bytes], on its own stream.
+
+    One host thread drives it. All computation that reads slots is on one stream, the one handed to
+    `wait_ready` and `mark_released`. A copy that fails is reported by `poll`, never raised.
+    """
+
+    def __init__(self, slots: Tensor, copy_streams: list[Any]) -> None:
+        self.slots = slots
+        self.copies = 0
+        self.bytes_copied = 0
+        self.failures = 0
+        self.busy_s = 0.0
+        self._streams = copy_streams
+        self._issued = 0
+        self._closed = False
+        self._latest: dict[int, Copy] = {}
+        self._released: dict[int, Any] = {}
+        self._in_flight: list[Copy] = []
+
+    @property
+    def in_flight(self) -> int:
+        """Copies that `poll` has not reported yet."""
+        return len(self._in_flight)
+
+    def fetch(self, slot: int, source: Tensor) -> None:
+        """Start copying `source`, uint8 [block_bytes], into a slot; returns at once.
+
+        The copy waits for computation on the slot that was issued before this call, and for an
+        earlier copy into it. On CUDA `source` must be pinned, or the call itself copies.
+        """
+        if self._closed:
+            raise RuntimeError("the fetcher is closed")
+        if source.shape != self.slots.shape[1:] or not source.is_contiguous():
+            raise ValueError(
+                f"expected a contiguous block {list(self.slots.shape[1:])}, found {source.shape}"
+            )
+        stream = self._streams[self._issued % len(self._streams)]
+        self._issued += 1
+        copy = Copy(slot, source, self._new_event(timed=True), self._new_event(timed=True))
+        self._wait_released(slot, stream)
+        if slot in self._latest and not self._latest[slot].done:
+            stream.wait_event(self._latest[slot].ready)
+        copy.started.record(stream)
+        try:
+            self._enqueue(copy, source, stream)
+        except Exception as error:  # reported by poll(), whatever it is
+            copy.error = error
+        copy.ready.record(stream)
+        self._latest[slot] = copy
+        self._in_flight.append(copy)
+
+    def poll(self) -> list[Completion]:
+        """The copies that ended since the last call, in the order they were started."""
+        running, completions = [], []
+        for copy in self._in_flight:
+            if self._has_ended(copy):
+                completions.append(Completion(copy.slot, copy.error))
+            else:
+                running.append(copy)
+        self._in_flight = running
+        return completions
+
+    def wait_ready(self, slots: Iterable[int], stream: Any) -> list[Copy]:
+        """Make `stream` wait for the latest copy into each slot; the host does not.
+
+        Returns the copies that have not been seen to end: check their `error` once the work behind
+        this wait has run.
+        """
+        copies = [self._latest[slot] for slot in slots if slot in self._latest]
+        waiting = [copy for copy in copies if not copy.done or copy.error is not None]
+        for copy in waiting:
+            stream.wait_event(copy.ready)
+        return waiting
+
+    def mark_released(self, slots: Iterable[int], stream: Any) -> None:
+        """Note that every use of the slots so far lies in `stream` before this point."""
+        event = self._new_event(timed=False)
+        event.record(stream)
+        self._released.update(dict.fromkeys(slots, event))
+
+    def drain(self) -> list[Completion]:
+        """Block until no copy is in flight; returns what `poll` had not reported."""
+        for copy in self._in_flight:
+            self._synchronize(copy)
+        return self.poll()
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all copies, those in flight included; the slots may be freed afterwards."""
+
+    @abstractmethod
+    def _new_event(self, timed: bool) -> Any: ...
+
+    @abstractmethod
+    def _enqueue(self, copy: Copy, source: Tensor, stream: Any) -> None: ...
+
+    def _wait_released(self, slot: int, stream: Any) -> None:
+        event = self._released.pop(slot, None)
+        if event is not None:
+            stream.wait_event(event)
+
+    @staticmethod
+    def _synchronize(copy: Copy) -> None:
+        try:
+            copy.ready.synchronize()
+        except Exception as error:
+            copy.error = error
+
+    def _has_ended(self, copy: Copy) -> bool:
+        try:
+            if copy.error is None and not copy.ready.query():
+                return False
+            if copy.error is None:
+                self.busy_s += copy.started.elapsed_time(copy.ready) / 1e3
+        except Exception as error:  # CUDA reports a failed copy where it is asked for
+            copy.error = error
+        copy.done = True
+        if copy.error is not None:
+            self.failures += 1
+        else:
+            assert copy.source is not None
+            self.copies += 1
+            self.bytes_copied += copy.source.nbytes
+        copy.source = None
+        return True
+
+
+class CudaFetcher(ExpertFetcher):
+    """Copies from pinned host memory over one CUDA stream.
+
+    `cuda` offers `torch.cuda`'s Stream, Event, current_stream and stream.
+    """
+
+    def __init__(self, slots: Tensor, cuda: Any = torch.cuda) -> None:
+        stream = cuda.Stream(device=slots.device)
+        # The allocator may have taken the slots from memory that queued work still uses.
+        stream.wait_stream(cuda.current_stream(slots.device))
+        super().__init__(slots, [stream])
+        self._cuda = cuda
+
+    def close(self) -> None:
+        self._closed = True
+        for copy in self._in_flight:
+            self._synchronize(copy)
+
+    def _new_event(self, timed: bool) -> Any:
+        # Blocking: a host that waits (`drain`) sleeps, and takes no core from the CPU's experts.
+        return self._cuda.Event(enable_timing=timed, blocking=timed)
+
+    def _enqueue(self, copy: Copy, source: Tensor, stream: Any) -> None:
+        with self._cuda.stream(stream):
+            self.slots[copy.slot].copy_(source, non_blocking=True)
+
+
+class HostFetcher(ExpertFetcher):
+    """The same on a machine without a GPU: a thread and a real memcpy.
+
+    `emulate_pcie_gbps` (1e9 B/s) stretches each copy to what such a link would take, chunk by
+    chunk, so that it takes the cores and the DRAM evenly; it cannot make memcpy faster.
+    `before_copy` is called with the slot on the copying thread before each copy: it may sleep, or
+    raise to make the copy fail. `n_streams` above 1 lets copies overtake each other.
+    """
+
+    def __init__(
+        self,
+        slots: Tensor,
+        emulate_pcie_gbps: float | None = None,
+        before_copy: CopyHook | None = None,
+        n_streams: int = 1,
+    ) -> None:
+        super().__init__(slots, [HostStream(f"expert copy {i}") for i in range(n_streams)])
+        self._s_per_byte = 1e-9 / emulate_pcie_gbps if emulate_pcie_gbps else 0.0
+        self._before_copy = before_copy
+        self._link_free_s = 0.0
+        self._link = threading.Lock()
+
+    def close(self) -> None:
+        """Finish the copies that have begun; the others end with `CopyCancelledError`."""
+        if not self._closed:
+            self._closed = True
+            for stream in self._streams:
+                stream.close(cancel=True)
+
+    def _new_event(self, timed: bool) -> HostEvent:  # host events are always timed
+        return HostEvent()
+
+    def _enqueue(self, copy: Copy, source: Tensor, stream: HostStream) -> None:
+        target = self.slots[copy.slot]
+        stream.submit(lambda: self._copy(copy, source, target, stream))
+
+    def _copy(self, copy: Copy, source: Tensor, target: Tensor, stream: HostStream) -> None:
+        try:
+            if stream.cancelled.is_set():
+                raise CopyCancelledError(f"copy into slot {copy.slot}")
+            if self._before_copy is not None:
+                self._before_copy(copy.slot)
+            # One thread, as a DMA engine takes no cores: torch's copy_ would use all of them.
+            if self._s_per_byte:
+                self._copy_paced(source, target, stream)
+            else:
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+        except Exception as error:  # reported by poll(), whatever it is
+            copy.error = error
+
+    def _copy_paced(self, source: Tensor, target: Tensor, stream: HostStream) -> None:
+        n_bytes = source.nbytes
+        # Counted from when the link became free: oversleeping does not add up over the chunks.
+        with self._link:
+            start_s = max(time.perf_counter(), self._link_free_s)
+            self._link_free_s = start_s + n_bytes * self._s_per_byte
+        for offset in range(0, n_bytes, _CHUNK_BYTES):
+            n_chunk = min(_CHUNK_BYTES, n_bytes - offset)
+            ctypes.memmove(target.data_ptr() + offset, source.data_ptr() + offset, n_chunk)
+            end_s = start_s + (offset + n_chunk) * self._s_per_byte
+            stream.cancelled.wait(max(0.0, end_s - time.perf_counter()))
+
+
+def make_fetcher(
+    device: torch.device | str, slots: Tensor, emulate_pcie_gbps: float | None = None
+) -> ExpertFetcher:
+    """The fetcher of `device` for `slots`, uint8 [n_slots, block_bytes] on that device."""
+    if torch.device(device).type == "cuda":
+        return CudaFetcher(slots)
+    return HostFetcher(slots, emulate_pcie_gbps)

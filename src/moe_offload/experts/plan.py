@@ -1,0 +1,87 @@
+"""Who computes what in one layer: a pure decision, before any tensor moves.
+
+Decide, then act: the dispatcher carries out a `Plan` and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_offload.experts.cost_model import CostModel
+
+MissMode = Literal["cpu", "fetch", "costs"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layer's experts by the side that computes them.
+
+    `hits` maps experts that are ready on the accelerator to their slots. `waited` are computed
+    there once their copies arrive; `cpu` on the CPU; `background` are missed experts to fetch
+    for the tokens to come, in this order. `hits`, `waited` and `cpu` are disjoint and together
+    hold every chosen expert once.
+    """
+
+    hits: Mapping[int, int]
+    waited: tuple[int, ...]
+    cpu: tuple[int, ...]
+    background: tuple[int, ...]
+
+
+def plan_decode(
+    counts: Mapping[int, int],
+    slots: Sequence[int],
+    mode: MissMode,
+    costs: CostModel | None,
+    backlog_us: float = 0.0,
+) -> Plan:
+    """Plan one decode step of one layer.
+
+    `counts` gives each chosen expert's number of tokens, in order of first choice; `slots` the
+    cache's answer for each, -1 for a miss. `cpu` is the paper's policy: the CPU computes every
+    miss and the fetch is for later. `fetch` waits for every missed expert. `costs` waits for
+    those whose waiting shortens the step by the calibrated `costs`.
+    """
+    hits = {e: slot for e, slot in zip(counts, slots, strict=True) if slot >= 0}
+    missed = [e for e in counts if e not in hits]
+    if mode == "fetch":
+        return Plan(hits, tuple(missed), (), ())
+    if mode == "costs" and costs is not None and missed:
+        now = costs.should_fetch_now(len(hits), [counts[e] for e in missed], backlog_us)
+        waited = tuple(e for e, wait in zip(missed, now, strict=True) if wait)
+        left = tuple(e for e, wait in zip(missed, now, strict=True) if not wait)
+        return Plan(hits, waited, left, left)
+    return Plan(hits, (), tuple(missed), tuple(missed))
+
+
+def plan_prefill(
+    counts: Sequence[int],
+    ready: Mapping[int, int],
+    mode: MissMode,
+    costs: CostModel | None,
+    backlog_us: float = 0.0,
+) -> Plan:
+    """Plan one layer of a prompt.
+
+    `counts[e]` is the number of prompt tokens on expert e; `ready` maps experts on the
+    accelerator to their slots. With `costs`, the split that is predicted to finish first, so a
+    short prompt does not stream the model and a long one does not wait for the CPU. `fetch`
+    streams every expert that is not there. `backlog_us` is the copy time already queued, such as
+    the warm-up of the layer before. Background fetches are the dispatcher's warm-up,
+    after the layer, and not part of this plan.
+    """
+    chosen = [e for e, n in enumerate(counts) if n]
+    if mode != "fetch" and costs is not None:
+        split = costs.split_prefill(counts, _ready_and_chosen(ready, counts), backlog_us)
+        hits = {e: ready[e] for e in split.gpu_experts if e in ready}
+        waited = tuple(e for e in split.gpu_experts if e not in ready)
+        return Plan(hits, waited, split.cpu_experts, ())
+    hits = {e: ready[e] for e in chosen if e in ready}
+    missed = tuple(e for e in chosen if e not in ready)
+    return Plan(hits, missed, (), ()) if mode == "fetch" else Plan(hits, (), missed, ())
+
+
+def _ready_and_chosen(ready: Mapping[int, int], counts: Sequence[int]) -> Collection[int]:
+    return {e for e in ready if counts[e]}

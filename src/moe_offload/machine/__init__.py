@@ -1,0 +1,1 @@
+"""What stands around the program: hardware, sensors, CUDA streams, the terminal."""

@@ -1,0 +1,193 @@
+"""What this machine is: CPU, caches, NUMA, memory, GPU. What it can do is in calibration.py."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pynvml
+
+from moe_offload.machine.host_memory import limit_bytes
+
+PROC_ROOT = Path("/proc")
+SYS_ROOT = Path("/sys/devices/system")
+
+# Of a CPU's many flags, those that decide which expert kernels run (x86, then Arm).
+_ISA = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
+    *("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2"),
+)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One CPU cache level: `n_instances` of `size_bytes` each."""
+
+    level: int
+    kind: str
+    size_bytes: int
+    n_instances: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU; PCIe generation and width are the most that card and slot agree on."""
+
+    name: str
+    memory_bytes: int
+    driver: str
+    pcie_generation: int | None
+    pcie_width: int | None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine's facts. `n_cores` are physical cores, `n_threads` what the system schedules on.
+
+    `memory_limit_bytes` is what a cgroup (a container, a batch system) leaves of `memory_bytes`.
+    """
+
+    cpu: str
+    n_cores: int
+    n_threads: int
+    isa: tuple[str, ...]
+    caches: tuple[Cache, ...]
+    numa_nodes: tuple[str, ...]
+    memory_bytes: int
+    memory_limit_bytes: int | None
+    gpu: Gpu | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def key(self) -> dict[str, Any]:
+        """The facts that a calibration depends on (memory in GiB: kernels reserve a little)."""
+        facts = self.to_json()
+        del facts["memory_limit_bytes"]
+        facts["memory_bytes"] = round(self.memory_bytes / 2**30) * 2**30
+        if facts["gpu"]:
+            del facts["gpu"]["driver"]
+        return facts
+
+    @property
+    def last_level_cache_bytes(self) -> int:
+        """All instances of the highest cache level together; 0 where the system does not say."""
+        top = max((cache.level for cache in self.caches), default=0)
+        return sum(c.size_bytes * c.n_instances for c in self.caches if c.level == top)
+
+    def describe(self) -> list[str]:
+        """The facts as lines for people."""
+        gib = 2**30
+        limit = ""
+        if self.memory_limit_bytes is not None:
+            limit = f", limited to {self.memory_limit_bytes / gib:.1f} GiB by a cgroup"
+        lines = [
+            f"CPU: {self.cpu}, {self.n_cores} cores ({self.n_threads} threads), "
+            f"{len(self.numa_nodes) or 1} NUMA node(s), "
+            f"{self.memory_bytes / gib:.1f} GiB memory{limit}",
+            f"ISA: {' '.join(self.isa) or 'not reported'}",
+        ]
+        if self.caches:
+            sizes = (
+                f"L{c.level} {c.kind.lower()} {c.n_instances} x {c.size_bytes // 1024} KiB"
+                for c in self.caches
+            )
+            lines.append(f"Caches: {', '.join(sizes)}")
+        if self.gpu is None:
+            lines.append("GPU: none found")
+        else:
+            lines.append(
+                f"GPU: {self.gpu.name}, {self.gpu.memory_bytes / gib:.1f} GiB, "
+                f"PCIe {self.gpu.pcie_generation or '?'} x{self.gpu.pcie_width or '?'}, "
+                f"driver {self.gpu.driver}"
+            )
+        return lines
+
+
+def read_hardware(
+    proc_root: Path = PROC_ROOT,
+    sys_root: Path = SYS_ROOT,
+    nvml: ModuleType | Any = pynvml,
+    gpu_uuid: str | None = None,
+) -> Hardware:
+    """This machine's facts; what cannot be found out is empty, never an error.
+
+    `proc_root` and `sys_root` are /proc and /sys/devices/system, `nvml` the pynvml module, or
+    stand-ins for them. `gpu_uuid` names the GPU in use, by default NVML's first: the two libraries
+    number GPUs differently.
+    """
+    fields = _cpuinfo(proc_root / "cpuinfo")
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    n_threads = psutil.cpu_count() or 1
+    return Hardware(
+        cpu=fields.get("model name") or platform.processor() or platform.machine(),
+        n_cores=psutil.cpu_count(logical=False) or n_threads,
+        n_threads=n_threads,
+        isa=tuple(flag for flag in _ISA if flag in flags),
+        caches=_caches(sys_root / "cpu"),
+        numa_nodes=_numa_nodes(sys_root / "node"),
+        memory_bytes=psutil.virtual_memory().total,
+        memory_limit_bytes=limit_bytes(),
+        gpu=_gpu(nvml, gpu_uuid),
+    )
+
+
+def _cpuinfo(path: Path) -> dict[str, str]:
+    """The first value of each field: that of the first core."""
+    fields: dict[str, str] = {}
+    for line in _text(path).splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def _caches(cpu_root: Path) -> tuple[Cache, ...]:
+    instances: dict[tuple[int, str, int], set[str]] = {}
+    for index in cpu_root.glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, kind, size = (_text(index / name) for name in ("level", "type", "size"))
+        if level.isdigit() and size[:-1].isdigit():
+            unit = {"K": 1024, "M": 1024**2}.get(size[-1], 1)
+            # Cores that share an instance name the same cores.
+            shared_by = _text(index / "shared_cpu_list") or str(index)
+            key = (int(level), kind, int(size[:-1]) * unit)
+            instances.setdefault(key, set()).add(shared_by)
+    return tuple(
+        Cache(level, kind, size_bytes, len(instances[level, kind, size_bytes]))
+        for level, kind, size_bytes in sorted(instances)
+    )
+
+
+def _numa_nodes(node_root: Path) -> tuple[str, ...]:
+    """Each node's cores, such as '0-23'."""
+    nodes = sorted(node_root.glob("node[0-9]*"), key=lambda node: int(node.name[4:]))
+    return tuple(_text(node / "cpulist") for node in nodes)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _gpu(nvml: ModuleType | Any, uuid: str | None) -> Gpu | None:
+    try:
+        nvml.nvmlInit()
+        by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
+        handle = by_index(0) if uuid is None else by_uuid(uuid)
+        name, driver = nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()
+        memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError:
+        return None
+    try:
+        generation = int(nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle))
+        width = int(nvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
+    except nvml.NVMLError:
+        return Gpu(str(name), memory_bytes, str(driver), None, None)
+    return Gpu(str(name), memory_bytes, str(driver), generation, width)

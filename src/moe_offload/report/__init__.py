@@ -1,0 +1,1 @@
+"""A run in numbers, files and figures."""

@@ -1,0 +1,188 @@
+"""How much routing repeats itself across layers and tokens, and how much of that is chance.
+
+Chance means: every token and layer draws K distinct of E experts, all sets equally likely and
+independent. At top-2 of 8, two such sets share an expert 46% of the time: a figure of reuse says
+something only beside the value that chance gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import comb
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_offload.errors import UserError
+from moe_offload.simulation.traces import Trace
+
+Members = npt.NDArray[np.bool_]
+_Compare = Callable[[Members], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """One kind of reuse: how many of `n_pairs` comparisons show it, and what chance would give.
+
+    `measured` and `chance` are shares of 1; `by_layer` [L] is `measured` in each layer (for layers
+    compared with the next one, L - 1).
+    """
+
+    name: str
+    measured: float
+    chance: float
+    n_pairs: int
+    by_layer: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The pattern analysis of one trace.
+
+    `lags[d - 1]` is the share of its experts that a token has in common with the one d before it;
+    `popularity` [L, E] the share of tokens that chose each expert.
+    """
+
+    n_layers: int
+    n_experts: int
+    top_k: int
+    n_tokens: int
+    reuses: tuple[Reuse, ...]
+    lags: tuple[Reuse, ...]
+    popularity: npt.NDArray[np.float64]
+
+    @property
+    def shared_by_popularity(self) -> float:
+        """The share of `lags` if tokens drew independently, but with each layer's popularity."""
+        return float((self.popularity**2).sum(axis=1).mean() / self.top_k)
+
+
+def chance_share_all(E: int, K: int) -> float:
+    """Probability that a token's K of E experts are exactly those of another."""
+    return 1 / comb(E, K)
+
+
+def chance_share_one(E: int, K: int) -> float:
+    """Probability that two tokens' sets of K of E experts meet."""
+    return 1 - comb(E - K, K) / comb(E, K)
+
+
+def chance_common_expert(E: int, K: int, n_sets: int) -> float:
+    """Probability that some expert is in all of `n_sets` sets, by inclusion and exclusion."""
+    share_all = (comb(E - j, K - j) / comb(E, K) for j in range(1, K + 1))
+    terms = ((-1.0) ** (j + 1) * comb(E, j) * share**n_sets for j, share in enumerate(share_all, 1))
+    return sum(terms)
+
+
+def token_sequences(trace: Trace) -> Iterator[Members]:
+    """Each decoded sequence as bool [T, L, E]: which experts token t used in layer l.
+
+    A sequence ends with its prompt, and where a batch loses or gains rows.
+    """
+    sequence: list[Members] = []
+    shape: tuple[int, int] | None = None
+    for one in trace.passes:
+        if one.phase != "decode":
+            continue
+        ids = np.array(one.ids)  # [L, B, K]
+        members = np.zeros((ids.shape[1], ids.shape[0], trace.n_experts), dtype=bool)
+        np.put_along_axis(members, ids.transpose(1, 0, 2), True, axis=2)
+        if shape != (one.prompt, len(members)) and sequence:
+            yield from _rows(sequence)
+            sequence = []
+        shape = (one.prompt, len(members))
+        sequence.append(members)
+    if sequence:
+        yield from _rows(sequence)
+
+
+def _rows(sequence: list[Members]) -> Iterator[Members]:
+    stacked = np.stack(sequence)  # [T, B, L, E]
+    yield from (stacked[:, row] for row in range(stacked.shape[1]))
+
+
+def analyse(trace: Trace, n_lags: int = 16) -> Patterns:
+    """Reuse across consecutive layers and tokens of a trace's decoded tokens.
+
+    Raises UserError for a trace with fewer than four consecutive decoded tokens, or whose layers
+    differ in K.
+    """
+    sequences = list(token_sequences(trace))
+    E, K, L = trace.n_experts, trace.info.top_k, trace.n_layers
+    if max(len(sequence) for sequence in sequences) < 4:
+        raise UserError(
+            "expected a trace of at least 4 consecutive decoded tokens, found at most "
+            f"{max(len(sequence) for sequence in sequences)}: record a longer run"
+        )
+    one, every = chance_share_one(E, K), chance_share_all(E, K)
+    reuses = [
+        _reuse("next layer: identical set", sequences, _next_layer_all, every),
+        _reuse("next layer: at least one same index", sequences, _next_layer_one, one),
+        _reuse("previous token: at least one", sequences, lambda s: _shared(s, 1) >= 1, one),
+        _reuse("previous token: all", sequences, lambda s: _shared(s, 1) == K, every),
+        _reuse(
+            "each of the two previous tokens: at least one",
+            sequences,
+            lambda s: (_shared(s, 1)[1:] >= 1) & (_shared(s, 2) >= 1),
+            one**2,
+        ),
+        _reuse(
+            "one expert in common with the two previous tokens",
+            sequences,
+            lambda s: _common(s, 3),
+            chance_common_expert(E, K, 3),
+        ),
+        _reuse(
+            "one expert in common with the three previous tokens or more",
+            sequences,
+            lambda s: _common(s, 4),
+            chance_common_expert(E, K, 4),
+        ),
+    ]
+    longest = max(len(sequence) for sequence in sequences)
+    lags = [
+        _reuse(f"lag {lag}", sequences, partial(_shared_part, lag=lag, top_k=K), K / E)
+        for lag in range(1, min(n_lags, longest - 1) + 1)
+    ]
+    n_tokens = sum(len(sequence) for sequence in sequences)
+    popularity = np.sum([sequence.sum(axis=0) for sequence in sequences], axis=0) / n_tokens
+    return Patterns(L, E, K, n_tokens, tuple(reuses), tuple(lags), popularity)
+
+
+def _reuse(name: str, sequences: list[Members], compare: _Compare, chance: float) -> Reuse:
+    """`compare` gives [pairs of tokens, layers] of a sequence; its mean over all sequences."""
+    found = np.concatenate([compare(sequence) for sequence in sequences])
+    if not found.size:  # one layer has no next
+        return Reuse(name, float("nan"), chance, 0, ())
+    return Reuse(name, float(found.mean()), chance, found.size, tuple(found.mean(axis=0).tolist()))
+
+
+def _next_layer_all(sequence: Members) -> npt.NDArray[np.bool_]:
+    same = np.all(sequence[:, 1:] == sequence[:, :-1], axis=2)
+    return np.asarray(same)
+
+
+def _next_layer_one(sequence: Members) -> npt.NDArray[np.bool_]:
+    return np.asarray((sequence[:, 1:] & sequence[:, :-1]).any(axis=2))
+
+
+def _shared(sequence: Members, lag: int) -> npt.NDArray[np.int64]:
+    """[T - lag, L]: how many experts each token shares with the one `lag` before."""
+    earlier = sequence[: max(len(sequence) - lag, 0)]
+    return np.asarray((sequence[lag:] & earlier).sum(axis=2))
+
+
+def _shared_part(sequence: Members, lag: int, top_k: int) -> npt.NDArray[np.float64]:
+    return _shared(sequence, lag) / top_k
+
+
+def _common(sequence: Members, n_sets: int) -> npt.NDArray[np.bool_]:
+    """[T - n_sets + 1, L]: whether some expert is in each of `n_sets` consecutive tokens."""
+    n_tokens = max(len(sequence) - n_sets + 1, 0)
+    both = np.ones((n_tokens, *sequence.shape[1:]), dtype=bool)
+    for offset in range(n_sets):
+        both &= sequence[offset : offset + n_tokens]
+    return np.asarray(both.any(axis=2))

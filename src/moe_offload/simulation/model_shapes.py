@@ -1,0 +1,151 @@
+"""Shapes of published models, from `shapes.yaml` beside this file: no weights, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_offload.errors import UserError
+
+SHAPES_FILE = Path(__file__).resolve().with_name("shapes.yaml")
+# Bits per expert weight, group scales included; the same as expert_format's blocks.
+BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's sizes: `n_layers` MoE layers of `n_experts`, experts of `hidden` x `intermediate`.
+
+    `dense_weights_per_layer` counts attention and shared experts of an MoE layer, `other_weights`
+    the embedding, the head and the `n_dense_layers` layers before the first MoE layer. Routers,
+    norms and biases are left out.
+    """
+
+    name: str
+    n_layers: int
+    n_experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    dense_weights_per_layer: int
+    other_weights: int
+    n_dense_layers: int = 0
+
+    @property
+    def expert_weights(self) -> int:
+        """The weights of one gated expert, biases left out."""
+        return 3 * self.hidden * self.intermediate
+
+    def block_bytes(self, weight_format: str) -> int:
+        """One expert's bytes in a weight format, up to biases and the padding of odd shapes."""
+        n_bytes = self.expert_weights * BITS[weight_format] / 8
+        return -(-int(n_bytes) // _PAGE_BYTES) * _PAGE_BYTES
+
+    def dense_bytes(self) -> int:
+        """Everything that is not routed experts, in bf16."""
+        return 2 * (self.n_layers * self.dense_weights_per_layer + self.other_weights)
+
+    def with_layers(self, n_layers: int) -> ModelShape:
+        """The same model with another number of MoE layers."""
+        return replace(self, n_layers=n_layers)
+
+
+def shape_names() -> list[str]:
+    """The models whose shapes are known."""
+    return sorted(_read_shapes())
+
+
+def shape_named_in(model: str) -> str | None:
+    """The shape whose name begins a model's, as files of weights are called; None without one."""
+    plain = model.lower().replace("_", "-")
+    return next((name for name in shape_names() if plain.startswith(name)), None)
+
+
+def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
+    """The transformers configuration of the shape called `name`, cut to `n_layers` where given.
+
+    Raises UserError for a name that is not known, and for more layers than the shape has.
+    """
+    shapes = _read_shapes()
+    if name not in shapes:
+        raise UserError(
+            f"expected one of the shapes {', '.join(sorted(shapes))}, found {name!r}; choose one "
+            f"of those or add it to {SHAPES_FILE}"
+        )
+    fields = dict(shapes[name])
+    if n_layers is not None:
+        most = fields["num_hidden_layers"]
+        if n_layers > most:
+            raise UserError(
+                f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"
+            )
+        fields["num_hidden_layers"] = n_layers
+    return fields
+
+
+def load_shape(name: str) -> ModelShape:
+    """Return the shape called `name`; raises UserError with the known names for another."""
+    return shape_of_config(name, shape_config(name))
+
+
+def _read_shapes() -> dict[str, dict[str, Any]]:
+    shapes: dict[str, dict[str, Any]] = yaml.safe_load(SHAPES_FILE.read_text(encoding="utf-8"))
+    return shapes
+
+
+def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
+    """Return the shape that a transformers configuration describes.
+
+    Raises UserError for one that does not name its experts as the known models do.
+    """
+    try:
+        hidden = config["hidden_size"]
+        intermediate = config.get("moe_intermediate_size") or config["intermediate_size"]
+        n_experts = next(
+            config[key]
+            for key in ("num_local_experts", "num_experts", "n_routed_experts")
+            if config.get(key)
+        )
+        shared = config.get("n_shared_experts") or 0
+        n_dense_layers = config.get("first_k_dense_replace") or 0
+        attention = _attention_weights(config)
+        dense_layer = attention + 3 * hidden * config["intermediate_size"]
+        return ModelShape(
+            name=name,
+            n_layers=config["num_hidden_layers"] - n_dense_layers,
+            n_experts=n_experts,
+            top_k=config["num_experts_per_tok"],
+            hidden=hidden,
+            intermediate=intermediate,
+            dense_weights_per_layer=attention + 3 * hidden * intermediate * shared,
+            other_weights=2 * config["vocab_size"] * hidden + n_dense_layers * dense_layer,
+            n_dense_layers=n_dense_layers,
+        )
+    except (KeyError, StopIteration) as error:
+        raise UserError(
+            f"expected the configuration of {name} to say how many experts of which size it has, "
+            f"found no {error or 'number of experts'}; give the shape of a model that does"
+        ) from None
+
+
+def _attention_weights(config: dict[str, Any]) -> int:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if config.get("kv_lora_rank"):  # multi-head latent attention
+        rank, value = config["kv_lora_rank"], config["v_head_dim"]
+        plain, rotary = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+        query = hidden * heads * (plain + rotary)
+        if config.get("q_lora_rank"):
+            query = config["q_lora_rank"] * (hidden + heads * (plain + rotary))
+        return int(
+            query
+            + hidden * (rank + rotary)
+            + rank * heads * (plain + value)
+            + heads * value * hidden
+        )
+    head = config.get("head_dim") or hidden // heads
+    n_key_value = config.get("num_key_value_heads") or heads
+    return int(2 * hidden * head * (heads + n_key_value))

@@ -1,0 +1,77 @@
+"""What `--cache-auto` chose on a loaded model can be typed in again, and gives the same cache."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from against_transformers import prepared
+from tiny_models import CONFIGS, build_model, write_hub
+
+from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.commands.arguments import parse, parse_config
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine import accelerator_setup
+from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.machine_costs import MachineCosts
+from moe_offload.engine.steadiness import Steadiness
+from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.model.model_loader import PreparedModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cache-auto")
+    source = write_hub(build_model(CONFIGS["mixtral"]()), root / "hub")
+    return prepared(source, root / "prepared", "--hf", "--expert-dtype", "fp32")
+
+
+def load(folder: Path, options: CacheOptions) -> Engine:
+    return load_engine(
+        PreparedModel(read_manifest(folder)), ModelOptions(folder, device="cpu"), options
+    )
+
+
+@pytest.mark.parametrize("cpu_us", [1000.0, 1.0], ids=["slow CPU", "fast CPU"])
+def test_the_line_chooses_the_same_cache_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cpu_us: float
+) -> None:
+    def costs(store, *_: object, **__: object) -> MachineCosts:
+        block_bytes = store.layouts[0].block_bytes
+        cpu, gpu = SideCost(1.0, cpu_us, 1.0), SideCost(1.0, 10.0, 1.0)
+        gbps = block_bytes / 100e3  # 100 us a copy
+        model = CostModel(cpu, gpu, 0.0, gbps, gbps, 1.0, block_bytes, 10.0)
+        return MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
+
+    monkeypatch.setattr(accelerator_setup, "machine_costs", costs)
+    options = CacheOptions(
+        auto=True,
+        memory_gb=0.0001,
+        miss_policy="auto",
+        prefetch="next-layer",
+        quota=5,
+        emulate_pcie_gbps=12.5,
+    )
+    with load(folder, options) as engine:
+        (line,) = [note for note in engine.notes if note.startswith("--cache-auto chose: ")]
+        found = engine.describe()
+        has_accelerator = engine.accelerator is not None
+    assert has_accelerator == (cpu_us > 100)
+    flags = re.fullmatch(r"--cache-auto chose: ([^(]*) \(.*\)", line)
+    assert flags is not None
+    command = ["--model-path", str(folder), "--prompt", "x", "--max-tokens", "1"]
+    again = parse_config(parse([*command, *flags[1].split()])).cache
+    if has_accelerator:
+        expected = replace(
+            options,
+            auto=False,
+            memory_gb=None,
+            n_indexes=found["cache_nblocks"],
+            n_ways=found["cache_nways"],
+            policy=again.policy,
+        )
+        assert again == expected
+    with load(folder, again) as engine:
+        assert engine.describe() == found

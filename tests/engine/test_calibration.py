@@ -1,0 +1,262 @@
+"""Cost lines are fitted exactly to exact timings, and calibrations are kept until they expire."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from moe_offload.engine import calibration
+from moe_offload.engine.calibration import (
+    SIDE_CALLS,
+    CalibrationCache,
+    calibrate_copy,
+    calibrate_sharing,
+    calibrate_side,
+    fit_side,
+    measure_read_gbps,
+    median_us,
+    slowdown,
+)
+from moe_offload.experts.cost_model import SideCost
+
+HARDWARE = {"cpu": "Test CPU", "gpu": None}
+SHAPE = {"hidden_size": 64}
+
+
+# Tokens of one expert -> us, as kernels that compute tiles of tokens take them.
+STEPS = ((1, 300.0), (4, 310.0), (8, 600.0), (16, 900.0), (32, 1000.0), (128, 4000.0))
+
+
+def costs_us(cost: SideCost) -> list[float]:
+    return [cost.us_of(counts) for counts in SIDE_CALLS]
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        *(SideCost(20.0, 300.0, 5.0), SideCost(0.0, 300.0, 5.0), SideCost(20.0, 300.0, 0.0)),
+        SideCost(20.0, 0.0, 31.25, STEPS),
+    ],
+)
+def test_the_fit_recovers_exact_costs(cost: SideCost) -> None:
+    fitted = fit_side(SIDE_CALLS, costs_us(cost))
+    assert fitted.call_us == pytest.approx(cost.call_us, abs=1e-6)
+    for n_tokens in (1, 2, 4, 8, 12, 16, 32, 100, 128, 1000):
+        assert fitted.one_us(n_tokens) == pytest.approx(cost.one_us(n_tokens), rel=1e-9)
+    assert fitted.token_us == pytest.approx(cost.token_us, abs=1e-9)
+
+
+def test_the_fit_bears_noise_and_more_tokens_never_cost_less() -> None:
+    rng = random.Random(1)
+    for true in (
+        *(SideCost(20.0, 300.0, 5.0), SideCost(0.0, 50.0, 0.1), SideCost(500.0, 5.0, 30.0)),
+        SideCost(0.0, 0.0, 31.25, STEPS),
+    ):
+        noisy = [us * rng.uniform(0.97, 1.03) for us in costs_us(true)]
+        fitted = fit_side(SIDE_CALLS, noisy)
+        for measured, predicted in zip(noisy, costs_us(fitted), strict=True):
+            assert predicted == pytest.approx(measured, rel=0.07)
+        of_tokens_us = [fitted.one_us(n) for n in range(1, 300)]
+        assert fitted.call_us >= 0 and of_tokens_us[0] > 0
+        assert of_tokens_us == sorted(of_tokens_us)
+
+
+@pytest.mark.parametrize("times_us", [(100, 100, 100), (102, 99, 98), (98, 101, 97)])
+def test_a_launch_that_takes_as_long_whatever_it_computes_is_a_calls_cost(
+    times_us: tuple[float, ...],
+) -> None:
+    fitted = fit_side(SIDE_CALLS, [*times_us, 101, 102, 102, 110, 200])
+    for n_experts, us in zip((1, 2, 4), times_us, strict=True):
+        assert fitted.us(n_experts, n_experts) == pytest.approx(us, rel=0.03)
+
+
+def test_one_call_is_enough_to_cost_its_expert() -> None:
+    fitted = fit_side([(1,)], [70.0])
+    assert fitted.us_of((1,)) == 70.0 and fitted.us_of((1, 2)) == 210.0
+
+
+def test_every_call_is_run_with_its_counts() -> None:
+    seen = []
+    calibrate_side(seen.append, calls=[(1,), (1, 1), (4,)], budget_s=0.0)
+    assert set(seen) == {(1,), (1, 1), (4,)}
+
+
+def test_the_median_ignores_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations_s = iter([9.0, 1.0, 1.0, 50.0, 1.0, 1.0])  # the first call warms up
+    now_s = 0.0
+
+    def work() -> None:
+        nonlocal now_s
+        now_s += next(durations_s)
+
+    monkeypatch.setattr("moe_offload.engine.calibration.time.perf_counter", lambda: now_s)
+    assert median_us(work, budget_s=0.0, min_calls=5) == 1e6
+
+
+def test_copies_are_measured_alone_and_beside_the_cpu() -> None:
+    """Sleeping stand-ins: 2 us per KiB and 200 us a call; neither slows the other down."""
+    copied = []
+
+    def copy(n_bytes: int) -> None:
+        copied.append(n_bytes)
+        time.sleep((200 + n_bytes / 512) / 1e6)
+
+    cost = calibrate_copy(copy, 2**20, lambda: time.sleep(0.002), budget_s=0.02)
+    assert max(copied) == 2**20
+    assert set(copied) == {2**16, 2**18, 2**20}
+    assert 0 < cost.copy_gbps_shared <= cost.copy_gbps
+    assert cost.cpu_shared_factor >= 1.0
+    assert cost.copy_call_us >= 0.0
+
+
+def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[tuple[str, str]] = []
+    names: dict[Callable[[], object], str] = {}
+
+    def ratio(work: Callable[[], object], beside: Callable[[], object], *_: float) -> float:
+        compared.append((names.get(work, "copy"), names.get(beside, "copy")))
+        return 2.0 if names.get(beside) == "step" else 1.5
+
+    def cpu_work() -> None: ...
+
+    def step() -> None: ...
+
+    names.update({cpu_work: "cpu", step: "step"})
+    monkeypatch.setattr(calibration, "slowdown", ratio)
+    for given in (None, step):
+        cost = calibrate_copy(lambda n_bytes: None, 4096, cpu_work, budget_s=0.0, step=given)
+        factor = 2.0 if given else 1.5
+        assert cost.copy_gbps / cost.copy_gbps_shared == pytest.approx(factor)
+        assert cost.cpu_shared_factor == 1.5
+    assert compared == [("copy", "cpu"), ("cpu", "copy"), ("copy", "step"), ("cpu", "copy")]
+
+
+def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, calls = 0.0, 0
+    beside = threading.Event()
+
+    def other() -> None:
+        beside.set()
+        time.sleep(0.0005)
+
+    def work() -> None:
+        nonlocal now_s, calls
+        calls += 1
+        disturbed = 10 < calls <= 13  # in the second round, alone
+        now_s += (3.0 if beside.is_set() else 2.0) + (50.0 if disturbed else 0.0)
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return now_s
+
+    original = calibration._without_pause
+
+    @contextmanager
+    def without_pause(noise: Callable[[], object]) -> Iterator[None]:
+        with original(noise):
+            yield
+        beside.clear()
+
+    monkeypatch.setattr(calibration, "time", Clock)
+    monkeypatch.setattr(calibration, "_without_pause", without_pause)
+    assert slowdown(work, other, budget_s=8.0) == pytest.approx(1.5)
+
+
+def test_sharing_is_what_both_together_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations_s = {"cpu": 4.0, "gpu": 10.0, "both": 12.0}
+    now_s = 0.0
+
+    def worker(name: str) -> Callable[[], None]:
+        def work() -> None:
+            nonlocal now_s
+            now_s += durations_s[name]
+
+        return work
+
+    monkeypatch.setattr("moe_offload.engine.calibration.time.perf_counter", lambda: now_s)
+    workers = [worker(name) for name in durations_s]
+    assert calibrate_sharing(*workers) == pytest.approx(1 + (12 - 10) / 4)
+    durations_s["both"] = 9.0  # noise: never faster than the longer alone
+    assert calibrate_sharing(*workers) == 1.0
+
+
+def test_a_copy_that_fails_is_not_waited_for() -> None:
+    calls = 0
+
+    def copy(n_bytes: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        calibrate_copy(copy, 4096, lambda: None, budget_s=0.0)
+
+
+def test_read_bandwidth_is_bytes_over_time() -> None:
+    def read() -> int:
+        time.sleep(0.01)
+        return 10_000_000  # in 10 ms or more: at most 1 GB/s
+
+    assert 0.01 < measure_read_gbps(read, budget_s=0.02) <= 1.0
+    assert measure_read_gbps(buffer_bytes=2**22, budget_s=0.01) > 0.01
+
+
+def test_a_calibration_is_kept_per_hardware_and_shape(tmp_path: Path) -> None:
+    cache = CalibrationCache(tmp_path / "cache")
+    assert cache.load(HARDWARE, SHAPE) is None
+    assert cache.store(HARDWARE, SHAPE, {"cpu": {"call_us": 3.5}})
+    assert cache.load(HARDWARE, SHAPE) == {"cpu": {"call_us": 3.5}}
+    assert cache.load({**HARDWARE, "cpu": "Other"}, SHAPE) is None
+    assert cache.load(HARDWARE, {"hidden_size": 128}) is None
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+
+
+def test_a_calibration_expires(tmp_path: Path) -> None:
+    cache = CalibrationCache(tmp_path, max_age_s=100.0)
+    cache.store(HARDWARE, SHAPE, {"read_gbps": 50.0})
+    path = cache.path(HARDWARE, SHAPE)
+    document = json.loads(path.read_text())
+    for age_s, expected in ((50, {"read_gbps": 50.0}), (150, None), (-3600, None)):
+        document["measured_unix_s"] = time.time() - age_s
+        path.write_text(json.dumps(document))
+        assert cache.load(HARDWARE, SHAPE) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"measured_unix_s": "now"}'])
+def test_a_damaged_calibration_is_measured_anew(tmp_path: Path, text: str) -> None:
+    cache = CalibrationCache(tmp_path)
+    cache.path(HARDWARE, SHAPE).write_text(text)
+    assert cache.load(HARDWARE, SHAPE) is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert not CalibrationCache(tmp_path / "file").store(HARDWARE, SHAPE, {})
+
+
+def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert CalibrationCache().folder == tmp_path / "moe-cpu-gpu-inference"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    assert CalibrationCache().folder == Path.home() / ".cache" / "moe-cpu-gpu-inference"
+
+
+def test_a_calibration_that_does_not_last_is_this_processes_alone(tmp_path, monkeypatch):
+    cache = CalibrationCache(tmp_path)
+    assert cache.store({"cpu": "x"}, {"layers": 2}, {"a": 1.5}, lasting=False)
+    assert cache.load({"cpu": "x"}, {"layers": 2}) == {"a": 1.5}
+    monkeypatch.setattr("moe_offload.engine.calibration._this_process", lambda: [1, 0.0])
+    assert cache.load({"cpu": "x"}, {"layers": 2}) is None

@@ -1,0 +1,215 @@
+"""The cost model against hand arithmetic and against trying every assignment."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_offload.errors import UserError
+from moe_offload.experts.cost_model import CostModel, SideCost
+
+# Round numbers: a copy takes 10 + 1000 us alone and 10 + 2000 us beside the CPU.
+COST = CostModel(
+    cpu=SideCost(call_us=20, expert_us=600, token_us=100),
+    gpu=SideCost(call_us=15, expert_us=50, token_us=1),
+    copy_call_us=10,
+    copy_gbps=10,
+    copy_gbps_shared=5,
+    cpu_shared_factor=1.5,
+    block_bytes=10_000_000,
+    dense_us_per_layer=70,
+)
+
+
+def test_one_side_is_a_straight_line_and_nothing_costs_nothing():
+    assert COST.cpu.us(2, 5) == 20 + 2 * 600 + 5 * 100
+    assert COST.cpu.us(0, 0) == COST.cpu.us_of([]) == 0
+    assert COST.cpu.us_of([1, 4]) == COST.cpu.us(2, 5)
+    assert COST.copy_us(shared=False) == 1010
+    assert COST.copy_us(shared=True) == 2010
+
+
+def test_few_tokens_cost_what_was_measured_and_many_a_straight_line():
+    side = SideCost(20, 200, 10, few=((1, 600.0), (5, 700.0), (50, 700.0)))
+    assert [side.one_us(n) for n in (1, 2, 5, 20, 50, 100)] == [600, 625, 700, 700, 700, 1200]
+    assert side.us(2, 2) == 20 + 2 * 600
+    assert side.us_of([1, 2, 100]) == 20 + 600 + 625 + 1200
+    cost = replace(COST, cpu=side)
+    assert cost.decode_layer_us(0, 2, copying=False) == 70 + 20 + 2 * 600
+    assert cost.split_prefill([1, 2], cached=()).cpu_us == 20 + 600 + 625
+    assert CostModel.from_json(cost.to_json()) == cost
+
+
+def test_decode_layer_overlaps_its_sides():
+    assert COST.decode_layer_us(2, 0, copying=False) == 70 + 15 + 2 * 51
+    assert COST.decode_layer_us(1, 1, copying=False) == 70 + 720  # max, not the sum
+    assert COST.decode_layer_us(0, 2, copying=True) == 70 + 1.5 * 1420
+    assert COST.decode_step_us([2, 1, 0], 2, copying=False) == (70 + 117) + (70 + 720) + (70 + 1420)
+
+
+def test_decode_layer_waits_for_copies_one_behind_the_other():
+    # Two copies of 1010 alone on the bus, and the last one's arithmetic of 66.
+    assert COST.decode_layer_us(0, 0, copying=True, n_waited=2) == 70 + 2020 + 66
+    # Beside them hits (66) are hidden, and so is a CPU that ends before the copy at 2010.
+    assert COST.decode_layer_us(1, 1, copying=True, n_waited=1) == pytest.approx(
+        70 + COST.overlap_us(720, 1)[1] + 66
+    )
+    # A CPU with more to do than the bus decides.
+    assert COST.decode_layer_us(0, 6, copying=True, n_waited=1) == pytest.approx(
+        70 + COST.overlap_us(COST.cpu.us(6, 6), 1)[0]
+    )
+
+
+def test_an_emulated_accelerator_shares_the_cores():
+    emulated = replace(COST, compute_shared_factor=1.5)
+    assert emulated.compute_us(1000, 0) == (1000, 0)
+    assert emulated.compute_us(1000, 400) == (1200, 600)
+    assert emulated.decode_layer_us(1, 1, copying=False) == 70 + 720 + 0.5 * 66
+    assert COST.compute_us(1000, 400) == (1000, 400)
+    emulated = replace(emulated, gpu_shared_factor=2.0, dense_shared_factor=1.2)
+    assert emulated.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
+    assert emulated.decode_layer_us(2, 0, copying=False) == 70 + 15 + 2 * 51
+    # 720 and 66 alone, 33 on top of each while both run: 99 of both at 1.1, the CPU's rest at 1.5.
+    together = replace(emulated, both_shared_factor=1.1)
+    assert together.decode_layer_us(1, 1, copying=True) == pytest.approx(
+        1.2 * 70 + 99 * 1.1 + (753 - 99) * 1.5
+    )
+    assert together.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
+    assert together.decode_layer_us(1, 1, copying=False) == 70 + 720 + 33
+    # A GPU of its own goes on at its own pace: hidden behind the CPU.
+    assert COST.decode_layer_us(1, 1, copying=True) == 70 + 720 * COST.cpu_shared_factor
+
+
+def test_sharing_slows_both_sides_only_while_both_run():
+    assert COST.overlap_us(900, 0) == (900, 0)
+    assert COST.overlap_us(0, 2) == (0, 2020)
+    # Copies end first, after 2010: the CPU has done 2010 / 1.5 = 1340 of 3000 by then.
+    assert COST.overlap_us(3000, 1) == pytest.approx((2010 + 1660, 2010))
+    # The CPU ends first, after 1.5 * 600 = 900: half of the copies' time left is then saved.
+    assert COST.overlap_us(600, 2) == pytest.approx((900, 900 + (4020 - 900) * 1010 / 2010))
+
+
+def test_short_prompts_stay_off_the_bus_and_long_ones_use_both_sides():
+    assert COST.split_prefill([1, 0, 1], cached=()).cpu_experts == (0, 2)  # 1420 < one copy
+    split = COST.split_prefill([400, 30, 300, 0, 2], cached=())
+    # CPU for the few tokens of expert 4; 400, 300 and 30 tokens cost 3-40 ms there, a copy 1-2.
+    assert split.gpu_experts == (0, 2, 1)
+    assert split.cpu_experts == (4,)
+    assert split.n_copies == 3
+    assert split.cpu_us == 1.5 * (20 + 600 + 200)
+    copies_us = COST.overlap_us(820, 3)[1]
+    assert split.us == split.gpu_us == copies_us + 15 + 50 + 30
+
+
+def test_double_buffering_hides_the_shorter_of_copy_and_compute():
+    slow_gpu = replace(COST, gpu=SideCost(call_us=0, expert_us=0, token_us=50))
+    split = slow_gpu.split_prefill([100, 100], cached=())
+    assert split.cpu_experts == () and split.us == 2 * 100 * 50  # not the copies' 2020 on top
+
+
+def test_cached_experts_are_computed_where_they_are():
+    split = COST.split_prefill([1, 1, 1], cached={1})
+    assert split.gpu_experts == (1,) and split.cpu_experts == (0, 2)
+    assert split.n_copies == 0
+    assert COST.split_prefill([0, 0], cached={0}).us == 0
+
+
+def brute_force_us(cost: CostModel, counts: list[int], cached: set[int]) -> float:
+    """The best time over every subset of experts to copy."""
+    held = [e for e, n in enumerate(counts) if n and e in cached]
+    rest = [e for e, n in enumerate(counts) if n and e not in cached]
+    best = float("inf")
+    for size in range(len(rest) + 1):
+        for copied in itertools.combinations(rest, size):
+            on_cpu = [counts[e] for e in rest if e not in copied]
+            on_gpu = [counts[e] for e in (*held, *copied)]
+            cpu_us, copies_us = cost.overlap_us(cost.cpu.us(len(on_cpu), sum(on_cpu)), size)
+            gpu_us = cost.gpu.us(len(on_gpu), sum(on_gpu))
+            if copied:
+                gpu_us = max(gpu_us, copies_us + cost.gpu.us(1, min(counts[e] for e in copied)))
+            best = min(best, max(gpu_us, cpu_us))
+    return best
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 60), min_size=1, max_size=7),
+    cached=st.sets(st.integers(0, 6)),
+    gbps=st.sampled_from([1.0, 10.0, 300.0]),
+    token_us=st.sampled_from([0.5, 20.0, 400.0]),
+)
+def test_prefill_split_is_within_a_gpu_call_of_the_best_of_all(counts, cached, gbps, token_us):
+    cost = replace(
+        COST, copy_gbps=gbps, copy_gbps_shared=gbps, cpu=replace(COST.cpu, token_us=token_us)
+    )
+    split = cost.split_prefill(counts, cached)
+    computed = sorted((*split.gpu_experts, *split.cpu_experts))
+    assert computed == [e for e, n in enumerate(counts) if n]
+    best_us = brute_force_us(cost, counts, cached)
+    assert best_us <= split.us + 1e-6
+    # Fullest-first is exact up to the arithmetic of one expert on the GPU.
+    assert split.us <= best_us + cost.gpu.us(1, max(counts)) + 1e-6
+
+
+def test_experts_with_many_tokens_cost_what_onednn_takes():
+    cost = replace(COST, cpu_many=SideCost(0, 500, 30), cpu_many_tokens=64)
+    assert cost.cpu_us([3, 63]) == COST.cpu.us(2, 66) == COST.cpu_us([3, 63])
+    assert cost.cpu_us([64]) == 500 + 64 * 30
+    assert cost.cpu_us([3, 64, 100]) == COST.cpu.us(1, 3) + 2 * 500 + 164 * 30
+    # 200 tokens: more by the kernels than a slow copy and the GPU take, less by oneDNN.
+    cost = replace(cost, copy_call_us=8000.0)
+    assert cost.split_prefill([200], cached=()).cpu_experts == (0,)
+    assert replace(cost, cpu_many=None).split_prefill([200], cached=()).gpu_experts == (0,)
+
+
+@given(
+    counts=st.lists(st.integers(0, 90), min_size=1, max_size=9),
+    limit=st.integers(1, 70),
+    gbps=st.sampled_from([1.0, 10.0, 300.0]),
+)
+def test_a_split_counts_each_expert_left_to_the_cpu_by_its_own_cost(counts, limit, gbps):
+    cost = replace(
+        COST,
+        copy_gbps=gbps,
+        copy_gbps_shared=gbps,
+        cpu_many=SideCost(0, 500, 30),
+        cpu_many_tokens=limit,
+    )
+    split = cost.split_prefill(counts, cached=())
+    cpu_us = cost.cpu_us([counts[e] for e in split.cpu_experts])
+    assert split.cpu_us == pytest.approx(cost.overlap_us(cpu_us, split.n_copies)[0])
+    assert CostModel.from_json(cost.to_json()) == cost
+
+
+@pytest.mark.parametrize(
+    ("gbps", "backlog_us", "misses", "expected"),
+    [
+        (4.0, 0.0, [1, 1], [False, False]),  # one copy 2510: the CPU does both in 1420
+        (20.0, 0.0, [1, 1], [True, False]),  # copy 510 beside one on the CPU, 1080
+        (200.0, 0.0, [1, 1], [True, True]),  # copies 120 in all
+        (20.0, 900.0, [1, 1], [True, False]),  # 900 + 510 + 66 < 1420 + 900 / 3
+        (20.0, 9000.0, [1, 1], [False, False]),  # the bus is taken
+        (20.0, 0.0, [1, 9], [False, True]),  # the fuller expert is the one to copy
+        (20.0, 0.0, [], []),
+    ],
+)
+def test_waiting_for_a_copy_must_beat_the_cpu(gbps, backlog_us, misses, expected):
+    cost = replace(COST, copy_gbps=gbps, copy_gbps_shared=gbps)
+    assert cost.should_fetch_now(0, misses, backlog_us) == expected
+
+
+def test_json_round_trip():
+    assert CostModel.from_json(COST.to_json()) == COST
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cpu": 3}', COST.to_json().replace("cpu", "c")])
+def test_a_damaged_calibration_is_a_sentence(text):
+    with pytest.raises(UserError, match="calibrate again"):
+        CostModel.from_json(text)
+
+
+def test_an_impossible_calibration_is_a_sentence():
+    with pytest.raises(UserError, match="calibrate again"):
+        CostModel.from_json(COST.to_json().replace('"copy_gbps": 10', '"copy_gbps": 0'))

@@ -1,0 +1,197 @@
+"""Decode steps and prompts as on a GPU, without one: every operand on one device, no hidden wait.
+
+`pretended_gpu` marks tensors and looks at every call; what CUDA would refuse raises there. The text
+must be the CPU's. A decode step's layer may make one copy to the host, wait once for it, and make
+at most one copy back beside those of experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from against_transformers import prepared
+from pretended_gpu import GPU, GpuTensor, Seen, WrongDeviceError, pretended_gpu
+from tiny_models import CONFIGS, build_model, write_hub
+
+from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine import machine_costs
+from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.experts.recorder import Recorder
+from moe_offload.model.generation import generate_batch, make_sampler
+from moe_offload.model.model_loader import PreparedModel
+
+N_TOKENS = 6
+LONG = [(7 * i + 3) % 60 for i in range(100)]  # above the pairs that one launch names
+BATCHES = [[[5, 17, 40, 8, 22, 71]], [[5, 17, 40, 8, 22, 71], [9, 33, 12]], [LONG]]
+CACHED: dict[str, Any] = {"n_indexes": 2, "n_ways": 2, "policy": "LRU"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "no cache": {},
+    "paper": CACHED,
+    "fetch on demand": {"miss_policy": "fetch"},
+    "prefetch": {**CACHED, "miss_policy": "fetch", "prefetch": "next-layer"},
+    "auto": {"auto": True, "miss_policy": "auto", "memory_gb": 0.001},
+}
+MODELS = ("mixtral", "phimoe", "qwen3_moe", "gpt_oss", "deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    root = tmp_path_factory.mktemp("device-placement")
+    made = {}
+    for name, weight_format in (*((name, "fp32") for name in MODELS), ("mixtral", "int4")):
+        source = root / name
+        if not source.exists():
+            write_hub(build_model(CONFIGS[name]()), source)
+        flags = ("--hf", "--expert-dtype", weight_format)
+        made[name, weight_format] = prepared(source, root / f"{name}-{weight_format}", *flags)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+
+
+def generate(folder: Path, device: str, options: dict[str, Any], watch: Any = None) -> list[Any]:
+    """The tokens of each batch; `watch(engine)` may look at the run."""
+    tokens = []
+    with load_engine(
+        PreparedModel(read_manifest(folder)),
+        ModelOptions(folder, device=device),
+        CacheOptions(**options),
+        Recorder(),
+    ) as engine:
+        if watch is not None:
+            watch(engine)
+        for batch in BATCHES:
+            sampler = make_sampler(0.0, 1.0, 0, engine.device)
+            generated = generate_batch(
+                engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
+            )
+            records = {record.prompt: record.ids for record, _ in generated}
+            tokens.append([records[i] for i in sorted(records)])
+    return tokens
+
+
+def watch_layers(engine: Engine, seen: Seen) -> list[tuple[int, list[int]]]:
+    """Holds every layer from now on to one wait; fills with (its tokens, bytes of each copy to the
+    GPU) of each decode step's layer.
+
+    The copies of experts, which go on in a stream of their own, are left out.
+    """
+    dispatcher, found = engine.dispatcher, []
+    run = dispatcher.run
+
+    def watching(layer: int, hidden: Any, *routing: Any) -> Any:
+        seen.clear()
+        out = run(layer, hidden, *routing)
+        block_bytes = engine.store.layouts[0].block_bytes
+        others = [n_bytes for n_bytes in seen.to_gpu if n_bytes != block_bytes]
+        assert seen.waits == ["stream"], "the host waits for more than its input"
+        assert len(seen.to_host) == 1
+        if dispatcher._decode:
+            found.append((len(hidden), others))
+        return out
+
+    dispatcher.run = watching  # type: ignore[method-assign]
+    return found
+
+
+def run_on_pretence(
+    folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Any], list[tuple[int, list[int]]]]:
+    """The tokens, and what `watch_layers` found."""
+    layers: list[tuple[int, list[int]]] = []
+    with pretended_gpu(monkeypatch) as seen:
+
+        def watch(engine: Engine) -> None:
+            nonlocal layers
+            assert engine.device == GPU
+            assert all(isinstance(p, GpuTensor) for p in engine.model.parameters())
+            layers = watch_layers(engine, seen)
+
+        tokens = generate(folder, "cuda", options, watch)
+    assert len(layers) > 3 * N_TOKENS
+    return tokens, layers
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_format", "setting"),
+    [
+        *(("mixtral", "fp32", setting) for setting in SETTINGS),
+        *((name, "fp32", "paper") for name in MODELS[1:]),
+        ("mixtral", "int4", "paper"),
+    ],
+)
+def test_all_operands_are_on_one_device_and_the_host_waits_once_a_layer(
+    name: str,
+    weight_format: str,
+    setting: str,
+    folders: dict[tuple[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = folders[name, weight_format]
+    expected = generate(folder, "cpu", {})
+    found, layers = run_on_pretence(folder, SETTINGS[setting], monkeypatch)
+    if weight_format == "fp32":  # else the two sides round differently
+        assert found == expected
+    for n_tokens, copies in layers:
+        # A batch's pairs are sent where torch computes the hits: few enough to go with the launch.
+        assert len(copies) <= 1 + (n_tokens > 1)
+
+
+@pytest.mark.parametrize("weight_format", ["fp32", "int4"])
+def test_triton_kernels_are_given_tensors_of_the_gpu_alone(
+    weight_format: str, folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels are stood in for: what is held is all that surrounds them."""
+    triton_experts = pytest.importorskip("triton_experts", reason="Triton is not installed")
+    launched = set()
+
+    class StandIn:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert all(0 < size < 1 << 31 for size in grid)
+            assert all(size < 1 << 16 for size in grid[1:])
+
+            def launch(*values: Any, **constants: Any) -> None:
+                tensors = [value for value in values if isinstance(value, torch.Tensor)]
+                assert all(isinstance(tensor, GpuTensor) for tensor in tensors)
+                launched.add(self.name)
+
+            return launch
+
+    for name in ("first_kernel", "second_kernel", "unpack_kernel"):
+        monkeypatch.setattr(triton_experts, name, StandIn(name))
+    _, layers = run_on_pretence(folders["mixtral", weight_format], CACHED, monkeypatch)
+    assert all(len(copies) <= 1 for _, copies in layers)
+    assert len(launched) == (3 if weight_format == "int4" else 2)
+
+
+def test_the_pretence_refuses_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_gpu(monkeypatch) as seen:
+        here, there = torch.ones(4, 4), torch.ones(4, 4, device="cuda")
+        assert (there @ there).device == GPU
+        with pytest.raises(WrongDeviceError, match="one operand"):
+            there + here
+        with pytest.raises(WrongDeviceError, match="address"):
+            there.data_ptr()
+        assert seen.waits == []
+        assert there.sum().item() == 16
+        there[there > 0].sum()
+        assert seen.waits == ["item", "indexed by a mask, whose sum is read"]
+        seen.clear()
+        big = torch.ones(1 << 15).to("cuda", non_blocking=True)
+        assert seen.to_gpu == [1 << 17]
+        assert seen.waits == ["non_blocking copy of 131072 bytes, pinned False"]
+        seen.clear()
+        torch.empty(1 << 15, pin_memory=True).copy_(big, non_blocking=True)
+        assert (seen.to_host, seen.waits) == ([1 << 17], [])
+        there.cpu()
+        assert seen.waits == ["blocking copy of 64 bytes, pinned False"]

@@ -1,0 +1,163 @@
+"""The recorder keeps what it is told, in order and compactly."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+import pytest
+
+from moe_offload.experts.recorder import LayerEvent, NullRecorder, Recorder
+
+
+def test_events_come_back_typed_and_in_order() -> None:
+    recorder = Recorder()
+    recorder.begin_pass("prefill", 2, 7)
+    spans_us = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5)
+    recorder.layer(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10)
+    recorder.layer(1, [[0, 1], [2, 3]], None, 0, 0, 0, 0)
+    recorder.end_pass(0.25, 1000.25)
+    recorder.token(7, 0.25, 1000.5)
+    recorder.begin_pass("decode", 1, 7)
+    recorder.layer(0, [[6, -1]], [0], 0, 2, 0, 0, cpu_bytes=2**40)
+    recorder.end_pass(0.125, 1000.5)
+    recorder.token(7, 0.125, 1000.75)
+
+    assert list(recorder.layer_events()) == [
+        LayerEvent(0, 0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10),
+        LayerEvent(0, 1, [[0, 1], [2, 3]], None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        LayerEvent(1, 0, [[6, -1]], [0], 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2**40, 0, 0, 0),
+    ]
+    assert recorder.pass_table().tolist() == [
+        (False, 2, 7, 0.25, 1, 1000.25),
+        (True, 1, 7, 0.125, 1, 1000.5),
+    ]
+    assert recorder.token_table().tolist() == [(0, 7, 0.25, 1000.5), (1, 7, 0.125, 1000.75)]
+
+
+def test_what_is_left_for_the_end_is_recorded_then_and_in_order() -> None:
+    recorder, asked = Recorder(), []
+
+    def record(layer: int, expert: int) -> None:
+        asked.append(layer)
+        recorder.layer(layer, [[expert]], None, 0, 0, 0, 0, gpu_us=22.0)
+
+    recorder.begin_pass("decode", 1, 0)
+    recorder.at_end(record, 0, 3)
+    recorder.at_end(record, 1, 4)
+    assert asked == []
+    recorder.end_pass(0.1)
+    recorder.begin_pass("decode", 1, 0)
+    recorder.end_pass(0.1)
+    assert asked == [0, 1]
+    events = list(recorder.layer_events())
+    assert [(event.layer, event.ids, event.gpu_us) for event in events] == [
+        (0, [[3]], 22.0),
+        (1, [[4]], 22.0),
+    ]
+
+
+def test_a_pass_that_never_ended_is_left_out() -> None:
+    recorder = Recorder()
+    for duration_s in (0.1, None):
+        recorder.begin_pass("decode", 1, 0)
+        recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0)
+        if duration_s is not None:
+            recorder.end_pass(duration_s)
+    assert len(recorder.pass_table()) == 1
+    assert len(recorder.layer_table()) == 1
+    assert recorder.expert_ids().tolist() == [1, 2]
+    assert recorder.hits_of_tokens().tolist() == [1]
+
+
+@pytest.mark.parametrize("n_recorded", [0, 1, 2])
+def test_an_interrupt_as_a_pass_ends_leaves_that_pass_out(n_recorded: int) -> None:
+    recorder = Recorder()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def run(expert: int, *, waited: tuple[int, ...] = (), interrupted: bool = False) -> None:
+        recorder.begin_pass("prefill", 1, 0)
+        for layer in range(2):
+            if interrupted and layer == n_recorded:
+                recorder.at_end(interrupt)
+            event = (layer, [[expert, layer]], [layer], 1, 1, 0, 0)
+            recorder.at_end(partial(recorder.layer, gpu_us=float(expert), waited=waited), *event)
+        if interrupted:
+            recorder.at_end(interrupt)
+        recorder.end_pass(0.1)
+
+    run(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(6, waited=(6,), interrupted=True)
+    assert [event.ids for event in recorder.layer_events()] == [[[5, 0]], [[5, 1]]]
+    assert len(recorder.pass_table()) == 1
+    run(7)
+    assert len(recorder.pass_table()) == 2
+    events = list(recorder.layer_events())
+    assert [event.pass_index for event in events] == [0, 0, 1, 1]
+    assert [event.ids for event in events] == [[[5, 0]], [[5, 1]], [[7, 0]], [[7, 1]]]
+    assert [event.n_hits_of_token for event in events] == [[0], [1], [0], [1]]
+    assert [event.gpu_us for event in events] == [5.0, 5.0, 7.0, 7.0]
+    assert all(event.waited == () for event in events)
+
+
+def test_an_empty_recorder_reads_as_empty() -> None:
+    recorder = Recorder()
+    assert list(recorder.layer_events()) == []
+    assert len(recorder.pass_table()) == len(recorder.token_table()) == 0
+
+
+def test_passes_that_nobody_says_tokens_of_give_one_per_sequence() -> None:
+    """As under a bare generate(): a batch of two, then a prompt in two chunks."""
+    recorder = Recorder()
+    for phase, prompt, n_sequences, duration_s, unix_s in (
+        ("prefill", 0, 2, 0.5, 100.5),
+        ("decode", 0, 2, 0.1, 100.625),
+        ("prefill", 2, 1, 0.5, 200.5),
+        ("prefill", 2, 1, 0.25, 200.75),
+        ("decode", 2, 1, 0.1, 201.0),
+    ):
+        recorder.begin_pass(phase, 4, prompt, n_sequences)  # type: ignore[arg-type]
+        recorder.end_pass(duration_s, unix_s)
+    assert recorder.token_table().tolist() == [
+        (0, 0, 0.5, 100.5),
+        (0, 1, 0.5, 100.5),
+        (1, 0, 0.125, 100.625),  # with what lies between the passes, such as sampling
+        (1, 1, 0.125, 100.625),
+        (3, 2, 0.75, 200.75),
+        (4, 2, 0.25, 201.0),
+    ]
+    recorder.token(5, 0.125, 300.0)  # once somebody says them, that alone counts
+    assert recorder.token_table().tolist() == [(4, 5, 0.125, 300.0)]
+
+
+def test_end_pass_needs_a_begun_pass() -> None:
+    with pytest.raises(ValueError, match="without begin_pass"):
+        Recorder().end_pass(0.1)
+
+
+def test_events_leave_the_garbage_collector_nothing_to_walk() -> None:
+    recorder = Recorder()
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(1000):
+        recorder.begin_pass("decode", 1, 0)
+        recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0)
+        recorder.end_pass(0.1)
+        recorder.token(0, 0.1, 1.0)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_the_null_recorder_takes_the_same_calls_and_keeps_no_layers() -> None:
+    recorder = NullRecorder()
+    recorder.begin_pass("decode", 1, 0)
+    recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, cpu_us=3.0, fetch_bytes=4)
+    recorder.end_pass(0.1)
+    recorder.token(0, 0.1, 1.0)
+    assert len(recorder.layer_table()) == 0
+    assert len(recorder.pass_table()) == len(recorder.token_table()) == 1
+    assert not recorder.enabled
+    assert Recorder().enabled

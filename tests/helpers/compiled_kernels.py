@@ -1,0 +1,132 @@
+"""Compiles the Triton kernels for several GPUs, without one, and prints what came out as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_offload.kernels import triton_kernels
+
+# Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
+# program may take of shared memory there, in bytes (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability).
+SHARED_LIMIT_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
+CAPABILITIES = tuple(SHARED_LIMIT_BYTES)
+MATRIX = {32: "*fp32", 16: "*bf16", 8: "*i32", 4: "*i32"}
+SHARED = {
+    **dict.fromkeys(("n_columns", "block_words", "matrix_offset", "scale_offset"), "i32"),
+    "bias_offset": "i32",
+    "scales": "*fp16",
+    "biases": "*fp32",
+    "slot_of_pair": "*i32",
+    **dict.fromkeys(("slots_0", "slots_1", "slots_2", "slots_3"), "i64"),
+}
+FIRST = {
+    **SHARED,
+    "x": "*bf16",
+    "middle": "*fp32",
+    "intermediate": "i32",
+    "top_k": "i32",
+    "alpha": "fp32",
+    "limit": "fp32",
+}
+SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
+UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "n_columns": "i32"}
+UNALIGNED = (*triton_kernels.VARYING, "alpha", "limit")
+
+
+def kernels(
+    every_variant: bool,
+) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
+    """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
+    for bits in MATRIX:
+        step = triton_kernels.WORDS if bits < 16 else triton_kernels.DENSE_COLUMNS
+        tile = {
+            "BITS": bits,
+            "HAS_BIAS": True,
+            "IN_WORDS": True,
+            "ROWS": triton_kernels.ROWS,
+            "STEP": step,
+        }
+        matrix = {"matrix": MATRIX[bits]}
+        for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"):
+            if kind == "silu" or (bits == 8 and every_variant):
+                yield (
+                    f"first-{bits}-{kind}",
+                    triton_kernels.first_kernel,
+                    {**FIRST, **matrix},
+                    {**tile, "HAS_GATE": True, "KIND": kind},
+                )
+        second = {**SECOND, **matrix}
+        yield f"second-{bits}", triton_kernels.second_kernel, second, tile
+        in_memory = {
+            **tile,
+            "IN_WORDS": False,
+            "HAS_BIAS": False,
+        }  # a batch; a model without biases
+        if bits == 16 or every_variant:
+            yield f"second-{bits}-in-memory", triton_kernels.second_kernel, second, in_memory
+        if every_variant:
+            yield (
+                f"first-{bits}-gateless-in-memory",
+                triton_kernels.first_kernel,
+                {**FIRST, **matrix},
+                {**in_memory, "HAS_GATE": False, "KIND": "relu2"},
+            )
+        if bits < 16:
+            constants = {"BITS": bits, "WORDS": triton_kernels.WORDS}
+            yield f"unpack-{bits}", triton_kernels.unpack_kernel, UNPACK, constants
+
+
+def widest_load(ptx: str) -> int:
+    """Bytes of the widest global load."""
+    loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return max(int(vector or 1) * int(bits) // 8 for vector, bits in loads)
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of registers spilled, and other local memory, of a thread."""
+    tool = Path(triton.backends.__path__[0]) / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"STACK:(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
+
+
+def report() -> Iterator[dict[str, object]]:
+    for capability in CAPABILITIES:
+        for name, kernel, types, constants in kernels(capability == CAPABILITIES[-1]):
+            names = kernel.arg_names
+            aligned = [n for n in types if n not in UNALIGNED]
+            source = ASTSource(
+                fn=kernel,
+                signature={n: types.get(n, "constexpr") for n in names},
+                constexprs={(names.index(n),): value for n, value in constants.items()},
+                attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+            )
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            yield {
+                "kernel": name,
+                "capability": capability,
+                "cubin_bytes": len(binary.asm["cubin"]),
+                "widest_load_bytes": widest_load(binary.asm["ptx"]),
+                "stack_bytes": stack_bytes(binary.asm["cubin"]),
+                "shared_bytes": binary.metadata.shared,
+            }
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(report())))

@@ -1,0 +1,68 @@
+"""Runs the Triton kernels in Triton's interpreter and prints their errors as JSON.
+
+A program of its own: the interpreter is chosen by TRITON_INTERPRET when Triton is first imported.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from expert_cases import Case, random_blocks
+
+from moe_offload.experts.expert_fetcher import HostFetcher
+from moe_offload.experts.gpu_experts import GpuExperts
+from moe_offload.kernels.torch_experts import expert_ffn
+
+FORMATS = ("fp32", "bf16", "int8", "int4")
+CASES = [
+    *(Case(f, 64, 48) for f in FORMATS),
+    *(Case(f, 37, 29, "clamped_swiglu", has_bias=True) for f in FORMATS),
+    *(Case(f, 260, 9, "gelu", has_gate=False, has_bias=True, n_tokens=1) for f in FORMATS),
+    *(
+        Case("int8", 33, 21, kind, has_bias=True, n_tokens=2)
+        for kind in ("gelu_tanh", "relu", "relu2", "module")
+    ),
+    Case("int4", 32, 16, n_tokens=1, top_k=1, n_experts=1),
+    *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in ("bf16", "int8", "int4")),
+]
+
+
+def run(case: Case) -> dict[str, object]:
+    """The largest error of a layer through GpuExperts, and of one expert for many tokens."""
+    blocks = random_blocks(case.layout(), case.n_experts)
+    gpu = GpuExperts(
+        case.layout(),
+        case.activation(),
+        case.n_experts,
+        "cpu",
+        case.act_module(),
+        kernels="triton",
+    )
+    gpu.slots.copy_(blocks)
+    fetcher = HostFetcher(gpu.slots)
+    hidden, slots, weights = case.routing()
+    out = gpu.launch(hidden, slots, weights, fetcher).result()
+    bf16 = gpu.launch(hidden.bfloat16(), slots, weights.bfloat16(), fetcher).result()
+    expected = case.oracle(blocks, hidden, slots, weights)
+    rounded = hidden.bfloat16().float(), slots, weights.bfloat16().float()
+    expert = gpu._kernels.expert(0, hidden)
+    one = expert_ffn(case.layout(), blocks[0], hidden, case.activation(), case.act_module())
+    poisoned = hidden[:1].clone()
+    poisoned[0, -1] = float("nan")
+    nan = gpu.launch(poisoned, slots[:1], weights[:1], fetcher).result().isnan().any(1)
+    gpu.close()
+    fetcher.close()
+    return {
+        "case": case.name,
+        "error": float((out - expected).abs().max()),
+        "bf16_error": float((bf16 - case.oracle(blocks, *rounded)).abs().max()),
+        "expert_error": float((expert - one).abs().max()),
+        "nan_tokens": nan.nonzero()[:, 0].tolist(),
+        "hit_tokens": (slots >= 0).any(1).nonzero()[:, 0].tolist(),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps([run(case) for case in CASES]))

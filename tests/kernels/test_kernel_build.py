@@ -1,0 +1,222 @@
+"""Building the kernels: once, never half, again when stale; and what happens without a compiler.
+
+A stand-in compiler answers at once and keeps a log, so that compilations can be counted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_offload.errors import UserError
+from moe_offload.kernels import kernel_build
+from moe_offload.kernels.cpu_kernels import load_kernels
+from moe_offload.kernels.kernel_library import default_threads
+
+CPP = Path("src/moe_offload/kernels/cpp")
+SOURCE = Path(kernel_build.__file__).parents[2]
+
+# Logs each call; "compiles" by writing its own arguments to what follows -o.
+STAND_IN = """#!/bin/sh
+if [ "$1" = --version ]; then echo "stand-in {version}"; exit 0; fi
+echo "$@" >> {log}
+case "$*" in *-fsyntax-only*) exit {probe};; esac
+sleep 0.05
+{failure}
+while [ "$1" != -o ]; do shift; done
+echo whole > "$2"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what the build reads, with its own build folder."""
+    shutil.copytree(SOURCE, tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").touch()
+    use_compiler(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def use_compiler(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str = "1.0",
+    failure: str = "",
+    probe: int = 0,
+) -> None:
+    compiler = folder / "stand-in"
+    log = folder / "log"
+    compiler.write_text(STAND_IN.format(version=version, log=log, failure=failure, probe=probe))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def build(folder: Path) -> subprocess.CompletedProcess[str]:
+    return start(folder).wait_done()
+
+
+class start:  # noqa: N801 - reads as a verb
+    """One process that builds."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "moe_offload.kernels.kernel_build"]
+        self.process = subprocess.Popen(
+            command, cwd=folder / "src", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_done(self) -> subprocess.CompletedProcess[str]:
+        out, err = self.process.communicate(timeout=60)
+        return subprocess.CompletedProcess([], self.process.returncode, out, err)
+
+
+def compilations(folder: Path) -> int:
+    return (folder / "log").read_text().count(" -c ") if (folder / "log").exists() else 0
+
+
+def n_units(folder: Path) -> int:
+    return len(list((folder / CPP).glob("*.cpp")))
+
+
+def test_builds_once_and_again_when_a_source_or_the_compiler_changes(checkout, monkeypatch):
+    first = build(checkout)
+    assert first.returncode == 0 and first.stderr.count("\n") == 1
+    assert "compiling the CPU kernels with stand-in 1.0" in first.stderr
+    library = Path(first.stdout.strip())
+    assert library.parent == checkout / "build" and library.read_text() == "whole\n"
+    units = n_units(checkout)
+    assert compilations(checkout) == units
+
+    again = build(checkout)
+    assert again.stdout == first.stdout and again.stderr == ""
+    assert compilations(checkout) == units
+
+    header = checkout / CPP / "kernels.h"
+    header.write_text(header.read_text() + "// changed\n")
+    changed = build(checkout)
+    assert changed.stdout != first.stdout and compilations(checkout) == 2 * units
+    assert not library.exists()  # stale builds do not pile up
+
+    use_compiler(checkout, monkeypatch, version="2.0")
+    assert build(checkout).stdout != changed.stdout
+    assert compilations(checkout) == 3 * units
+
+
+def test_processes_that_start_together_compile_once(checkout):
+    together = [start(checkout) for _ in range(4)]
+    done = [process.wait_done() for process in together]
+    assert {process.returncode for process in done} == {0}
+    assert len({process.stdout for process in done}) == 1
+    assert compilations(checkout) == n_units(checkout)
+
+
+def test_a_failing_compiler_is_told_in_a_sentence_and_leaves_nothing(checkout, monkeypatch):
+    use_compiler(checkout, monkeypatch, failure="echo 'x.cpp:1: error: no such luck' >&2; exit 1")
+    failed = build(checkout)
+    assert failed.returncode == 2 and "no such luck" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list((checkout / "build").glob("*.so"))
+
+
+def test_instruction_sets_that_the_compiler_refuses_are_left_out(checkout, monkeypatch):
+    use_compiler(checkout, monkeypatch, probe=1)
+    assert build(checkout).returncode == 0
+    log = (checkout / "log").read_text()
+    assert "kernels_scalar.cpp" in log and "-c" in log
+    assert "kernels_avx" not in "".join(line for line in log.splitlines() if " -c " in line)
+    assert "-DCPUX" not in log
+
+
+def test_without_a_compiler_an_earlier_build_serves_else_a_sentence(checkout, monkeypatch):
+    built = build(checkout).stdout
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build(checkout).stdout == built
+    Path(built.strip()).unlink()
+    refused = build(checkout)
+    assert refused.returncode == 2 and "install g++" in refused.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_checkout_builds_in_the_users_cache(checkout):
+    (checkout / "build").mkdir(mode=0o555)
+    assert os.environ["XDG_CACHE_HOME"] in build(checkout).stdout
+
+
+def test_no_compiler_means_torch_with_one_line_or_a_refusal(monkeypatch, capfd):
+    def refuse(sanitize: bool) -> Path:
+        raise UserError("expected a compiler, found none: install g++")
+
+    monkeypatch.setattr(kernel_build, "built_library", refuse)
+    load_kernels.cache_clear()
+    try:
+        assert load_kernels() is None
+        assert load_kernels() is None
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 1 and "torch" in lines[0] and "install g++" in lines[0]
+        with pytest.raises(UserError, match="install g"):
+            load_kernels("native")
+        with pytest.raises(UserError, match="install g"):
+            load_kernels(isa="avx2")
+    finally:
+        load_kernels.cache_clear()
+
+
+def test_a_library_that_does_not_load_is_told(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_text("not a library")
+    monkeypatch.setattr(kernel_build, "built_library", lambda sanitize: broken)
+    load_kernels.cache_clear()
+    try:
+        with pytest.raises(UserError, match="broken"):
+            load_kernels("native")
+    finally:
+        load_kernels.cache_clear()
+
+
+def test_threads_are_the_users_or_the_physical_cores(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert default_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    default = default_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert default_threads() == default
+    assert 1 <= default <= len(os.sched_getaffinity(0))
+
+
+def test_threads_stay_on_the_cpus_they_are_given():
+    usable = sorted(os.sched_getaffinity(0))
+    script = (
+        "import os, threading, torch\n"
+        "from moe_offload.kernels.cpu_kernels import load_kernels\n"
+        "from moe_offload.errors import UserError\n"
+        f"kernels = load_kernels('native', affinity=({usable[0]},))\n"
+        "assert kernels.threads == 1, kernels\n"
+        f"assert os.sched_getaffinity(0) == {{{usable[0]}}}\n"
+        "try:\n"
+        "    load_kernels('native', affinity=(5000,))\n"
+        "except UserError as error:\n"
+        "    assert '5000' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('accepted')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=SOURCE, timeout=60)
+
+
+def test_one_openmp_pool_serves_torch_and_the_kernels():
+    """Two runtimes would spin against each other: the library's calls go to torch's.
+
+    In a process of its own: other packages bring private runtimes, which nothing here calls.
+    """
+    script = (
+        "from pathlib import Path\n"
+        "from moe_offload.kernels.cpu_kernels import load_kernels\n"
+        "load_kernels('native').fma_gflops(0.001)\n"
+        "lines = Path('/proc/self/maps').read_text().splitlines()\n"
+        "names = {line.split()[-1] for line in lines if 'gomp' in line or 'iomp' in line}\n"
+        "assert len(names) == 1, names\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=SOURCE, timeout=60)

@@ -1,0 +1,166 @@
+"""The Triton kernels without a GPU: run in Triton's interpreter, compiled for several GPUs.
+
+Both are programs of their own, because Triton decides at its first import whether it interprets.
+Skipped where Triton is not installed; `test_gpu_experts.py` runs the kernels on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested here")
+
+import compiled_kernels
+import interpreted_kernels
+import torch
+from expert_cases import Case, random_blocks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_program(module, cache: Path, **variables: str) -> list[dict]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests" / "helpers"))),
+        "TRITON_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, module.__file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict[str, dict]:
+    rows = run_program(interpreted_kernels, tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return {row["case"]: row for row in rows}
+
+
+@pytest.mark.parametrize("case", interpreted_kernels.CASES, ids=lambda case: case.name)
+def test_kernels_agree_with_torch_in_the_interpreter(interpreted, case):
+    """fp32 sums over at most 260 products of order one, in another order: 1e-5 is 80 epsilon."""
+    row = interpreted[case.name]
+    assert row["error"] < 1e-5
+    # The many-token path and the model's own gate work in x's dtype; all else is fp32.
+    in_fp32 = case.n_tokens * case.top_k <= 4 * case.n_experts and case.kind != "module"
+    assert row["bf16_error"] < (1e-5 if in_fp32 else 0.1)
+    assert row["expert_error"] < 1e-5
+    assert row["nan_tokens"] == [0] * (0 in row["hit_tokens"])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    return run_program(compiled_kernels, tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="0")
+
+
+def test_kernels_compile_for_every_gpu_generation(compiled):
+    assert {row["capability"] for row in compiled} == set(compiled_kernels.CAPABILITIES)
+    assert all(row["cubin_bytes"] > 0 for row in compiled)
+
+
+def test_a_programs_tiles_fit_every_gpus_shared_memory(compiled):
+    for row in compiled:
+        limit = compiled_kernels.SHARED_LIMIT_BYTES[row["capability"]]
+        assert row["shared_bytes"] <= limit, row
+
+
+def test_no_register_is_spilled(compiled):
+    assert [row for row in compiled if row["stack_bytes"]] == []
+
+
+def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled):
+    """What keeps the kernels at memory speed: pointer arithmetic the compiler can vectorise."""
+    narrow = [row for row in compiled if row["widest_load_bytes"] < 16]
+    assert narrow == []
+
+
+class Launches:
+    """Stands for a kernel: notes what Triton would compile for each launch, and runs nothing."""
+
+    def __init__(self, kernel, variants: set) -> None:
+        self.kernel, self.variants = kernel, variants
+
+    def __getitem__(self, grid):
+        def launch(*values, **constants) -> None:
+            assert constants.pop("enable_fp_fusion")
+            named = dict(zip(self.kernel.arg_names, values, strict=False)) | constants
+            varying = {p.name for p in self.kernel.params if p.do_not_specialize}
+            constant = {p.name for p in self.kernel.params if p.is_constexpr}
+            assert set(named) == set(self.kernel.arg_names)
+            key = [
+                (name, value if name in constant else specialised(value, name in varying))
+                for name, value in sorted(named.items())
+            ]
+            self.variants.add((self.kernel.fn.__name__, *key))
+
+        return launch
+
+
+def specialised(value: object, only_its_type: bool) -> object:
+    """Triton's rule: a pointer's type and alignment; an integer's width, and being 1 or 16n."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        width = 32 if -(2**31) <= value < 2**31 else 64
+        return (width,) if only_its_type else (width, value == 1, value % 16 == 0)
+    return type(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["silu", "module"])
+def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format, dtype):
+    from moe_offload.kernels import triton_experts
+
+    variants: set = set()
+    for name in ("first_kernel", "second_kernel", "unpack_kernel"):
+        monkeypatch.setattr(triton_experts, name, Launches(getattr(triton_experts, name), variants))
+    case = Case(weight_format, 64, 48, kind, has_bias=True, n_experts=40)
+    blocks = random_blocks(case.layout(), case.n_experts)
+    triton = triton_experts.TritonExperts(
+        case.layout(), case.activation(), blocks, case.act_module()
+    )
+    triton.warm_up(dtype)
+    compiled, n_launches = set(variants), 0
+    assert compiled
+    for n_tokens, top_k in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (3, 6), (8, 8), (32, 16)):
+        for base in (-1, 0, 15, 39):
+            slots = torch.full((n_tokens, top_k), base)
+            hidden = torch.randn(n_tokens, 64, dtype=dtype)
+            triton.grouped(hidden, slots, torch.rand(n_tokens, top_k).to(dtype))
+            n_launches += 1
+    for slot, n_tokens in ((0, 1), (1, 16), (39, 500)):
+        triton.expert(slot, torch.randn(n_tokens, 64, dtype=dtype))
+    assert variants == compiled
+    assert n_launches > len(compiled)
+
+
+def test_in_decode_the_slots_are_not_sent():
+    from moe_offload.kernels import triton_experts
+
+    case = Case("bf16", 32, 16, n_experts=300)
+    triton = triton_experts.TritonExperts(
+        case.layout(), case.activation(), torch.zeros(300, case.layout().block_bytes).byte()
+    )
+    slots = torch.tensor([[299, -1, 0, 7], [4, 5, 16, -1]])
+    in_words, (memory, *words) = triton._slot_arguments(slots)
+    assert in_words and memory is triton._no_slots
+    found = [(words[p // 4] >> 15 * (p % 4) & 32767) - 1 for p in range(8)]
+    assert found == slots.flatten().tolist()
+    many = torch.arange(32).view(4, 8)
+    in_words, (memory, *_) = triton._slot_arguments(many)
+    assert not in_words and memory.flatten().tolist() == list(range(32))

@@ -1,0 +1,257 @@
+"""Decode attention against float64, on every instruction set, and as transformers calls it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from cpu_oracle import TINY, U
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from moe_offload.errors import UserError
+from moe_offload.kernels.cpu_kernels import CpuKernels, load_kernels, supported_isas
+from moe_offload.model import cpu_attention
+from moe_offload.model.cpu_attention import CpuAttention, register
+from moe_offload.model.cpu_modules import use_cpu_kernels
+from moe_offload.model.model_loader import build_skeleton
+
+NATIVE = load_kernels("native")
+assert NATIVE is not None
+ISAS = supported_isas(NATIVE.library)
+# batch, heads, kv_heads, keys, key size, value size: one key, odd sizes, more than one chunk of
+# keys, groups of more heads than one product takes, keys wider than values.
+SHAPES = (
+    (1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 9, 8, 8),
+    (1, 6, 1, 33, 31, 17),
+    (3, 8, 8, 257, 24, 40),
+    (1, 10, 2, 700, 128, 128),
+    (2, 3, 3, 256, 64, 5),
+)
+
+
+def random_call(
+    shape: tuple[int, ...], dtype: torch.dtype, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    torch.manual_seed(sum(shape))
+    batch, heads, kv_heads, keys, key_size, value_size = shape
+    query = torch.randn(batch, heads, 1, key_size).to(dtype)
+    key = torch.randn(batch, kv_heads, keys, key_size).to(dtype)
+    value = torch.randn(batch, kv_heads, keys, value_size).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(batch, 1, 1, keys) < 0.6
+        mask[..., -1] = True
+        mask[0, ..., : keys // 2] = False  # whole chunks without a key
+        mask[0, ..., -1] = True
+    return query, key, value, mask
+
+
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """[B, 1, heads, Dv] in float64, and the bound of an fp32 computation of it.
+
+    A score is off by (Dk + 3) u times the sum of its products' magnitudes, which moves each weight
+    by that factor; exponentials add 8 u, sums over S keys (S + 8) u of the magnitudes they add.
+    """
+    groups = query.shape[1] // key.shape[1]
+    q = query.double()
+    k, v = (tensor.double().repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = q @ k.transpose(2, 3) * scaling
+    magnitude = (q.abs() @ k.abs().transpose(2, 3) * scaling).amax(dim=-1, keepdim=True)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)
+    error = 2 * (query.shape[3] + 3) * U * magnitude + (2 * key.shape[2] + 32) * U
+    bound = error * (weights @ v.abs()) + TINY
+    return (weights @ v).transpose(1, 2), bound.transpose(1, 2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_within_the_bound_of_float64(isa: str, dtype: torch.dtype, masked: bool) -> None:
+    kernels = load_kernels("native", isa)
+    assert kernels is not None
+    for shape in SHAPES:
+        query, key, value, mask = random_call(shape, dtype, masked)
+        want, bound = exact(query, key, value, mask, 0.3)
+        if dtype == torch.bfloat16:
+            bound = bound + 2.0**-8 * (want.abs() + bound)  # of the rounded output
+        out = CpuAttention(kernels).attend(query, key, value, mask, 0.3)
+        assert out.dtype == dtype and out.shape == want.shape
+        error = (out.double() - want).abs()
+        assert (error <= bound).all(), (shape, float((error / bound).max()))
+
+
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    assert NATIVE is not None
+    query, key, value, mask = random_call(SHAPES[4], torch.bfloat16, True)
+    outputs = [
+        CpuAttention(type(NATIVE)(NATIVE.library, NATIVE.isa, NATIVE.isa_code, threads)).attend(
+            query, key, value, mask
+        )
+        for threads in (1, 2, 3)
+    ]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_extremes(isa: str) -> None:
+    """Scores far apart or huge, keys all left out, and what is not a number."""
+    kernels = load_kernels("native", isa)
+    assert kernels is not None
+    attend = CpuAttention(kernels).attend
+    query = torch.ones(1, 1, 1, 1)
+    key = torch.tensor([1e30, -1e30, 0.0, 1e30]).view(1, 1, 4, 1)
+    value = torch.tensor([2.0, 100.0, 100.0, 4.0]).view(1, 1, 4, 1)
+    assert attend(query, key, value, None, 1.0).item() == 3.0
+    nobody = torch.zeros(1, 1, 1, 4, dtype=torch.bool)
+    assert attend(query, key, value, nobody, 1.0).item() == 0.0
+    key[0, 0, 2] = torch.nan
+    assert attend(query, key, value, None, 1.0).isnan().all()
+    key[0, 0, 2] = torch.inf
+    assert attend(query, key, value, None, 1.0).isnan().all()
+    key[0, 0, 2] = 0.0
+    value[0, 0, 0] = torch.inf
+    assert attend(query, key, value, None, 1.0).item() == torch.inf
+
+
+def test_strided_caches_are_read_in_place_or_copied() -> None:
+    assert NATIVE is not None
+    attend = CpuAttention(NATIVE).attend
+    query, key, value, _ = random_call((2, 4, 2, 30, 16, 16), torch.float32, False)
+    want = attend(query, key[:, :, 10:].contiguous(), value[:, :, 10:].contiguous(), None)
+    assert torch.equal(attend(query, key[:, :, 10:], value[:, :, 10:], None), want)
+    turned = [tensor[:, :, 10:].transpose(1, 2).contiguous() for tensor in (key, value)]
+    assert torch.equal(attend(query, *(t.transpose(1, 2) for t in turned), None), want)
+
+
+def test_transformers_calls_it_for_one_token_and_torch_for_the_rest() -> None:
+    assert NATIVE is not None
+    function = AttentionInterface()[register(NATIVE)]
+    module = nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    module.is_causal = True  # type: ignore[assignment]
+    query, key, value, _ = random_call((1, 4, 2, 6, 16, 16), torch.float32, False)
+    out, weights = function(module, query, key, value, None, scaling=0.25)
+    want, _ = exact(query, key, value, None, 0.25)
+    assert weights is None
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    many = torch.cat([query, query], dim=2)
+    causal = torch.ones(2, 6, dtype=torch.bool).tril(4)[None, None]
+    prompt, _ = function(module, many, key, value, causal, scaling=0.25)
+    torch.testing.assert_close(prompt[:, 1:], out, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(prompt[:, :1], out, rtol=1e-3)  # it sees one key less
+    additive = torch.zeros(1, 1, 1, 6)
+    biased, _ = function(module, query, key, value, additive, scaling=0.25)
+    torch.testing.assert_close(biased, out, rtol=1e-5, atol=1e-5)
+
+
+def tiny_mixtral(**changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        **changes,
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def logits_of_steps(model: PreTrainedModel, forced: Tensor) -> Tensor:
+    """Logits of a left-padded batch of two prompts and of decode steps with given tokens."""
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache = DynamicCache(config=model.config)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    steps = []
+    with torch.inference_mode():
+        for token in forced.unbind():
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: cache},
+            )
+            steps.append(output.logits[:, -1])
+            ids = token.expand(2, 1)
+            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    return torch.stack(steps)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_loaded_models_decode_steps_use_it(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against transformers' eager attention, with padding and with a sliding window."""
+    forced = torch.arange(5, 17)
+    model = tiny_mixtral(sliding_window=window)
+    model.set_attn_implementation("eager")
+    want = logits_of_steps(model, forced)
+    model.set_attn_implementation("sdpa")
+    use_cpu_kernels(model, "native", "auto")
+    calls = []
+    attend = CpuKernels.attend
+
+    def counted(self: CpuKernels, *arguments: Any) -> None:
+        calls.append(arguments)
+        attend(self, *arguments)
+
+    monkeypatch.setattr(CpuKernels, "attend", counted)
+    torch.testing.assert_close(logits_of_steps(model, forced), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * (len(forced) - 1)  # two layers; the prompts are torch's
+
+
+def test_a_model_that_asks_for_its_attention_by_name_keeps_torchs() -> None:
+    """DeepSeek-V3.2 masks for its sparse attention only under the names it knows."""
+    if "deepseek_v32" not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers has no such model")
+    config = AutoConfig.for_model("deepseek_v32", num_hidden_layers=1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    use_cpu_kernels(model, "native", "auto")
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="use --attention sdpa"):
+        build_skeleton(config, torch.float32, "xformers")
+
+
+@pytest.mark.parametrize("extra", ["s_aux", "indices", "softcap"])
+def test_what_it_does_not_compute_is_left_to_torch(
+    extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert NATIVE is not None
+    seen = []
+    monkeypatch.setattr(
+        cpu_attention,
+        "sdpa_attention_forward",
+        lambda *_, **keywords: (seen.append(keywords), None),
+    )
+    query, key, value, _ = random_call((1, 4, 2, 6, 16, 16), torch.float32, False)
+    term = 30.0 if extra == "softcap" else torch.zeros(1)
+    CpuAttention(NATIVE)(nn.Module(), query, key, value, None, **{extra: term})
+    assert seen[0][extra] is term

@@ -1,0 +1,122 @@
+"""The KV cache with room against transformers' own, operation by operation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny_models import CONFIGS, build_model, gpt_oss, mixtral, nemotron_h
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from moe_offload.model import kv_cache
+from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
+from moe_offload.model.kv_cache import RoomyLayer, make_cache
+
+
+def tokens(seed: int, batch: int, count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, 3, count, 8, generator=generator)
+    return keys, torch.randn(batch, 3, count, 5, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_holds_what_transformers_own_layer_holds(seed, monkeypatch):
+    monkeypatch.setattr(kv_cache, "_FEWEST_SPARE_TOKENS", 7)
+    chance = random.Random(seed)
+    roomy, plain = RoomyLayer(40), DynamicLayer()
+    batch = 4
+    for step in range(60):
+        what = chance.choice(["add"] * 6 + ["crop", "select", "reorder", "repeat", "reset"])
+        if what == "add" or not plain.is_initialized:
+            new = tokens(step, batch, chance.choice([1, 1, 1, 6]))
+            for found, expected in zip(roomy.update(*new), plain.update(*new), strict=True):
+                assert torch.equal(found, expected)
+        for layer in (roomy, plain):
+            if what == "crop" and plain.get_seq_length() > 3:
+                layer.crop(-2)
+            elif what == "select":
+                layer.batch_select_indices(torch.arange(batch - 1, -1, -1)[: max(1, batch - 1)])
+            elif what == "reorder" and layer.is_initialized:
+                layer.reorder_cache(torch.zeros(batch, dtype=torch.int64))
+            elif what == "repeat" and batch <= 4:
+                layer.batch_repeat_interleave(2)
+            elif what == "reset":
+                layer.reset()
+        if plain.is_initialized:
+            batch = plain.keys.shape[0]
+            assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+        assert roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
+
+
+def test_a_token_is_written_beside_those_before_it_and_room_ends_at_the_limit():
+    layer = RoomyLayer(9)
+    layer.update(*tokens(0, 2, 4))
+    held = layer.keys
+    before = held.clone()
+    layer.update(*tokens(1, 2, 1))
+    assert torch.equal(held, before)
+    keys, values, number = layer.add_token()
+    assert number == 5 and keys.shape == (2, 3, 9, 8) and values.shape == (2, 3, 9, 5)
+    keys[:, :, number], values[:, :, number] = 1.0, 2.0
+    assert layer.get_seq_length() == 6
+    assert bool((layer.keys[:, :, 5] == 1).all()) and bool((layer.values[:, :, 5] == 2).all())
+    layer.update(*tokens(2, 2, 20))  # beyond what was announced: it grows as it must
+    assert layer.get_seq_length() == 26
+    assert torch.equal(layer.keys[:, :, :4], before)
+
+
+def test_what_transformers_assigns_is_never_written():
+    layer = RoomyLayer(100)
+    layer.update(*tokens(0, 2, 4))
+    mine = torch.zeros(2, 3, 10, 8)
+    layer.keys, layer.values = mine[:, :, :4], torch.zeros(2, 3, 4, 5)
+    layer.update(*tokens(1, 2, 1))
+    assert not mine.any()
+    layer.add_token()
+    assert not mine.any()
+
+
+def test_nothing_is_added_in_place_before_the_prompt():
+    assert RoomyLayer(4).add_token() is None
+
+
+@pytest.mark.parametrize("config", [gpt_oss, nemotron_h, mixtral])
+def test_only_layers_of_full_attention_are_replaced(config):
+    ours, theirs = make_cache(config(), 10), DynamicCache(config=config())
+    for layer, own in zip(ours.layers, theirs.layers, strict=True):
+        assert type(layer) is (RoomyLayer if type(own) is DynamicLayer else type(own))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_is_the_same_with_and_without_padding_and_room(name):
+    model = build_model(CONFIGS[name]())
+    prompts = [[5, 9, 7, 11], [4, 8, 3, 6], [3, 12, 9]]
+    sampler = make_sampler(0.0, 1.0, 0, model.device)
+
+    def ids(batch: list[list[int]]) -> list[list[int]]:
+        records = {}
+        for record, _ in generate_batch(
+            model, batch, max_tokens=12, sampler=sampler, eos_ids=frozenset()
+        ):
+            records[record.prompt] = record.ids
+        return [records[i] for i in range(len(batch))]
+
+    def reference(prompt: list[int]) -> list[int]:
+        chosen: list[int] = []
+        cache = {cache_argument(model): DynamicCache(config=model.config)}
+        inputs = torch.tensor([prompt])
+        with torch.inference_mode():
+            for _ in range(12):
+                logits = model(input_ids=inputs, use_cache=True, **cache).logits
+                chosen.append(int(logits[0, -1].argmax()))
+                inputs = torch.tensor([chosen[-1:]])
+        return chosen
+
+    expected = [reference(prompt) for prompt in prompts]
+    assert [ids([prompt])[0] for prompt in prompts] == expected
+    assert ids(prompts[:2]) == expected[:2]  # one length: no mask
+    assert ids(prompts) == expected

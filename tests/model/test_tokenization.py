@@ -1,0 +1,168 @@
+"""Templates, tokenizer choice, and text that never breaks inside a character."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import mistral_common
+import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moe_offload.errors import UserError
+from moe_offload.model.tokenization import (
+    CheckpointTokenizer,
+    MistralTokenizer,
+    StreamingDetokenizer,
+    check_tokenizer,
+    load_tokenizer,
+)
+
+DATA = Path(mistral_common.__file__).parent / "data"
+PHI_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def mixtral_folder(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.model").write_bytes((DATA / "tokenizer.model.v1").read_bytes())
+    return tmp_path
+
+
+def write_byte_tokenizer(folder: Path, template: str | None) -> None:
+    """A tokenizer whose tokens are single bytes: every non-ASCII character spans several."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    fast = FastTokenizer(models.BPE(vocabulary, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def test_mixtral_uses_the_v1_instruct_template(mixtral_folder: Path) -> None:
+    tokenizer = load_tokenizer(mixtral_folder, "mixtral")
+    assert isinstance(tokenizer, MistralTokenizer)
+    ids = tokenizer.encode("Hello there", raw=False)
+    assert ids[0] == 1  # <s>
+    assert tokenizer.decode(ids).strip() == "[INST] Hello there [/INST]"
+    assert tokenizer.decode(tokenizer.encode("Hello there", raw=True)).strip() == "Hello there"
+    assert tokenizer.eos_ids == {2}
+
+
+def test_versioned_and_tekken_files_are_mistrals(tmp_path: Path) -> None:
+    name = "mistral_instruct_tokenizer_240323.model.v3"
+    (tmp_path / "tokenizer.model.v3").write_bytes((DATA / name).read_bytes())
+    assert "v3" in load_tokenizer(tmp_path, "mixtral").name
+    other = tmp_path / "tekken"
+    other.mkdir()
+    (other / "tekken.json").write_bytes((DATA / "tekken_240911.json").read_bytes())
+    assert isinstance(load_tokenizer(other, "mistral"), MistralTokenizer)
+
+
+def test_a_fine_tune_keeps_its_own_template(mixtral_folder: Path) -> None:
+    write_byte_tokenizer(mixtral_folder, PHI_TEMPLATE)
+    tokenizer = load_tokenizer(mixtral_folder, "mixtral")
+    assert isinstance(tokenizer, CheckpointTokenizer)
+    text = tokenizer.decode(tokenizer.encode("Hi", raw=False))
+    assert text == "<|user|>\nHi\n<|assistant|>\n"  # <|end|> is a special token
+
+
+def test_other_models_use_their_chat_template(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, PHI_TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path, "phimoe")
+    ids = tokenizer.encode("Hi", raw=False)
+    assert tokenizer.decode(ids).startswith("<|user|>\nHi")
+    assert tokenizer.decode(ids).endswith("<|assistant|>\n")
+    assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
+
+
+def test_without_a_template_the_text_is_the_prompt(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, None)
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    assert tokenizer.encode("Hi", raw=False) == tokenizer.encode("Hi", raw=True)
+
+
+def test_no_tokenizer_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
+    with pytest.raises(UserError, match="copy the model's tokenizer files"):
+        load_tokenizer(tmp_path, "olmoe")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", POINTER, bytes(range(256)) * 8])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.model.v3", "tekken.json"])
+def test_a_damaged_file_of_mistrals_is_a_sentence(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for refuse in (load_tokenizer, check_tokenizer):
+        with pytest.raises(UserError, match="download it again") as refused:
+            refuse(tmp_path, "mixtral")
+        assert f"{tmp_path / name}" in str(refused.value)
+        assert len(str(refused.value)) < len(str(tmp_path)) + 250, "a library's essay is cut short"
+
+
+@pytest.mark.parametrize("text", ["[]", '{"chat_template": "x', "[" * 100_000, ""])
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe"])
+def test_a_damaged_tokenizer_config_is_a_sentence(
+    text: str, model_type: str, mixtral_folder: Path
+) -> None:
+    write_byte_tokenizer(mixtral_folder, None)
+    (mixtral_folder / "tokenizer_config.json").write_text(text)
+    for refuse in (load_tokenizer, check_tokenizer):
+        with pytest.raises(UserError, match=r"download it again|copy the model's tokenizer"):
+            refuse(mixtral_folder, model_type)
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])
+def test_a_template_that_fails_is_a_sentence(template: str, tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, template)
+    check_tokenizer(tmp_path, "olmoe")
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    with pytest.raises(UserError, match="mend it there, or use --raw-prompt"):
+        tokenizer.encode("Hi", raw=False)
+    assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
+
+
+TEXTS = [
+    "plain words, with  two spaces\n and a line",
+    "naïve café — “quotes” … ½ µs",
+    "専門家の混合 мозг 🙂🙃 👩‍👩‍👧‍👦 ok",
+    "🙂",
+]
+
+
+def stream(tokenizer: object, ids: Sequence[int]) -> list[str]:
+    detokenizer = StreamingDetokenizer(tokenizer)  # type: ignore[arg-type]
+    return [*(detokenizer.push(i) for i in ids), detokenizer.finish()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_pieces_are_whole_characters(
+    text: str, tmp_path: Path, mixtral_folder: Path
+) -> None:
+    bytewise = tmp_path / "bytes"
+    bytewise.mkdir()
+    write_byte_tokenizer(bytewise, None)
+    for tokenizer in (load_tokenizer(bytewise, "olmoe"), load_tokenizer(mixtral_folder, "mixtral")):
+        ids = tokenizer.encode(text, raw=True)
+        pieces = stream(tokenizer, ids)
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_streaming_equals_decoding_for_any_ids(mixtral_folder: Path) -> None:
+    tokenizer = load_tokenizer(mixtral_folder, "mixtral")
+    generator = random.Random(0)
+    for _ in range(50):
+        ids = [generator.randrange(300, 32000) for _ in range(20)]
+        assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)

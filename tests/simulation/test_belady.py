@@ -1,0 +1,196 @@
+"""Belady's optimum against exhaustive search, and no policy above it."""
+
+import functools
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_offload.experts.expert_cache import ExpertCache
+from moe_offload.experts.replacement_policies import POLICIES, make_policy
+from moe_offload.simulation.belady import Belady, most_hits
+from moe_offload.simulation.packed_routing import NEVER
+from moe_offload.simulation.replay import replay
+from moe_offload.simulation.sweep import BELADY, Setting, run_setting, sweep
+from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
+
+UNLIMITED = 10**9
+
+
+def decode_passes(steps: list[list[int]]) -> tuple[RoutingPass, ...]:
+    """One layer, one token a pass."""
+    return tuple(RoutingPass("decode", ((tuple(experts),),)) for experts in steps)
+
+
+def hits_of(policy, passes, n_ways: int) -> int:
+    return replay(passes, ExpertCache(1, n_ways, policy), UNLIMITED).decode.hits
+
+
+def exhaustive(steps: list[list[int]], n_ways: int, bypass: bool) -> int:
+    """The most hits over every choice of what to keep after each step."""
+
+    @functools.cache
+    def best(number: int, held: frozenset[int]) -> int:
+        if number == len(steps):
+            return 0
+        chosen = frozenset(steps[number])
+        hits = len(held & chosen)
+        union = sorted(held | chosen)
+        if bypass:
+            kept = itertools.combinations(union, min(n_ways, len(union)))
+            return hits + max(best(number + 1, frozenset(k)) for k in kept)
+        # Every miss is admitted in order, hits and what is in flight are never victims.
+        states = {held}
+        for expert in steps[number]:
+            if expert in held:
+                continue
+            following = set()
+            for state in states:
+                victims = state - chosen
+                if len(state) < n_ways:
+                    following.add(state | {expert})
+                elif victims:
+                    following |= {state - {victim} | {expert} for victim in victims}
+                else:
+                    following.add(state)
+            states = following
+        return hits + max(best(number + 1, frozenset(state)) for state in states)
+
+    return best(0, frozenset())
+
+
+def distinct_pairs(n_experts: int, max_steps: int, top_k: int):
+    step = st.lists(st.integers(0, n_experts - 1), min_size=top_k, max_size=top_k, unique=True)
+    return st.lists(step, min_size=1, max_size=max_steps)
+
+
+SMALL = distinct_pairs(n_experts=5, max_steps=7, top_k=2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=SMALL, n_ways=st.integers(1, 4))
+def test_with_bypass_equals_exhaustive_search(steps, n_ways):
+    assert most_hits(decode_passes(steps), 1, n_ways) == exhaustive(steps, n_ways, bypass=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps=SMALL, n_ways=st.integers(2, 4))
+def test_without_bypass_equals_exhaustive_search(steps, n_ways):
+    passes = decode_passes(steps)
+    assert hits_of(Belady(passes), passes, n_ways) == exhaustive(steps, n_ways, bypass=False)
+
+
+class PlainBelady(Belady):
+    """The same choice by walking through the passes that are left, one id after the other."""
+
+    def __init__(self, passes) -> None:
+        super().__init__(passes)
+        self.left = list(passes)
+
+    def begin_pass(self, one: RoutingPass) -> None:
+        assert self.left.pop(0) == one
+
+    def _next_use(self, slot: int) -> int:
+        layer, expert, place = slot // self._n_ways, self._expert[slot], 0
+        for one in self.left:
+            if one.phase == "decode":
+                for token in one.ids[layer]:
+                    for other in token:
+                        if other == expert:
+                            return place
+                        place += 1
+        return NEVER
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers=st.lists(
+        st.lists(distinct_pairs(n_experts=6, max_steps=3, top_k=2), min_size=12, max_size=12),
+        min_size=1,
+        max_size=3,
+    ),
+    shift=st.sampled_from([0, 254, 300]),
+    kinds=st.lists(st.sampled_from(["decode", "decode", "prefill"]), min_size=12, max_size=12),
+    n_ways=st.integers(1, 5),
+    quota=st.sampled_from([1, 3, UNLIMITED]),
+)
+def test_the_search_through_packed_ids_finds_what_a_walk_finds(layers, shift, kinds, n_ways, quota):
+    passes = []
+    for number, kind in enumerate(kinds):
+        n_tokens = min(len(of_layer[number]) for of_layer in layers)
+        ids = tuple(
+            tuple(tuple(e + shift for e in token) for token in of_layer[number][:n_tokens])
+            for of_layer in layers
+        )
+        passes.append(RoutingPass(kind, ids))
+    results = [
+        replay(passes, ExpertCache(len(layers), n_ways, policy), quota, keep_layers=True)
+        for policy in (Belady(passes), PlainBelady(passes))
+    ]
+    assert results[0] == results[1]
+
+
+def test_a_hand_worked_case():
+    # Two ways. 0 and 1 come back, 2 does not: without bypass 2 must still push one of them out.
+    steps = [[0], [1], [2], [0], [1]]
+    passes = decode_passes(steps)
+    assert most_hits(passes, 1, 2) == 2
+    assert hits_of(Belady(passes), passes, 2) == 1  # 2 evicts 1, which is used last
+    assert hits_of(make_policy("LRU"), passes, 2) == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batches=st.lists(distinct_pairs(n_experts=8, max_steps=4, top_k=3), min_size=1, max_size=30),
+    prompt=distinct_pairs(n_experts=8, max_steps=6, top_k=3),
+    n_ways=st.integers(1, 8),
+    quota=st.sampled_from([0, 1, 2, UNLIMITED]),
+)
+def test_no_policy_beats_the_optimum_in_batches(batches, prompt, n_ways, quota):
+    passes = (
+        RoutingPass("prefill", (tuple(map(tuple, prompt)),)),
+        *(RoutingPass("decode", (tuple(map(tuple, tokens)),)) for tokens in batches),
+    )
+    info = TraceInfo("batched", n_layers=1, top_k=3, n_experts=8)
+    trace = Trace(info, passes)
+    for policy in (*POLICIES, BELADY):
+        outcome = run_setting(trace, Setting(1, n_ways, policy, quota))
+        decode = outcome.replay.decode
+        assert decode.expert_hits <= outcome.most_hits, policy
+        (row,) = sweep(trace, [Setting(1, n_ways, policy, quota)])
+        assert row.hit_expert <= row.bound_bypass <= 100, policy
+
+
+def test_a_batch_counts_an_expert_once():
+    # Two sequences that agree: with one way the optimum keeps one of their two experts.
+    batch = RoutingPass("decode", (((0, 1), (0, 1)),))
+    trace = Trace(TraceInfo("batched", 1, 2, 8), (batch,) * 5)
+    (row,) = sweep(trace, [Setting(1, 1, "FIFO")])
+    assert row.bound_bypass == pytest.approx(100 * 4 / 10)
+    assert row.hit_expert == row.all_hits == pytest.approx(40)  # 0 is fetched first, and stays
+    assert row.hit_one == pytest.approx(80)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    steps=distinct_pairs(n_experts=8, max_steps=60, top_k=3),
+    prompt=distinct_pairs(n_experts=8, max_steps=6, top_k=3),
+    n_ways=st.integers(1, 8),
+    quota=st.sampled_from([0, 1, 2, UNLIMITED]),
+)
+def test_no_policy_beats_the_optimum_with_bypass(steps, prompt, n_ways, quota):
+    tokens = tuple(map(tuple, prompt))
+    passes = (RoutingPass("prefill", (tokens,)), *decode_passes(steps))
+    bound = most_hits(passes, 1, n_ways)
+    for policy in (*map(make_policy, POLICIES), Belady(passes)):
+        hits = replay(passes, ExpertCache(1, n_ways, policy), quota).decode.hits
+        assert hits <= bound, type(policy).__name__
+
+
+def test_layers_are_bounded_one_by_one():
+    passes = tuple(RoutingPass("decode", (((0, 1),), ((0, 1),), ((2, 3),))) for _ in range(4))
+    assert most_hits(passes, 3, 2) == 3 * 3 * 2
+    assert most_hits(passes, 1, 2) == 3 * 2
+    assert most_hits(passes, 3, 1) == 3 * 3
+    assert most_hits(passes, 0, 2) == 0

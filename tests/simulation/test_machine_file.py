@@ -1,0 +1,175 @@
+"""Hardware files, model shapes, and the cost models they make."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_offload.checkpoint.expert_format import block_layout
+from moe_offload.errors import UserError
+from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.simulation.machine_file import calibrated_machine, load_machine, write_machine
+from moe_offload.simulation.model_shapes import SHAPES_FILE, load_shape, shape_of_config
+
+HARDWARE = Path(__file__).resolve().parents[2] / "hardware"
+FILES = sorted(HARDWARE.glob("*.yaml"))
+MACHINE = load_machine(HARDWARE / "rtx4090.yaml")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_files_load_and_name_their_sources(path):
+    machine = load_machine(path)
+    for cores in (2, 8, 24):
+        for pcie in (3, 4, 5):
+            variant = machine.variant(cores, pcie)
+            assert (variant.cores, variant.pcie) == (cores, pcie)
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("  ") and ":" in line and not line.strip().startswith("#"):
+            nearby = "\n".join(lines[max(0, number - 6) : number + 1])
+            assert "#" in nearby, f"{path.name}:{number + 1}: a number without a source"
+
+
+def test_there_is_a_file_for_each_promised_gpu():
+    assert {path.stem for path in FILES} >= {"rtx3080", "rtx4080", "rtx4090"}
+
+
+def test_more_cores_read_more_and_saturate():
+    speeds = [MACHINE.variant(cores=cores).cpu_gbps for cores in (1, 2, 8, 24, 1000)]
+    assert speeds == sorted(speeds)
+    assert speeds[0] == pytest.approx(1 / (1 / 29 + 1 / 125))
+    assert 120 < speeds[-1] < 125
+
+
+def test_costs_of_mixtral_by_hand():
+    machine = replace(MACHINE, core_gbps=25.0, socket_gbps=100.0, cores=4, layer_us=500.0)
+    costs = machine.cost_model(load_shape("mixtral-8x7b"), "bf16")
+    assert costs.block_bytes == 352_321_536
+    # 50 GB/s: 7046 us for one token; a second token costs its arithmetic alone.
+    assert costs.cpu.us(1, 1) == pytest.approx(20 + 352_321.536 / 50)
+    more = costs.cpu.us(1, 2) - costs.cpu.us(1, 1)
+    assert more == pytest.approx(2 * 176_160_768 / (4 * 60e9) * 1e6)
+    assert costs.copy_us(shared=False) == pytest.approx(20 + 352_321.536 / 25.1)
+    assert costs.dense_us_per_layer == pytest.approx(500 + 2 * 41_943_040 / 1008e3)
+
+
+def test_arithmetic_limits_a_slow_core():
+    machine = replace(MACHINE, core_gflops=0.1, cores=1)
+    costs = machine.cost_model(load_shape("olmoe-1b-7b"), "bf16")
+    assert costs.cpu.expert_us == 0
+    assert costs.cpu.us(1, 3) == pytest.approx(20 + 3 * costs.cpu.token_us)
+
+
+def test_a_file_round_trips(tmp_path):
+    write_machine(tmp_path / "m.yaml", MACHINE, "copied\nin a test")
+    text = (tmp_path / "m.yaml").read_text()
+    assert text.startswith("# copied\n# in a test\n")
+    assert load_machine(tmp_path / "m.yaml") == MACHINE
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [(1.0, 1.0, 1.0, None), (1.7, 1.4, 1.5, None), (1.7, 1.8, 1.5, 1.2)],
+)
+def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path, factors):
+    shape = load_shape("mixtral-8x7b")
+    costs = CostModel(
+        cpu=SideCost(15, 8000, 900),
+        gpu=SideCost(40, 400, 6),
+        copy_call_us=12,
+        copy_gbps=24,
+        copy_gbps_shared=20,
+        cpu_shared_factor=1.2,
+        block_bytes=shape.block_bytes("bf16"),
+        dense_us_per_layer=900,
+        compute_shared_factor=factors[0],
+        gpu_shared_factor=factors[1],
+        dense_shared_factor=factors[2],
+        both_shared_factor=factors[3],
+    )
+    machine = calibrated_machine(
+        costs, name="this one", cores=8, expert_weights=shape.expert_weights,
+        dense_bytes_per_layer=2 * shape.dense_weights_per_layer,
+    )  # fmt: skip
+    write_machine(tmp_path / "m.yaml", machine, "measured")
+    assert ("emulated" in yaml.safe_load((tmp_path / "m.yaml").read_text())) == (factors[0] > 1)
+    again = load_machine(tmp_path / "m.yaml").cost_model(shape, "bf16")
+    for hits in (0, 1, 2):
+        expected = costs.decode_layer_us(hits, 2 - hits, copying=True)
+        assert again.decode_layer_us(hits, 2 - hits, copying=True) == pytest.approx(expected, 1e-3)
+    assert again.split_prefill([90] * 8, ()).us == pytest.approx(
+        costs.split_prefill([90] * 8, ()).us, 1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda d: d["cpu"].pop("cores"), "expected a number at cpu.cores"),
+        (lambda d: d.pop("gpu"), "expected a number at gpu.memory_gb"),
+        (lambda d: d["cpu"].update(core_gbps="fast"), "cpu.core_gbps .* found 'fast'"),
+        (lambda d: d["cpu"].update(core_gbps=0), "cpu.core_gbps above 0"),
+        (lambda d: d["bus"].update(shared=-1), "bus.shared above 0"),
+        (lambda d: d["bus"].update(gbps=25), "bus.gbps .* by PCIe generation"),
+        (lambda d: d["bus"].update(pcie=6), "bus.gbps .* 6 among them"),
+        (lambda d: d["bus"].update(gbps={4: None}), "expected a number at bus.gbps.4"),
+        (lambda d: d["bus"].update(gbps={4: 25, "fast": 50}), "by PCIe generation"),
+        (lambda d: d["bus"].update(cpu_shared_factor=0.9), "cpu_shared_factor of at least 1"),
+        (lambda d: d.update(emulated={}), "a number at emulated.compute_shared_factor"),
+        (
+            lambda d: d.update(
+                emulated={
+                    "compute_shared_factor": 1.5,
+                    "gpu_shared_factor": 1.5,
+                    "dense_shared_factor": 1.5,
+                    "both_shared_factor": 0.5,
+                }
+            ),
+            "emulated.both_shared_factor of at least 1",
+        ),
+    ],
+)
+def test_a_wrong_file_is_a_sentence(tmp_path, change, sentence):
+    data = yaml.safe_load((HARDWARE / "rtx4090.yaml").read_text())
+    change(data)
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match=sentence):
+        load_machine(tmp_path / "m.yaml")
+
+
+def test_missing_files_and_impossible_variants(tmp_path):
+    with pytest.raises(UserError, match="expected a hardware file"):
+        load_machine(tmp_path / "none.yaml")
+    (tmp_path / "m.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="in YAML"):
+        load_machine(tmp_path / "m.yaml")
+    (tmp_path / "m.yaml").write_text("just text")
+    with pytest.raises(UserError, match=r"expected a number at cpu\.cores"):
+        load_machine(tmp_path / "m.yaml")
+    with pytest.raises(UserError, match="generation of 3, 4, 5, found 2"):
+        MACHINE.variant(pcie=2)
+    with pytest.raises(UserError, match="at least 1 core"):
+        MACHINE.variant(cores=0)
+
+
+@pytest.mark.parametrize("name", yaml.safe_load(SHAPES_FILE.read_text()))
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+def test_block_sizes_are_those_of_the_prepared_folder(name, weight_format):
+    shape = load_shape(name)
+    layout = block_layout(weight_format, shape.hidden, shape.intermediate, True, False)
+    assert shape.block_bytes(weight_format) == pytest.approx(layout.block_bytes, rel=0.01)
+
+
+def test_published_shapes():
+    mixtral = load_shape("mixtral-8x7b")
+    assert (mixtral.n_layers, mixtral.n_experts, mixtral.top_k) == (32, 8, 2)
+    assert load_shape("phi-3.5-moe").block_bytes("bf16") == 157_286_400
+    assert load_shape("deepseek-v2-lite").n_layers == 26  # the first of 27 is dense
+    total = mixtral.dense_bytes() + 2 * 32 * 8 * mixtral.expert_weights
+    assert total / 2 == pytest.approx(46.7e9, rel=0.01)
+    assert mixtral.with_layers(2).n_layers == 2
+    with pytest.raises(UserError, match="found 'gpt-9'"):
+        load_shape("gpt-9")
+    with pytest.raises(UserError, match="how many experts"):
+        shape_of_config("dense", {"hidden_size": 8, "intermediate_size": 8})

@@ -1,0 +1,252 @@
+"""The simulator against the engine: the same hits, pass by pass and layer by layer."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from against_transformers import prepared
+from tiny_models import CONFIGS, build_model, write_hub
+
+from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.experts.expert_fetcher import Completion
+from moe_offload.experts.recorder import Recorder
+from moe_offload.experts.replacement_policies import POLICIES
+from moe_offload.model.generation import generate_batch, make_sampler
+from moe_offload.model.model_loader import PreparedModel
+from moe_offload.report.recorded_routing import recorded_trace
+from moe_offload.report.reports import ReportPaths, RunInfo, write_reports
+from moe_offload.report.summary import summarize
+from moe_offload.simulation.replay import replay
+from moe_offload.simulation.time_model import Timeline
+from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.traces import Trace, write_trace
+
+PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12], [3, 3, 90, 14]]
+N_TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("simulated-hits")
+    source = write_hub(build_model(CONFIGS[request.param]()), root / "hub")
+    folder = prepared(source, root / "prepared", "--hf")
+    options = ModelOptions(folder, device="cpu")
+    with load_engine(PreparedModel(read_manifest(folder)), options, CacheOptions()) as engine:
+        yield engine
+
+
+# A GPU on a fast bus: prompts are computed there, every expert copied for it.
+FAST_BUS = CostModel(
+    cpu=SideCost(0, 1000, 1000),
+    gpu=SideCost(0, 1, 0.01),
+    copy_call_us=1,
+    copy_gbps=100,
+    copy_gbps_shared=100,
+    cpu_shared_factor=1,
+    block_bytes=1000,
+    dense_us_per_layer=0,
+)
+SLOW_BUS = replace(FAST_BUS, copy_call_us=1e6)
+
+
+def run(
+    engine: Engine,
+    options: CacheOptions,
+    batches: list[list[list[int]]],
+    costs: CostModel = SLOW_BUS,
+    told: Callable[[list[Completion]], list[Completion]] = list,
+) -> Recorder:
+    """Generate with copies that end before the next layer begins.
+
+    Each layer hears of what `told` makes of those that ended since the last: all of them.
+    """
+    engine.use_cache(options)
+    accelerator = engine.accelerator
+    assert accelerator is not None
+    accelerator.costs = costs
+    fetcher = accelerator.fetcher
+    poll = fetcher.poll
+
+    def poll_when_done() -> list[Completion]:
+        fetcher.poll = poll  # drain() itself polls
+        try:
+            return told(fetcher.drain())
+        finally:
+            fetcher.poll = poll_when_done
+
+    fetcher.poll = poll_when_done
+    recorder = engine.dispatcher.recorder = Recorder()
+    sampler = make_sampler(0.0, 1.0, 0, engine.device)
+    for batch in batches:
+        for _ in generate_batch(
+            engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
+        ):
+            pass
+    return recorder
+
+
+def through_the_csv(recorder: Recorder, folder: Path) -> tuple[Trace, list[list[int]]]:
+    """(expert_choices.csv as our reader takes it, cache.csv's hits by pass and layer)."""
+    write_reports(recorder, ReportPaths.in_folder(folder), RunInfo(), summarize(recorder))
+    with (folder / "cache.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    n_layers = sum(name.startswith("Block_") for name in header)
+    hits = [[int(cell) for cell in row[1 : 1 + n_layers]] for row in rows]
+    return read_trace(folder / "expert_choices.csv"), hits
+
+
+def assert_replayed(trace: Trace, hits: list[list[int]], options: CacheOptions) -> None:
+    policy = make_policy(options.policy)
+    cache = ExpertCache(options.n_indexes, options.n_ways, policy)
+    result = replay(trace.passes, cache, options.quota, keep_layers=True)
+    n_layers = len(hits[0])
+    assert [row + [0] * (n_layers - len(row)) for row in result.hits_by_layer] == hits
+    assert sum(map(sum, hits)) > 0 or options.quota == 0
+
+
+@pytest.mark.parametrize("costs", ["prompts wait for copies", "prompts on the CPU"])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(("n_indexes", "n_ways", "quota"), [(1, 2, 64), (2, 3, 1), (2, 3, 64)])
+def test_the_expert_choices_of_a_run_replay_its_cache_csv(
+    engine, policy, n_indexes, n_ways, quota, batched, costs, tmp_path: Path
+):
+    """Row by row, from the CSV alone: its prefill cells warm the cache as the prompts did."""
+    options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
+    batches = [PROMPTS, PROMPTS[:2]] if batched else [[prompt] for prompt in PROMPTS]
+    recorder = run(engine, options, batches, FAST_BUS if "wait" in costs else SLOW_BUS)
+    trace, hits = through_the_csv(recorder, tmp_path)
+    assert_replayed(trace, hits, options)
+    write_trace(tmp_path / "copy.jsonl", trace.info, trace.passes)
+    assert read_trace(tmp_path / "copy.jsonl").passes == trace.passes
+
+
+def test_without_the_prompts_the_replay_is_another(engine, tmp_path: Path):
+    """What the prefill cells are for, and a single prompt's rows."""
+    options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU")
+    recorder = run(engine, options, [[PROMPTS[0]]])
+    trace, hits = through_the_csv(recorder, tmp_path)
+    assert_replayed(trace, hits, options)
+    bare = [replace(one, seen=(), waited=()) for one in trace.passes]
+    result = replay(bare, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
+    assert result.hits_by_layer[1] == [0, 0] != hits[1]
+
+
+def engine_hits(recorder: Recorder) -> list[list[int]]:
+    """Hits of each pass and cached layer; a prompt's are not counted."""
+    rows: list[list[int]] = [[] for _ in recorder.pass_table()]
+    for event in recorder.layer_events():
+        if event.n_hits_of_token is not None:
+            rows[event.pass_index].append(event.hits)
+    return rows
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize(("n_indexes", "n_ways"), [(1, 2), (2, 1), (2, 3), (2, 8)])
+@pytest.mark.parametrize("quota", [0, 1, 64])
+def test_hits_equal_the_engines(engine, policy, n_indexes, n_ways, quota, tmp_path: Path):
+    options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
+    recorder = run(engine, options, [[prompt] for prompt in PROMPTS])
+    trace = through_a_file(recorder, engine, tmp_path)
+    cache = ExpertCache(n_indexes, min(n_ways, trace.n_experts), make_policy(policy))
+    result = replay(trace.passes, cache, quota, keep_layers=True)
+    assert result.hits_by_layer == engine_hits(recorder)
+    table = recorder.layer_table()
+    assert result.fetches == table["fetches"].sum()
+    assert result.evictions == table["evictions"].sum()
+
+
+@pytest.mark.parametrize("quota", [0, 1, 64])
+@pytest.mark.parametrize("batched", [False, True])
+def test_hits_equal_the_engines_where_prompts_wait_for_copies(
+    engine, quota, batched, tmp_path: Path
+):
+    """What a prompt copies to compute is kept without a charge to the quota."""
+    options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU", quota=quota)
+    batches = [PROMPTS] if batched else [[prompt] for prompt in PROMPTS]
+    recorder = run(engine, options, batches, FAST_BUS)
+    assert engine.accelerator is not None
+    trace = through_a_file(recorder, engine, tmp_path)
+    assert all(any(one.waited) for one in trace.passes[:1])
+    result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), quota, keep_layers=True)
+    assert result.hits_by_layer == engine_hits(recorder)
+    assert result.evictions == recorder.layer_table()["evictions"].sum()
+    assert result.fetches == engine.accelerator.cache.admissions
+    # The first token after the prompt finds experts in the last layer as well as in the first.
+    assert all(engine_hits(recorder)[1])
+
+
+def test_hits_equal_the_engines_in_a_batch(engine, tmp_path: Path):
+    options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU")
+    recorder = run(engine, options, [PROMPTS])
+    trace = through_a_file(recorder, engine, tmp_path)
+    result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
+    assert sum(map(sum, result.hits_by_layer)) > 0
+    assert result.hits_by_layer == engine_hits(recorder)
+
+
+class Looks(Timeline):
+    """No clock: each layer finds what had arrived when the run's own layer looked."""
+
+    def __init__(self, looks: list[list[int]]) -> None:
+        super().__init__(SLOW_BUS)
+        self._looks = iter(looks)
+
+    def arrived(self) -> list[int]:
+        return next(self._looks)
+
+
+def run_late(engine: Engine, options: CacheOptions) -> tuple[Recorder, list[list[int]]]:
+    """Generate with copies that are reported up to six layers after they ended, in their order.
+
+    Returns the slots that each layer was told of, too.
+    """
+    looks: list[list[int]] = []
+    waiting: list[tuple[int, Completion]] = []  # until which look
+
+    def late(ended: list[Completion]) -> list[Completion]:
+        for completion in ended:
+            earliest = waiting[-1][0] if waiting else 0
+            waiting.append((max(earliest, len(looks) + 5 * len(looks) % 7), completion))
+        told = [completion for until, completion in waiting if until <= len(looks)]
+        del waiting[: len(told)]
+        looks.append([completion.slot for completion in told])
+        return told
+
+    recorder = run(engine, options, [[prompt] for prompt in PROMPTS], told=late)
+    return recorder, looks
+
+
+@pytest.mark.parametrize("policy", ["FIFO", "LRU", "LFU"])
+@pytest.mark.parametrize(("n_indexes", "n_ways"), [(1, 2), (2, 3), (2, 8)])
+@pytest.mark.parametrize("quota", [1, 64])
+def test_late_copies_hit_exactly_as_in_the_engine(
+    engine, policy, n_indexes, n_ways, quota, tmp_path: Path
+):
+    """Told when the copies arrived, the replay has the engine's hits: only time is modelled."""
+    options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
+    recorder, looks = run_late(engine, options)
+    trace = through_a_file(recorder, engine, tmp_path)
+
+    def cache() -> ExpertCache:
+        return ExpertCache(n_indexes, min(n_ways, trace.n_experts), make_policy(policy))
+
+    result = replay(trace.passes, cache(), quota, Looks(looks), keep_layers=True)
+    assert result.hits_by_layer == engine_hits(recorder)
+    assert result.fetches == recorder.layer_table()["fetches"].sum()
+    assert result.evictions == recorder.layer_table()["evictions"].sum()
+    instant = replay(trace.passes, cache(), quota)
+    assert instant.decode.hits != result.decode.hits  # so that late is not as good as at once
+
+
+def through_a_file(recorder: Recorder, engine: Engine, folder: Path) -> Trace:
+    """The run's routing, written and read as JSON lines."""
+    trace = recorded_trace(recorder, "tiny", engine.store.n_experts[0], synthetic=False)
+    write_trace(folder / "routing.jsonl", trace.info, trace.passes)
+    return read_trace(folder / "routing.jsonl")

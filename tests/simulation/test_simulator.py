@@ -1,0 +1,322 @@
+"""The simulator's command line, end to end, and its sweeps."""
+
+import csv
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_offload.commands import simulator
+from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.simulation.machine_file import load_machine
+from moe_offload.simulation.paper import paper_cells
+from moe_offload.simulation.replay import replay
+from moe_offload.simulation.sweep import Setting, grid, share_one_index, sweep
+from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.traces import RoutingPass, TraceInfo, write_trace
+from moe_offload.simulation.workload import even_workload
+
+ROOT = Path(__file__).resolve().parents[2]
+HARDWARE = str(ROOT / "hardware" / "rtx4090.yaml")
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return even_workload(4, 8, 2, overlap=0.4).generate(60, seed=2, n_prompt_tokens=6)
+
+
+@pytest.fixture
+def trace_file(tmp_path, trace) -> str:
+    write_trace(tmp_path / "trace.jsonl", trace.info, trace.passes)
+    return str(tmp_path / "trace.jsonl")
+
+
+def printed(capsys, *arguments: str, code: int = 0) -> str:
+    assert simulator.main(arguments) == code
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_one_setting_prints_what_the_replay_counted(capsys, trace, trace_file):
+    out = printed(
+        capsys, trace_file, "--cache-nblocks", "3", "--cache-nways", "3",
+        "--cache-replace-policy", "LRU",
+    )  # fmt: skip
+    result = replay(trace.passes, ExpertCache(3, 3, make_policy("LRU")))
+    one, two, per_expert = result.decode.rates()
+    assert "SYNTHETIC routing" in out
+    assert f"at least one {one:.1f}%, at least two {two:.1f}%, per expert {per_expert:.1f}%" in out
+    assert f"fetches: {result.fetches}, evictions: {result.evictions}" in out
+    assert "prefill hits: at least one 0.0%" in out
+    without, with_bypass = map(
+        float, re.search(r"([\d.]+)% without bypass, ([\d.]+)% with", out).groups()
+    )
+    assert per_expert <= without <= with_bypass
+
+
+def test_a_batch_prints_the_rates_of_the_engine_and_the_optimum_in_its_own_unit(capsys, tmp_path):
+    batch = RoutingPass("decode", (((0, 1), (0, 2), (3, 4)),))
+    info = TraceInfo(model="batch", n_layers=1, n_experts=8, top_k=2)
+    write_trace(tmp_path / "batch.jsonl", info, [batch, batch])
+    out = printed(
+        capsys, str(tmp_path / "batch.jsonl"), "--cache-nblocks", "1", "--cache-nways", "3",
+        "--cache-replace-policy", "LRU",
+    )  # fmt: skip
+    # Of 12 choices 4 were there; of the 5 experts of each pass, 3 in the second.
+    assert "at least one 33.3%, at least two 33.3%, per expert 33.3%" in out
+    assert "each expert counted once in a pass, hits: 30.0%; Belady's optimum: 30.0%" in out
+
+
+def test_a_trace_without_prompts_says_so(capsys, tmp_path):
+    path = tmp_path / "expert_choices.csv"
+    flags = (str(path), "--cache-nblocks", "1", "--cache-nways", "2")
+    path.write_text("Index,Block_0,Block_0,Prefill_0\n0,,,3:1 0:2*\n1,0,1\n")
+    assert "leaves prompts out" not in printed(capsys, *flags)
+    path.write_text("Index,Block_0,Block_0\n0\n1,0,1\n")
+    assert "the trace leaves prompts out" in printed(capsys, *flags)
+
+
+def test_times_are_printed_with_a_machine(capsys, trace_file):
+    out = printed(
+        capsys, trace_file, "--cache-nblocks", "3", "--cache-nways", "4", "--hardware", HARDWARE,
+        "--cores", "8", "--model", "mixtral-8x7b",
+    )  # fmt: skip
+    speed = float(re.search(r"([\d.]+) tokens/s, [\d.]+ ms a token, [\d.]+ J a token", out)[1])
+    bound = float(re.search(r"full overlap\): ([\d.]+) tokens/s", out)[1])
+    assert 0 < speed < bound
+    assert "8 cores, PCIe 4.0" in out and "12 slots, 4.23 GB" in out
+    assert re.search(r"bytes: [\d.]+ GB fetched, [\d.]+ GB read by the CPU", out)
+
+
+def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file):
+    out = printed(
+        capsys, trace_file, "--one-index", "--cache-nways", "7", "--cache-replace-policy", "LRU"
+    )
+    assert "warning: cyclic-scan cliff" in out and "layers x top-k = 8" in out
+    flat = share_one_index(even_workload(4, 8, 2).generate(200))
+    assert (flat.n_layers, flat.n_experts, len(flat.passes)) == (1, 32, 800)
+    rates = [
+        replay(flat.passes, ExpertCache(1, ways, make_policy("LRU"))).decode.rates()[2]
+        for ways in (4, 16)
+    ]
+    assert rates[0] == 0 and rates[1] > 30
+    out = printed(
+        capsys, trace_file, "--one-index", "--cache-nways", "8", "--cache-replace-policy", "LRU"
+    )
+    assert "cliff" not in out
+
+
+def test_another_models_trace_is_refused(capsys, tmp_path):
+    wide = even_workload(2, 128, 6).generate(3)
+    write_trace(tmp_path / "wide.jsonl", wide.info, wide.passes)
+    out = printed(
+        capsys, str(tmp_path / "wide.jsonl"), "--model", "mixtral-8x7b", "--cache-nblocks", "2",
+        "--cache-nways", "4", code=2,
+    )  # fmt: skip
+    assert "expected a trace of mixtral-8x7b, which has 8 experts a layer, found one of" in out
+
+
+def test_fewer_ways_than_top_k_is_warned_of(capsys, trace_file):
+    assert "warning: 1 ways" in printed(
+        capsys, trace_file, "--cache-nblocks", "2", "--cache-nways", "1"
+    )
+
+
+def test_a_cache_larger_than_the_model_is_cut_and_said_so(capsys, trace_file):
+    large = printed(capsys, trace_file, "--cache-nblocks", "9", "--cache-nways", "30")
+    assert (
+        "note: cache 9 x 30 cut to 4 x 8: the trace has 4 MoE layers of 8 experts" in large
+        and "cache: 4 indexes x 8 ways" in large
+    )
+    fitting = printed(capsys, trace_file, "--cache-nblocks", "4", "--cache-nways", "8")
+    assert "cut to" not in fitting
+    assert large.split("\n")[-6:] == fitting.split("\n")[-6:]
+
+
+def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
+    folder = tmp_path / "new" / "folder"
+    printed(capsys, trace_file, "--sweep", "--output-dir", str(folder), "--processes", "2")
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(grid(trace)) == 3 * 4 * 6
+    for row in rows:
+        assert row["synthetic"] == "True"
+        assert float(row["hit_expert"]) <= float(row["bound_bypass"]) + 1e-9
+        if row["policy"] != "RANDOM":
+            setting = Setting(int(row["n_indexes"]), int(row["n_ways"]), row["policy"])
+            (again,) = sweep(trace, [setting])
+            assert float(row["hit_expert"]) == pytest.approx(again.hit_expert, abs=1e-3)
+    header = (folder / "sweep.png").read_bytes()[:8]
+    assert header == b"\x89PNG\r\n\x1a\n"
+
+
+def test_tune_prints_a_front_and_the_flags_to_use(capsys):
+    out = printed(
+        capsys, "--model", "olmoe-1b-7b", "--synthetic", "20", "--tune", "--hardware", HARDWARE,
+        "--memory-gb", "2",
+    )  # fmt: skip
+    assert re.search(r"fastest: --cache-nblocks \d+ --cache-nways \d+ --cache-replace-policy", out)
+    assert len(re.findall(r"  \*$", out, flags=re.M)) >= 2
+    assert "only bf16 gives" in out.lower()
+
+
+def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
+    made = tmp_path / "made.jsonl"
+    printed(capsys, trace_file, "--synthetic", "30", "--write-trace", str(made))
+    again = read_trace(made)
+    assert again.info.synthetic and again.n_layers == 4
+    assert sum(one.phase == "decode" for one in again.passes) == 30
+    assert len(again.passes[0].ids[0]) == 6
+
+
+def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    for name in ("sweep", "tune"):
+        monkeypatch.setattr(simulator, name, None)  # not reached
+    below = str(tmp_path / "file" / "below")
+    out = printed(capsys, trace_file, "--sweep", "--output-dir", below, code=2)
+    assert f"a folder to write to at {below}, found none (Not a directory)" in out
+    model = ("--model", "olmoe-1b-7b")
+    out = printed(capsys, "--calibrate", str(tmp_path), *model, code=2)
+    assert f"a file to write, found the folder {tmp_path}" in out
+    hardware = ("--hardware", str(tmp_path / "none.yaml"))
+    out = printed(capsys, *model, *hardware, "--tune", code=2)
+    assert "none.yaml, found none that can be read (No such file or directory)" in out
+    small = tmp_path / "small.yaml"
+    small.write_text(re.sub(r"memory_gb: [\d.]+", "memory_gb: 1", Path(HARDWARE).read_text()))
+    out = printed(capsys, *model, "--hardware", str(small), "--tune", code=2)
+    assert "GPU memory for olmoe-1b-7b's dense weights, found 1 GB" in out
+
+
+def test_gpu_memory_that_ends_in_a_calibration_is_a_sentence(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("moe_offload.commands.machine_measurement.load_engine", full)
+    path = tmp_path / "machine.yaml"
+    out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b", code=2)
+    assert out.splitlines()[-1] == "error: CUDA out of memory"
+    assert not path.exists()
+
+
+def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
+    path = tmp_path / "here" / "machine.yaml"
+    out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
+    assert re.search(r"cores read [\d.]+ GB/s of experts", out)
+    machine = load_machine(path)
+    assert machine.cpu_gbps > 0 and machine.layer_us > 0
+    out = printed(
+        capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
+        "--cache-nblocks", "16", "--cache-nways", "8",
+    )  # fmt: skip
+    assert "tokens/s" in out
+
+
+def test_the_papers_figures():
+    cells = list(paper_cells(load_machine(Path(HARDWARE))))
+    speeds = [cell for cell in cells if cell.unit == "tok/s"]
+    assert len(speeds) == 8 and sum(cell.fitted for cell in speeds) == 2
+    for cell in speeds:
+        limit = 10 if "prefetch" in cell.what else 15
+        assert abs(cell.error_percent) < limit, cell
+    for cell in cells:
+        assert abs(cell.error_percent) < 15, cell
+
+
+def test_the_papers_table_is_printed(capsys):
+    out = printed(capsys, "--paper", "--hardware", HARDWARE)
+    assert "SYNTHETIC" in out and out.count("fitted to it") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "expected a TRACE, or --model"),
+        (["nowhere.csv"], "expected a routing trace"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--paper"], "--paper needs --hardware"),
+        (["--calibrate", "here.yaml"], "--calibrate needs --model"),
+        (
+            ["--model", "mixtral-8x7b"],
+            "expected --cache-nblocks of at least 1, found none; give it, or --sweep, --tune or",
+        ),
+        (
+            ["TRACE", "--cache-nblocks", "2"],
+            "expected --cache-nways of at least 1, found none; give it",
+        ),
+        (
+            ["TRACE", "--cache-nblocks", "2", "--cache-nways", "0"],
+            "expected --cache-nways of at least 1, found 0\n",
+        ),
+        (
+            ["TRACE", "--cache-nblocks", "2", "--cache-nways", "2", "--cache-quota", "-3"],
+            "expected --cache-quota of at least 0, found -3\n",
+        ),
+        (["TRACE", "--hardware", ""], "--hardware: expected a path, found an empty text"),
+        (["--model", "mixtral-8x7b", "--tune"], "--tune needs --hardware"),
+        (["--model", "m"], "expected one of the shapes"),
+        (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
+        (["--model", "olmoe-1b-7b", "--synthetic", "0"], "expected --synthetic of at least 1"),
+        (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
+        (
+            ["--model", "olmoe-1b-7b", "--cache-nblocks", "-1", "--cache-nways", "2"],
+            "expected --cache-nblocks of at least 1, found -1\n",
+        ),
+        (
+            ["--model", "olmoe-1b-7b", "--cache-nblocks", "2", "--cache-nways", "8",
+             "--cache-replace-policy", "MRU"],
+            "found 'MRU'",
+        ),
+        (
+            ["--model", "mixtral-8x7b", "--tune", "--hardware",
+             str(ROOT / "hardware" / "rtx3080.yaml"), "--memory-gb", "-1"],
+            "--memory-gb of 0 or more, found -1",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
+    arguments = [trace_file if argument == "TRACE" else argument for argument in arguments]
+    out = printed(capsys, *arguments, code=2)
+    assert sentence in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Qwen3-30B-A3B-Q4_K_M", "? Qwen3-30B-A3B-Q4_K_M has the shape --model qwen3-30b-a3b"),
+        ("Mixtral-8x7B-Instruct-v0.1", " --model mixtral-8x7b"),
+        ("gpt-oss-120b", " --model gpt-oss-120b"),
+        ("my-own", "does the machine compute?"),
+    ],
+)
+def test_a_trace_that_names_its_model_tells_the_shape(capsys, tmp_path, trace, name, hint):
+    path = tmp_path / "trace.jsonl"
+    write_trace(path, replace(trace.info, model=name), trace.passes)
+    out = printed(capsys, str(path), "--hardware", HARDWARE, code=2)
+    assert out.splitlines()[-1].startswith("error: --hardware needs --model")
+    assert out.endswith(f"{hint}\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "src/simulator.py", "--model", "mixtral-8x7b", "--cache-nblocks",
+               "2", "--cache-nways", "2", "--synthetic", "5"]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()  # before it prints
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
+
+
+def test_it_needs_no_tensors_and_starts_at_once():
+    code = (
+        "import sys, moe_offload.commands.simulator\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=False)
+    assert done.returncode == 0

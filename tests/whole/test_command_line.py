@@ -1,0 +1,721 @@
+"""main.py as a user meets it: what a run prints and leaves, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from against_transformers import prepared
+from tiny_models import write_mixtral_with_tokenizer
+
+from moe_offload.checkpoint.checkpoint import MANIFEST_NAME
+from moe_offload.commands import main
+from moe_offload.commands.arguments import parse, parse_config
+from moe_offload.commands.machine_measurement import _computed_by, calibration_options
+from moe_offload.commands.prompts import read_prompts
+from moe_offload.config import PromptOptions
+from moe_offload.engine.engine import Engine
+from moe_offload.model.generation import generate_batch
+from moe_offload.simulation import model_shapes
+from moe_offload.simulation.trace_reader import read_trace
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORTS = (
+    *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv", "cpu_freq_avg.csv"),
+    "run.json",
+)
+
+
+def by_name(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    source = write_mixtral_with_tokenizer(folder / "hub", max_position_embeddings=64)
+    return prepared(source, folder / "prepared", "--hf")
+
+
+def run(*arguments: object) -> int:
+    return main.main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence of a refused run: on stderr, exit code 2, nothing on stdout."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_prints_the_reference_summary(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--model-path", model, "--prompt", "Hello there", "--max-tokens", 6) == 0
+    out = capsys.readouterr().out
+    start = out.index("====================\nPERFORMANCE BREAKDOWN\n\nPROMPT EVALUATION:\n")
+    summary = out[start:]
+    positions = [
+        summary.index(text)
+        for text in (
+            "token count: ",
+            "total time in sec(s): ",
+            "throughput: ",
+            "TOKEN GENERATION:\n",
+            "In-n-Outs\nAVG seqlen: ",
+            "seqlens: [",
+            "PROMPT:\nHello there\nRESPONSE:\n",
+            "Cache hit 1: ",
+            "\n Cache hit 2: ",
+        )
+    ]
+    assert positions == sorted(positions)
+    assert {path.name for path in run_folder.iterdir()} == set(REPORTS)
+
+
+def test_an_answer_that_the_context_cut_short_is_told(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = run_folder / "prompts.txt"
+    prompts.write_text("Hello\nHello there\n")
+    arguments = ("--model-path", model, "--prompt-path", prompts, "--max-tokens")
+    assert run(*arguments, 100) == 0  # of a context of 64
+    assert "2 of 2 answers end where the model's context is full" in capsys.readouterr().out
+    assert run(*arguments, 4) == 0
+    assert "context is full" not in capsys.readouterr().out
+
+
+def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None:
+    prompts = run_folder / "prompts.txt"
+    prompts.write_text("One\n\nTwo words\n  Three words here \n", encoding="utf-8")
+    for batch_size in (1, 2):
+        path = run_folder / f"responses-{batch_size}.jsonl"
+        code = run(
+            *("--model-path", model, "--prompt-path", prompts, "--n-prompts", 5),
+            *("--max-tokens", 4, "--batch-size", batch_size, "--hide-resp"),
+            *("--responses-jsonl", path, "--output-dir", run_folder / f"run-{batch_size}"),
+        )
+        assert code == 0
+        trace = read_trace(run_folder / f"run-{batch_size}" / "routing.jsonl")
+        n_prompt_passes = sum(one.phase == "prefill" for one in trace.passes)
+        assert n_prompt_passes == (5 if batch_size == 1 else 3)
+    single, batched = (
+        sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["index"])
+        for path in sorted(run_folder.glob("responses-*.jsonl"))
+    )
+    assert [line["prompt"] for line in single] == [
+        *("One", "Two words", "  Three words here ", "One", "Two words")
+    ]
+    assert all(line["generated_tokens"] == 4 for line in single + batched)
+    assert [line["prompt"] for line in batched] == [line["prompt"] for line in single]
+
+
+def test_a_failure_leaves_what_was_done(
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails_on_the_second(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("injected")
+        return generate_batch(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("moe_offload.commands.run_prompts.generate_batch", fails_on_the_second)
+    (run_folder / "prompts").write_text("One\nTwo\n")
+    with pytest.raises(RuntimeError, match="injected"):
+        run("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 3)
+    document = json.loads((run_folder / "run.json").read_text())
+    assert document["status"] == "failed"
+    assert document["summary"]["generated_tokens"] == 2
+
+
+def test_hidden_responses_stay_hidden(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--model-path", model, "--prompt", "Hello", "--max-tokens", 3, "--hide-resp")
+    assert "RESPONSE" not in capsys.readouterr().out
+
+
+def test_without_recording_only_the_summary_is_left(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts: list[int] = []
+    monkeypatch.setattr(Engine, "calibrate_for", lambda _, n_tokens: prompts.append(n_tokens))
+    run("--model-path", model, "--prompt", "Hi", "--raw-prompt", "--max-tokens", 3, "--no-record")
+    assert len(prompts) == 1 and prompts[0] > 0  # a long one may be worth a calibration
+    out = capsys.readouterr().out
+    assert "TOKEN GENERATION:\ntoken count: 2\n" in out
+    assert "Cache hit" not in out, "nothing counted the hits, and 0.0 would be a lie"
+    assert "columns" not in out, "there is no file that could have them"
+    assert not any(run_folder.iterdir())
+
+
+def test_what_a_run_cannot_do_is_said_and_responses_may_go_beside_the_reports(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--output-dir", "new", "--responses-jsonl", "new/r.jsonl", "--nvtx", "--device", "cpu")
+    assert run("--model-path", model, "--prompt", "Hi", "--max-tokens", 2, *flags) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("--nvtx without a GPU") == 1
+    assert "--nvtx without a GPU" in captured.out  # among the summary's notes
+    assert (run_folder / "new" / "r.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"  indented \r\n\n\ttab\rlast", ["  indented ", "\ttab", "last"]),
+        ("one\u2028line\nof\x85them\n".encode(), ["one\u2028line", "of\x85them"]),
+        (b"form\ffeed\n\f\nvertical\vtab", ["form\ffeed", "vertical\vtab"]),
+    ],
+)
+def test_a_prompt_is_a_line_as_it_stands(
+    content: bytes, prompts: list[str], run_folder: Path
+) -> None:
+    (run_folder / "prompts").write_bytes(content)
+    assert read_prompts(PromptOptions(path=run_folder / "prompts")) == prompts
+
+
+def test_sampling_repeats_with_its_seed(model: Path, run_folder: Path) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        path = run_folder / "r.jsonl"
+        run(
+            *("--model-path", model, "--prompt", "Hello", "--max-tokens", 8, "--hide-resp"),
+            *("--temperature", 2.0, "--top-p", 0.95, "--seed", seed, "--responses-jsonl", path),
+        )
+        texts.append(json.loads(path.read_text())["response"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
+    lengths = []
+    for flags in ((), ("--raw-prompt",)):
+        path = run_folder / "r.jsonl"
+        run(
+            *("--model-path", model, "--prompt", "Hello", "--max-tokens", 1, "--hide-resp"),
+            *("--responses-jsonl", path, *flags),
+        )
+        lengths.append(json.loads(path.read_text())["prompt_tokens"])
+    assert lengths[1] < lengths[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--prompt", "x"), "--max-tokens is missing"),
+        (("--max-tokens", "4"), "exactly one of --prompt and --prompt-path, found neither"),
+        (("--prompt", "x", "--prompt-path", "f", "--max-tokens", "4"), "found both"),
+        (("--prompt", "  ", "--max-tokens", "4"), "the prompt is empty"),
+        (("--prompt", "x", "--max-tokens", "-3"), "--max-tokens of at least 1, found -3"),
+        (("--prompt", "x", "--max-tokens", "many"), "invalid int value: 'many'"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0"), "--top-p in (0, 1]"),
+        (("--prompt", "x", "--max-tokens", "4", "--temperature", "-1"), "--temperature of 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--batch-size", "0"), "--batch-size of at least"),
+        (("--prompt", "x", "--max-tokens", "4", "--n-prompts", "0"), "--n-prompts of at least 1"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-nblocks", "-1"), "found -1"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-nblocks", "2"), "both positive"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-quota", "-1"), "--cache-quota of 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-such-flag"), "unrecognized arguments"),
+        (("--prompt", "x", "--max-tokens", "4", "--device", "cuda"), "torch sees no GPU"),
+        (("--prompt", "x", "--max-tokens", "4", "--attention", "xformers"), "needs an NVIDIA GPU"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-isa", "6502"), "6502"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "a-b"), "such as 0-7,16"),
+        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "900-999,1022"), "900-999,1022"),
+        (("--prompt", "word " * 80, "--max-tokens", "4"), "the model's context holds 64"),
+        (("--prompt", "x", "--max-tokens", "4", "--prefetch", "next-layer"), "expected a cache"),
+        (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
+        (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--dummy-layers", "2"), "needs --dummy-weights"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
+        (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
+        (("--prompt-path", "no-such-file", "--max-tokens", "4"), "No such file"),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--seed", str(2**64)),
+            "found 18446744073709551616",
+        ),
+        (("--prompt", "x", "--max-tokens", "4", "--seed", str(-(2**63) - 1)), "--seed from -2^63"),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--temperature", "inf"),
+            "finite number, found inf",
+        ),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--temperature", "nan"),
+            "finite number, found nan",
+        ),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-memory-gb", "-1"), "above 0, found -1.0"),
+        (("--prompt", "x", "--max-tokens", "4", "--cache-memory-gb", "1"), "expected --cache-auto"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--output-dir", "r"), "found both"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--breakdown-csv", "r"), "both"),
+        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--cachehit-csv", "r"), "both"),
+        (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "no/r"), "found no no: make"),
+    ],
+)
+def test_bad_arguments(
+    arguments: tuple[str, ...],
+    expected: str,
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if expected == "torch sees no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert expected in refused(capsys, "--model-path", model, *arguments)
+    assert not any(run_folder.iterdir()), "a refused run leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n \n\t\n", "holds no prompt"),
+        (b"\xff\xfe\x00\x01\x80", "not a UTF-8 text file"),
+        (b"text\0more", "binary file"),
+    ],
+)
+def test_bad_prompt_files(
+    content: bytes,
+    expected: str,
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run_folder / "prompts").write_bytes(content)
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    assert expected in refused(capsys, *arguments)
+
+
+def test_huge_prompt_file(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (run_folder / "prompts").open("wb") as file:
+        file.truncate(65 << 20)  # sparse: takes no room
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    assert "split it" in refused(capsys, *arguments)
+
+
+def test_missing_and_unprepared_folders(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--prompt", "x", "--max-tokens", 4)
+    assert "found nothing" in refused(capsys, "--model-path", run_folder / "none", *arguments)
+    unprepared = refused(capsys, "--model-path", model.parent / "hub", *arguments)
+    assert "python3 weights_preprocessor.py --input-path" in unprepared
+    assert "--hf" in unprepared
+    (run_folder / "empty").mkdir()
+    message = refused(capsys, "--model-path", run_folder / "empty", *arguments)
+    assert "nor a model to prepare" in message and "weights_preprocessor" not in message
+    assert "an empty text" in refused(capsys, "--model-path", "", *arguments)
+
+
+def _damaged(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder / "damaged"))
+
+
+def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--prompt", "x", "--max-tokens", 4)
+
+    folder = _damaged(model, run_folder / "a")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["format_version"] = 99
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert "format version 99" in refused(capsys, "--model-path", folder, *arguments)
+
+    folder = _damaged(model, run_folder / "b")
+    with (folder / "experts-00001.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "experts-00001.safetensors" in message
+    assert "truncated" in message
+
+    folder = _damaged(model, run_folder / "c")
+    with (folder / "experts-00000.safetensors").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\x55")
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "experts-00000.safetensors" in message
+    assert "checksum" in message
+
+    folder = _damaged(model, run_folder / "d")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    dropped = manifest["dense"][0]["tensors"].pop()
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert dropped["name"] in refused(capsys, "--model-path", folder, *arguments)
+
+    folder = _damaged(model, run_folder / "e")
+    (folder / "tokenizer.model").unlink()
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "copy the model's tokenizer files there" in message
+    assert len(message) < len(str(folder)) + 220, "a library's essay is cut short"
+
+
+def test_unwritable_output(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "file").write_text("in the way")
+    arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
+    for flag, path in (
+        ("--output-dir", "file/below"),
+        ("--output-dir", "file"),
+        ("--breakdown-csv", "file/out.csv"),
+        ("--cachehit-csv", "file/cache.csv"),
+        ("--responses-jsonl", "file/below.jsonl"),
+    ):
+        message = refused(capsys, *arguments, flag, path)
+        assert "cannot write results" in message
+        assert f"choose another {flag}" in message
+        assert ("--no-record" in message) == (flag != "--responses-jsonl")
+
+
+def test_every_result_has_a_file_of_its_own(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found out before the run: after it, a result would be lost, or the prompts."""
+    (run_folder / "folder").mkdir()
+    (run_folder / "prompts").write_text("Hello\n")
+    (run_folder / "link").symlink_to("prompts")
+    before = sorted(run_folder.iterdir())
+    arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
+    for flags, expected in (
+        (("--breakdown-csv", "folder"), "it is a folder; name a file with --breakdown-csv"),
+        (("--cachehit-csv", "folder"), "it is a folder; name a file with --cachehit-csv"),
+        (("--responses-jsonl", "folder"), "it is a folder; name a file with --responses-jsonl"),
+        (("--breakdown-csv", "/dev/full"), "it is a device or pipe, not a file"),
+        (("--breakdown-csv", "x", "--cachehit-csv", "./x"), "another file with --cachehit-csv"),
+        (("--cachehit-csv", "expert_choices.csv"), "another file with --cachehit-csv"),
+        (("--responses-jsonl", "run.json"), "another file with --responses-jsonl"),
+        (("--responses-jsonl", "link"), "the prompts are read from link"),
+        (("--breakdown-csv", "prompts"), "the prompts are read from prompts"),
+    ):
+        assert expected in refused(capsys, *arguments, *flags)
+        assert sorted(run_folder.iterdir()) == before
+    assert (run_folder / "prompts").read_text() == "Hello\n"
+
+
+def test_dummy_weights_are_checked_before_loading(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_offload.commands.run.load_engine", None)
+    arguments = ("--dummy-weights", "mixtral-8x7b", "--max-tokens", 4)
+    message = refused(capsys, *arguments, "--dummy-layers", 1, "--routing-trace", "none")
+    assert "routing trace at none, found none that can be read (No such file" in message
+    assert "at most 32" in refused(capsys, *arguments, "--dummy-layers", 33)
+
+
+def test_memory_is_checked_before_loading(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
+    monkeypatch.setattr("moe_offload.engine.preflight.available_bytes", lambda: 1 << 20)
+    assert "--expert-dtype int8" in refused(capsys, *arguments)
+    # Weights and workspace fit, the KV cache of 8192 sequences does not.
+    monkeypatch.setattr("moe_offload.engine.preflight.available_bytes", lambda: 560_000_000)
+    message = refused(capsys, *arguments[:-1], 60, "--batch-size", 8192)
+    assert "use a smaller --max-tokens or --batch-size (" in message
+    fitting, asked = map(int, re.findall(r"\((\d+) of the (\d+) tokens of prompts", message)[0])
+    assert 0 < fitting < asked <= 64 * 8192
+
+
+@pytest.mark.parametrize("flags", [("--prompt", "x", "--max-tokens", 4), ("--show-calibration",)])
+def test_gpu_memory_that_ends_is_a_sentence(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[object, ...],
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr("moe_offload.commands.run.load_engine", full)
+    monkeypatch.setattr("moe_offload.commands.machine_measurement.load_engine", full)
+    message = refused(capsys, "--model-path", model, *flags)
+    assert message == "error: CUDA out of memory. Tried to allocate 2 GiB."
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130),
+        (signal.SIGTERM, "SIGTERM", 143),
+        (signal.SIGHUP, "SIGHUP", 129),
+    ],
+)
+def test_an_interruption_keeps_what_was_done(
+    number: signal.Signals, name: str, code: int, model: Path, run_folder: Path
+) -> None:
+    prompts = run_folder / "prompts.txt"
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(500)))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
+            *("--prompt-path", prompts, "--max-tokens", "20", "--hide-resp"),
+            *("--responses-jsonl", "responses.jsonl"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=run_folder,
+    )
+    responses = run_folder / "responses.jsonl"
+    deadline_s = time.monotonic() + 120
+    while not (responses.exists() and responses.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    lines = [json.loads(line) for line in responses.read_text().splitlines()]
+    assert 3 <= len(lines) < 500
+    assert all(line["stop"] != "interrupted" for line in lines[:-1])
+    assert "PERFORMANCE BREAKDOWN" in out
+    n_finished = sum(line["stop"] != "interrupted" for line in lines)
+    (said,) = [line for line in err.splitlines() if line.startswith("interrupted")]
+    assert said.startswith(f"interrupted ({name}): {n_finished} of 500 prompts finished; ")
+    for path in (*REPORTS, "responses.jsonl"):
+        assert path in said
+        assert (run_folder / path).exists()
+    assert not list(run_folder.glob(".*")), "no temporary file is left"
+    assert json.loads((run_folder / "run.json").read_text())["status"] == "interrupted"
+    assert len(by_name(run_folder / "out.csv")) > 3
+
+
+# A run as main.py does it, on the terminal that is its stdin: argument 1 says whether that is its
+# controlling terminal, whose end is a SIGHUP. After its fourth token it waits while `stalled` is
+# there.
+ON_A_TERMINAL = """
+import fcntl, os, pathlib, sys, termios, time
+if sys.argv[1] == "controlling":
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from moe_offload.commands import main, run_prompts
+from moe_offload.model.generation import generate_batch
+def stalling(*arguments, **options):
+    for number, step in enumerate(generate_batch(*arguments, **options), start=1):
+        yield step
+        if number == 4:
+            stalled = pathlib.Path("stalled")
+            stalled.touch()
+            while stalled.exists():
+                time.sleep(0.02)
+run_prompts.generate_batch = stalling
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "code", "status", "n_tokens", "stop"),
+    [("controlling", 129, "interrupted", 4, "interrupted"), ("other", 0, "completed", 9, "length")],
+)
+def test_a_closed_terminal_costs_no_evidence(
+    model: Path, run_folder: Path, terminal: str, code: int, status: str, n_tokens: int, stop: str
+) -> None:
+    ours, its = os.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", ON_A_TERMINAL, terminal, "--model-path", model),
+            *("--prompt", "x", "--max-tokens", "9", "--responses-jsonl", "responses.jsonl"),
+        ],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        cwd=run_folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        start_new_session=True,
+    )
+    os.close(its)
+    deadline_s = time.monotonic() + 120
+    while not (run_folder / "stalled").exists():
+        assert process.poll() is None, os.read(ours, 1 << 16)
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    os.close(ours)
+    if terminal == "other":
+        (run_folder / "stalled").unlink()
+    assert process.wait(timeout=60) == code
+    assert json.loads((run_folder / "run.json").read_text())["status"] == status
+    (line,) = map(json.loads, (run_folder / "responses.jsonl").read_text().splitlines())
+    assert (line["stop"], line["generated_tokens"]) == (stop, n_tokens)
+    assert len(by_name(run_folder / "token_gen_time.csv")) == n_tokens - 1
+
+
+def test_an_interruption_before_the_first_token_is_said(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("moe_offload.commands.run.load_engine", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("--model-path", model, "--prompt", "x", "--max-tokens", 4) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    err = capsys.readouterr().err
+    assert err == "interrupted (SIGTERM) before any token: no file was written\n"
+    assert not any(run_folder.iterdir())
+
+
+def test_a_second_signal_does_not_tear_the_reports(
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Impatient fingers: further signals come while the results are written."""
+
+    def interrupted_later(*arguments: object, **options: object) -> object:
+        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
+
+    def impatient(descriptor: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("moe_offload.commands.run_prompts.generate_batch", interrupted_later)
+    monkeypatch.setattr("os.fsync", impatient)
+    flags = ("--max-tokens", 9, "--output-dir", "run")
+    assert run("--model-path", model, "--prompt", "x", *flags) == 130
+    names = {path.name for path in (run_folder / "run").iterdir()}
+    assert names == {*REPORTS, "routing.jsonl"}
+    assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
+) -> None:
+    close = Engine.close
+
+    def signalled_later(*arguments: object, **options: object) -> object:
+        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+            if interrupted and number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield step
+
+    def signalled(engine: Engine) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        close(engine)
+
+    monkeypatch.setattr("moe_offload.commands.run_prompts.generate_batch", signalled_later)
+    monkeypatch.setattr(Engine, "close", signalled)
+    flags = ("--prompt", "x", "--max-tokens", 9)
+    assert run("--model-path", model, *flags) == (143 if interrupted else 0)
+    said = capsys.readouterr().err.splitlines()[-1]
+    start = "interrupted (SIGTERM): 0 of 1 prompts finished; what was done is in "
+    assert said.startswith(start if interrupted else "wrote ")
+    status = json.loads((run_folder / "run.json").read_text())["status"]
+    assert status == ("interrupted" if interrupted else "completed")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_reader_that_goes_away_costs_no_evidence(
+    model: Path, run_folder: Path, streamed: bool
+) -> None:
+    """As in `main.py ... | head -0`: text or summary has no reader, the files are written."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        done = subprocess.run(
+            [
+                *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
+                *("--prompt", "x", "--max-tokens", "30", "--responses-jsonl", "responses.jsonl"),
+                *(() if streamed else ("--hide-resp",)),
+            ],
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run_folder,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert {path.name for path in run_folder.iterdir()} == {*REPORTS, "responses.jsonl"}
+    status = json.loads((run_folder / "run.json").read_text())["status"]
+    assert status == ("interrupted" if streamed else "completed")
+    (response,) = map(json.loads, (run_folder / "responses.jsonl").read_text().splitlines())
+    assert response["stop"] == ("interrupted" if streamed else "length")
+    passes = by_name(run_folder / "out.csv")
+    assert len(passes) == response["generated_tokens"]
+    assert (len(passes) < 30) == streamed
+
+
+def test_the_machine_is_calibrated_without_a_model(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = calibration_options(parse_config(parse(["--show-calibration"])).model)
+    assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 1)
+    real = model_shapes._read_shapes()
+    small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
+    small |= {"intermediate_size": 128, "vocab_size": 96}
+    monkeypatch.setattr(model_shapes, "_read_shapes", lambda: {"deepseek-v2-lite": small})
+    assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite") == 0
+    out = capsys.readouterr().out
+    for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):
+        assert text in out
+    (measured,) = re.findall("measured on 1 MoE layer of deepseek-v2-lite.*", out)
+    assert measured.count(" threads") == 1
+    assert "accelerator and copies: not measured" in out
+    assert "inf" not in out.replace("information", "")
+    assert not any(run_folder.iterdir())
+    flags = ("--cache-nblocks", 1, "--cache-nways", 2)
+    assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite", *flags) == 0
+    assert re.search(r"copies to the accelerator: [\d.]+ GB/s alone", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("description", "n_threads", "expected"),
+    [
+        ("native avx2, 1 thread", 1, "native avx2, 1 thread"),
+        ("native avx2, 2 threads", 2, "native avx2, 2 threads"),
+        ("torch", 1, "torch, 1 thread"),
+        ("torch", 2, "torch, 2 threads"),
+    ],
+)
+def test_threads_are_told_once(
+    description: str, n_threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    engine: Any = SimpleNamespace(cpu=SimpleNamespace(description=description))
+    assert _computed_by(engine) == expected
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert "transformers" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        run("--help")
+    assert exit_info.value.code == 0
+    assert "--cache-nblocks" in capsys.readouterr().out

@@ -1,0 +1,386 @@
+"""The GPU machine's one command, on the emulated accelerator at a toy's size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from pretended_gpu import pretended_gpu
+from tiny_models import TINY_SHAPE
+
+from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
+from benchmarks.gpu_rows import Row, print_row
+from moe_offload.engine import machine_costs
+from moe_offload.engine.steadiness import Steadiness
+from moe_offload.errors import UserError
+from moe_offload.experts import layer_step
+from moe_offload.experts.recorder import Recorder
+from moe_offload.machine import host_memory
+from moe_offload.simulation import model_shapes
+
+SETTINGS = [one.name for one in gpu_models.settings("tiny", 1, 1, 1.0)]
+
+
+@pytest.fixture
+def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    shapes = tmp_path / "shapes.yaml"
+    shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
+    monkeypatch.setattr(model_shapes, "SHAPES_FILE", shapes)
+    monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
+    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+    return "tiny"
+
+
+def check(tmp_path: Path, *flags: str) -> tuple[int, dict]:
+    report = tmp_path / "report.json"
+    code = gpu_measurements.main(
+        ["--device", "cpu", "--tokens", "6", "--layers", "3", "--json", str(report), *flags]
+    )
+    return code, json.loads(report.read_text())
+
+
+def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
+    code, report = check(tmp_path, "--memory-gb", "0.0001")
+    rows = {(row["setting"], row["routing"]): row for row in report["rows"]}
+    assert list(rows) == [
+        ("cpu only", "forced"),
+        ("paper", "forced"),
+        ("--cache-auto", "forced"),
+        ("fetch on demand", "forced"),
+        ("next-layer prefetch", "model"),
+        ("fetch, cached", "model"),
+        ("paper, auto misses", "forced"),
+        ("fetch on demand, cached", "forced"),
+    ]
+    assert code == 0
+    assert report["skipped"] == []
+    for row in rows.values():
+        assert row["correct"]
+        assert row["steps"] == 6
+        assert 0 < row["layer_error"] < 0.02
+        assert row["bound_ms"] > 0
+        assert row["percent_of_bound"] == pytest.approx(100 * row["bound_ms"] / row["step_ms"])
+        assert (row["logit_error"] is None) == (row["routing"] == "model")
+    # Nothing is in a cache that is not there, whoever computed it.
+    assert rows["fetch on demand", "forced"]["hit_percent"] == 0
+    n_pairs = 6 * 3 * 2
+    block_gb = TINY_BLOCK_BYTES / 1e9
+    assert rows["fetch on demand", "forced"]["fetched_gb"] == pytest.approx(n_pairs * block_gb)
+    (line,) = [n for n in rows["paper, auto misses", "forced"]["notes"] if "miss policy" in n]
+    assert "kept" in line, "the trial had no verdict before the measurement"
+    prefetching = rows["next-layer prefetch", "model"]
+    assert 0 <= prefetching["prefetch_recall_percent"] <= 100
+    assert prefetching["prefetch_wasted_gb"] >= 0
+    printed = capsys.readouterr().out
+    assert "--cache-auto chose" in printed
+    assert "WRONG" not in printed
+
+
+def test_every_setting_runs_on_a_gpu_of_pretence(tiny_shape, tmp_path, monkeypatch, capsys):
+    report = tmp_path / "report.json"
+    flags = ["--device", "cuda", "--skip-tests", "--tokens", "4", "--memory-gb", "0.0001"]
+    with pretended_gpu(monkeypatch):
+        code = gpu_measurements.main([*flags, "--json", str(report)])
+    document = json.loads(report.read_text())
+    assert [row["setting"] for row in document["rows"]] == SETTINGS
+    assert all(row["correct"] for row in document["rows"])
+    assert (code, document["skipped"]) == (0, [])
+    for row in document["rows"]:
+        assert ("cuda:0" in row["computed_by"]) == (
+            row["setting"] not in ("cpu only", "--cache-auto")
+        )
+
+
+TINY_N_EXPERTS = TINY_SHAPE["num_experts"]
+TINY_BLOCK_BYTES = 8192  # 3 * 32 * 24 weights of bf16, rounded up to pages
+
+
+def test_a_wrong_layer_is_found(tiny_shape, tmp_path, monkeypatch, capsys):
+    """Experts on the accelerator come out a tenth too large: only the CPU's setting is right."""
+    combine = layer_step.LayerStep.combine
+
+    def wrong(self, cpu_out):
+        self._outs[:] = [out * 1.1 for out in self._outs]
+        return combine(self, cpu_out)
+
+    monkeypatch.setattr(layer_step.LayerStep, "combine", wrong)
+    code, report = check(tmp_path)
+    assert code == 1
+    right = {row["setting"] for row in report["rows"] if row["correct"]}
+    assert "cpu only" in right
+    assert "fetch on demand" not in right
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_out_of_time_is_said(tiny_shape, tmp_path, capsys):
+    code, report = check(tmp_path, "--minutes", "0")
+    assert code == 1
+    assert report["rows"] == []
+    assert report["skipped"] == [f"tiny bf16 {name} (out of time)" for name in SETTINGS]
+    assert "not measured: tiny bf16 cpu only (out of time)" in capsys.readouterr().out
+
+
+def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
+    budgets = []
+    measure = gpu_one_setting.measure
+
+    def hurried(engine, ids, warm_up, n_steps, budget_s, patient):
+        budgets.append(budget_s)
+        return measure(engine, ids, warm_up, 1000, 0.0, patient)
+
+    monkeypatch.setattr(gpu_one_setting, "measure", hurried)
+    code, report = check(tmp_path)
+    assert code == 0
+    assert {row["steps"] for row in report["rows"]} == {gpu_one_setting.LEAST_STEPS}
+    # Half of an equal share of what is left to the eight settings, the rest is for all else.
+    assert len(budgets) == 8
+    for number, budget_s in enumerate(budgets):
+        assert 0 < budget_s <= 60 * 7 / (8 - number) / 2
+
+
+@pytest.mark.parametrize("n_stored", [2, 3])
+def test_a_cgroups_memory_decides_how_many_layers_are_in_memory(tiny_shape, monkeypatch, n_stored):
+    room = (n_stored + 0.5) * TINY_N_EXPERTS * TINY_BLOCK_BYTES / gpu_models.HOST_MEMORY_SHARE
+    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(int(room) + 100, 100)]))
+    source = gpu_models.open_source(tiny_shape, "bf16", None)
+    assert (source.n_stored_layers, len(source.layouts)) == (n_stored, 3)
+    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(1000, 0)]))
+    with pytest.raises(UserError, match="one layer of tiny needs"):
+        gpu_models.open_source(tiny_shape, "bf16", None)
+
+
+@pytest.mark.parametrize("name", gpu_check.SHAPES)
+def test_a_model_has_all_layers_and_few_of_them_in_memory(name):
+    source = gpu_models.open_source(name, "bf16", None, 40e9)
+    layer_bytes = source.layouts[0].block_bytes * source.n_experts[0]
+    assert len(source.layouts) == {"qwen3-30b-a3b": 48}.get(name, 32)
+    assert 0 < source.n_stored_layers * layer_bytes <= 16e9
+    n, m = gpu_models.PAPER_CACHE[name]
+    assert n <= len(source.layouts)
+    assert (n * m + 2) * source.layouts[0].block_bytes + source.dense_bytes < 24.5e9
+
+
+def test_a_model_that_has_had_its_time_leaves_the_lesser_settings_out(
+    tiny_shape, tmp_path, monkeypatch
+):
+    def slow(*arguments):
+        time.sleep(0.05)
+        return run_setting(*arguments)
+
+    run_setting = gpu_measurements.run_setting
+    monkeypatch.setattr(gpu_measurements, "run_setting", slow)
+    monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
+    source = gpu_models.open_source("tiny", "bf16", None)
+    arguments = gpu_check.parse(["--device", "cpu", "--tokens", "4", "--shapes", "mixtral-8x7b"])
+    report = gpu_measurements.Report(None, [("tiny", "bf16")])
+    # A thousandth of the ten minutes is this model's.
+    gpu_measurements.run_shape(source, "tiny", arguments, time.monotonic() + 600, 6000, report)
+    core = SETTINGS[: gpu_models.N_CORE_SETTINGS]
+    assert [row.setting for row in report.rows] == core
+    assert report.skipped == [
+        f"tiny bf16 {name} (out of time)" for name in SETTINGS if name not in core
+    ]
+
+
+def test_the_report_names_the_gpu_in_use(tiny_shape, tmp_path, monkeypatch):
+    device = torch.device("cuda", 1)
+    named = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: Properties(f"of-{d}"))
+    monkeypatch.setattr(gpu_measurements, "choose_device", lambda wanted: device)
+    read = gpu_measurements.read_hardware
+    monkeypatch.setattr(
+        gpu_measurements, "read_hardware", lambda gpu_uuid: named.append(gpu_uuid) or read()
+    )
+    check(tmp_path, "--minutes", "0")
+    assert named == ["GPU-of-cuda:1"]
+
+
+@dataclass
+class Properties:
+    uuid: str
+
+
+class OneStep:
+    """An engine of two layers, as far as the bound looks at it."""
+
+    def __init__(self, accelerated: bool) -> None:
+        from moe_offload.experts.cost_model import CostModel, SideCost
+
+        model = CostModel(SideCost(5, 100, 10), SideCost(5, 20, 1), 0, 10, 5, 1.5, 1000_000, 50)
+        self.costs = machine_costs.MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
+        self.accelerator = object() if accelerated else None
+        self.store = type("Store", (), {"n_layers": 2})()
+
+
+def one_step(hits: int) -> Recorder:
+    recorder = Recorder()
+    recorder.begin_pass("decode", 1, 0)
+    for layer in range(2):
+        recorder.layer(layer, [[0, 1]], [hits], hits, 2 - hits, 0, 0, gpu_bytes=2_000_000)
+    recorder.end_pass(1.0)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "hits", "ahead", "expected_us"),
+    [
+        (False, 0, 0, 2 * 50 + 4 * 110),
+        (True, 2, 0, 2 * 50 + 4 * 21),  # all in the cache
+        # Waited for, or fetched ahead: 540 of CPU and dense work shared with a bus of 100 a copy.
+        (True, 0, 0, (100 + 4 * 110) / (1 + 110 / 100)),
+        (True, 2, 4, (100 + 4 * 110) / (1 + 110 / 100)),
+    ],
+)
+def test_copies_that_were_waited_for_are_no_free_hits(accelerated, hits, ahead, expected_us):
+    measured = gpu_one_setting.Measured(one_step(hits), 1.0, ahead)
+    assert gpu_one_setting.bound_step_us(OneStep(accelerated), measured) == pytest.approx(
+        expected_us
+    )
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_check.main(["--json", str(tmp_path / "report.json")]) == 2
+    assert "--device cpu" in capfd.readouterr().err
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_report_on_disk_has_every_row_as_it_comes(tiny_shape, tmp_path, monkeypatch):
+    seen = []
+
+    def look(row):
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["rows"][-1]["setting"] == row.setting
+        assert len(report["rows"]) + len(report["skipped"]) == len(SETTINGS)
+        seen.append(report["ended"])
+
+    monkeypatch.setattr(gpu_measurements, "print_row", look)
+    code, report = check(tmp_path)
+    assert (code, report["ended"]) == (0, gpu_check.COMPLETE)
+    assert seen == [gpu_check.RUNNING] * len(SETTINGS)
+
+
+def test_a_row_is_printed_with_its_own_notes_only(capsys):
+    costs = replace(OneStep(True).costs, steadiness=Steadiness(0.9, 0.0))
+    values = dict.fromkeys((one.name for one in fields(Row)), 0)
+    print_row(Row(**values | {"notes": [costs.note, "4 of 8 cache slots fit"]}))
+    assert "varied" in costs.note
+    out = capsys.readouterr().out
+    assert "4 of 8 cache slots fit" in out and "varied" not in out
+
+
+def test_a_setting_that_fails_leaves_the_others_alone(tiny_shape, tmp_path, monkeypatch, capsys):
+    logits = gpu_one_setting.logits
+
+    def broken(engine, ids):
+        if engine.accelerator is not None and engine.accelerator.mode == "fetch":
+            raise RuntimeError("no such kernel")
+        return logits(engine, ids)
+
+    monkeypatch.setattr(gpu_one_setting, "logits", broken)
+    code, report = check(tmp_path)
+    assert code == 1
+    failed = [name for name in SETTINGS if "fetch" in name]
+    reason = "RuntimeError('no such kernel')"
+    assert report["skipped"] == [f"tiny bf16 {name} ({reason})" for name in failed]
+    assert [row["setting"] for row in report["rows"]] == [n for n in SETTINGS if n not in failed]
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n_bytes", "n_stored"), [(0.1, 1), (1, 1), (2.5, 2), (9, 3)])
+def test_time_for_loading_decides_how_many_layers_are_in_memory(tiny_shape, n_bytes, n_stored):
+    most_bytes = n_bytes * TINY_N_EXPERTS * TINY_BLOCK_BYTES
+    source = gpu_models.open_source(tiny_shape, "bf16", 3, most_bytes)
+    assert (source.n_stored_layers, len(source.layouts)) == (n_stored, 3)
+
+
+# Two rows, then `THEN` in the third setting, with a process of its own beside it.
+MEASURING = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import yaml
+from tiny_models import TINY_SHAPE
+from moe_offload.engine import machine_costs
+from moe_offload.simulation import model_shapes
+from benchmarks import gpu_check, gpu_measurements, gpu_one_setting
+
+model_shapes.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
+model_shapes.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
+gpu_check.SHAPES = ("tiny",)
+machine_costs._STEP_BUDGET_S = 0.01
+measure, calls = gpu_one_setting.measure, []
+
+def third_time(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        child = subprocess.Popen(["sleep", "1000"])
+        Path({folder!r}, "child.part").write_text(str(child.pid))
+        os.replace(Path({folder!r}, "child.part"), Path({folder!r}, "child"))
+        {then}
+    return measure(*arguments)
+
+gpu_one_setting.measure = third_time
+sys.exit(gpu_measurements.main())
+"""
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process that was killed ends: it may take a moment, and nobody may reap it."""
+    for _ in range(1000):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("then", "ended"),
+    [
+        ("time.sleep(1000)", "ended at the time limit"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
+        ("os._exit(0)", "ended before it was done"),
+    ],
+)
+def test_what_was_measured_is_kept_however_it_ends(tmp_path, monkeypatch, capsys, then, ended):
+    script, child = tmp_path / "measuring.py", tmp_path / "child"
+    tests = str(Path(__file__).parents[1] / "helpers")
+    script.write_text(MEASURING.format(tests=tests, folder=str(tmp_path), then=then))
+    monkeypatch.setattr(gpu_check, "MEASURING", (str(script),))
+    wait = subprocess.Popen.wait
+
+    def until_it_hangs(self, timeout=None):
+        """The limit is over as soon as the third setting hangs, however fast this machine is."""
+        while not child.exists() and self.poll() is None:
+            time.sleep(0.01)
+        return wait(self, 0 if "sleep" in then else None)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until_it_hangs)
+    flags = ["--device", "cpu", "--tokens", "6", "--layers", "3"]
+    code = gpu_check.main([*flags, "--json", str(tmp_path / "report.json")])
+    assert code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["setting"] for row in report["rows"]] == SETTINGS[:2]
+    assert report["skipped"] == [f"tiny bf16 {name}" for name in SETTINGS[2:]]
+    assert report["ended"] == ended
+    assert f"{ended}; not measured: tiny bf16 {SETTINGS[2]}" in capsys.readouterr().out
+    assert report["hardware"]["cpu"]
+    assert is_over(int(child.read_text()))
+
+
+def test_the_time_limit_ends_what_takes_longer():
+    assert gpu_check.run_limited(["sleep", "1000"], 0.01) == (1, "ended at the time limit")
+    assert gpu_check.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == (3, None)
+    # What the imports took counts as well: there may be nothing left.
+    assert gpu_check.run_limited(["sleep", "1000"], -1) == (1, "ended at the time limit")

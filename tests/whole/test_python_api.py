@@ -1,0 +1,188 @@
+"""A loaded model is a real transformers model: generate(), streamers, processors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from against_transformers import eager, prepared
+from tiny_models import CONFIGS, build_model, write_hub
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from moe_offload.engine.engine import load_model
+from moe_offload.errors import UserError
+from moe_offload.experts.recorder import Recorder
+from moe_offload.report.summary import format_summary, summarize
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Forbid(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.token] = float("-inf")
+        return scores
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_nblocks": 2, "cache_nways": 2}])
+def test_generate_with_a_streamer(cache: dict[str, int], tmp_path: Path) -> None:
+    source = write_hub(build_model(CONFIGS["mixtral"]()), tmp_path / "source")
+    folder = prepared(source, tmp_path / "prepared", "--hf", "--expert-dtype", "fp32")
+    model, reference = load_model(folder, device="cpu", **cache), eager(source, torch.float32)
+    ids = torch.tensor([[5, 9, 33, 71], [0, 0, 12, 40]])
+    mask = (ids > 0).long()
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = reference.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **settings), expected)
+
+    streamer = Collector()
+    single = model.generate(ids[:1], attention_mask=mask[:1], streamer=streamer, **settings)
+    assert streamer.ended
+    assert streamer.tokens == single[0].tolist()
+
+    first = int(expected[0, 4])
+    processors = LogitsProcessorList([Forbid(first)])
+    other = model.generate(
+        ids[:1], attention_mask=mask[:1], logits_processor=processors, **settings
+    )
+    assert first not in other[0, 4:].tolist()
+    assert model.num_parameters() < reference.num_parameters()  # its experts are not in the module
+    model.engine.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    source = write_hub(build_model(CONFIGS["mixtral"]()), root / "source")
+    return prepared(source, root / "prepared", "--hf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": "text"}, "expected config in {path} as an object, found 'text'"),
+        ({"config": None}, "as an object, found None"),
+        ({"config": [1]}, "as an object, found [1]"),
+        ({"config.model_type": ["mixtral"]}, "does not know"),
+        ({"config.hidden_size": "abc"}, "transformers cannot use the config in {path}"),
+        ({"config.eos_token_id": "x"}, "transformers cannot use the config in {path}"),
+        ({"config.max_position_embeddings": "x"}, "transformers cannot use the config in {path}"),
+        ({"config.max_position_embeddings": None}, "transformers cannot use the config in {path}"),
+        ({"config.hidden_size": -128}, "transformers cannot build the model"),
+        ({"config.hidden_act": "zzz"}, "transformers cannot build the model"),
+        ({"config.rope_parameters": {"rope_type": "zzz"}}, "transformers cannot"),
+        ({"config.num_experts_per_tok": 99}, "expected num_experts_per_tok of 1 to 4 in {path}"),
+        ({"config.num_experts_per_tok": 0}, "of 1 to 4 in {path}, found 0"),
+        ({"model_dtype": "bogus"}, "as one of bfloat16, float32, found 'bogus'"),
+        ({"model_dtype": 7}, "found 7"),
+        ({"model_dtype": ["float32"]}, "found ['float32']"),
+        ({"weight_format": "int4"}, "{path} is damaged"),
+        ({"weight_format": {}}, "expected weight_format in {path} as one of fp32, bf16, int8"),
+        ({"dense_format": 4}, "expected dense_format in {path} as one of"),
+        ({"generation_config": 7}, "expected generation_config in {path} as an object, found 7"),
+        ({"generation_config": [1]}, "found [1]"),
+        ({"generation_config": {"eos_token_id": "abc"}}, "expected eos_token_id in {path}"),
+        ({"generation_config": {"eos_token_id": [2, None]}}, "found [2, None]"),
+        ({"generation_config": {"cache_implementation": 7}}, "use the generation defaults"),
+        ({"packed_weights": [{"name": 1, "bits": 8, "n_rows": 1, "n_columns": 1}]}, "is damaged"),
+        ({"created_with": 7}, "{path} is damaged"),
+        ({"moe_layers": []}, "{path} is damaged"),
+        ({"moe_layers.0.n_experts": "4"}, "{path} is damaged"),
+        ({"moe_layers.0.data_offset_bytes": 4095}, "{path} is damaged"),
+        ({"moe_layers.0.layout.hidden_size": 64}, "{path} is damaged"),
+        ({"moe_layers.0.layout.fields": 3}, "{path} is damaged"),
+        ({"dense.0.bytes": "many"}, "{path} is damaged"),
+        ({"dense.0.tensors.0.offset_bytes": 1 << 40}, "{path} is damaged"),
+        ({"dense.0.tensors.0.shape": ["a"]}, "{path} is damaged"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_a_manifest_that_means_nothing_is_a_sentence(
+    changes: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    for shard in folder.glob("*.safetensors"):
+        (tmp_path / shard.name).symlink_to(shard)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for place, value in changes.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
+        holder: Any = manifest
+        for parent in parents:
+            holder = holder[parent]
+        holder[last] = value
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as refused:
+        load_model(tmp_path, device="cpu")
+    assert message.format(path=path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "weights_preprocessor.py --force" in str(refused.value) or "newer" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "tpu"}, "expected --device as one of auto, cuda, cpu, found 'tpu'"),
+        ({"device": ""}, "found ''"),
+        ({"device": torch.device("cpu")}, "found device"),
+        ({"miss_policy": "zzz"}, "expected --miss-policy as one of cpu, fetch, auto"),
+        ({"prefetch": "zzz"}, "expected --prefetch as one of off, next-layer"),
+        ({"cache_nblocks": 2.5}, "expected --cache-nblocks as a whole number, found 2.5"),
+        ({"cache_nways": "2"}, "expected --cache-nways as a whole number, found '2'"),
+        ({"cache_nblocks": True}, "found True"),
+        ({"quota": "a"}, "expected --cache-quota as a whole number, found 'a'"),
+        ({"cache_replace_policy": "zzz"}, "FIFO, LRU, RANDOM, LFU, LFRU, found 'zzz'"),
+        ({"cache_replace_policy": None}, "expected --cache-replace-policy as text, found None"),
+        ({"auto": True, "memory_gb": float("nan")}, "as a finite number or None, found nan"),
+        ({"auto": 1}, "expected --cache-auto as True or False, found 1"),
+        ({"trace": "file"}, "expected --trace as a pathlib.Path or None, found 'file'"),
+        ({"seed": 2**64}, "expected --seed from -2^63 to 2^64 - 1, found 18446744073709551616"),
+        ({"cache_ways": 2}, "trace as settings of load_model, found cache_ways"),
+        ({"n_indexes": 2}, "found n_indexes"),
+    ],
+)
+def test_settings_are_checked_before_the_folder(settings: dict[str, Any], message: str) -> None:
+    cache = {"cache_nblocks": 2, "cache_nways": 2} if "auto" not in settings else {}
+    with pytest.raises(UserError) as refused:
+        load_model("no such folder", **(cache | settings))
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("expected ")
+
+
+def test_a_bare_generate_has_a_whole_summary(tmp_path: Path) -> None:
+    source = write_hub(build_model(CONFIGS["mixtral"]()), tmp_path / "source")
+    model = load_model(prepared(source, tmp_path / "prepared", "--hf"), device="cpu")
+    recorder = model.engine.dispatcher.recorder = Recorder()
+    model.engine.decode_step()  # as a calibration does: no sequence of the run
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = torch.tensor([[5, 9, 33], [8, 12, 40]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **settings)
+    model.generate(torch.tensor([[7]]), max_new_tokens=4, **settings)  # a prompt of one token
+    model.engine.close()
+
+    passes = recorder.pass_table()
+    assert passes["decode"].tolist() == [False, *[True] * 5, False, *[True] * 3]
+    assert passes["n_sequences"].tolist() == [2] * 6 + [1] * 4
+    assert recorder.token_table()["prompt"].tolist() == [0, 1] * 6 + [2] * 4
+    summary = summarize(recorder)
+    assert (summary.prompt_tokens, summary.generated_tokens) == (7, 2 * 5 + 3)
+    assert len(summary.ttft_s) == 3
+    assert summary.tpot_median_s is not None
+    # Sampling lies between the passes, so a token takes at least as long as its pass.
+    assert summary.generation_s >= passes["duration_s"][passes["decode"]].sum()
+    assert "TPOT: median" in format_summary(summary)

@@ -1,0 +1,59 @@
+"""What needs no model is answered without torch and transformers, which take seconds to import."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ("--prompt", "x", "--max-tokens", "4")
+DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "expected"),
+    [
+        ("main.py --help", 0, "usage: main.py"),
+        ("main.py --version", 0, "CPU kernels: "),
+        ("main.py --no-such-flag", 2, "unrecognized arguments"),
+        ("main.py --prompt x", 2, "--max-tokens is missing"),
+        (("main.py", "--model-path", "none", *RUN), 2, "found nothing"),
+        (("main.py", "--model-path", ".", *RUN), 2, "nor a model to prepare"),
+        (("main.py", *DUMMY, "--dummy-layers", "33"), 2, "at most 32"),
+        (("main.py", *DUMMY, "--routing-trace", "none"), 2, "expected a routing trace at none"),
+        (("main.py", *DUMMY, "--cache-nways", "4"), 2, "both positive or both 0"),
+        (("main.py", *DUMMY, "--output-dir", "file/below"), 2, "cannot write results"),
+        (("main.py", *DUMMY[:2], "--prompt-path", "none", *RUN[2:]), 2, "cannot read the prompt"),
+        ("main.py --show-calibration --dummy-weights gpt-9", 2, "found 'gpt-9'"),
+        ("prepare.py --help", 0, "usage: weights_preprocessor.py"),
+        ("prepare.py --version", 0, "weights_preprocessor.py "),
+        ("prepare.py --input-path none --output-path out", 2, "found nothing"),
+        ("prepare.py --input-path . --output-path out --hf", 2, "it has no config.json"),
+        ("simulator.py --help", 0, "usage: simulator.py"),
+        ("simulator.py none", 2, "expected a routing trace at none"),
+        ("plots.py --help", 0, "usage: plots.py"),
+        ("patterns.py --help", 0, "usage: patterns.py"),
+    ],
+)
+def test_torch_is_not_imported(
+    command: str | tuple[str, ...], code: int, expected: str, tmp_path: Path
+) -> None:
+    program, *arguments = command.split() if isinstance(command, str) else command
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "src" / program, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == code
+    assert expected in done.stdout + done.stderr
+    imported = set(re.findall(r"^import time:.*\|\s+(\w+)", done.stderr, flags=re.MULTILINE))
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers"}
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
