@@ -66,13 +66,13 @@ gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
 
 .PHONY: kernels
 kernels: $(RUN_STAMP) ## compile the CPU kernels ahead of their first use
-	@PYTHONPATH=src $(PY) -m moe_offload.kernels.kernel_build >/dev/null
+	@PYTHONPATH=src $(PY) -m moe_offload.kernels.build >/dev/null
 
 # The sanitisers' runtime is preloaded, which also makes the product load the sanitised build. Leaks
 # are not looked for: Python and torch keep memory to the end.
 .PHONY: sanitize
 sanitize: $(DEV_STAMP) ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@PYTHONPATH=src $(PY) -m moe_offload.kernels.kernel_build --sanitize >/dev/null
+	@PYTHONPATH=src $(PY) -m moe_offload.kernels.build --sanitize >/dev/null
 	@runtime() { $${CXX:-g++} -print-file-name="$$1"; }; \
 	LD_PRELOAD="$$(runtime libasan.so) $$(runtime libubsan.so) $$(runtime libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from moe_offload.kernels.cpu_kernels import load_kernels
-from moe_offload.model.cpu_attention import CpuAttention
+from moe_offload.kernels.bindings import load_kernels
+from moe_offload.model.attention import CpuAttention
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 POOL_BYTES = 1 << 28

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from moe_offload.checkpoint.expert_format import Activation, BlockLayout, WeightFormat, block_layout
-from moe_offload.experts.expert_store import ExpertStore
+from moe_offload.checkpoint.block import Activation, BlockLayout, WeightFormat, block_layout
+from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.bindings import CpuKernels
 from moe_offload.kernels.cpu_experts import CpuExperts
-from moe_offload.kernels.cpu_kernels import CpuKernels
-from moe_offload.kernels.torch_experts import expert_ffn
+from moe_offload.kernels.oracle import expert_ffn
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MixtralConfig
 
-from moe_offload.checkpoint.checkpoint import MANIFEST_NAME
+from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
-from moe_offload.kernels.cpu_kernels import load_kernels
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.model.generation import generate_batch, make_sampler
 

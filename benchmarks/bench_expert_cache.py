@@ -21,8 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_offload.experts.expert_cache import ExpertCache
-from moe_offload.experts.replacement_policies import POLICIES, make_policy
+from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.simulation.workload import MIXTRAL_OVERLAP, even_workload
 
 TARGET_US = 2.0

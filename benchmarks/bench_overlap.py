@@ -24,15 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_offload.checkpoint.expert_format import Activation, block_layout
+from moe_offload.checkpoint.block import Activation, block_layout
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.expert_cache import ExpertCache
-from moe_offload.experts.expert_fetcher import HostFetcher
-from moe_offload.experts.expert_store import ExpertStore
-from moe_offload.experts.gpu_experts import GpuExperts
-from moe_offload.experts.moe_dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.fetcher import HostFetcher
 from moe_offload.experts.recorder import NullRecorder
-from moe_offload.experts.replacement_policies import make_policy
+from moe_offload.experts.slots import GpuExperts
+from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 
 HIDDEN, INTERMEDIATE, N_EXPERTS, TOP_K, N_LAYERS, N_WAYS = 2048, 768, 64, 32, 2, 2

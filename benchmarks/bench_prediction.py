@@ -25,14 +25,13 @@ from typing import Any
 
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine
-from moe_offload.experts.cost_model import CostModel, SideCost
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import Recorder
-from moe_offload.model.dummy_model import DummyModel, dummy_routing
+from moe_offload.model.dummy import DummyModel, dummy_routing
 from moe_offload.model.generation import generate_batch, make_sampler
-from moe_offload.report.recorded_routing import recorded_trace
-from moe_offload.simulation.replay import Replay, replay
-from moe_offload.simulation.time_model import Timeline
+from moe_offload.report.files import recorded_trace
+from moe_offload.simulation.replay import Replay, Timeline, replay
 from moe_offload.simulation.traces import Trace
 
 PROMPT = list(range(1, 17))

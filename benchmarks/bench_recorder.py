@@ -28,8 +28,7 @@ from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import load_engine
 from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.recorder import NullRecorder, Recorder
-from moe_offload.model.dummy_model import DummyModel
-from moe_offload.model.forced_routing import ForcedRouting
+from moe_offload.model.dummy import DummyModel, ForcedRouting
 from moe_offload.model.generation import cache_argument
 from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
 

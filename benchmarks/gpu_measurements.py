@@ -21,11 +21,11 @@ from benchmarks.gpu_models import N_CORE_SETTINGS, load_s_per_byte, open_source,
 from benchmarks.gpu_one_setting import PROMPT_TOKENS, run_setting
 from benchmarks.gpu_rows import Report, print_row
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.accelerator_setup import gpu_uuid
 from moe_offload.engine.engine import choose_device, load_engine
+from moe_offload.engine.setup import gpu_uuid
 from moe_offload.errors import UserError
 from moe_offload.machine.hardware import read_hardware
-from moe_offload.model.dummy_model import DummyModel, dummy_routing
+from moe_offload.model.dummy import DummyModel, dummy_routing
 
 LOADING_SHARE = 1 / 3  # of a model's part of the time, for filling and pinning its memory
 TEST_TIMEOUT_S = 150

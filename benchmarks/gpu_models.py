@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check import Format
-from moe_offload.checkpoint.expert_format import block_layout
+from moe_offload.checkpoint.block import block_layout
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.errors import UserError
-from moe_offload.experts.expert_store import ExpertStore
-from moe_offload.experts.miss_trial import TRIAL_STEPS
-from moe_offload.machine.host_memory import available_bytes
-from moe_offload.model.dummy_model import DummyModel
+from moe_offload.experts.plan import TRIAL_STEPS
+from moe_offload.experts.store import ExpertStore
+from moe_offload.machine.hardware import available_bytes
+from moe_offload.model.dummy import DummyModel
 
 # The paper's cache on 24 GB: 14 x 4 for Mixtral, 16 x 8 for Phi; a quarter of the experts of Qwen3.
 PAPER_CACHE = {"mixtral-8x7b": (14, 4), "phi-3.5-moe": (16, 8), "qwen3-30b-a3b": (48, 32)}

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from benchmarks.gpu_models import Setting
 from benchmarks.gpu_rows import Row
+from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.engine.engine import Engine
-from moe_offload.engine.machine_costs import predicted_step_us
 from moe_offload.experts.recorder import NullRecorder, Recorder
-from moe_offload.kernels.torch_experts import experts_forward
-from moe_offload.model.forced_routing import ForcedRouting
+from moe_offload.kernels.oracle import experts_forward
+from moe_offload.model.dummy import ForcedRouting
 from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
 from moe_offload.report.summary import summarize
-from moe_offload.simulation.time_model import bound_us
+from moe_offload.simulation.replay import bound_us
 
 PROMPT_TOKENS = 32
 LEAST_STEPS = 4

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_check import RUNNING, Format, write_report
 from benchmarks.gpu_models import settings
-from moe_offload.engine.machine_costs import UNSTEADY
+from moe_offload.engine.calibration import UNSTEADY
 
 
 @dataclass(frozen=True)

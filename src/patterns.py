@@ -4,7 +4,7 @@ import sys
 
 import moe_offload.prerequisites  # noqa: F401 - one sentence where a package is missing
 
-from moe_offload.commands.patterns import main
+from moe_offload.commands.draw import patterns
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(patterns())

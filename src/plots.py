@@ -4,7 +4,7 @@ import sys
 
 import moe_offload.prerequisites  # noqa: F401 - one sentence where a package is missing
 
-from moe_offload.commands.plots import main
+from moe_offload.commands.draw import plots
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plots())

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moe_offload.checkpoint.checkpoint import (
+from moe_offload.checkpoint.prepared import (
     Manifest,
     iterate_dense,
+    read_block,
     read_manifest,
     verify,
     write_manifest,
@@ -30,7 +31,6 @@ from moe_offload.checkpoint.safetensors_file import (
     read_into,
     read_tensor,
 )
-from moe_offload.checkpoint.shards import read_block
 from moe_offload.commands import prepare
 from moe_offload.errors import UserError
 

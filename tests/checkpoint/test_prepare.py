@@ -18,12 +18,17 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.checkpoint import Manifest, iterate_dense, read_manifest, verify
-from moe_offload.checkpoint.expert_format import BlockLayout, unpack_block
-from moe_offload.checkpoint.moe_convention import find_experts
-from moe_offload.checkpoint.shards import MoeLayer, read_block
+from moe_offload.checkpoint.block import BlockLayout, unpack_block
+from moe_offload.checkpoint.conversion import ConversionPlan, find_experts
+from moe_offload.checkpoint.prepared import (
+    Manifest,
+    MoeLayer,
+    iterate_dense,
+    read_block,
+    read_manifest,
+    verify,
+)
 from moe_offload.checkpoint.source_files import LazyTensor
-from moe_offload.checkpoint.weight_conversion import ConversionPlan
 from moe_offload.commands import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,9 +239,7 @@ def test_progress_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.Monk
 def test_conversions_that_mix_experts_read_the_whole_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "moe_offload.checkpoint.weight_conversion._keeps_experts_apart", lambda _: False
-    )
+    monkeypatch.setattr("moe_offload.checkpoint.conversion._keeps_experts_apart", lambda _: False)
     model = tiny_models.build_model(tiny_models.qwen3_moe())
     source = tiny_models.write_hub(model, tmp_path / "source")
     manifest = prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "fp32")
@@ -308,7 +311,7 @@ def test_blocks_and_dense_tensors_are_aligned(tmp_path: Path) -> None:
 
 
 def test_dense_shards_split_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_offload.checkpoint.dense_plan.SHARD_BYTES", 8192)
+    monkeypatch.setattr("moe_offload.checkpoint.writer.SHARD_BYTES", 8192)
     model = tiny_models.build_model(tiny_models.mixtral())
     source = tiny_models.write_hub(model, tmp_path / "source")
     manifest = prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "fp32")

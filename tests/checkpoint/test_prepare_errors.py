@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
 
-from moe_offload.checkpoint.moe_convention import FLAGS, find_experts
+from moe_offload.checkpoint.conversion import FLAGS, find_experts
 from moe_offload.commands import prepare
 from moe_offload.errors import UserError
 

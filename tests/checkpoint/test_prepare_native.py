@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     apply_rotary_pos_emb,
 )
 
-from moe_offload.checkpoint.checkpoint import Manifest, iterate_dense, read_manifest, verify
+from moe_offload.checkpoint.prepared import Manifest, iterate_dense, read_manifest, verify
 from moe_offload.commands import prepare
 
 LAYOUTS = {

@@ -16,9 +16,9 @@ import pytest
 import tiny_models
 
 from moe_offload.checkpoint import safetensors_file
-from moe_offload.checkpoint.checkpoint import read_manifest, verify
-from moe_offload.checkpoint.output_folder import exclusive
+from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.checkpoint.safetensors_file import ShardWriter
+from moe_offload.checkpoint.writer import exclusive
 from moe_offload.commands import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,7 +223,7 @@ def test_too_little_room_is_said_before_writing(
 ) -> None:
     output = tmp_path / "out"
     monkeypatch.setattr(
-        "moe_offload.checkpoint.preparation.shutil.disk_usage",
+        "moe_offload.checkpoint.writer.shutil.disk_usage",
         lambda _: type("Usage", (), {"free": 40_000}),
     )
     assert run(source, output) == 2

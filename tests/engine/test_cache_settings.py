@@ -24,13 +24,13 @@ from against_transformers import prepared
 from tiny_models import CONFIGS, build_model, write_hub
 from torch import Tensor
 
-from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import load_engine
 from moe_offload.experts.recorder import Recorder
-from moe_offload.model.forced_routing import ForcedRouting
+from moe_offload.model.dummy import ForcedRouting
 from moe_offload.model.generation import generate_batch, make_sampler
-from moe_offload.model.model_loader import PreparedModel
+from moe_offload.model.loader import PreparedModel
 from moe_offload.simulation.workload import even_workload
 
 POLICIES = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")

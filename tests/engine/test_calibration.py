@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_offload.engine import calibration
-from moe_offload.engine.calibration import (
+from moe_offload.engine import timing
+from moe_offload.engine.timing import (
     SIDE_CALLS,
     CalibrationCache,
     calibrate_copy,
@@ -24,7 +24,7 @@ from moe_offload.engine.calibration import (
     median_us,
     slowdown,
 )
-from moe_offload.experts.cost_model import SideCost
+from moe_offload.experts.costs import SideCost
 
 HARDWARE = {"cpu": "Test CPU", "gpu": None}
 SHAPE = {"hidden_size": 64}
@@ -96,7 +96,7 @@ def test_the_median_ignores_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal now_s
         now_s += next(durations_s)
 
-    monkeypatch.setattr("moe_offload.engine.calibration.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
     assert median_us(work, budget_s=0.0, min_calls=5) == 1e6
 
 
@@ -131,7 +131,7 @@ def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
     def step() -> None: ...
 
     names.update({cpu_work: "cpu", step: "step"})
-    monkeypatch.setattr(calibration, "slowdown", ratio)
+    monkeypatch.setattr(timing, "slowdown", ratio)
     for given in (None, step):
         cost = calibrate_copy(lambda n_bytes: None, 4096, cpu_work, budget_s=0.0, step=given)
         factor = 2.0 if given else 1.5
@@ -161,7 +161,7 @@ def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
         def perf_counter() -> float:
             return now_s
 
-    original = calibration._without_pause
+    original = timing._without_pause
 
     @contextmanager
     def without_pause(noise: Callable[[], object]) -> Iterator[None]:
@@ -169,8 +169,8 @@ def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
             yield
         beside.clear()
 
-    monkeypatch.setattr(calibration, "time", Clock)
-    monkeypatch.setattr(calibration, "_without_pause", without_pause)
+    monkeypatch.setattr(timing, "time", Clock)
+    monkeypatch.setattr(timing, "_without_pause", without_pause)
     assert slowdown(work, other, budget_s=8.0) == pytest.approx(1.5)
 
 
@@ -185,7 +185,7 @@ def test_sharing_is_what_both_together_take_longer(monkeypatch: pytest.MonkeyPat
 
         return work
 
-    monkeypatch.setattr("moe_offload.engine.calibration.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
     workers = [worker(name) for name in durations_s]
     assert calibrate_sharing(*workers) == pytest.approx(1 + (12 - 10) / 4)
     durations_s["both"] = 9.0  # noise: never faster than the longer alone
@@ -258,5 +258,5 @@ def test_a_calibration_that_does_not_last_is_this_processes_alone(tmp_path, monk
     cache = CalibrationCache(tmp_path)
     assert cache.store({"cpu": "x"}, {"layers": 2}, {"a": 1.5}, lasting=False)
     assert cache.load({"cpu": "x"}, {"layers": 2}) == {"a": 1.5}
-    monkeypatch.setattr("moe_offload.engine.calibration._this_process", lambda: [1, 0.0])
+    monkeypatch.setattr("moe_offload.engine.timing._this_process", lambda: [1, 0.0])
     assert cache.load({"cpu": "x"}, {"layers": 2}) is None

@@ -14,24 +14,24 @@ import torch
 from against_transformers import prepared
 from tiny_models import CONFIGS, build_model, write_hub
 
-from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import machine_costs
+from moe_offload.engine import calibration
+from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine
-from moe_offload.engine.machine_costs import predicted_step_us
-from moe_offload.experts import moe_dispatcher
-from moe_offload.experts.cost_model import SideCost
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
-from moe_offload.experts.expert_fetcher import Completion
-from moe_offload.experts.layer_step import LayerStep
+from moe_offload.experts import dispatcher
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import SideCost
+from moe_offload.experts.fetcher import Completion
+from moe_offload.experts.layer import LayerStep
 from moe_offload.experts.plan import plan_decode
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
-from moe_offload.model.model_loader import PreparedModel
-from moe_offload.report.reports import ReportPaths, RunInfo, write_reports
+from moe_offload.model.loader import PreparedModel
+from moe_offload.report.files import ReportPaths, RunInfo, write_reports
 from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import replay
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass
 
 PROMPT = [5, 17, 40, 8, 22, 71, 9]
@@ -225,7 +225,7 @@ def test_the_parts_explain_a_step(
 
     options = {"n_indexes": 4, "n_ways": 2, "quota": 0, "miss_policy": miss_policy}
     with open_engine(folder, recorder, **options) as engine, torch.inference_mode():
-        monkeypatch.setattr(moe_dispatcher, "plan_decode", slowed("plan", plan_decode))
+        monkeypatch.setattr(dispatcher, "plan_decode", slowed("plan", plan_decode))
         for name, method in (("cpu", "compute_on_cpu"), ("wait", "wait"), ("combine", "combine")):
             function = slowed(name, getattr(LayerStep, method))
             monkeypatch.setattr(LayerStep, method, function)
@@ -322,7 +322,7 @@ def test_an_aborted_pass_leaves_nothing(folder: Path) -> None:
 def test_calibrating_leaves_the_cached_experts_in_their_slots(
     interrupted: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
     with open_engine(folder, Recorder(), n_indexes=4, n_ways=8) as engine, torch.inference_mode():
         assert engine.accelerator is not None
         cache, fetcher = engine.accelerator.cache, engine.accelerator.fetcher
@@ -343,7 +343,7 @@ def test_calibrating_leaves_the_cached_experts_in_their_slots(
         assert n_hits == len(PROMPT) * 4 * 2
         held = {layer: cache.ready(layer) for layer in range(4)}
         if interrupted:
-            monkeypatch.setattr(machine_costs, "plain_read_gbps", lambda *_: 1 / 0)
+            monkeypatch.setattr(calibration, "plain_read_gbps", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 engine.calibrate(again=True)
         else:

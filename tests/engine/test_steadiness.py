@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_offload.engine.steadiness import MAX_OTHER_LOAD, MAX_SPREAD, QuietWatch, Steadiness
+from moe_offload.engine.timing import MAX_OTHER_LOAD, MAX_SPREAD, QuietWatch, Steadiness
 
 CpuTimes = namedtuple("CpuTimes", "user nice system idle iowait steal guest")
 
@@ -21,7 +21,7 @@ class Machine:
         self.others = others
         self.probe_s = probe_s
         self.calls = 0
-        monkeypatch.setattr("moe_offload.engine.steadiness.time.perf_counter", lambda: self.now_s)
+        monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: self.now_s)
 
     def probe(self) -> None:
         step_s = self.probe_s[self.calls % len(self.probe_s)]

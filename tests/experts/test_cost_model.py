@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.errors import UserError
-from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 
 # Round numbers: a copy takes 10 + 1000 us alone and 10 + 2000 us beside the CPU.
 COST = CostModel(

@@ -16,13 +16,13 @@ from against_transformers import prepared
 from pretended_gpu import GPU, GpuTensor, Seen, WrongDeviceError, pretended_gpu
 from tiny_models import CONFIGS, build_model, write_hub
 
-from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import machine_costs
+from moe_offload.engine import calibration
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.generation import generate_batch, make_sampler
-from moe_offload.model.model_loader import PreparedModel
+from moe_offload.model.loader import PreparedModel
 
 N_TOKENS = 6
 LONG = [(7 * i + 3) % 60 for i in range(100)]  # above the pairs that one launch names
@@ -53,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
 
 @pytest.fixture(autouse=True)
 def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
 
 
 def generate(folder: Path, device: str, options: dict[str, Any], watch: Any = None) -> list[Any]:

@@ -20,17 +20,16 @@ import torch
 from expert_cases import random_blocks
 from torch import Tensor, nn
 
-from moe_offload.checkpoint.expert_format import Activation, block_layout
+from moe_offload.checkpoint.block import Activation, block_layout
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.cost_model import CostModel, SideCost
-from moe_offload.experts.expert_cache import ExpertCache
-from moe_offload.experts.expert_fetcher import ExpertFetcher, HostFetcher, make_fetcher
-from moe_offload.experts.expert_store import ExpertStore
-from moe_offload.experts.gpu_experts import GpuExperts
-from moe_offload.experts.handoff import _copy_joined
-from moe_offload.experts.moe_dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.fetcher import ExpertFetcher, HostFetcher, make_fetcher
+from moe_offload.experts.layer import _copy_joined
 from moe_offload.experts.recorder import NullRecorder, Recorder
-from moe_offload.experts.replacement_policies import make_policy
+from moe_offload.experts.slots import GpuExperts
+from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 
 HIDDEN, N_LAYERS, N_EXPERTS, TOP_K = 16, 3, 8, 2

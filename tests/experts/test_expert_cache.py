@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 
 from moe_offload import config
 from moe_offload.errors import UserError
-from moe_offload.experts.expert_cache import ExpertCache, SlotState, make_policy
-from moe_offload.experts.replacement_policies import LFRU, POLICIES, ReplacementPolicy
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.experts.cache import (
+    LFRU,
+    POLICIES,
+    ExpertCache,
+    ReplacementPolicy,
+    SlotState,
+    make_policy,
+)
+from moe_offload.simulation.trace_files import read_trace
 
 SHARED_TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 N_EXPERTS = 6  # few, so that random operations meet each other

@@ -16,7 +16,7 @@ import torch
 from emulated_cuda import DeviceSlots, EmulatedCuda
 from torch import Tensor
 
-from moe_offload.experts.expert_fetcher import (
+from moe_offload.experts.fetcher import (
     CopyCancelledError,
     CudaFetcher,
     ExpertFetcher,
@@ -196,7 +196,7 @@ def test_the_emulated_link_takes_its_time():
 
 def test_the_emulated_link_copies_every_chunk(monkeypatch):
     monkeypatch.setattr(
-        "moe_offload.experts.expert_fetcher._CHUNK_BYTES", 1000
+        "moe_offload.experts.fetcher._CHUNK_BYTES", 1000
     )  # 4096 is no multiple of it
     slots = empty_slots(3)
     fetcher = HostFetcher(slots, emulate_pcie_gbps=1.0)

@@ -17,9 +17,9 @@ import torch
 from expert_cases import Case, random_blocks
 from torch import Tensor
 
-from moe_offload.checkpoint.expert_format import Activation, block_layout
-from moe_offload.experts.expert_fetcher import HostFetcher, make_fetcher
-from moe_offload.experts.gpu_experts import GpuExperts
+from moe_offload.checkpoint.block import Activation, block_layout
+from moe_offload.experts.fetcher import HostFetcher, make_fetcher
+from moe_offload.experts.slots import GpuExperts
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 CUDA = [

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import nvtx
 
-from moe_offload.experts.nvtx_ranges import NvtxRanges
+from moe_offload.experts.recorder import NvtxRanges
 
 
 class FakeNvtx:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.expert_format import block_layout
-from moe_offload.engine.machine_probes import cpu_runner
-from moe_offload.experts import handoff
-from moe_offload.experts.expert_store import ExpertStore
-from moe_offload.experts.handoff import HostHandoff
+from moe_offload.checkpoint.block import block_layout
+from moe_offload.engine.calibration import cpu_runner
+from moe_offload.experts import layer as layer_module
+from moe_offload.experts.layer import HostHandoff
+from moe_offload.experts.store import ExpertStore
 
 LAYOUT = block_layout("fp32", 16, 16)
 
@@ -103,7 +103,7 @@ def test_staging_memory_that_cannot_be_pinned_is_pageable(monkeypatch, capsys):
     assert result.shape == (3, 5) and result.dtype == torch.float32
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("warning: no memory could be pinned to hand layers over (CUDA error: o")
-    assert handoff._staging(7, torch.uint8).shape == (7,)
+    assert layer_module._staging(7, torch.uint8).shape == (7,)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
 
 

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_offload.kernels import triton_kernels
+from moe_offload.kernels import triton_experts
 
 # Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
 # program may take of shared memory there, in bytes (CUDA C++ Programming Guide, table of technical
@@ -40,7 +40,7 @@ FIRST = {
 }
 SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
 UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "n_columns": "i32"}
-UNALIGNED = (*triton_kernels.VARYING, "alpha", "limit")
+UNALIGNED = (*triton_experts.VARYING, "alpha", "limit")
 
 
 def kernels(
@@ -48,12 +48,12 @@ def kernels(
 ) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
     for bits in MATRIX:
-        step = triton_kernels.WORDS if bits < 16 else triton_kernels.DENSE_COLUMNS
+        step = triton_experts.WORDS if bits < 16 else triton_experts.DENSE_COLUMNS
         tile = {
             "BITS": bits,
             "HAS_BIAS": True,
             "IN_WORDS": True,
-            "ROWS": triton_kernels.ROWS,
+            "ROWS": triton_experts.ROWS,
             "STEP": step,
         }
         matrix = {"matrix": MATRIX[bits]}
@@ -61,29 +61,29 @@ def kernels(
             if kind == "silu" or (bits == 8 and every_variant):
                 yield (
                     f"first-{bits}-{kind}",
-                    triton_kernels.first_kernel,
+                    triton_experts.first_kernel,
                     {**FIRST, **matrix},
                     {**tile, "HAS_GATE": True, "KIND": kind},
                 )
         second = {**SECOND, **matrix}
-        yield f"second-{bits}", triton_kernels.second_kernel, second, tile
+        yield f"second-{bits}", triton_experts.second_kernel, second, tile
         in_memory = {
             **tile,
             "IN_WORDS": False,
             "HAS_BIAS": False,
         }  # a batch; a model without biases
         if bits == 16 or every_variant:
-            yield f"second-{bits}-in-memory", triton_kernels.second_kernel, second, in_memory
+            yield f"second-{bits}-in-memory", triton_experts.second_kernel, second, in_memory
         if every_variant:
             yield (
                 f"first-{bits}-gateless-in-memory",
-                triton_kernels.first_kernel,
+                triton_experts.first_kernel,
                 {**FIRST, **matrix},
                 {**in_memory, "HAS_GATE": False, "KIND": "relu2"},
             )
         if bits < 16:
-            constants = {"BITS": bits, "WORDS": triton_kernels.WORDS}
-            yield f"unpack-{bits}", triton_kernels.unpack_kernel, UNPACK, constants
+            constants = {"BITS": bits, "WORDS": triton_experts.WORDS}
+            yield f"unpack-{bits}", triton_experts.unpack_kernel, UNPACK, constants
 
 
 def widest_load(ptx: str) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.expert_format import (
+from moe_offload.checkpoint.block import (
     Activation,
     BlockLayout,
     WeightFormat,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.expert_format import Activation, BlockLayout, block_layout, pack_block
-from moe_offload.kernels.torch_experts import ActivationModule, expert_ffn
+from moe_offload.checkpoint.block import Activation, BlockLayout, block_layout, pack_block
+from moe_offload.kernels.oracle import ActivationModule, expert_ffn
 
 
 def random_blocks(layout: BlockLayout, n: int, seed: int = 0) -> Tensor:

@@ -10,9 +10,9 @@ import json
 import torch
 from expert_cases import Case, random_blocks
 
-from moe_offload.experts.expert_fetcher import HostFetcher
-from moe_offload.experts.gpu_experts import GpuExperts
-from moe_offload.kernels.torch_experts import expert_ffn
+from moe_offload.experts.fetcher import HostFetcher
+from moe_offload.experts.slots import GpuExperts
+from moe_offload.kernels.oracle import expert_ffn
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 CASES = [

@@ -8,9 +8,9 @@ import torch
 from cpu_oracle import Layer, Routed
 from torch import Tensor
 
-from moe_offload.checkpoint.expert_format import Activation
+from moe_offload.checkpoint.block import Activation
+from moe_offload.kernels.bindings import load_kernels, supported_isas
 from moe_offload.kernels.cpu_experts import CpuExperts
-from moe_offload.kernels.cpu_kernels import load_kernels, supported_isas
 
 ACTIVATIONS = (
     Activation("silu"),

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.recorder import Recorder
 from moe_offload.machine.sensors import Sample
 

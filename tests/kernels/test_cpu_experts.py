@@ -12,11 +12,11 @@ from cpu_oracle import Layer, Routed, expected, make_layer, make_routing, read_l
 from kernel_cases import ISAS, SILU, random_cases, run_experts
 from torch import Tensor
 
-from moe_offload.checkpoint.expert_format import Activation, WeightFormat, block_layout
+from moe_offload.checkpoint.block import Activation, WeightFormat, block_layout
 from moe_offload.errors import UserError
 from moe_offload.kernels.cpu_experts import CpuExperts
-from moe_offload.kernels.kernel_library import describe_kernels
-from moe_offload.kernels.torch_experts import apply_activation
+from moe_offload.kernels.library import describe_kernels
+from moe_offload.kernels.oracle import apply_activation
 
 FORMATS: tuple[WeightFormat, ...] = ("fp32", "bf16", "int8", "int4")
 

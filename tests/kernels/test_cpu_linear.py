@@ -8,7 +8,7 @@ from cpu_oracle import TINY, U, as_quantised
 from torch import Tensor, nn
 
 from moe_offload.checkpoint import quantization
-from moe_offload.kernels.cpu_kernels import load_kernels, supported_isas
+from moe_offload.kernels.bindings import load_kernels, supported_isas
 from moe_offload.kernels.cpu_linear import CpuLinear
 
 NATIVE = load_kernels("native")

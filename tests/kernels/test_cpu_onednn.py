@@ -14,21 +14,21 @@ from kernel_cases import ACTIVATIONS, ISAS, SILU, random_cases, run_experts
 from tiny_models import CONFIGS, build_model, write_hub
 from torch import nn
 
-from moe_offload.checkpoint.expert_format import Activation
+from moe_offload.checkpoint.block import Activation
+from moe_offload.engine import calibration
 from moe_offload.engine import engine as engine_module
-from moe_offload.engine import machine_costs, onednn_choice
-from moe_offload.engine.calibration import CalibrationCache
-from moe_offload.engine.engine import Engine, load_model
-from moe_offload.engine.onednn_choice import (
+from moe_offload.engine.calibration import (
     Crossover,
     OnednnChoice,
     has_bf16_products,
     measure_crossover,
 )
-from moe_offload.experts.cost_model import SideCost
+from moe_offload.engine.engine import Engine, load_model
+from moe_offload.engine.timing import CalibrationCache
+from moe_offload.experts.costs import SideCost
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
-from moe_offload.kernels.torch_experts import apply_activation
+from moe_offload.kernels.oracle import apply_activation
 from moe_offload.machine.hardware import Hardware, read_hardware
 
 BF16 = torch.bfloat16
@@ -199,7 +199,7 @@ def test_the_limit_is_the_least_that_wins_by_the_margin(
         nonlocal now_s
         now_s += n * speed * ratios[n]
 
-    monkeypatch.setattr("moe_offload.engine.onednn_choice.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
     found = measure_crossover(kernels, onednn, budget_s=0.0)
     assert found.from_tokens == from_tokens
     assert found.tokens == (256, 64, 16)[:n_measured]
@@ -237,9 +237,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_costs, "CalibrationCache", lambda: CalibrationCache(tmp_path))
-    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
-    monkeypatch.setattr("moe_offload.engine.steadiness.Steadiness.is_quiet", True)
+    monkeypatch.setattr(calibration, "CalibrationCache", lambda: CalibrationCache(tmp_path))
+    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr("moe_offload.engine.timing.Steadiness.is_quiet", True)
 
 
 def limits(engine: Engine) -> tuple[set[int | None], set[int | None]]:
@@ -263,7 +263,7 @@ def test_a_calibration_decides_is_kept_and_told(
     def crossover(kernels: Callable[[int], object], onednn: Callable[[int], object]) -> Crossover:
         went = []
         with monkeypatch.context() as patch:
-            patch.setattr("moe_offload.kernels.onednn_experts.functional.linear", went.append)
+            patch.setattr("moe_offload.kernels.cpu_experts.functional.linear", went.append)
             patch.setattr(
                 "moe_offload.kernels.cpu_linear.functional.linear", lambda *_: went.append(1)
             )
@@ -273,8 +273,7 @@ def test_a_calibration_decides_is_kept_and_told(
         measured.append(True)
         return Crossover(from_tokens, (8, 4), (3000.0, 900.0), (1400.0, 800.0))
 
-    monkeypatch.setattr(machine_costs, "measure_crossover", crossover)
-    monkeypatch.setattr(onednn_choice, "measure_crossover", crossover)
+    monkeypatch.setattr(calibration, "measure_crossover", crossover)
     monkeypatch.setattr(engine_module, "read_hardware", with_flags("avx2", "avx512_bf16"))
     engine: Engine = load_model(folder, device="cpu").engine
     engine.calibrate_for(255)
@@ -302,11 +301,8 @@ def test_a_calibration_decides_is_kept_and_told(
 def test_an_accelerators_calibration_decides_as_well(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_costs, "measure_crossover", lambda *_: ALWAYS)
-    monkeypatch.setattr(onednn_choice, "measure_crossover", lambda *_: ALWAYS)
-    monkeypatch.setattr(
-        "moe_offload.engine.accelerator_setup.read_hardware", with_flags("amx_bf16")
-    )
+    monkeypatch.setattr(calibration, "measure_crossover", lambda *_: ALWAYS)
+    monkeypatch.setattr("moe_offload.engine.setup.read_hardware", with_flags("amx_bf16"))
     model = load_model(folder, device="cpu", cache_nblocks=2, cache_nways=2)
     assert limits(model.engine) == ({1}, {1})
     assert model.engine.accelerator.costs.cpu_many is not None
@@ -317,8 +313,7 @@ def test_an_accelerators_calibration_decides_as_well(
 def test_a_cpu_without_bf16_products_is_not_asked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_costs, "measure_crossover", lambda *_: pytest.fail("asked"))
-    monkeypatch.setattr(onednn_choice, "measure_crossover", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(calibration, "measure_crossover", lambda *_: pytest.fail("asked"))
     monkeypatch.setattr(engine_module, "read_hardware", with_flags("avx2", "avx512f"))
     engine: Engine = load_model(folder, device="cpu").engine
     engine.calibrate_for(100_000)

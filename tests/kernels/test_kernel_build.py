@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from moe_offload.errors import UserError
-from moe_offload.kernels import kernel_build
-from moe_offload.kernels.cpu_kernels import load_kernels
-from moe_offload.kernels.kernel_library import default_threads
+from moe_offload.kernels import build as build_module
+from moe_offload.kernels.bindings import load_kernels
+from moe_offload.kernels.library import default_threads
 
 CPP = Path("src/moe_offload/kernels/cpp")
-SOURCE = Path(kernel_build.__file__).parents[2]
+SOURCE = Path(build_module.__file__).parents[2]
 
 # Logs each call; "compiles" by writing its own arguments to what follows -o.
 STAND_IN = """#!/bin/sh
@@ -150,7 +150,7 @@ def test_no_compiler_means_torch_with_one_line_or_a_refusal(monkeypatch, capfd):
     def refuse(sanitize: bool) -> Path:
         raise UserError("expected a compiler, found none: install g++")
 
-    monkeypatch.setattr(kernel_build, "built_library", refuse)
+    monkeypatch.setattr(build_module, "built_library", refuse)
     load_kernels.cache_clear()
     try:
         assert load_kernels() is None
@@ -168,7 +168,7 @@ def test_no_compiler_means_torch_with_one_line_or_a_refusal(monkeypatch, capfd):
 def test_a_library_that_does_not_load_is_told(monkeypatch, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_text("not a library")
-    monkeypatch.setattr(kernel_build, "built_library", lambda sanitize: broken)
+    monkeypatch.setattr(build_module, "built_library", lambda sanitize: broken)
     load_kernels.cache_clear()
     try:
         with pytest.raises(UserError, match="broken"):

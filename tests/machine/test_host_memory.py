@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_offload.machine.host_memory import available_bytes, limit_bytes
+from moe_offload.machine.hardware import available_bytes, limit_bytes
 
 GB = 10**9
 MACHINE = SimpleNamespace(total=64 * GB, available=50 * GB)
@@ -15,7 +15,7 @@ MACHINE = SimpleNamespace(total=64 * GB, available=50 * GB)
 
 @pytest.fixture(autouse=True)
 def _a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_offload.machine.host_memory.psutil.virtual_memory", lambda: MACHINE)
+    monkeypatch.setattr("moe_offload.machine.hardware.psutil.virtual_memory", lambda: MACHINE)
 
 
 class Tree:

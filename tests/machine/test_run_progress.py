@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_offload.machine.run_progress import RunProgress, told_if_slow
+from moe_offload.machine.terminal import RunProgress, told_if_slow
 
 
 class Terminal(io.StringIO):

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from moe_offload.errors import UserError
-from moe_offload.kernels.cpu_kernels import CpuKernels, load_kernels, supported_isas
-from moe_offload.model import cpu_attention
-from moe_offload.model.cpu_attention import CpuAttention, register
-from moe_offload.model.cpu_modules import use_cpu_kernels
-from moe_offload.model.model_loader import build_skeleton
+from moe_offload.kernels.bindings import CpuKernels, load_kernels, supported_isas
+from moe_offload.model import attention as attention_module
+from moe_offload.model.attention import CpuAttention, register_kernels
+from moe_offload.model.decode_modules import use_cpu_kernels
+from moe_offload.model.loader import build_skeleton
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None
@@ -140,7 +140,7 @@ def test_strided_caches_are_read_in_place_or_copied() -> None:
 
 def test_transformers_calls_it_for_one_token_and_torch_for_the_rest() -> None:
     assert NATIVE is not None
-    function = AttentionInterface()[register(NATIVE)]
+    function = AttentionInterface()[register_kernels(NATIVE)]
     module = nn.Module()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     module.is_causal = True  # type: ignore[assignment]
@@ -247,7 +247,7 @@ def test_what_it_does_not_compute_is_left_to_torch(
     assert NATIVE is not None
     seen = []
     monkeypatch.setattr(
-        cpu_attention,
+        attention_module,
         "sdpa_attention_forward",
         lambda *_, **keywords: (seen.append(keywords), None),
     )

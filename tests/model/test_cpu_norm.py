@@ -9,9 +9,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from moe_offload.kernels.cpu_kernels import load_kernels
-from moe_offload.kernels.decode_kernels import DecodeKernels, NormArguments
-from moe_offload.model.cpu_norm import FORMS, CpuNorm, probe_norm, use_norm_kernels
+from moe_offload.kernels.bindings import DecodeKernels, NormArguments, load_kernels
+from moe_offload.model.decode_modules import FORMS, CpuNorm, probe_norm, use_norm_kernels
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_offload.kernels.cpu_kernels import load_kernels, supported_isas
-from moe_offload.kernels.decode_kernels import DecodeKernels
-from moe_offload.model.cpu_router import CpuRouter, probe_router, use_router_kernel
+from moe_offload.kernels.bindings import DecodeKernels, load_kernels, supported_isas
+from moe_offload.model.decode_modules import CpuRouter, probe_router, use_router_kernel
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None

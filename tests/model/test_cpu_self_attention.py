@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from moe_offload.checkpoint import quantization
-from moe_offload.kernels.cpu_kernels import load_kernels, supported_isas
+from moe_offload.kernels.bindings import load_kernels, supported_isas
 from moe_offload.kernels.cpu_linear import CpuLinear
-from moe_offload.model.cpu_modules import use_cpu_kernels
-from moe_offload.model.cpu_self_attention import CpuSelfAttention
+from moe_offload.model.decode_modules import CpuSelfAttention, use_cpu_kernels
 from moe_offload.model.generation import cache_argument
 from moe_offload.model.kv_cache import make_cache
-from moe_offload.model.model_loader import install_experts
+from moe_offload.model.loader import install_experts
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None

@@ -12,14 +12,14 @@ import torch
 import yaml
 from tiny_models import TINY_SHAPE
 
-from moe_offload.commands import main
+from moe_offload.commands import generate
 from moe_offload.config import ModelOptions
 from moe_offload.errors import UserError
-from moe_offload.model import dummy_model
-from moe_offload.model.forced_routing import ForcedRouting
-from moe_offload.simulation import model_shapes
-from moe_offload.simulation.model_shapes import load_shape
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.model import dummy
+from moe_offload.model.dummy import ForcedRouting
+from moe_offload.simulation import shapes as shapes_module
+from moe_offload.simulation.shapes import load_shape
+from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
 from moe_offload.simulation.workload import even_workload
 
@@ -28,7 +28,7 @@ from moe_offload.simulation.workload import even_workload
 def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
-    monkeypatch.setattr(model_shapes, "SHAPES_FILE", shapes)
+    monkeypatch.setattr(shapes_module, "SHAPES_FILE", shapes)
     return "tiny"
 
 
@@ -44,7 +44,7 @@ def write_trace(path: Path, ids: list[list[list[int]]]) -> None:
 def test_a_run_follows_its_trace(weight_format: str, tiny_shape: str, run_folder: Path) -> None:
     ids = [[[(t + layer) % 6, (t + layer + 3) % 6] for layer in range(3)] for t in range(5)]
     write_trace(run_folder / "trace.jsonl", ids)
-    code = main.main(
+    code = generate.main(
         [
             *("--dummy-weights", tiny_shape, "--dummy-format", weight_format, "--device", "cpu"),
             *("--routing-trace", str(run_folder / "trace.jsonl"), "--max-tokens", "9"),
@@ -61,9 +61,9 @@ def test_a_run_follows_its_trace(weight_format: str, tiny_shape: str, run_folder
 
 
 def test_every_shipped_shape_builds() -> None:
-    for name in model_shapes.shape_names():
+    for name in shapes_module.shape_names():
         options = ModelOptions(None, dummy_shape=name, dummy_layers=2)
-        source = dummy_model.DummyModel(options)
+        source = dummy.DummyModel(options)
         assert len(source.layouts) in (1, 2)
         assert source.top_k < source.n_experts[0]
 
@@ -71,7 +71,7 @@ def test_every_shipped_shape_builds() -> None:
 def test_published_sizes() -> None:
     """One expert in bf16, as the paper gives it: 352 MB for Mixtral, 157 MB for Phi-3.5-MoE."""
     for name, megabytes in (("mixtral-8x7b", 352), ("phi-3.5-moe", 157)):
-        source = dummy_model.DummyModel(ModelOptions(None, dummy_shape=name, dummy_layers=1))
+        source = dummy.DummyModel(ModelOptions(None, dummy_shape=name, dummy_layers=1))
         assert source.layouts[0].block_bytes / 1e6 == pytest.approx(megabytes, abs=1)
 
 
@@ -93,7 +93,7 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions, active)
     dense = shape.n_layers * shape.dense_weights_per_layer + shape.other_weights
     routed = shape.n_layers * shape.expert_weights
     assert (dense + shape.n_experts * routed) / 1e9 == pytest.approx(billions, rel=0.004, abs=0.05)
-    vocabulary = yaml.safe_load(model_shapes.SHAPES_FILE.read_text())[name]["vocab_size"]
+    vocabulary = yaml.safe_load(shapes_module.SHAPES_FILE.read_text())[name]["vocab_size"]
     embedding = vocabulary * shape.hidden / 1e9
     per_token = (dense + shape.top_k * routed) / 1e9
     # Rounded to one decimal, and with or without the embedding that a token looks up.
@@ -103,12 +103,12 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions, active)
 def test_unknown_shape_and_foreign_trace_are_sentences(
     tiny_shape: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["--dummy-weights", "gpt-9", "--max-tokens", "2"]) == 2
+    assert generate.main(["--dummy-weights", "gpt-9", "--max-tokens", "2"]) == 2
     assert "expected one of the shapes tiny" in capsys.readouterr().err
     write_trace(run_folder / "trace.jsonl", [[[0, 1]]])  # one layer only
     trace = str(run_folder / "trace.jsonl")
     arguments = ["--dummy-weights", tiny_shape, "--routing-trace", trace, "--max-tokens", "2"]
-    assert main.main(arguments) == 2
+    assert generate.main(arguments) == 2
     assert "use a trace of this shape" in capsys.readouterr().err
 
 
@@ -187,7 +187,7 @@ def test_a_run_on_a_cut_trace_notes_it(tiny_shape: str, run_folder: Path) -> Non
     one = {"phase": "decode", "prompt": 0, "ids": [[[4]], [[5]], [[0]]]}
     path.write_text(f"{json.dumps(header)}\n{json.dumps(one)}\n")
     arguments = ["--dummy-weights", tiny_shape, "--device", "cpu", "--max-tokens", "4"]
-    assert main.main([*arguments, "--routing-trace", str(path)]) == 0
+    assert generate.main([*arguments, "--routing-trace", str(path)]) == 0
     tokens = [one.ids for one in read_trace(Path("expert_choices.csv")).passes if one.ids]
     assert all(len(set(token)) == 2 for ids in tokens for (token,) in ids)
     assert {(layer[0][0]) for ids in tokens for layer in ids} == {4, 5, 0}

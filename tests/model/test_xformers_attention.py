@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from moe_offload.errors import UserError
-from moe_offload.model import xformers_attention
+from moe_offload.model import attention as attention_module
 
 
 class LowerTriangularMask:
@@ -57,7 +57,7 @@ def test_equals_torch(masked: bool, n_queries: int, n_keys: int) -> None:
     if masked:
         mask[0, ..., 0] = False  # a padded key
         mask[0, :, 0, -1] = True  # and no row without any key
-    out, weights = xformers_attention.attention(
+    out, weights = attention_module.attention(
         nn.Module(), query, key, value, mask if masked else None, scaling=0.3
     )
     grouped = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
@@ -68,4 +68,4 @@ def test_equals_torch(masked: bool, n_queries: int, n_keys: int) -> None:
 
 def test_registers_only_with_a_gpu() -> None:
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
-        xformers_attention.register(torch.device("cpu"))
+        attention_module.register_xformers(torch.device("cpu"))

@@ -9,7 +9,7 @@ import pytest
 from synthetic_recording import Shape, record_run, sensor_samples
 
 from moe_offload.experts.recorder import Recorder
-from moe_offload.report.reports import ReportPaths, RunInfo, write_reports
+from moe_offload.report.files import ReportPaths, RunInfo, write_reports
 from moe_offload.report.summary import summarize
 
 SHAPES = [

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from plotted import is_drawn
 
-from moe_offload.commands import patterns
+from moe_offload.commands import draw
 from moe_offload.errors import UserError
-from moe_offload.report.routing_patterns import (
+from moe_offload.report.patterns import (
     Reuse,
     analyse,
     chance_common_expert,
@@ -140,7 +140,7 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = trace_of([[rng.sample(range(8), 2) for _ in range(3)] for _ in range(40)])
     write_trace(tmp_path / "trace.jsonl", trace.info, trace.passes)
     out = tmp_path / "out"
-    assert patterns.main([str(tmp_path / "trace.jsonl"), "--output-dir", str(out)]) == 0
+    assert draw.patterns([str(tmp_path / "trace.jsonl"), "--output-dir", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "made up: 3 layers, top-2 of 8 experts, 40 decoded tokens" in printed
     assert sorted(path.name for path in out.iterdir()) == [
@@ -172,7 +172,7 @@ def test_bad_traces_are_one_sentence(
     path = tmp_path / "expert_choices.csv"
     if text is not None:
         path.write_text(text)
-    assert patterns.main([str(path), "--n-experts", "8", "--output-dir", str(tmp_path)]) == 2
+    assert draw.patterns([str(path), "--n-experts", "8", "--output-dir", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -182,12 +182,12 @@ def test_bad_traces_are_one_sentence(
 
 @pytest.mark.parametrize("number", ["0", "-3"])
 def test_a_number_of_experts_that_is_none(capsys: pytest.CaptureFixture[str], number: str) -> None:
-    assert patterns.main(["trace.csv", "--n-experts", number]) == 2
+    assert draw.patterns(["trace.csv", "--n-experts", number]) == 2
     expected = f"error: expected --n-experts of at least 1, found {number}\n"
     assert capsys.readouterr() == ("", expected)
 
 
 def test_a_missing_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert patterns.main([]) == 2
+    assert draw.patterns([]) == 2
     expected = "error: the following arguments are required: trace; see --help\n"
     assert capsys.readouterr() == ("", expected)

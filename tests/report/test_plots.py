@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from plotted import is_drawn
 
-from moe_offload.commands import plots
+from moe_offload.commands import draw as draw_module
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = 3  # of golden/single
@@ -48,7 +48,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def draw(*arguments: object) -> int:
-    return plots.main([str(argument) for argument in arguments])
+    return draw_module.plots([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

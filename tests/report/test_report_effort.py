@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from synthetic_recording import Shape, record_run, sensor_samples
 
-from moe_offload.engine.machine_costs import predicted_step_us
-from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.engine.calibration import predicted_step_us
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import Recorder
-from moe_offload.report.recorded_routing import routing_lines
-from moe_offload.report.reports import ReportPaths, RunInfo, write_reports
+from moe_offload.report.files import ReportPaths, RunInfo, routing_lines, write_reports
 from moe_offload.report.summary import format_summary, summarize
 
 COSTS = CostModel(SideCost(5, 100, 20), SideCost(5, 20, 5), 10, 10, 8, 1.1, 4096, 30)

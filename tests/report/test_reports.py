@@ -11,11 +11,11 @@ import pytest
 from synthetic_recording import Shape, record_run, sensor_samples
 
 from moe_offload.errors import UserError
-from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.sensors import Sample
-from moe_offload.report.reports import ReportPaths, RunInfo, Status, write_reports
-from moe_offload.report.run_files import read_run
+from moe_offload.report.files import ReportPaths, RunInfo, Status, write_reports
+from moe_offload.report.read_back import read_run
 from moe_offload.report.summary import RunSummary, summarize
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,9 +19,9 @@ from plotted import is_drawn
 from recomputed_summary import first_tokens_s, recompute
 from tiny_models import write_mixtral_with_tokenizer
 
-from moe_offload.checkpoint.checkpoint import MANIFEST_NAME
-from moe_offload.commands import main, patterns, plots
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.checkpoint.prepared import MANIFEST_NAME
+from moe_offload.commands import draw, generate
+from moe_offload.simulation.trace_files import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 N_PROMPTS, N_WAYS, MAX_TOKENS = 20, 3, 8
@@ -68,7 +68,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main.main([str(argument) for argument in arguments]) == 0
+        assert generate.main([str(argument) for argument in arguments]) == 0
     return Run(folder / "run", printed.getvalue(), n_indexes)
 
 
@@ -134,7 +134,7 @@ def test_the_predicted_step_without_a_cache_follows_from_the_calibration(
     source = write_mixtral_with_tokenizer(tmp_path / "hub", max_position_embeddings=256)
     model = prepared(source, tmp_path / "prepared", "--hf")
     arguments = ["--model-path", model, "--prompt", "Hello", "--max-tokens", 5]
-    assert main.main([str(one) for one in [*arguments, "--output-dir", tmp_path]]) == 0
+    assert generate.main([str(one) for one in [*arguments, "--output-dir", tmp_path]]) == 0
     document = json.loads((tmp_path / "run.json").read_text())
     costs = document["calibration"]["costs"]
     (n_tokens, one_token_us), *_ = costs["cpu"]["few"]
@@ -167,9 +167,9 @@ def test_our_own_reader_takes_the_choices(run: Run) -> None:
 
 
 def test_the_figures_are_drawn(run: Run) -> None:
-    assert plots.main([str(run.folder)]) == 0
+    assert draw.plots([str(run.folder)]) == 0
     for name in ("breakdown", "tokens", "hits", "experts"):
         assert is_drawn(run.folder / f"figures/{name}.png")
     choices = run.folder / "expert_choices.csv"
-    assert patterns.main([str(choices), "--output-dir", str(run.folder / "figures")]) == 0
+    assert draw.patterns([str(choices), "--output-dir", str(run.folder / "figures")]) == 0
     assert is_drawn(run.folder / "figures/patterns.png")

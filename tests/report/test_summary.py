@@ -12,7 +12,7 @@ from synthetic_recording import START_UNIX_S, Shape, record_run, sensor_samples
 
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.sensors import Sample
-from moe_offload.report.reports import ReportPaths, RunInfo, write_reports
+from moe_offload.report.files import ReportPaths, RunInfo, write_reports
 from moe_offload.report.summary import HitCounts, format_summary, summarize
 
 

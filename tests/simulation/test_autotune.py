@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_offload.errors import UserError
-from moe_offload.experts.cost_model import CostModel, SideCost
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
-from moe_offload.simulation.autotune import choose_cache, first_tokens, layouts, tune
-from moe_offload.simulation.replay import replay
-from moe_offload.simulation.time_model import Timeline
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.simulation.replay import Timeline, replay
+from moe_offload.simulation.tuning import choose_cache, first_tokens, layouts, tune
 from moe_offload.simulation.workload import even_workload
 
 BLOCK = 1_000_000

@@ -7,13 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.experts.expert_cache import ExpertCache
-from moe_offload.experts.replacement_policies import POLICIES, make_policy
-from moe_offload.simulation.belady import Belady, most_hits
-from moe_offload.simulation.packed_routing import NEVER
-from moe_offload.simulation.replay import replay
-from moe_offload.simulation.sweep import BELADY, Setting, run_setting, sweep
-from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
+from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
+from moe_offload.simulation.replay import Belady, most_hits, replay
+from moe_offload.simulation.traces import NEVER, RoutingPass, Trace, TraceInfo
+from moe_offload.simulation.tuning import BELADY, Setting, run_setting, sweep
 
 UNLIMITED = 10**9
 

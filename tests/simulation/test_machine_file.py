@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_offload.checkpoint.expert_format import block_layout
+from moe_offload.checkpoint.block import block_layout
 from moe_offload.errors import UserError
-from moe_offload.experts.cost_model import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.simulation.machine_file import calibrated_machine, load_machine, write_machine
-from moe_offload.simulation.model_shapes import SHAPES_FILE, load_shape, shape_of_config
+from moe_offload.simulation.shapes import SHAPES_FILE, load_shape, shape_of_config
 
 HARDWARE = Path(__file__).resolve().parents[2] / "hardware"
 FILES = sorted(HARDWARE.glob("*.yaml"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.simulation.packed_routing import (
+from moe_offload.simulation.traces import (
     NEVER,
     PackedRouting,
     RoutingPass,
@@ -71,7 +71,7 @@ def test_the_next_use_is_the_first_place_that_holds_the_expert(passes, data):
 def test_few_ids_stay_tuples_and_many_are_packed(monkeypatch):
     passes = (RoutingPass("decode", (((0, 1),), ((2, 3),))),) * 3
     assert collected(iter(passes)) == passes
-    monkeypatch.setattr("moe_offload.simulation.packed_routing.MAX_TUPLE_IDS", 11)
+    monkeypatch.setattr("moe_offload.simulation.traces.MAX_TUPLE_IDS", 11)
     many = collected(iter(passes))
     assert isinstance(many, PackedRouting) and tuple(many) == passes
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from moe_offload.experts.cost_model import CostModel, SideCost
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
-from moe_offload.simulation.replay import PhaseHits, replay
-from moe_offload.simulation.time_model import Timeline, bound_us, prefetch_step_us
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.simulation.replay import PhaseHits, Timeline, bound_us, prefetch_step_us, replay
 from moe_offload.simulation.traces import RoutingPass
 from moe_offload.simulation.workload import even_workload
 

@@ -9,22 +9,19 @@ import pytest
 from against_transformers import prepared
 from tiny_models import CONFIGS, build_model, write_hub
 
-from moe_offload.checkpoint.checkpoint import read_manifest
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine
-from moe_offload.experts.cost_model import CostModel, SideCost
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
-from moe_offload.experts.expert_fetcher import Completion
+from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.fetcher import Completion
 from moe_offload.experts.recorder import Recorder
-from moe_offload.experts.replacement_policies import POLICIES
 from moe_offload.model.generation import generate_batch, make_sampler
-from moe_offload.model.model_loader import PreparedModel
-from moe_offload.report.recorded_routing import recorded_trace
-from moe_offload.report.reports import ReportPaths, RunInfo, write_reports
+from moe_offload.model.loader import PreparedModel
+from moe_offload.report.files import ReportPaths, RunInfo, recorded_trace, write_reports
 from moe_offload.report.summary import summarize
-from moe_offload.simulation.replay import replay
-from moe_offload.simulation.time_model import Timeline
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.replay import Timeline, replay
+from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace, write_trace
 
 PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12], [3, 3, 90, 14]]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_offload.commands import simulator
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.commands import simulate
+from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
 from moe_offload.simulation.replay import replay
-from moe_offload.simulation.sweep import Setting, grid, share_one_index, sweep
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass, TraceInfo, write_trace
+from moe_offload.simulation.tuning import Setting, grid, share_one_index, sweep
 from moe_offload.simulation.workload import even_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def trace_file(tmp_path, trace) -> str:
 
 
 def printed(capsys, *arguments: str, code: int = 0) -> str:
-    assert simulator.main(arguments) == code
+    assert simulate.main(arguments) == code
     captured = capsys.readouterr()
     return captured.out + captured.err
 
@@ -176,7 +176,7 @@ def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
 def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     for name in ("sweep", "tune"):
-        monkeypatch.setattr(simulator, name, None)  # not reached
+        monkeypatch.setattr(simulate, name, None)  # not reached
     below = str(tmp_path / "file" / "below")
     out = printed(capsys, trace_file, "--sweep", "--output-dir", below, code=2)
     assert f"a folder to write to at {below}, found none (Not a directory)" in out
@@ -196,7 +196,7 @@ def test_gpu_memory_that_ends_in_a_calibration_is_a_sentence(capsys, tmp_path, m
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moe_offload.commands.machine_measurement.load_engine", full)
+    monkeypatch.setattr("moe_offload.commands.measure.load_engine", full)
     path = tmp_path / "machine.yaml"
     out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b", code=2)
     assert out.splitlines()[-1] == "error: CUDA out of memory"
@@ -315,7 +315,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 def test_it_needs_no_tensors_and_starts_at_once():
     code = (
-        "import sys, moe_offload.commands.simulator\n"
+        "import sys, moe_offload.commands.simulate\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", check=False)

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from moe_offload.errors import UserError
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
-from moe_offload.simulation.packed_routing import PackedRouting
+from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.replay import replay
-from moe_offload.simulation.trace_formats import ExpertChoices
-from moe_offload.simulation.trace_reader import TraceReader, read_trace
-from moe_offload.simulation.traces import RoutingPass, write_trace
+from moe_offload.simulation.trace_files import ExpertChoices, TraceReader, read_trace
+from moe_offload.simulation.traces import PackedRouting, RoutingPass, write_trace
 
 DECODE = RoutingPass("decode", (((0, 1),), ((2, 3),)))
 ROUTE = """# route_trace v1
@@ -238,7 +236,7 @@ def test_a_replay_streams(tmp_path):
 def test_many_ids_are_held_in_a_byte_each(tmp_path, monkeypatch):
     path = long_choices(tmp_path, 4000)
     kept = read_trace(path)
-    monkeypatch.setattr("moe_offload.simulation.packed_routing.MAX_TUPLE_IDS", 1000)
+    monkeypatch.setattr("moe_offload.simulation.traces.MAX_TUPLE_IDS", 1000)
     held = []
     # A byte for an id, what a growing array has to spare, and what one line takes.
     assert peak_bytes(lambda: held.append(read_trace(path))) < 1.5 * 4000 * 64

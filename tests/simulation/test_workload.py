@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from moe_offload.errors import UserError
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.replay import replay
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import write_trace
 from moe_offload.simulation.workload import (
     Workload,

@@ -20,16 +20,15 @@ import torch
 from against_transformers import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
-from moe_offload.checkpoint.checkpoint import MANIFEST_NAME
-from moe_offload.commands import main
-from moe_offload.commands.arguments import parse, parse_config
-from moe_offload.commands.machine_measurement import _computed_by, calibration_options
-from moe_offload.commands.prompts import read_prompts
+from moe_offload.checkpoint.prepared import MANIFEST_NAME
+from moe_offload.commands import generate
+from moe_offload.commands.arguments import parse, parse_config, read_prompts
+from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.config import PromptOptions
 from moe_offload.engine.engine import Engine
 from moe_offload.model.generation import generate_batch
-from moe_offload.simulation import model_shapes
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation import shapes as shapes_module
+from moe_offload.simulation.trace_files import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = (
@@ -51,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return main.main([str(argument) for argument in arguments])
+    return generate.main([str(argument) for argument in arguments])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -139,7 +138,7 @@ def test_a_failure_leaves_what_was_done(
             raise RuntimeError("injected")
         return generate_batch(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("moe_offload.commands.run_prompts.generate_batch", fails_on_the_second)
+    monkeypatch.setattr("moe_offload.commands.run.generate_batch", fails_on_the_second)
     (run_folder / "prompts").write_text("One\nTwo\n")
     with pytest.raises(RuntimeError, match="injected"):
         run("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 3)
@@ -432,10 +431,10 @@ def test_memory_is_checked_before_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", 4)
-    monkeypatch.setattr("moe_offload.engine.preflight.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("moe_offload.engine.memory.available_bytes", lambda: 1 << 20)
     assert "--expert-dtype int8" in refused(capsys, *arguments)
     # Weights and workspace fit, the KV cache of 8192 sequences does not.
-    monkeypatch.setattr("moe_offload.engine.preflight.available_bytes", lambda: 560_000_000)
+    monkeypatch.setattr("moe_offload.engine.memory.available_bytes", lambda: 560_000_000)
     message = refused(capsys, *arguments[:-1], 60, "--batch-size", 8192)
     assert "use a smaller --max-tokens or --batch-size (" in message
     fitting, asked = map(int, re.findall(r"\((\d+) of the (\d+) tokens of prompts", message)[0])
@@ -454,7 +453,7 @@ def test_gpu_memory_that_ends_is_a_sentence(
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
 
     monkeypatch.setattr("moe_offload.commands.run.load_engine", full)
-    monkeypatch.setattr("moe_offload.commands.machine_measurement.load_engine", full)
+    monkeypatch.setattr("moe_offload.commands.measure.load_engine", full)
     message = refused(capsys, "--model-path", model, *flags)
     assert message == "error: CUDA out of memory. Tried to allocate 2 GiB."
 
@@ -515,7 +514,7 @@ ON_A_TERMINAL = """
 import fcntl, os, pathlib, sys, termios, time
 if sys.argv[1] == "controlling":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from moe_offload.commands import main, run_prompts
+from moe_offload.commands import generate, run
 from moe_offload.model.generation import generate_batch
 def stalling(*arguments, **options):
     for number, step in enumerate(generate_batch(*arguments, **options), start=1):
@@ -525,8 +524,8 @@ def stalling(*arguments, **options):
             stalled.touch()
             while stalled.exists():
                 time.sleep(0.02)
-run_prompts.generate_batch = stalling
-sys.exit(main.main(sys.argv[2:]))
+run.generate_batch = stalling
+sys.exit(generate.main(sys.argv[2:]))
 """
 
 
@@ -599,7 +598,7 @@ def test_a_second_signal_does_not_tear_the_reports(
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("moe_offload.commands.run_prompts.generate_batch", interrupted_later)
+    monkeypatch.setattr("moe_offload.commands.run.generate_batch", interrupted_later)
     monkeypatch.setattr("os.fsync", impatient)
     flags = ("--max-tokens", 9, "--output-dir", "run")
     assert run("--model-path", model, "--prompt", "x", *flags) == 130
@@ -628,7 +627,7 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
         os.kill(os.getpid(), signal.SIGINT)
         close(engine)
 
-    monkeypatch.setattr("moe_offload.commands.run_prompts.generate_batch", signalled_later)
+    monkeypatch.setattr("moe_offload.commands.run.generate_batch", signalled_later)
     monkeypatch.setattr(Engine, "close", signalled)
     flags = ("--prompt", "x", "--max-tokens", 9)
     assert run("--model-path", model, *flags) == (143 if interrupted else 0)
@@ -677,10 +676,10 @@ def test_the_machine_is_calibrated_without_a_model(
 ) -> None:
     shapes = calibration_options(parse_config(parse(["--show-calibration"])).model)
     assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 1)
-    real = model_shapes._read_shapes()
+    real = shapes_module._read_shapes()
     small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
     small |= {"intermediate_size": 128, "vocab_size": 96}
-    monkeypatch.setattr(model_shapes, "_read_shapes", lambda: {"deepseek-v2-lite": small})
+    monkeypatch.setattr(shapes_module, "_read_shapes", lambda: {"deepseek-v2-lite": small})
     assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite") == 0
     out = capsys.readouterr().out
     for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):

@@ -18,13 +18,13 @@ from tiny_models import TINY_SHAPE
 
 from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
 from benchmarks.gpu_rows import Row, print_row
-from moe_offload.engine import machine_costs
-from moe_offload.engine.steadiness import Steadiness
+from moe_offload.engine import calibration
+from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
-from moe_offload.experts import layer_step
+from moe_offload.experts import layer as layer_module
 from moe_offload.experts.recorder import Recorder
-from moe_offload.machine import host_memory
-from moe_offload.simulation import model_shapes
+from moe_offload.machine import hardware
+from moe_offload.simulation import shapes as shapes_module
 
 SETTINGS = [one.name for one in gpu_models.settings("tiny", 1, 1, 1.0)]
 
@@ -33,9 +33,9 @@ SETTINGS = [one.name for one in gpu_models.settings("tiny", 1, 1, 1.0)]
 def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
-    monkeypatch.setattr(model_shapes, "SHAPES_FILE", shapes)
+    monkeypatch.setattr(shapes_module, "SHAPES_FILE", shapes)
     monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
-    monkeypatch.setattr(machine_costs, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
     return "tiny"
 
 
@@ -105,13 +105,13 @@ TINY_BLOCK_BYTES = 8192  # 3 * 32 * 24 weights of bf16, rounded up to pages
 
 def test_a_wrong_layer_is_found(tiny_shape, tmp_path, monkeypatch, capsys):
     """Experts on the accelerator come out a tenth too large: only the CPU's setting is right."""
-    combine = layer_step.LayerStep.combine
+    combine = layer_module.LayerStep.combine
 
     def wrong(self, cpu_out):
         self._outs[:] = [out * 1.1 for out in self._outs]
         return combine(self, cpu_out)
 
-    monkeypatch.setattr(layer_step.LayerStep, "combine", wrong)
+    monkeypatch.setattr(layer_module.LayerStep, "combine", wrong)
     code, report = check(tmp_path)
     assert code == 1
     right = {row["setting"] for row in report["rows"] if row["correct"]}
@@ -149,10 +149,10 @@ def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
 @pytest.mark.parametrize("n_stored", [2, 3])
 def test_a_cgroups_memory_decides_how_many_layers_are_in_memory(tiny_shape, monkeypatch, n_stored):
     room = (n_stored + 0.5) * TINY_N_EXPERTS * TINY_BLOCK_BYTES / gpu_models.HOST_MEMORY_SHARE
-    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(int(room) + 100, 100)]))
+    monkeypatch.setattr(hardware, "_limits", lambda *_: iter([(int(room) + 100, 100)]))
     source = gpu_models.open_source(tiny_shape, "bf16", None)
     assert (source.n_stored_layers, len(source.layouts)) == (n_stored, 3)
-    monkeypatch.setattr(host_memory, "_limits", lambda *_: iter([(1000, 0)]))
+    monkeypatch.setattr(hardware, "_limits", lambda *_: iter([(1000, 0)]))
     with pytest.raises(UserError, match="one layer of tiny needs"):
         gpu_models.open_source(tiny_shape, "bf16", None)
 
@@ -212,10 +212,10 @@ class OneStep:
     """An engine of two layers, as far as the bound looks at it."""
 
     def __init__(self, accelerated: bool) -> None:
-        from moe_offload.experts.cost_model import CostModel, SideCost
+        from moe_offload.experts.costs import CostModel, SideCost
 
         model = CostModel(SideCost(5, 100, 10), SideCost(5, 20, 1), 0, 10, 5, 1.5, 1000_000, 50)
-        self.costs = machine_costs.MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
+        self.costs = calibration.MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
         self.accelerator = object() if accelerated else None
         self.store = type("Store", (), {"n_layers": 2})()
 
@@ -309,14 +309,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import yaml
 from tiny_models import TINY_SHAPE
-from moe_offload.engine import machine_costs
-from moe_offload.simulation import model_shapes
+from moe_offload.engine import calibration
+from moe_offload.simulation import shapes as shapes_module
 from benchmarks import gpu_check, gpu_measurements, gpu_one_setting
 
-model_shapes.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
-model_shapes.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
+shapes_module.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
+shapes_module.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
 gpu_check.SHAPES = ("tiny",)
-machine_costs._STEP_BUDGET_S = 0.01
+calibration._STEP_BUDGET_S = 0.01
 measure, calls = gpu_one_setting.measure, []
 
 def third_time(*arguments):

@@ -7,14 +7,13 @@ import torch
 from tiny_models import CONFIGS, build_model
 from torch import nn
 
-from moe_offload.checkpoint.moe_convention import find_experts
-from moe_offload.engine.preflight import Budget, Need, free_slot_bytes, make_budget
+from moe_offload.checkpoint.conversion import find_experts
+from moe_offload.engine.memory import Budget, Need, free_slot_bytes, make_budget
 from moe_offload.errors import UserError
-from moe_offload.experts.handoff import HostHandoff
-from moe_offload.experts.miss_trial import MissTrial
-from moe_offload.experts.next_layer import PrefetchStats, find_router
-from moe_offload.kernels.activation_probe import probe_activation
-from moe_offload.kernels.torch_experts import apply_activation
+from moe_offload.experts.accelerator import PrefetchStats, find_router
+from moe_offload.experts.layer import HostHandoff
+from moe_offload.experts.plan import MissTrial
+from moe_offload.kernels.oracle import apply_activation, probe_activation
 
 
 @pytest.mark.parametrize(("costs_s", "cpu_s", "kept"), [(1.0, 2.0, "costs"), (2.0, 1.0, "cpu")])

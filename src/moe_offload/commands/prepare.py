@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from moe_offload import VERSION
-from moe_offload.checkpoint.model_folders import require_source
-from moe_offload.commands.argument_parser import ArgumentParser, a_path
+from moe_offload.checkpoint.folders import require_source
+from moe_offload.commands.arguments import ArgumentParser, a_path
 from moe_offload.errors import UserError
 
 _ANOTHER: Final = "choose another --output-path"

@@ -12,15 +12,21 @@ import torch
 import transformers
 
 from moe_offload import VERSION
-from moe_offload.checkpoint.checkpoint import Manifest, read_manifest
-from moe_offload.checkpoint.companion_files import copy_companions
-from moe_offload.checkpoint.expert_format import WeightFormat
-from moe_offload.checkpoint.model_folders import MANIFEST_NAME
-from moe_offload.checkpoint.output_folder import exclusive, read_record, remove_prepared, tidy
-from moe_offload.checkpoint.preparation import Formats, Preparation, size_text
-from moe_offload.checkpoint.source_checkpoint import SourceCheckpoint, open_source
+from moe_offload.checkpoint.block import WeightFormat
+from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.checkpoint.prepared import Manifest, read_manifest
+from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, open_source
+from moe_offload.checkpoint.writer import (
+    Formats,
+    Preparation,
+    exclusive,
+    read_record,
+    remove_prepared,
+    size_text,
+    tidy,
+)
 from moe_offload.errors import UserError
-from moe_offload.machine.run_progress import byte_bar
+from moe_offload.machine.terminal import byte_bar
 from moe_offload.model.tokenization import check_tokenizer
 
 

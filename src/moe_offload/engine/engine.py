@@ -15,30 +15,34 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from moe_offload.checkpoint.checkpoint import read_manifest, verify
+from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.accelerator_setup import (
+from moe_offload.engine.calibration import (
+    CROSSOVER_TOKENS,
+    MachineCosts,
+    OnednnChoice,
+    has_bf16_products,
+    machine_costs,
+)
+from moe_offload.engine.memory import kv_cache_bytes, make_budget
+from moe_offload.engine.setup import (
     Workbench,
     build_accelerator,
     fitted_cache,
     gpu_uuid,
 )
-from moe_offload.engine.calibration import ROUNDS
-from moe_offload.engine.machine_costs import MachineCosts, machine_costs
-from moe_offload.engine.onednn_choice import CROSSOVER_TOKENS, OnednnChoice, has_bf16_products
-from moe_offload.engine.preflight import kv_cache_bytes, make_budget
+from moe_offload.engine.timing import ROUNDS
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.expert_store import ExpertStore
-from moe_offload.experts.moe_dispatcher import MoeDispatcher, MoeExperts
-from moe_offload.experts.nvtx_ranges import NvtxRanges
-from moe_offload.experts.recorder import NullRecorder, Recorder
+from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
+from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
+from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.hardware import read_hardware
-from moe_offload.machine.run_progress import byte_bar
-from moe_offload.model import xformers_attention
-from moe_offload.model.cpu_modules import use_cpu_kernels
-from moe_offload.model.model_loader import (
+from moe_offload.machine.terminal import byte_bar
+from moe_offload.model import attention
+from moe_offload.model.decode_modules import use_cpu_kernels
+from moe_offload.model.loader import (
     ModelSource,
     MoeSite,
     PreparedModel,
@@ -48,7 +52,7 @@ from moe_offload.model.model_loader import (
     install_experts,
     onednn_linears,
 )
-from moe_offload.simulation.trace_reader import read_trace
+from moe_offload.simulation.trace_files import read_trace
 
 _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
 
@@ -223,8 +227,8 @@ def load_engine(
     before loading anything when memory cannot hold the run.
     """
     device = choose_device(options.device)
-    if options.attention == xformers_attention.NAME:
-        xformers_attention.register(device)
+    if options.attention == attention.NAME:
+        attention.register_xformers(device)
     if device.type == "cuda" and source.dense_format in ("int8", "int4"):
         raise UserError(
             f"the dense weights of {source.name} are prepared as {source.dense_format}, which "

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_offload.checkpoint import quantization
-from moe_offload.kernels.cpu_kernels import CpuKernels, KernelChoice, load_kernels
-from moe_offload.kernels.kernel_library import FORMAT_CODES, MatrixArguments
+from moe_offload.kernels.bindings import CpuKernels, KernelChoice, load_kernels
+from moe_offload.kernels.library import FORMAT_CODES, MatrixArguments
 
 _FORMAT_OF_DTYPE = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 

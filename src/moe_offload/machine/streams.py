@@ -1,4 +1,6 @@
-"""CUDA's streams and events, emulated by threads for a machine without a GPU.
+"""Tells a device that is out of memory from any other failure.
+
+CUDA's streams and events, emulated by threads for a machine without a GPU.
 
 A stream runs the work submitted to it in order, on its own thread. An event marks a point in a
 stream; other streams and the host can wait for it. Names and meanings are `torch.cuda`'s, so that
@@ -12,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Final
+
+import torch
 
 _IDLE_S: Final = 0.2  # how soon an idle thread notices that the program is over
 
@@ -113,3 +117,22 @@ class HostEvent:
     def elapsed_time(self, later: HostEvent) -> float:
         """Milliseconds from this event to `later`; both reached."""
         return (later.point.time_s - self.point.time_s) * 1e3
+
+
+# torch's allocator has an exception of its own. What allocates for itself has not: cuBLAS, whose
+# handle on a full GPU fails with either status; cuDNN, which attention may use; CUDA, which loads a
+# kernel's code at its first launch; Triton, likewise; and the CPU's allocator.
+_SIGNS = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error` says that there was no room, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -1,13 +1,28 @@
-"""Text for a person, whose terminal may be closed while the run goes on."""
+"""How far a run has come, on stderr: only on a terminal, and not in the first second.
+
+Ctrl-C, a polite kill and a closed terminal: each ends a run in order, none tears a report.
+
+Text for a person, whose terminal may be closed while the run goes on."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 import sys
-from contextlib import suppress
-from typing import TextIO
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import Timer
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
@@ -37,3 +52,176 @@ def say(line: str) -> None:
 def _was_terminal(descriptor: int) -> bool:
     """Whether it is a terminal that was closed: a device still, but none to talk to."""
     return stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interruption:
+    """While entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread.
+
+    A signal that the process was started to ignore (`nohup`, a shell's background job) stays
+    ignored. Entered on another thread, it changes nothing: Python handles signals on the main one.
+
+    Once `drops_signals` is set, a signal does nothing and is forgotten: what is being written is
+    written to its end. Setting it is not a call, at whose start a signal could still be answered.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.drops_signals = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that the signal ended: 130, or 143 for SIGTERM."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    @property
+    def name(self) -> str:
+        """How the user knows it: `Ctrl-C`, or the signal's name."""
+        if self.signal in (None, signal.SIGINT):
+            return "Ctrl-C"
+        return str(self.signal.name) if self.signal is not None else ""
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if not self.drops_signals:
+            self.signal = self.signal or signal.Signals(number)
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+@contextmanager
+def told_if_slow(line: str, *, file: TextIO | None = None, delay_s: float = 1.0) -> Iterator[None]:
+    """Show `line` once what is done inside has taken `delay_s`, where `file` is a terminal."""
+    where = sys.stderr if file is None else file
+
+    def tell() -> None:
+        with suppress(OSError):  # a closed terminal
+            print(line, file=where, flush=True)
+
+    timer = Timer(delay_s, tell)
+    timer.daemon = True
+    if where.isatty():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def byte_bar(what: str, total_bytes: int, leave: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes on stderr, silent when that is no terminal; call what it gives to advance.
+
+    `leave`: the full bar stays on the terminal.
+    """
+    with tqdm(
+        total=total_bytes,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=leave,
+    ) as bar:
+
+        def advance(n_bytes: int) -> None:
+            bar.update(n_bytes)
+
+        yield advance
+
+
+class RunProgress:
+    """A bar over the MoE blocks while prompts are evaluated, then one over prompts or tokens.
+
+    Several prompts are counted as they finish, a single one by its tokens; both show tokens per
+    second and the time left. `streamed` says that the terminal shows the text itself: then only
+    the evaluation of prompts has a bar. Driven by the inference thread.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        n_prompts: int,
+        max_tokens: int,
+        *,
+        streamed: bool,
+        file: TextIO | None = None,
+        delay_s: float = 1.0,
+    ) -> None:
+        self._blocks = blocks
+        self._file = sys.stderr if file is None else file
+        self._delay_s = delay_s
+        self._shown = self._file.isatty()
+        self._evaluation: Any = None
+        self._hooks: list[Any] = []
+        self._by_prompt = n_prompts > 1
+        self._n_tokens = 0
+        self._started_s = time.perf_counter()
+        what = (
+            ("prompts", "prompt", n_prompts) if self._by_prompt else ("tokens", "tok", max_tokens)
+        )
+        self._bar: Any = self._new_bar(*what, disable=streamed or not self._shown)
+
+    def _new_bar(self, what: str, unit: str, total: int, disable: bool) -> Any:
+        return tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            file=self._file,
+            disable=disable,
+            leave=False,
+            delay=self._delay_s,
+        )
+
+    def evaluate(self, n_prompts: int) -> None:
+        """A forward pass over `n_prompts` prompts is about to start."""
+        if not self._shown:
+            return
+        what = "evaluating " + ("the prompt" if n_prompts == 1 else f"{n_prompts} prompts")
+        self._evaluation = self._new_bar(what, "layer", len(self._blocks), disable=False)
+        self._hooks = [block.register_forward_hook(self._layer_done) for block in self._blocks]
+
+    def _layer_done(self, *_: object) -> None:
+        self._evaluation.update()
+
+    def token(self) -> None:
+        """A prompt got a token."""
+        self._end_evaluation()
+        self._n_tokens += 1
+        if self._bar.disable:
+            return
+        rate = self._n_tokens / max(time.perf_counter() - self._started_s, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
+        if not self._by_prompt:
+            self._bar.update()
+
+    def prompt_done(self) -> None:
+        """A prompt has all its tokens."""
+        if self._by_prompt:
+            self._bar.update()
+
+    def _end_evaluation(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    def close(self) -> None:
+        """Remove the bars; may be called at any moment."""
+        self._end_evaluation()
+        self._bar.close()

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from moe_offload.errors import UserError
-from moe_offload.experts.cost_model import CostModel, SideCost
-from moe_offload.simulation.model_shapes import ModelShape
+from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.simulation.shapes import ModelShape
 
 
 @dataclass(frozen=True)

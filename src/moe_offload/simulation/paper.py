@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_offload.experts.expert_cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import Machine
-from moe_offload.simulation.model_shapes import ModelShape, load_shape
-from moe_offload.simulation.replay import Replay, replay
-from moe_offload.simulation.time_model import Timeline, prefetch_step_us
+from moe_offload.simulation.replay import Replay, Timeline, prefetch_step_us, replay
+from moe_offload.simulation.shapes import ModelShape, load_shape
 from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.workload import MIXTRAL_OVERLAP, even_workload
 

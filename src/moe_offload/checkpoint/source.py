@@ -1,0 +1,205 @@
+"""The small files that travel with the weights: configuration, tokenizer, generation defaults.
+
+A checkpoint as users have it, opened for reading in the names and layout of the run time.
+
+Opening reads configuration, file headers and nothing else: it yields the model on the meta device,
+its experts modules and a conversion plan, or a sentence on why the checkpoint cannot be served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
+from moe_offload.checkpoint.folders import require_source
+from moe_offload.checkpoint.mistral import read_native_config, to_hub_tensors
+from moe_offload.checkpoint.model_config import (
+    require_experts_per_token,
+    require_generation_config,
+    transformers_told,
+)
+from moe_offload.checkpoint.safetensors_file import write_file_atomically
+from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
+from moe_offload.errors import UserError, read_json_object
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """An opened checkpoint.
+
+    `model` is on the meta device in the dtype to run in, `dense_names` are its tensors outside the
+    experts that need storing, `unused` the checkpoint's tensors that the model has no place for.
+    `fingerprint` changes with the weight files (name, size, modification time) and config.json.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    generation_config: dict[str, Any] | None
+    model: PreTrainedModel
+    experts: tuple[ExpertsModule, ...]
+    plan: ConversionPlan
+    dense_names: tuple[str, ...]
+    unused: tuple[str, ...]
+    fingerprint: str
+
+    def dense_dtype(self, name: str) -> torch.dtype:
+        """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
+        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.model.dtype)
+        for pattern, dtype in plan.items():
+            if re.search(pattern.replace("*", ".*"), name):
+                return dtype
+        return self.plan.expected(name).dtype
+
+    def iterate_experts(self, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
+        """One layer's experts in order: block field -> tensor in normal form, source dtype."""
+        readers = {
+            field: self.plan.expert_reader(name) for field, name in module.parameters.items()
+        }
+        for expert in range(module.n_experts):
+            yield {field: module.normalise(field, read(expert)) for field, read in readers.items()}
+
+
+def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceCheckpoint:
+    """Open a Hugging Face folder or, without `hugging_face`, Mistral's native one.
+
+    `dtype` is what the model will run in. UserError for a missing or wrong folder, damaged or
+    missing files, missing tensors, a model without experts, an unsupported experts layout or a
+    quantised checkpoint.
+    """
+    require_source(folder, hugging_face)
+    if hugging_face:
+        config = _read_config(folder)
+        files = open_hugging_face(folder)
+        tensors = files.tensors
+    else:
+        config = read_native_config(folder)
+        files = open_mistral_native(folder)
+        tensors = to_hub_tensors(files.tensors, config)
+    model = _build_meta_model(folder, config, dtype)
+    experts = find_experts(model)
+    require_experts_per_token(
+        config,
+        min(module.n_experts for module in experts),
+        folder / ("config.json" if hugging_face else "params.json"),
+        "correct it or download it again",
+    )
+    plan = ConversionPlan(model, tensors)
+    of_experts = {name for module in experts for name in module.parameters.values()}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    return SourceCheckpoint(
+        folder=folder,
+        config=config,
+        generation_config=_read_generation_config(folder),
+        model=model,
+        experts=experts,
+        plan=plan,
+        dense_names=tuple(name for name in plan.targets if name not in of_experts),
+        unused=tuple(
+            name for name in plan.unused if not any(re.search(key, name) for key in ignored)
+        ),
+        fingerprint=_fingerprint(folder, hugging_face, files.paths),
+    )
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    quantised = read_json_object(path).get("quantization_config")
+    if quantised:
+        known = quantised if isinstance(quantised, dict) else {}
+        method = known.get("quant_method", "an unknown method")
+        raise UserError(
+            f"{folder} is quantised ({method}), expected bf16, fp16 or fp32 weights; download a "
+            "bf16 version, or load it with transformers' from_pretrained(..., "
+            "quantization_config=Mxfp4Config(dequantize=True) or "
+            "FineGrainedFP8Config(dequantize=True)), save_pretrained it and prepare that folder"
+        )
+    remedy = "install a newer transformers or download the file again"
+    with transformers_told(f"use {path}", remedy):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    found = read_json_object(path)
+    require_generation_config(found, path, "correct it or download it again")
+    return found
+
+
+def _build_meta_model(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    task = f"build the model of {folder / 'config.json'}"
+    with (
+        transformers_told(task, "expected a text-generation (causal LM) model"),
+        torch.device("meta"),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
+    return model
+
+
+def _fingerprint(folder: Path, hugging_face: bool, paths: tuple[Path, ...]) -> str:
+    name = "config.json" if hugging_face else "params.json"
+    digest = hashlib.sha256((folder / name).read_bytes())
+    for path in paths:
+        facts = path.stat()
+        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+_PATTERNS: Final = (
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tokenizer_config.json",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template*",
+)
+
+
+def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> None:
+    """Copy these files into another folder and make sure that there is a `config.json`.
+
+    A file of the source folder is never changed: where source and output are the same folder, only
+    a missing `config.json` (Mistral's native format has none) is added. UserError when one cannot
+    be read; OSError from the output passes through.
+    """
+    if not source.samefile(output):
+        for pattern in _PATTERNS:
+            for path in sorted(source.glob(pattern)):
+                if path.is_file():
+                    write_file_atomically(output / path.name, _read(path))
+    if not (output / "config.json").exists():
+        text = config.to_json_string(use_diff=True)
+        write_file_atomically(output / "config.json", text.encode())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; mend its permissions or copy it again"
+        ) from error

@@ -1,0 +1,429 @@
+"""Replays a routing trace through the expert cache: which cache, on which hardware, how fast?
+
+The command line of `simulator.py`: flags, defaults and help, and the cache they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moe_offload.commands.arguments import ArgumentParser, a_path
+from moe_offload.errors import UserError
+from moe_offload.experts.cache import POLICIES
+from moe_offload.experts.costs import CostModel
+from moe_offload.simulation.machine_file import Machine, load_machine
+from moe_offload.simulation.paper import paper_table
+from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
+from moe_offload.simulation.trace_files import read_trace
+from moe_offload.simulation.traces import RoutingPass, Trace, write_trace
+from moe_offload.simulation.tuning import (
+    BELADY,
+    FORMATS,
+    Outcome,
+    Setting,
+    draw_rows,
+    grid,
+    run_setting,
+    share_one_index,
+    sweep,
+    tune,
+    write_rows,
+)
+from moe_offload.simulation.workload import fit_workload, popularity_workload, typical_workload
+
+_EPILOG = """examples:
+  python3 src/simulator.py expert_choices.csv --cache-nblocks 14 --cache-nways 4
+  python3 src/simulator.py expert_choices.csv --sweep --output-dir sweeps
+  python3 src/simulator.py --model mixtral-8x7b --hardware hardware/rtx4080.yaml --cores 8 --tune
+  python3 src/simulator.py --paper --hardware hardware/rtx4090.yaml"""
+
+
+def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; raises UserError for a mistake in it."""
+    parser = ArgumentParser(
+        prog="simulator.py",
+        description="Replay a routing trace through the expert cache: which N, which M, which "
+        "policy, on which hardware, and how fast?",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    routing = parser.add_argument_group("routing")
+    routing.add_argument(
+        "trace",
+        nargs="?",
+        type=a_path,
+        metavar="TRACE",
+        help="expert_choices.csv, *.route.csv, JSON lines, or a JSON file of expert popularity",
+    )
+    routing.add_argument(
+        "--synthetic",
+        type=int,
+        metavar="TOKENS",
+        help="replay so many made-up tokens: fitted to TRACE, or typical for --model",
+    )
+    routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
+    routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--cache-nblocks", type=int, metavar="N", help="indexes")
+    cache.add_argument("--cache-nways", type=int, metavar="M", help="ways")
+    cache.add_argument(
+        "--cache-replace-policy",
+        default="FIFO",
+        metavar="P",
+        help=f"{', '.join(POLICIES)} (default FIFO)",
+    )
+    cache.add_argument(
+        "--cache-quota",
+        type=int,
+        default=64,
+        metavar="Q",
+        help="most background fetches of one forward pass (default 64)",
+    )
+    cache.add_argument(
+        "--one-index",
+        action="store_true",
+        help="one index for all layers, as other tools cache: with --cache-nways",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--hardware", type=a_path, metavar="FILE", help="see hardware/*.yaml")
+    machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
+    machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
+    machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
+    machine.add_argument("--expert-dtype", choices=FORMATS, default="bf16")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument(
+        "--sweep", action="store_true", help="N x M x policy to sweep.csv and sweep.png"
+    )
+    tasks.add_argument("--tune", action="store_true", help="the fastest cache and its Pareto front")
+    tasks.add_argument("--memory-gb", type=float, help="for --tune; default: the GPU's free memory")
+    tasks.add_argument(
+        "--calibrate",
+        type=a_path,
+        metavar="FILE",
+        help="measure this machine with experts of --model and write its hardware file",
+    )
+    tasks.add_argument("--paper", action="store_true", help="the paper's table beside predictions")
+    tasks.add_argument("--output-dir", type=a_path, default=Path(), metavar="DIR")
+    tasks.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="for --sweep (default: all)"
+    )
+    return parser.parse_args(argv)  # fmt: skip
+
+
+def asked_setting(options: argparse.Namespace) -> Setting:
+    """The cache that the flags ask for; raises UserError with the flag that is missing or wrong."""
+    flags = {
+        "--cache-nblocks": (options.cache_nblocks, 1),
+        "--cache-nways": (options.cache_nways, 1),
+        "--cache-quota": (options.cache_quota, 0),
+    }
+    for flag, (value, least) in flags.items():
+        if value is None:
+            raise UserError(
+                f"expected {flag} of at least {least}, found none; give it, or --sweep, --tune or "
+                "--paper"
+            )
+        if value < least:
+            raise UserError(f"expected {flag} of at least {least}, found {value}")
+    return Setting(
+        options.cache_nblocks,
+        options.cache_nways,
+        options.cache_replace_policy,
+        options.cache_quota,
+    )
+
+
+def cut_to_model(setting: Setting, trace: Trace) -> Setting:
+    """The part of a cache that the trace's model can use, as the engine cuts it; says so."""
+    fitted = replace(
+        setting,
+        n_indexes=min(setting.n_indexes, trace.n_layers),
+        n_ways=min(setting.n_ways, trace.n_experts),
+    )
+    if fitted != setting:
+        print(
+            f"note: cache {setting.n_indexes} x {setting.n_ways} cut to {fitted.n_indexes} x "
+            f"{fitted.n_ways}: the trace has {trace.n_layers} MoE layers of {trace.n_experts} "
+            "experts"
+        )
+    return fitted
+
+
+DEFAULT_TOKENS = 256
+GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        run(parse_simulation(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carry out what the command line asks for, printing as it goes; raises UserError."""
+    machine = None
+    if options.hardware is not None:
+        machine = load_machine(options.hardware).variant(options.cores, options.pcie)
+    if options.paper:
+        if machine is None:
+            raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
+        print(paper_table(machine))
+        return
+    shape = load_shape(options.model) if options.model else None
+    if options.calibrate is not None:
+        _calibrate(options.calibrate, shape)
+        return
+    trace = _routing(options, shape)
+    _print_trace(trace)
+    if options.write_trace is not None:
+        write_trace(options.write_trace, trace.info, trace.passes)
+        print(f"wrote {options.write_trace}")
+    costs = None
+    if machine is not None:
+        if shape is None:
+            known = shape_named_in(trace.info.model)
+            hint = f" {trace.info.model} has the shape --model {known}" if known else ""
+            raise UserError(
+                f"--hardware needs --model: whose experts does the machine compute?{hint}"
+            )
+        shape = shape.with_layers(trace.n_layers)
+        costs = machine.cost_model(shape, options.expert_dtype)
+    elif options.expert_dtype != "bf16" and shape is None:
+        raise UserError("--expert-dtype needs --model: experts of which size?")
+    if options.tune:
+        if machine is None or shape is None:
+            raise UserError("--tune needs --hardware and --model: give a file of hardware/")
+        _tune(options, trace, machine, shape)
+    elif options.sweep:
+        _sweep(options, trace, costs)
+    elif options.cache_nways or not options.write_trace:
+        _one_setting(options, trace, machine, shape, costs)
+
+
+def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
+    for flag, value in (("--synthetic", options.synthetic), ("--processes", options.processes)):
+        if value is not None and value < 1:
+            raise UserError(f"expected {flag} of at least 1, found {value}")
+    n_tokens = options.synthetic or DEFAULT_TOKENS
+    if options.trace is None:
+        if shape is None:
+            raise UserError("expected a TRACE, or --model for typical synthetic routing")
+        workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
+        return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
+    path: Path = options.trace
+    if path.suffix == ".json":
+        top_k = shape.top_k if shape is not None else 2
+        return popularity_workload(path, top_k).generate(n_tokens, options.seed)
+    trace = read_trace(path, shape.n_experts if shape is not None else None)
+    if shape is not None and trace.n_experts > shape.n_experts:
+        raise UserError(
+            f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
+            f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
+        )
+    if options.synthetic:
+        n_prompt = max((_n_prompt_tokens(one, trace.info.top_k) for one in trace.passes), default=0)
+        return fit_workload(trace).generate(n_tokens, options.seed, n_prompt)
+    return trace
+
+
+def _n_prompt_tokens(one: RoutingPass, top_k: int) -> int:
+    if one.phase == "decode" or not (one.ids or one.seen):
+        return 0
+    return len(one.ids[0]) if one.ids else sum(n for _, n in one.seen[0]) // top_k
+
+
+def _print_trace(trace: Trace) -> None:
+    info = trace.info
+    n_tokens = sum(len(one.ids[0]) for one in trace.passes if one.phase == "decode")
+    kind = "SYNTHETIC routing" if info.synthetic else "routing"
+    print(
+        f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
+        f"{n_tokens} decoded tokens"
+    )
+    for note in info.notes:
+        print(f"note: {note}")
+    if any(one.phase == "prefill" and not one.last_choices() for one in trace.passes):
+        print("note: the trace leaves prompts out: the cache's warm-up by them is not replayed")
+
+
+def _one_setting(
+    options: argparse.Namespace,
+    trace: Trace,
+    machine: Machine | None,
+    shape: ModelShape | None,
+    costs: CostModel | None,
+) -> None:
+    if options.one_index:
+        if not options.cache_nways or costs is not None:
+            raise UserError("--one-index needs --cache-nways, and has no time model")
+        n_needed = trace.n_layers * trace.info.top_k
+        if options.cache_nways < n_needed and options.cache_replace_policy in ("LRU", "FIFO"):
+            print(
+                f"warning: cyclic-scan cliff: one index of {options.cache_nways} ways is smaller "
+                f"than layers x top-k = {n_needed}, so {options.cache_replace_policy} evicts every "
+                "expert before its layer comes round again; use one index for each layer"
+            )
+        trace = share_one_index(trace)
+        setting = Setting(1, options.cache_nways, options.cache_replace_policy, options.cache_quota)
+    else:
+        setting = cut_to_model(asked_setting(options), trace)
+        if setting.n_ways < trace.info.top_k:
+            print(
+                f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "
+                "experts of one token: most of what is fetched is evicted unused"
+            )
+    expert_bytes = trace.info.expert_bytes
+    if shape is not None:
+        expert_bytes = shape.block_bytes(options.expert_dtype)
+    outcome = run_setting(trace, setting, costs)
+    _print_hits(trace, setting, outcome, expert_bytes)
+    if machine is not None and costs is not None:
+        _print_times(outcome, machine)
+
+
+def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: int | None) -> None:
+    result = outcome.replay
+    slots = setting.n_indexes * setting.n_ways
+    size = f", {slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
+    print(
+        f"cache: {setting.n_indexes} indexes x {setting.n_ways} ways, {setting.policy}, quota "
+        f"{setting.quota}: {slots} slots{size}"
+    )
+    for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
+        if hits.pairs:
+            one, two, per_expert = hits.rates()
+            print(
+                f"{phase} hits: at least one {one:.1f}%, at least two {two:.1f}%, "
+                f"per expert {per_expert:.1f}%"
+            )
+        elif hits.experts:
+            print(f"{phase} hits: per expert {hits.rates()[2]:.1f}%")
+    once = ""
+    if result.decode.experts != result.decode.lookups:  # a batch
+        once = f"each expert counted once in a pass, hits: {result.decode.distinct_percent:.1f}%; "
+    optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
+    bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
+    print(
+        f"{once}Belady's optimum: {optimum.replay.decode.distinct_percent:.1f}% without bypass, "
+        f"{bypass:.1f}% with"
+    )
+    print(f"fetches: {result.fetches}, evictions: {result.evictions}")
+    if expert_bytes:
+        missed = (outcome.n_chosen - result.decode.expert_hits) * expert_bytes
+        print(
+            f"bytes: {result.fetches * expert_bytes / 1e9:.2f} GB fetched, "
+            f"{missed / 1e9:.2f} GB read by the CPU, "
+            f"{result.decode.expert_hits * expert_bytes / 1e9:.2f} GB read in slots"
+        )
+
+
+def _print_times(outcome: Outcome, machine: Machine) -> None:
+    result, busy = outcome.replay, outcome.busy
+    total_us = result.decode_us + result.prefill_us
+    joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
+    print(f"predicted on {machine.name}, {machine.cores} cores, PCIe {machine.pcie}.0:")
+    print(
+        f"  {outcome.tokens_per_s:.2f} tokens/s, {1e3 / outcome.tokens_per_s:.1f} ms a token, "
+        f"{joules / result.n_decode_tokens:.1f} J a token"
+    )
+    cpu, bus, gpu = (100 * us / total_us for us in (busy.cpu_us, busy.copy_us, busy.gpu_us))
+    print(f"  busy: CPU {cpu:.0f}%, bus {bus:.0f}%, GPU {gpu:.0f}%")
+    print(
+        f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
+        f"reached {100 * outcome.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
+    )
+
+
+def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -> None:
+    _make_folder(options.output_dir)
+    rows = sweep(trace, grid(trace), costs, options.processes)
+    table, figure = options.output_dir / "sweep.csv", options.output_dir / "sweep.png"
+    write_rows(table, rows)
+    kind = " (synthetic routing)" if trace.info.synthetic else ""
+    draw_rows(figure, rows, f"{trace.info.model}{kind}")
+    print(
+        f"{'N':>4} {'M':>4} {'policy':<7}{'slots':>6}{'>=1':>7}{'>=2':>7}{'expert':>8}"
+        f"{'bound':>7}{'tok/s':>8}"
+    )
+    for row in rows:
+        speed = f"{row.tokens_per_s:8.2f}" if row.tokens_per_s else f"{'-':>8}"
+        print(
+            f"{row.n_indexes:>4} {row.n_ways:>4} {row.policy:<7}{row.slots:>6}{row.hit_one:7.1f}"
+            f"{row.hit_two:7.1f}{row.hit_expert:8.1f}{row.bound_bypass:7.1f}{speed}"
+        )
+    print(f"{len(rows)} settings: wrote {table} and {figure}")
+
+
+def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
+    memory_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+    if options.memory_gb is not None:
+        memory_bytes = options.memory_gb * 1e9
+        if memory_bytes < 0:
+            raise UserError(f"expected --memory-gb of 0 or more, found {options.memory_gb:g}")
+    if memory_bytes < 0:
+        raise UserError(
+            f"expected GPU memory for {shape.name}'s dense weights, found "
+            f"{machine.gpu_memory_gb:g} GB; give --memory-gb for the cache alone"
+        )
+    costs = {name: machine.cost_model(shape, name) for name in FORMATS}
+    print(f"on {machine.name}, {machine.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots")
+    print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
+    points = tune(trace, int(memory_bytes), costs)
+    for point in points:
+        mark = "  *" if point.on_front else ""
+        print(
+            f"{point.weight_format:<7}{point.n_indexes:>4}{point.n_ways:>5} {point.policy:<7}"
+            f"{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
+        )
+    print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
+    best = max(points, key=lambda point: point.tokens_per_s)
+    flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"
+    print(f"fastest: {flags} --cache-replace-policy {best.policy}, experts in {best.weight_format}")
+
+
+def _calibrate(path: Path, shape: ModelShape | None) -> None:
+    if shape is None:
+        raise UserError("--calibrate needs --model: measured with experts of which shape?")
+    from moe_offload.commands.measure import (
+        measure_machine,  # torch, which no other task needs
+    )
+
+    _make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"expected --calibrate to name a file to write, found the folder {path}")
+    machine = measure_machine(path, shape)
+    bus_gbps = machine.bus_gbps[machine.pcie]
+    print(
+        f"{machine.name}: {machine.cores} cores read {machine.cpu_gbps:.1f} GB/s of experts, "
+        f"the bus {bus_gbps:.1f} GB/s, the GPU {machine.gpu_gbps:.1f} GB/s"
+    )
+    print(f"wrote {path}")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"expected a folder to write to at {path}, found none ({error.strerror}): choose "
+            "another"
+        ) from None

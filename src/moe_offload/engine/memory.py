@@ -1,0 +1,160 @@
+"""Memory needed against memory there is, before anything heavy is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from moe_offload.errors import UserError
+from moe_offload.machine.hardware import available_bytes
+from moe_offload.machine.streams import is_out_of_memory
+
+KV_CACHE, SLOTS = "KV cache", "expert cache slots"
+_WORKSPACE_BYTES = 512 << 20  # torch, its kernels' workspaces, activations of a short prompt
+_CUDA_CONTEXT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Need:
+    """One line of the table: what needs `n_bytes` of which memory, `host` or `gpu`."""
+
+    what: str
+    memory: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The needs of a run and what is available, in bytes; `gpu_bytes` is None without a GPU."""
+
+    needs: tuple[Need, ...]
+    host_bytes: int
+    gpu_bytes: int | None
+
+    def needed(self, memory: str) -> int:
+        return sum(need.n_bytes for need in self.needs if need.memory == memory)
+
+    def table(self) -> str:
+        """The table a user reads: GB by need, then the total against what is available."""
+        lines = ["memory needed (GB)            host     gpu"]
+        for need in self.needs:
+            host = f"{need.n_bytes / 1e9:8.2f}" if need.memory == "host" else " " * 8
+            gpu = f"{need.n_bytes / 1e9:8.2f}" if need.memory == "gpu" else ""
+            lines.append(f"  {need.what:<24}{host}{gpu}")
+        gpu_total = "" if self.gpu_bytes is None else f"{self.needed('gpu') / 1e9:8.2f}"
+        gpu_free = "" if self.gpu_bytes is None else f"{self.gpu_bytes / 1e9:8.2f}"
+        lines.append(f"  {'total':<24}{self.needed('host') / 1e9:8.2f}{gpu_total}")
+        lines.append(f"  {'available':<24}{self.host_bytes / 1e9:8.2f}{gpu_free}")
+        return "\n".join(lines)
+
+    def check(self, weight_format: str, context_tokens: int, dummy: bool = False) -> None:
+        """UserError with the remedies that help when a memory cannot hold its part.
+
+        The KV cache holds `context_tokens`; `dummy` models are made in any format.
+        """
+        for memory, available in (("host", self.host_bytes), ("gpu", self.gpu_bytes)):
+            needed = self.needed(memory)
+            if available is not None and needed > available:
+                remedies = self._remedies(memory, available, weight_format, context_tokens, dummy)
+                raise UserError(
+                    f"this run needs {needed / 1e9:.1f} GB of {memory} memory and "
+                    f"{available / 1e9:.1f} GB are available: {', or '.join(remedies)}"
+                )
+
+    def _remedies(
+        self, memory: str, available: int, weight_format: str, context_tokens: int, dummy: bool
+    ) -> list[str]:
+        remedies = []
+        of_memory = {need.what: need.n_bytes for need in self.needs if need.memory == memory}
+        kv_bytes, slot_bytes = of_memory.get(KV_CACHE, 0), of_memory.get(SLOTS, 0)
+        missing = self.needed(memory) - available
+        if kv_bytes > missing:  # fewer tokens alone would do
+            fitting = int(context_tokens * (kv_bytes - missing) / kv_bytes)
+            remedies.append(
+                f"use a smaller --max-tokens or --batch-size ({fitting} of the "
+                f"{context_tokens} tokens of prompts and answers fit)"
+            )
+        if slot_bytes > missing:
+            remedies.append("use a smaller --cache-nblocks or --cache-nways")
+        elif slot_bytes and slot_bytes + kv_bytes > missing:
+            remedies.append("use a smaller cache and a smaller --max-tokens")
+        if memory == "gpu":
+            return [*remedies, "use --device cpu"]
+        smaller = {"fp32": "bf16", "bf16": "int8", "int8": "int4"}.get(weight_format)
+        if dummy:
+            remedies.append("use fewer --dummy-layers")
+        if smaller is not None:
+            remedies.append(
+                f"use --dummy-format {smaller}"
+                if dummy
+                else f"prepare the model with --expert-dtype {smaller}"
+            )
+        return [*remedies, "close other programs", "use a machine with more memory"]
+
+
+def kv_cache_bytes(config: PretrainedConfig, n_tokens: int, bytes_per_value: int) -> int:
+    """Bytes of the KV cache for `n_tokens`, from the usual config fields; an upper estimate."""
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if getattr(text, "kv_lora_rank", None):  # latent attention caches expanded heads here
+        key = (getattr(text, "qk_nope_head_dim", 0) or 0) + (text.qk_rope_head_dim or 0)
+        per_token = heads * (key + text.v_head_dim)
+    else:
+        per_token = 2 * kv_heads * head_dim
+    return int(text.num_hidden_layers * per_token * n_tokens * bytes_per_value)
+
+
+def make_budget(
+    device: torch.device, *, expert_bytes: int, dense_bytes: int, kv_bytes: int, slot_bytes: int
+) -> Budget:
+    """The budget of a run whose attention is on `device`; slots without a GPU are host memory.
+
+    What an earlier model of this process has left to torch's allocator counts as available.
+    """
+    model_memory = "gpu" if device.type == "cuda" else "host"
+    needs: Sequence[Need] = (
+        Need("experts", "host", expert_bytes),
+        Need("dense weights", model_memory, dense_bytes),
+        Need(KV_CACHE, model_memory, kv_bytes),
+        Need(SLOTS, model_memory, slot_bytes),
+        Need("workspace", "host", _WORKSPACE_BYTES),
+        Need("workspace ", "gpu", _CUDA_CONTEXT_BYTES if device.type == "cuda" else 0),
+    )
+    return Budget(
+        needs=tuple(need for need in needs if need.n_bytes),
+        host_bytes=available_bytes(),
+        gpu_bytes=_free_gpu_bytes(device) if device.type == "cuda" else None,
+    )
+
+
+def free_slot_bytes(device: torch.device, kv_bytes: int) -> int:
+    """Memory left for expert slots beside a loaded model, its KV cache to come and workspace.
+
+    An emulated accelerator is given half of the free host memory.
+    """
+    if device.type == "cuda":
+        return max(0, _free_gpu_bytes(device) - kv_bytes - _WORKSPACE_BYTES)
+    return max(0, (available_bytes() - kv_bytes - _WORKSPACE_BYTES) // 2)
+
+
+@contextmanager
+def gpu_memory_told() -> Iterator[None]:
+    """Raise UserError where the GPU's memory ends all the same, whoever found it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(str(error)) from error
+
+
+def _free_gpu_bytes(device: torch.device) -> int:
+    torch.cuda.empty_cache()  # the driver counts what torch keeps for later as used
+    return int(torch.cuda.mem_get_info(device)[0])

@@ -1,0 +1,220 @@
+"""Builds the accelerator of a run: how many slots, how fast this machine is, what stands where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moe_offload.config import CacheOptions
+from moe_offload.engine.calibration import MachineCosts, machine_costs
+from moe_offload.engine.memory import free_slot_bytes
+from moe_offload.errors import UserError
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router, find_router
+from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.fetcher import make_fetcher
+from moe_offload.experts.slots import GpuExperts
+from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.cpu_experts import CpuExperts
+from moe_offload.kernels.cpu_linear import CpuLinear
+from moe_offload.machine.hardware import read_hardware
+from moe_offload.model.loader import ModelSource, MoeSite
+from moe_offload.simulation.trace_files import read_trace
+from moe_offload.simulation.tuning import choose_cache
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded model, as far as its accelerator is built from it.
+
+    `decode_step` runs one decode step with every expert left out; `notes` collects lines for the
+    user; `linears` are one layer's that oneDNN may compute.
+    """
+
+    source: ModelSource
+    store: ExpertStore
+    cpu: CpuExperts
+    sites: list[MoeSite]
+    device: torch.device
+    decode_step: Callable[[], None]
+    notes: list[str]
+    linears: list[CpuLinear]
+
+    def gpu_experts(self, n_slots: int) -> GpuExperts:
+        site = self.sites[0]
+        return GpuExperts(
+            self.store.layouts[0],
+            site.activation,
+            n_slots,
+            self.device,
+            act_module=site.act_module,
+            dtype=self.source.dtype,
+        )
+
+    def costs(self, gpu: GpuExperts, emulate_pcie_gbps: float | None) -> MachineCosts:
+        return machine_costs(
+            self.store,
+            self.cpu,
+            gpu,
+            self.decode_step,
+            read_hardware(gpu_uuid=gpu_uuid(self.device)),
+            dtype=self.source.dtype,
+            dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+            linears=self.linears,
+            emulate_pcie_gbps=emulate_pcie_gbps,
+        )
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """The GPU in use, as NVML knows it; None where `device` is no GPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> CacheOptions:
+    """The cache cut to what the model can use."""
+    if not cache.wants_accelerator:
+        return cache
+    if len({(layout, n) for layout, n in zip(source.layouts, source.n_experts, strict=True)}) > 1:
+        raise UserError(
+            f"the MoE layers of {source.name} differ in shape, which the expert cache does not "
+            "serve: run without --cache-nblocks"
+        )
+    n_layers, n_experts = len(source.layouts), source.n_experts[0]
+    fitted = replace(
+        cache, n_indexes=min(cache.n_indexes, n_layers), n_ways=min(cache.n_ways, n_experts)
+    )
+    if (fitted.n_indexes, fitted.n_ways) != (cache.n_indexes, cache.n_ways):
+        notes.append(
+            f"cache {cache.n_indexes} x {cache.n_ways} cut to {fitted.n_indexes} x "
+            f"{fitted.n_ways}: the model has {n_layers} MoE layers of {n_experts} experts"
+        )
+    return fitted
+
+
+def build_accelerator(
+    workbench: Workbench, options: CacheOptions, kv_bytes: int
+) -> tuple[Accelerator | None, MachineCosts]:
+    """Allocate the slots, calibrate, and wire cache, copies and computation together.
+
+    `kv_bytes` is what the KV cache will still take. No accelerator when `--cache-auto` finds that
+    none is worth its memory. UserError when not even one expert fits.
+    """
+    notes = workbench.notes
+    if options.auto:
+        options, costs = _chosen_cache(workbench, options, kv_bytes)
+        if not options.wants_accelerator:
+            return None, costs
+    gpu = workbench.gpu_experts(options.n_slots + N_STAGING_SLOTS)
+    notes.extend(gpu.notices)
+    options = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
+    if workbench.device.type == "cpu":
+        link = options.emulate_pcie_gbps
+        notes.append(
+            "the accelerator is emulated: a CPU thread stands in for the GPU"
+            + (f", copies run at {link:g} GB/s" if link else "")
+        )
+    costs = workbench.costs(gpu, options.emulate_pcie_gbps)
+    routers = []
+    if options.prefetch == "next-layer":
+        routers = [_router(workbench, site) for site in workbench.sites]
+    cache = ExpertCache(
+        options.n_indexes, options.n_ways, make_policy(options.policy, options.seed)
+    )
+    accelerator = Accelerator(
+        store=workbench.store,
+        cache=cache,
+        gpu=gpu,
+        fetcher=make_fetcher(workbench.device, gpu.slots, options.emulate_pcie_gbps),
+        quota=options.quota,
+        miss_policy=options.miss_policy,
+        costs=costs.model,
+        routers=routers,
+    )
+    return accelerator, costs
+
+
+def _chosen_cache(
+    workbench: Workbench, options: CacheOptions, kv_bytes: int
+) -> tuple[CacheOptions, MachineCosts]:
+    """N, M and policy for the memory that is left, by this machine's measured speeds."""
+    gpu = workbench.gpu_experts(N_STAGING_SLOTS)
+    costs = workbench.costs(gpu, options.emulate_pcie_gbps)
+    gpu.close()
+    del gpu  # its slots are free memory again
+    store = workbench.store
+    block_bytes = store.layouts[0].block_bytes
+    text_config: Any = workbench.source.config.get_text_config()
+    free_bytes = free_slot_bytes(workbench.device, kv_bytes)
+    if options.memory_gb is not None:
+        free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
+    choice = choose_cache(
+        max(0, free_bytes - N_STAGING_SLOTS * block_bytes),
+        block_bytes,
+        store.n_layers,
+        store.n_experts[0],
+        int(getattr(text_config, "num_experts_per_tok", 2)),
+        costs.model,
+        None if options.trace is None else read_trace(options.trace),
+    )
+    chosen = replace(
+        options,
+        auto=False,
+        memory_gb=None,
+        n_indexes=choice.n_indexes,
+        n_ways=choice.n_ways,
+        policy=choice.policy,
+        prefetch=options.prefetch if choice.n_indexes else "off",
+        miss_policy=options.miss_policy if choice.n_indexes else "cpu",
+        emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,
+    )
+    workbench.notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
+    return chosen, costs
+
+
+def _flags(options: CacheOptions) -> str:
+    """The command line that chooses `options` again, defaults left out."""
+    if not options.wants_accelerator:
+        return "--cache-nblocks 0"
+    flags = (
+        f"--cache-nblocks {options.n_indexes} --cache-nways {options.n_ways} "
+        f"--cache-replace-policy {options.policy}"
+    )
+    for flag, value, default in (
+        ("--cache-quota", options.quota, CacheOptions.quota),
+        ("--miss-policy", options.miss_policy, CacheOptions.miss_policy),
+        ("--prefetch", options.prefetch, CacheOptions.prefetch),
+        ("--emulate-pcie-gbps", options.emulate_pcie_gbps, CacheOptions.emulate_pcie_gbps),
+    ):
+        flags += f" {flag} {value}" if value != default else ""
+    return flags
+
+
+def _router(workbench: Workbench, site: MoeSite) -> Router:
+    store = workbench.store
+    router = find_router(
+        site.block, store.n_experts[site.layer], store.layouts[site.layer].hidden_size
+    )
+    if router is None:
+        raise UserError(
+            f"--prefetch next-layer cannot call the router of {site.experts_path} on its own: "
+            "use --prefetch off for this architecture"
+        )
+    return router
+
+
+def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:
+    """The cache cut to `n_slots`: fewer ways first, then fewer indexes."""
+    if n_slots >= options.n_slots:
+        return options
+    if n_slots < 1:
+        raise UserError(
+            "not even one expert fits beside the model on the accelerator: use --cache-nblocks 0"
+        )
+    n_indexes = min(options.n_indexes, n_slots)
+    fitted = replace(options, n_indexes=n_indexes, n_ways=n_slots // n_indexes)
+    notes.append(f"the cache is {fitted.n_indexes} x {fitted.n_ways} for lack of memory")
+    return fitted

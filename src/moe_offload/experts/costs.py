@@ -1,0 +1,289 @@
+"""What a layer's experts cost on the CPU, on the GPU and on the bus between them.
+
+Each side's cost is measured on this machine (`calibration`) or computed from a hardware file
+(`machine_file`); nothing here knows a constant of its own. The predictions overlap the
+sides as the dispatcher does: hits on the GPU, misses on the CPU and copies on the bus, at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from moe_offload.errors import UserError
+
+
+@dataclass(frozen=True)
+class SideCost:
+    """One side's time for a call over some experts: `call_us`, and each expert's by its tokens.
+
+    An expert with n tokens takes `expert_us + token_us * n`: reading its weights, and arithmetic.
+    Few tokens may cost another sum, for arithmetic hides behind the reading and kernels change with
+    n: `few` then holds measured (tokens, us) of one expert, from one token on, and the cost is the
+    broken line through them; from the last of them on the straight one goes on (its `expert_us`, at
+    no token, is then only where that line begins, and may be negative). All in microseconds.
+    """
+
+    call_us: float
+    expert_us: float
+    token_us: float
+    few: tuple[tuple[int, float], ...] = ()
+
+    def one_us(self, n_tokens: float) -> float:
+        """Return what one expert with `n_tokens` adds to a call, in us."""
+        if n_tokens == 1 and self.few:  # all that decode asks, often
+            return self.few[0][1]
+        for (tokens, us), (more_tokens, more_us) in pairwise(self.few):
+            if n_tokens < more_tokens:
+                return us + (more_us - us) * (n_tokens - tokens) / (more_tokens - tokens)
+        return self.expert_us + self.token_us * n_tokens
+
+    def us(self, n_experts: int, n_tokens: int) -> float:
+        """Return the time of one call in us; `n_tokens`, over all experts, are spread evenly."""
+        if not n_experts:
+            return 0.0
+        return self.call_us + n_experts * self.one_us(n_tokens / n_experts)
+
+    def us_of(self, counts: Sequence[int]) -> float:
+        """Return the time of one call over experts with so many tokens each, in us."""
+        return self.call_us + sum(map(self.one_us, counts)) if counts else 0.0
+
+
+@dataclass(frozen=True)
+class PrefillSplit:
+    """Which experts of a layer each side computes, and what that is predicted to take.
+
+    `gpu_experts` are in the order to compute them: cached ones first, then those to copy, most
+    tokens first, so that the copies overlap with arithmetic from the start.
+    """
+
+    gpu_experts: tuple[int, ...]
+    cpu_experts: tuple[int, ...]
+    n_copies: int
+    gpu_us: float
+    cpu_us: float
+
+    @property
+    def us(self) -> float:
+        """The predicted time of the layer's experts: both sides run at once."""
+        return max(self.gpu_us, self.cpu_us)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The measured costs of one machine for one model's experts.
+
+    `copy_call_us` is the fixed cost of a host-to-device copy; `copy_gbps` its speed alone and
+    `copy_gbps_shared` while the CPU computes experts; `cpu_shared_factor` (>= 1) how many times
+    longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
+    `dense_us_per_layer` everything of a decode layer that is not experts.
+
+    The other factors (>= 1) are 1 for a GPU; an emulated one computes, and copies, on the CPU's
+    own cores. `compute_shared_factor` is how many times longer CPU and GPU each take while both
+    compute; `gpu_shared_factor` and `dense_shared_factor` how many times longer the GPU's experts
+    and the dense part take while a copy runs. While CPU, GPU and a copy all run, either side takes
+    `both_shared_factor` times what it does without the copy: less than the two factors say, for
+    there is no third core to lose; None: each side's own factor, as with a GPU.
+
+    `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
+    another way to compute it is faster from there on; None where there is none.
+    """
+
+    cpu: SideCost
+    gpu: SideCost
+    copy_call_us: float
+    copy_gbps: float
+    copy_gbps_shared: float
+    cpu_shared_factor: float
+    block_bytes: int
+    dense_us_per_layer: float
+    compute_shared_factor: float = 1.0
+    gpu_shared_factor: float = 1.0
+    dense_shared_factor: float = 1.0
+    both_shared_factor: float | None = None
+    cpu_many: SideCost | None = None
+    cpu_many_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
+        assert self.cpu_shared_factor >= 1 and self.compute_shared_factor >= 1, self
+        assert self.gpu_shared_factor >= 1 and self.dense_shared_factor >= 1, self
+        assert self.both_shared_factor is None or self.both_shared_factor >= 1, self
+        assert self.block_bytes > 0, self
+
+    def cpu_us(self, counts: Sequence[int]) -> float:
+        """Return the time of the CPU's call over experts with so many tokens each, in us."""
+        return self._cpu_left_us(sorted(counts, reverse=True))[0]
+
+    def _cpu_left_us(self, counts: Sequence[int]) -> list[float]:
+        """The CPU's time for all experts, for all but the first, and so on to none.
+
+        `counts` are their tokens, descending.
+        """
+        left_us = [0.0]
+        called = None  # which way to compute has been begun
+        for n in reversed(counts):
+            side = self.cpu
+            if self.cpu_many is not None and n >= self.cpu_many_tokens:
+                side = self.cpu_many
+            call_us = 0.0 if side is called else side.call_us
+            left_us.append(left_us[-1] + call_us + side.one_us(n))
+            called = side
+        return left_us[::-1]
+
+    def copy_us(self, shared: bool) -> float:
+        """Return the time to copy one expert in us; `shared`: while the CPU computes experts."""
+        gbps = self.copy_gbps_shared if shared else self.copy_gbps
+        return self.copy_call_us + self.block_bytes / gbps / 1e3
+
+    def overlap_us(self, cpu_us: float, n_copies: float) -> tuple[float, float]:
+        """Return when CPU work and copies that begin together each end, in us.
+
+        `cpu_us` is the work's time on a quiet machine. Both are slower while both run, and each
+        has its full speed again when the other has ended.
+        """
+        if not cpu_us or not n_copies:
+            return cpu_us, n_copies * self.copy_us(shared=False)
+        copies_us = n_copies * self.copy_us(shared=True)
+        slow_us = cpu_us * self.cpu_shared_factor
+        if copies_us <= slow_us:
+            return cpu_us + copies_us * (1 - 1 / self.cpu_shared_factor), copies_us
+        left = (copies_us - slow_us) / self.copy_us(shared=True)
+        return slow_us, slow_us + left * self.copy_us(shared=False)
+
+    def compute_us(self, cpu_us: float, gpu_us: float) -> tuple[float, float]:
+        """Return when CPU and GPU work that begin together each end, in us, alone so long."""
+        extra_us = (self.compute_shared_factor - 1) * min(cpu_us, gpu_us)
+        return cpu_us + extra_us, gpu_us + extra_us
+
+    @property
+    def together_factors(self) -> tuple[float, float]:
+        """How many times longer CPU and GPU take beside a copy while both compute."""
+        both = self.both_shared_factor
+        return (self.cpu_shared_factor, self.gpu_shared_factor) if both is None else (both, both)
+
+    def beside_copies_us(self, cpu_us: float, gpu_us: float) -> float:
+        """Return when CPU and GPU work that begin together have both ended while copies run.
+
+        The times are those of `compute_us`, without a copy.
+        """
+        cpu_factor, gpu_factor = self.together_factors
+        both_us = min(cpu_us * cpu_factor, gpu_us * gpu_factor)
+        cpu_left, gpu_left = cpu_us - both_us / cpu_factor, gpu_us - both_us / gpu_factor
+        return both_us + cpu_left * self.cpu_shared_factor + gpu_left * self.gpu_shared_factor
+
+    def decode_layer_us(
+        self, n_hits: int, n_misses: int, copying: bool, n_waited: int = 0
+    ) -> float:
+        """Return one decode layer in us: hits on the GPU while the CPU computes the misses.
+
+        `copying`: background copies keep the bus busy all the while. `n_waited` further misses
+        are computed on the GPU, each by a call of its own once its copy is there.
+        """
+        cpu_us, copies_us = self.cpu.us(n_misses, n_misses), 0.0
+        gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
+        dense_us = self.dense_us_per_layer * (self.dense_shared_factor if copying else 1.0)
+        if n_waited:
+            cpu_us, copies_us = self.overlap_us(cpu_us, n_waited)
+            copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
+            gpu_us *= self.gpu_shared_factor if copying else 1.0
+        elif copying:
+            return dense_us + self.beside_copies_us(*self.compute_us(cpu_us, gpu_us))
+        return dense_us + max(*self.compute_us(cpu_us, gpu_us), copies_us)
+
+    def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
+        """Return one decode step in us from the number of chosen experts that hit in each layer."""
+        return sum(self.decode_layer_us(n, top_k - n, copying) for n in hits_of_layer)
+
+    def should_fetch_now(
+        self, n_hits: int, miss_counts: Sequence[int], backlog_us: float = 0.0
+    ) -> list[bool]:
+        """Return for each missed expert whether to wait for its copy rather than use the CPU.
+
+        `miss_counts` holds the tokens of each missed expert (1 in decode of one sequence);
+        `backlog_us` is the copy time already queued. The number of copies waited for minimises
+        max(CPU, GPU); the experts with the most tokens are the ones copied. Whole experts are
+        compared, no share of the bus is rounded, and a miss left to the CPU may still be fetched
+        in the background: the answer "none" never starves the cache.
+        """
+        split = self._split([1] * n_hits, list(miss_counts), backlog_us)
+        waited = set(split.gpu_experts[n_hits:])
+        return [n_hits + i in waited for i in range(len(miss_counts))]
+
+    def split_prefill(
+        self, counts: Sequence[int], cached: Collection[int], backlog_us: float = 0.0
+    ) -> PrefillSplit:
+        """Share a layer's experts between the CPU and fetch + GPU so that both finish together.
+
+        `counts[e]` is the number of prompt tokens on expert e (0: not needed); `cached` are the
+        experts that are ready on the GPU, which need no copy and stay there; `backlog_us` is the
+        copy time already queued, behind which every copy of this layer waits. The others are
+        shared by tokens: the fuller an expert, the more the GPU saves for the same copy. Every
+        such split is tried and the fastest is returned; ties copy less. O(E log E), no rounding.
+        """
+        held = [e for e, n in enumerate(counts) if n and e in cached]
+        rest = [e for e, n in enumerate(counts) if n and e not in cached]
+        split = self._split([counts[e] for e in held], [counts[e] for e in rest], backlog_us)
+        expert = [*held, *rest]
+        return replace(
+            split,
+            gpu_experts=tuple(expert[i] for i in split.gpu_experts),
+            cpu_experts=tuple(expert[i] for i in split.cpu_experts),
+        )
+
+    def _split(self, held: list[int], rest: list[int], backlog_us: float) -> PrefillSplit:
+        """The fastest split; experts are numbered through `held`, then `rest`."""
+        order = sorted(range(len(rest)), key=lambda i: -rest[i])
+        left_us = self._cpu_left_us([rest[i] for i in order])
+        gpu_us_of_experts = sum(self.gpu.one_us(n) for n in held)
+        backlog = backlog_us / self.copy_us(shared=True)
+        best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
+        for n in range(len(rest) + 1):
+            last = rest[order[n - 1]] if n else 0
+            if n:
+                gpu_us_of_experts += self.gpu.one_us(last)
+            cpu_us, copies_us = self.overlap_us(left_us[n], backlog + n)
+            gpu_us = self.gpu.call_us + gpu_us_of_experts if held or n else 0.0
+            cpu_us, gpu_us = self.compute_us(cpu_us, gpu_us)
+            if n:  # double-buffered: only the last copy's arithmetic is not hidden
+                gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
+            if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
+                best_n, best_gpu_us, best_cpu_us = n, gpu_us, cpu_us
+        numbers = [len(held) + i for i in order]
+        return PrefillSplit(
+            gpu_experts=(*range(len(held)), *numbers[:best_n]),
+            cpu_experts=tuple(sorted(numbers[best_n:])),
+            n_copies=best_n,
+            gpu_us=best_gpu_us,
+            cpu_us=best_cpu_us,
+        )
+
+    def to_json(self) -> str:
+        """Return the costs as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Read back what `to_json` wrote.
+
+        Raises UserError for a text that is not such an object, so that a stale or damaged
+        calibration is measured anew instead of trusted.
+        """
+        try:
+            fields = json.loads(text)
+            sides = [side for side in ("cpu", "gpu", "cpu_many") if fields.get(side) is not None]
+            fields.update({side: _side_from_json(fields[side]) for side in sides})
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"expected a calibration as a JSON object of costs, found one that does not "
+                f"fit ({type(error).__name__}: {error}); delete it and calibrate again"
+            ) from None
+
+
+def _side_from_json(fields: dict[str, Any]) -> SideCost:
+    few = tuple((int(tokens), float(us)) for tokens, us in fields["few"])
+    return SideCost(**{**fields, "few": few})

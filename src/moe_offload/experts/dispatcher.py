@@ -1,0 +1,318 @@
+"""Carries out one MoE layer: hits on the accelerator, misses on the CPU, copies in flight, at once.
+
+`MoeExperts` stands where transformers' experts module stood and hands every call to the model's
+one `MoeDispatcher`. A call copies the routing and the hidden state to the host, plans, launches
+the hits, starts the copies, computes the misses on the calling thread and adds the two results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_offload.experts.accelerator import Accelerator
+from moe_offload.experts.layer import HostHandoff, LayerStep
+from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
+from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Phase, Recorder
+from moe_offload.experts.slots import Pending
+from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.cpu_experts import CpuExperts
+
+
+class RoutingChoice(Protocol):
+    """What chooses experts in the routers' place, such as a recorded trace."""
+
+    def begin_pass(self, decode: bool, n_tokens: int) -> None:
+        """A forward pass over `n_tokens` tokens, padding included, begins."""
+
+    def choose(self, layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids int64 [T, K] and weights [T, K] to use for those of the router."""
+
+
+class MoeExperts(nn.Module):
+    """One layer's experts, called as transformers calls its own."""
+
+    def __init__(self, dispatcher: MoeDispatcher, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dispatcher = dispatcher
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H] from `hidden` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K]."""
+        return self.dispatcher.run(self.layer, hidden, top_k_index, top_k_weights)
+
+
+class MoeDispatcher:
+    """Runs the MoE layers of one model, driven by the one thread that calls the model.
+
+    Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
+    first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
+    as they begin. `forced_routing` replaces the routers.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        cpu: Sequence[CpuExperts],
+        recorder: Recorder | NullRecorder,
+        accelerator: Accelerator | None = None,
+        ranges: NvtxRanges | None = None,
+    ) -> None:
+        self.store = store
+        self.recorder = recorder
+        self.accelerator = accelerator
+        self.prompt: int | None = None
+        self.forced_routing: RoutingChoice | None = None
+        self.cpu = cpu
+        self._ranges = ranges or NvtxRanges(enabled=False)
+        self._handoff = HostHandoff()
+        self._decode = False
+        self._skip_experts = False
+        self._token_mask: Tensor | None = None
+        self._batch_prompt = 0  # of the batch that is running, and of the next to begin
+        self._next_prompt = 0
+        self._quota_left = 0
+        self._next_layer = 0
+        self._pass_started_s = 0.0
+        self._last_end_s = 0.0
+        self._block_started_s = 0.0
+
+    def attach(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Follow `model`'s forward passes and the start of each MoE block."""
+        model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        model.register_forward_hook(self._after_pass)
+        for block in blocks:
+            block.register_forward_pre_hook(self._before_block)
+
+    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        batch, length = ids.shape
+        mask = kwargs.get("attention_mask")
+        self._token_mask = None
+        n_tokens = batch * length
+        if isinstance(mask, Tensor) and mask.dim() == 2 and length > 1:
+            recent = mask[:, -length:].bool().flatten()
+            n_tokens = int(recent.sum())
+            self._token_mask = None if n_tokens == recent.numel() else recent
+        past = kwargs.get("past_key_values")
+        if past is None:
+            past = kwargs.get("cache")  # its name from transformers 5.24 on
+        is_first = past is not None and past.get_seq_length() == 0  # a prompt of one token
+        self._decode = length == 1 and not is_first
+        if (is_first or past is None) and not self._skip_experts:
+            self._batch_prompt, self._next_prompt = self._next_prompt, self._next_prompt + batch
+        if self.forced_routing is not None:
+            self.forced_routing.begin_pass(self._decode, batch * length)
+        phase: Phase = "decode" if self._decode else "prefill"
+        self._ranges.begin_pass(phase)
+        self._next_layer = 0
+        self._ranges.part(self._next_layer, "attention")
+        prompt = self._batch_prompt if self.prompt is None else self.prompt
+        self.recorder.begin_pass(phase, n_tokens, prompt, batch)
+        if self.accelerator is not None:
+            self._quota_left = self.accelerator.quota
+        self._pass_started_s = self._last_end_s = time.perf_counter()
+
+    def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        duration_s = time.perf_counter() - self._pass_started_s
+        self.recorder.end_pass(duration_s)
+        self._ranges.end_pass()
+        trial = None if self.accelerator is None else self.accelerator.trial
+        if self._decode and trial is not None and not self._skip_experts:
+            trial.record(duration_s)
+
+    def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._block_started_s = time.perf_counter()
+        self._ranges.part(self._next_layer, "router")
+
+    @contextmanager
+    def experts_left_out(self) -> Iterator[None]:
+        """Inside, layers return zeros and nothing is recorded: what all the rest costs."""
+        recorder, self.recorder = self.recorder, NullRecorder()
+        self._skip_experts = True
+        try:
+            yield
+        finally:
+            self.recorder = recorder
+            self._skip_experts = False
+
+    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output [T, H] in hidden's dtype, on hidden's device.
+
+        `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
+        batch are left out: their rows are zero.
+        """
+        if self.forced_routing is not None:
+            index, weights = self.forced_routing.choose(layer, index, weights)
+        if self._skip_experts:
+            self._handoff.to_host(hidden, index, weights)
+            return torch.zeros_like(hidden)
+        if self._token_mask is not None:
+            index = index.masked_fill(~self._token_mask[:, None], -1)
+        routing = [index.long(), weights.float()]
+        guess = None
+        if self.accelerator is not None and self._decode:
+            guess = self.accelerator.guess(layer + 1, hidden)
+        if guess is not None:
+            routing.append(guess)
+        host_hidden, host_index, host_weights, *guessed = self._handoff.to_host(hidden, *routing)
+        step = LayerStep(
+            store=self.store,
+            cpu=self.cpu[layer],
+            handoff=self._handoff,
+            layer=layer,
+            hidden=hidden,
+            index=routing[0],
+            weights=routing[1],
+            host_hidden=host_hidden,
+            host_index=host_index,
+            host_weights=host_weights,
+            pairs=host_index.tolist(),
+        )
+        routed_s = time.perf_counter()
+        self._ranges.part(layer, "plan")
+        evictions = 0 if self.accelerator is None else self.accelerator.cache.evictions
+        if self.accelerator is None:
+            plan = Plan({}, (), tuple(_counts(step.pairs)), ())
+        elif self._decode:
+            plan = self._start_decode(self.accelerator, step)
+            if guessed:
+                self._fetch_ahead(self.accelerator, step, guessed[0])
+        else:
+            plan = self._start_prefill(self.accelerator, step)
+        started_s = time.perf_counter()
+        self._ranges.part(layer, "cpu experts")
+        cpu_out = step.compute_on_cpu(plan.cpu)
+        computed_s = time.perf_counter()
+        self._ranges.part(layer, "combine")
+        step.wait()
+        if step.out_of_memory and self.accelerator is not None:
+            self.accelerator.warn_out_of_memory()
+        waited_s = time.perf_counter() if plan.waited else computed_s
+        output = step.combine(cpu_out)
+        end_s = time.perf_counter()
+        if self.recorder.enabled:
+            self.recorder.at_end(
+                self._record, layer, plan, step.pairs, step.launches, step.n_fetches,
+                self._evictions() - evictions, self._last_end_s, self._block_started_s,
+                routed_s, started_s, computed_s, waited_s, end_s,
+            )  # fmt: skip
+        self._last_end_s = end_s
+        self._next_layer = layer + 1
+        is_last = self._next_layer == self.store.n_layers
+        self._ranges.part(self._next_layer, "head" if is_last else "attention")
+        return output
+
+    def _record(
+        self,
+        layer: int,
+        plan: Plan,
+        pairs: list[list[int]],
+        launches: list[tuple[Pending, tuple[int, ...]]],
+        fetches: int,
+        evictions: int,
+        *ends_s: float,
+    ) -> None:
+        """Record a layer of the pass that has ended; its parts lie between two of `ends_s`."""
+        block_bytes = self.store.layouts[layer].block_bytes
+        if self._token_mask is not None:
+            pairs = [token for token in pairs if token[0] >= 0]  # the others are padding
+        cached = self._is_cached(layer)
+        hits = plan.hits
+        hits_of_token = [sum(e in hits for e in token) for token in pairs] if cached else None
+        n_hits = sum(hits_of_token or ())
+        attention_us, router_us, plan_us, cpu_us, copy_wait_us, combine_us = (
+            (end_s - start_s) * 1e6 for start_s, end_s in pairwise(ends_s)
+        )
+        self.recorder.layer(
+            layer,
+            pairs,
+            hits_of_token,
+            hits=n_hits,
+            misses=sum(map(len, pairs)) - n_hits if cached else 0,
+            fetches=fetches,
+            evictions=evictions,
+            attention_us=attention_us,
+            router_us=router_us,
+            plan_us=plan_us,
+            cpu_us=cpu_us,
+            gpu_us=sum(pending.resolve() for pending, _ in launches),
+            copy_wait_us=copy_wait_us,
+            combine_us=combine_us,
+            cpu_bytes=len(plan.cpu) * block_bytes,
+            gpu_bytes=(len(hits) + len(plan.waited)) * block_bytes,
+            waited_bytes=len(plan.waited) * block_bytes,
+            fetch_bytes=fetches * block_bytes,
+            waited=() if self._decode else plan.waited,
+        )
+
+    def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
+        """Plan a decode step's layer, launch its hits and start its copies."""
+        counts = _counts(step.pairs)
+        accelerator.collect_copies()
+        slots = accelerator.cache.lookup(step.layer, list(counts))
+        plan = plan_decode(
+            counts, slots, accelerator.mode, accelerator.costs, accelerator.backlog_us
+        )
+        with self._ranges.layer(step.layer, "launch"):
+            step.launch(accelerator, dict(plan.hits))
+            step.launch_waited(accelerator, plan.waited)
+        fetched = accelerator.fetch_background(step.layer, plan.background, self._quota_left)
+        accelerator.cache.end_step(step.layer)
+        self._quota_left -= fetched
+        step.n_fetches += fetched
+        accelerator.prefetch.observe(step.layer, dict(plan.hits), counts)
+        return plan
+
+    def _fetch_ahead(self, accelerator: Accelerator, step: LayerStep, guess: Tensor) -> None:
+        experts = list(dict.fromkeys(guess.flatten().tolist()))
+        started = accelerator.fetch_ahead(step.layer + 1, experts, self._quota_left)
+        self._quota_left -= started
+        step.n_fetches += started
+
+    def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> Plan:
+        """Plan a prompt's layer, launch its accelerator part, and warm the decode cache.
+
+        Experts that the cache is to hold after this prompt are copied to their slots, and those
+        of them that the plan waits for are computed there, so that none travels twice.
+        """
+        accelerator.collect_copies()
+        ready = accelerator.cache.ready(step.layer)
+        plan = plan_prefill(
+            step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
+        )
+        with self._ranges.layer(step.layer, "launch"):
+            step.launch(accelerator, dict(plan.hits))
+            tokens = [token for token in step.pairs if token[0] >= 0]
+            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left, plan.waited)
+            self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
+            step.n_fetches += len(warmed)
+            step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
+            for expert, slot in warmed:  # for the tokens to come: behind what is waited for
+                if expert not in plan.waited:
+                    accelerator.fetch(step.layer, expert, slot)
+        return plan
+
+    def _is_cached(self, layer: int) -> bool:
+        return self.accelerator is not None and layer < self.accelerator.cache.n_indexes
+
+    def _evictions(self) -> int:
+        return 0 if self.accelerator is None else self.accelerator.cache.evictions
+
+
+def _counts(pairs: list[list[int]]) -> dict[int, int]:
+    """Tokens of each chosen expert, in order of first choice; padding (-1) left out."""
+    counts = Counter(expert for token in pairs for expert in token)
+    counts.pop(-1, None)
+    return counts

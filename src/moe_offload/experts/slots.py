@@ -1,0 +1,351 @@
+"""The expert cache's slot memory and the expert FFN computed from it.
+
+On CUDA the work goes to the current stream and the host runs on. Without a GPU an emulated
+accelerator, one thread behind a stream of its own, does the same work with torch, at the same time
+as the CPU computes the misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.kernels.oracle import ActivationModule, expert_ffn
+from moe_offload.machine.streams import HostEvent, HostStream, is_out_of_memory
+
+Allocator = Callable[[int, int, torch.device], Tensor]
+
+# Above this many tokens per hit expert the weights are better unpacked once for a GEMM than read by
+# one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
+# weight); not measured on a GPU.
+_TOKENS_PER_SLOT_FOR_GEMM = 4
+# The most pairs that a launch names one by one, in a table of slots; above, they are to be sorted
+# by expert on the device. The grouped kernels' scratch is fp32 for every pair, hit or not.
+PAIRS_FOR_TABLE = 512
+# Of 8 pairs a loop finds the hits in 1.3 us and torch in 6; of 16384, mostly misses, in 330 and 21.
+_PAIRS_WORTH_FILTERING = 64
+# What computing one expert takes beside the slots: at most the larger matrix of Mixtral's in bf16,
+# unpacked, of 235 MB. Slots that leave less on a GPU are too many.
+_SCRATCH_BYTES = 256 << 20
+
+
+class SlotOrder(Protocol):
+    """What orders computation against copies into the slots: `expert_fetcher.ExpertFetcher`."""
+
+    def wait_ready(self, slots: list[int], stream: Any) -> list[Any]: ...
+
+    def mark_released(self, slots: list[int], stream: Any) -> None: ...
+
+
+class GroupedKernels(Protocol):
+    """All pairs of a layer in a few launches: `triton_experts.TritonExperts`."""
+
+    def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor: ...
+
+    def warm_up(self, dtype: torch.dtype) -> None: ...
+
+    def expert(self, slot: int, x: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Pending:
+    """A launch under way. `start` and `end` bracket its work in its stream.
+
+    `copies` are those it waited for: where one failed the work was left out, and `result` raises.
+    """
+
+    _out: Tensor | None
+    _copies: list[Any]
+    start: Any
+    end: Any
+    _error: Exception | None = None
+
+    @property
+    def copy_failed(self) -> bool:
+        """Whether a copy that the work needed failed; final once `result` has raised."""
+        return any(copy.error is not None for copy in self._copies)
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the device had no room for the work's scratch; its output is untouched then."""
+        return is_out_of_memory(self._error)
+
+    def result(self) -> Tensor:
+        """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
+
+        Hands the tensor over: call it once. On CUDA it returns at once, for use on the launching
+        stream; the emulated accelerator is waited for. Raises what went wrong in the computation or
+        in a copy it needed.
+        """
+        if isinstance(self.end, HostEvent):
+            self.end.synchronize()
+        error = self._error or _first_error(self._copies)
+        if error is not None:
+            raise error
+        out, self._out = self._out, None  # timings outlive the run's outputs
+        assert out is not None, "result() hands over once"
+        return out
+
+    def resolve(self) -> float:
+        """Microseconds from the start of the work to its end; waits for the end."""
+        self.end.synchronize()
+        return float(self.start.elapsed_time(self.end)) * 1e3
+
+
+class GpuExperts:
+    """`n_slots` blocks on `device` and the expert FFN that reads them.
+
+    `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it the
+    number is halved until it fits; `n_slots` is what it came to and `notices` says so. `kernels` is
+    "triton", "torch" or "auto": Triton on CUDA where it runs, else torch, with a notice. What a run
+    in `dtype` will launch is compiled here, so that nothing is compiled while decoding.
+    `before_compute` is called with the number of hits on the emulated accelerator's thread before
+    each launch's work: it may sleep, or raise.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        activation: Activation,
+        n_slots: int,
+        device: torch.device | str,
+        act_module: ActivationModule | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        kernels: str = "auto",
+        before_compute: Callable[[int], None] | None = None,
+        allocate: Allocator | None = None,
+    ) -> None:
+        self.layout = layout
+        self.activation = activation
+        self.act_module = act_module
+        self.device = torch.device(device)
+        self.notices: list[str] = []
+        self.slots = self._allocate(n_slots, allocate or _allocate_bytes)
+        self.n_slots = len(self.slots)
+        self._before_compute = before_compute
+        self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
+        self._kernels = self._load_kernels(kernels, dtype)
+
+    @property
+    def description(self) -> str:
+        """What computes the hits, for the run's summary."""
+        where = "emulated accelerator (one CPU thread)" if self._thread else str(self.device)
+        return f"{where}, {'Triton' if self._kernels else 'torch'} kernels"
+
+    def launch(
+        self,
+        hidden: Tensor,
+        slot_of_pair: Tensor,
+        top_k_weights: Tensor,
+        order: SlotOrder,
+        out: Tensor | None = None,
+    ) -> Pending:
+        """Start computing the pairs that hit.
+
+        `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` int64 [T, K] on the CPU, a slot
+        or -1 for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for
+        copies into its slots in its stream, not on the host, and later copies wait for it. None of
+        the arguments may be written before `result`. With `out`, fp32 [T, H] on the device, the
+        result is added to it and is it: several launches share one tensor.
+        """
+        pairs = _pairs_of_slot(slot_of_pair)
+        return self._start(
+            list(pairs),
+            sum(map(len, pairs.values())),
+            order,
+            lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs, out),
+        )
+
+    def launch_expert(
+        self,
+        hidden: Tensor,
+        slot: int,
+        pairs: Tensor,
+        top_k_weights: Tensor,
+        order: SlotOrder,
+        out: Tensor,
+    ) -> Pending:
+        """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
+
+        `pairs` are the expert's, t * K + k, int64 [n] on the device: the host touches and sends
+        nothing that grows with the number of tokens.
+        """
+
+        def forward() -> Tensor:
+            self._add_expert(hidden, slot, pairs, top_k_weights, out)
+            return out
+
+        return self._start([slot], len(pairs), order, forward)
+
+    def _start(
+        self, slots: list[int], n_pairs: int, order: SlotOrder, forward: Callable[[], Tensor]
+    ) -> Pending:
+        """`forward` in the stream, behind copies into `slots` and before later ones."""
+        stream: Any = self._thread or torch.cuda.current_stream(self.device)
+        copies = order.wait_ready(slots, stream)
+        pending = Pending(None, copies, *self._new_events())
+        # The mode belongs to a thread. The caller's, so that it may use the result as its own.
+        inference = torch.is_inference_mode_enabled()
+
+        def work() -> None:
+            if self._before_compute is not None:
+                self._before_compute(n_pairs)
+            with torch.inference_mode(inference), torch.no_grad():
+                if not pending.copy_failed:
+                    pending._out = forward()
+
+        pending.start.record(stream)
+        if self._thread is None:
+            _run_keeping_error(work, pending)
+        else:
+            self._thread.submit(lambda: _run_keeping_error(work, pending))
+        pending.end.record(stream)
+        order.mark_released(slots, stream)
+        return pending
+
+    def close(self) -> None:
+        """Finish what was launched; end the emulated accelerator's thread."""
+        if self._thread is not None:
+            self._thread.close()
+        else:
+            torch.cuda.synchronize(self.device)
+
+    def _new_events(self) -> tuple[Any, Any]:
+        if self._thread is not None:
+            return HostEvent(), HostEvent()
+        cuda: Any = torch.cuda
+        return cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+
+    def _forward(
+        self,
+        hidden: Tensor,
+        slot_of_pair: Tensor,
+        top_k_weights: Tensor,
+        pairs: dict[int, list[int]],
+        out: Tensor | None,
+    ) -> Tensor:
+        n_hits = sum(map(len, pairs.values()))
+        few = slot_of_pair.numel() <= PAIRS_FOR_TABLE
+        if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
+            result = self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
+            return result if out is None else out.add_(result)
+        if out is None:
+            out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if len(hidden) > 1:
+            # One small copy for all slots; what is pageable and small does not hold the host up.
+            members = torch.tensor([pair for of_slot in pairs.values() for pair in of_slot])
+            members = members.to(hidden.device, non_blocking=True)
+            parts = members.split([len(of_slot) for of_slot in pairs.values()])
+            for slot, part in zip(pairs, parts, strict=True):
+                self._add_expert(hidden, slot, part, top_k_weights, out)
+            return out
+        flat_weights = top_k_weights.reshape(-1)
+        for slot, members_of_slot in pairs.items():  # decode: nothing to gather, no index to send
+            weight = flat_weights[members_of_slot[0]].float()
+            for pair in members_of_slot[1:]:
+                weight = weight + flat_weights[pair]
+            out += self._expert(slot, hidden).float() * weight
+        return out
+
+    def _add_expert(
+        self, hidden: Tensor, slot: int, pairs: Tensor, top_k_weights: Tensor, out: Tensor
+    ) -> None:
+        token = pairs // top_k_weights.shape[1]
+        y = self._expert(slot, hidden[token]).float()
+        out.index_add_(0, token, y * top_k_weights.reshape(-1)[pairs, None].float())
+
+    def _expert(self, slot: int, x: Tensor) -> Tensor:
+        if self._kernels is not None:
+            return self._kernels.expert(slot, x)
+        return expert_ffn(self.layout, self.slots[slot], x, self.activation, self.act_module)
+
+    def _allocate(self, n_slots: int, allocate: Allocator) -> Tensor:
+        wanted = n_slots
+        while True:
+            try:
+                slots = allocate(n_slots, self.layout.block_bytes, self.device)
+            except RuntimeError as error:
+                if n_slots == 0 or not is_out_of_memory(error):
+                    raise
+                n_slots //= 2
+                continue
+            if n_slots < wanted:
+                self.notices.append(
+                    f"out of memory on {self.device}: {n_slots} of {wanted} cache slots "
+                    f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
+                )
+            return slots
+
+    def _load_kernels(self, kernels: str, dtype: torch.dtype) -> GroupedKernels | None:
+        if kernels == "torch" or (kernels == "auto" and self._thread is not None):
+            return None
+        return self._triton() if kernels == "triton" else self._triton_if_it_runs(dtype)
+
+    def _triton(self) -> GroupedKernels:
+        from moe_offload.kernels.triton_experts import (
+            TritonExperts,  # slow to import, and absent on many machines
+        )
+
+        return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
+
+    def _triton_if_it_runs(self, dtype: torch.dtype) -> GroupedKernels | None:
+        """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
+        try:
+            triton = self._triton()
+            triton.warm_up(dtype)
+        except Exception as error:  # whatever it is, torch computes the same
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            self.notices.append(
+                f"Triton kernels cannot run ({first_line}): torch computes the hits, slower"
+            )
+            return None
+        return triton
+
+
+def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        # cuBLAS takes memory of its own for its first product: before the slots take the rest.
+        probe = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        torch.nn.functional.linear(probe, probe)
+    with torch.inference_mode(False):  # copies write to them later, in whatever mode
+        slots = torch.empty(n_slots, block_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    else:
+        # A GPU's memory is there from the start; the first copy into pages that the system has yet
+        # to supply took several times as long, and the first tokens' hits came late.
+        slots.zero_()
+    return slots
+
+
+def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
+    try:
+        work()
+    except Exception as error:  # raised again by result()
+        if is_out_of_memory(error):
+            error.__traceback__ = None  # its frames hold scratch, and there is no room
+        pending._error = error
+
+
+def _first_error(copies: list[Any]) -> Exception | None:
+    return next((copy.error for copy in copies if copy.error is not None), None)
+
+
+def _pairs_of_slot(slot_of_pair: Tensor) -> dict[int, list[int]]:
+    """slot -> its pairs, as t * K + k."""
+    flat = slot_of_pair.reshape(-1)
+    hits: Sequence[int] = range(flat.numel())
+    if flat.numel() > _PAIRS_WORTH_FILTERING:
+        there = (flat >= 0).nonzero()[:, 0]
+        hits, flat = there.tolist(), flat[there]
+    pairs: dict[int, list[int]] = {}
+    for pair, slot in zip(hits, flat.tolist(), strict=True):
+        if slot >= 0:
+            pairs.setdefault(slot, []).append(pair)
+    return pairs

@@ -1,0 +1,156 @@
+"""Every expert's block in host memory, pinned when a GPU will copy from it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from moe_offload.checkpoint.block import BlockLayout
+from moe_offload.checkpoint.prepared import MoeLayer, read_block
+
+_READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
+
+
+class ExpertStore:
+    """Host memory holding `E` blocks for each of `L` MoE layers; (layer, expert) -> view.
+
+    One anonymous, page-aligned mapping per layer, touched once: by the read that fills it. With
+    `pin`, each mapping is registered with CUDA where it lies (torch's own pinned allocations
+    round up to a power of two); a refused registration leaves the memory pageable, and `pinned`
+    tells whether all of it is. Not thread-safe while filling; read-only after.
+
+    With `n_stored`, only so many layers, all of one shape, have memory of their own, and the others
+    use it again in turn: a model of random weights is then as deep as the real one in a part of its
+    memory. Bytes that a step reads and copies stay the same.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        n_experts: Sequence[int],
+        n_stored: int | None = None,
+    ) -> None:
+        self.layouts = tuple(layouts)
+        self.n_experts = tuple(n_experts)
+        self.pinned = False
+        self._registered: list[int] = []
+        shapes = list(zip(self.layouts, self.n_experts, strict=True))
+        self.n_stored = len(shapes) if n_stored is None else n_stored
+        assert self.n_stored == len(shapes) or len(set(shapes)) == 1
+        self._stored: list[Tensor] = []
+        for layout, count in shapes[: self.n_stored]:
+            blocks = torch.frombuffer(_mapping(layout.block_bytes * count), dtype=torch.uint8)
+            self._stored.append(blocks.view(count, layout.block_bytes))
+        self._blocks = [self._stored[layer % self.n_stored] for layer in range(len(shapes))]
+        self._pointers = [
+            torch.arange(count, dtype=torch.int64) * layout.block_bytes + blocks.data_ptr()
+            for layout, count, blocks in zip(
+                self.layouts, self.n_experts, self._blocks, strict=True
+            )
+        ]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layouts)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(blocks.numel() for blocks in self._stored)
+
+    def block(self, layer: int, expert: int) -> Tensor:
+        """The block of one expert, a uint8 [block_bytes] view."""
+        return self._blocks[layer][expert]
+
+    def blocks(self, layer: int) -> Tensor:
+        """All blocks of one layer, a uint8 [E, block_bytes] view."""
+        return self._blocks[layer]
+
+    def pointers(self, layer: int) -> Tensor:
+        """The addresses of one layer's blocks, int64 [E]."""
+        return self._pointers[layer]
+
+    def read(
+        self, layers: Sequence[MoeLayer], progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Fill every block from the experts files, several checked reads at a time.
+
+        `progress` is called with the bytes of each block as it arrives. Raises UserError when a
+        file ends early, cannot be read, or does not match its checksum.
+        """
+        jobs = [
+            (layer, expert, self._blocks[position][expert])
+            for position, layer in enumerate(layers)
+            for expert in range(layer.n_experts)
+        ]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            pending = [pool.submit(read_block, *job) for job in jobs]
+            try:
+                for job, done in zip(jobs, pending, strict=True):
+                    done.result()
+                    if progress is not None:
+                        progress(job[2].numel())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def pin(self) -> str | None:
+        """Register the memory with CUDA; returns a line for the user when it was refused.
+
+        Layer by layer, so that where a limit is met the first layers, those that are cached, keep
+        their pages locked; the rest stays pageable.
+        """
+        runtime = torch.cuda.cudart()
+        pinned_bytes = 0
+        for blocks in self._stored:
+            code = runtime.cudaHostRegister(blocks.data_ptr(), blocks.numel(), 0)
+            if int(code) != 0:
+                _forget_cuda_error()
+                return (
+                    f"pinning experts was refused after {pinned_bytes / 1e9:.1f} of "
+                    f"{self.total_bytes / 1e9:.1f} GB (CUDA error {int(code)}): copies of the "
+                    "others use pageable memory, are slower and hold the CPU up; raise the "
+                    "locked-memory limit (ulimit -l) to avoid it"
+                )
+            self._registered.append(blocks.data_ptr())
+            pinned_bytes += blocks.numel()
+        self.pinned = True
+        return None
+
+    def close(self) -> None:
+        """Unregister pinned memory; the views stay readable."""
+        for pointer in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(pointer)
+        self._registered.clear()
+        self.pinned = False
+
+
+def _mapping(n_bytes: int) -> mmap.mmap:
+    """Private anonymous memory: Linux gives shared memory no huge pages unless told to.
+
+    With them memory that the machine has free is filled at 6.7 to 12 GB/s rather than 2.3 to 3.7,
+    there are fewer pages to pin, and the kernels read 2% faster (33.4 against 32.7 GB/s, Mixtral's
+    shape in bf16; two threads of an AMD EPYC, 2026-11-24).
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, n_bytes)
+    mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A child gets none of it: for pages that are pinned, fork would copy all experts.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):  # a kernel without it is slower, not wrong
+                mapping.madvise(getattr(mmap, advice))
+    return mapping
+
+
+def _forget_cuda_error() -> None:
+    """CUDA hands an old error to whoever launches next: let that be a launch that does not matter.
+
+    torch has no call for it.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

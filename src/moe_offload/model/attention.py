@@ -1,0 +1,208 @@
+"""xformers' memory-efficient attention behind transformers' attention interface.
+
+Attention of decode steps on the CPU: our kernels behind transformers' attention interface.
+
+torch's attention for one bf16 query packs all keys for it, which takes ten times as long as reading
+them (`benchmarks/bench_cpu_attention.py`). Prompts stay with torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from moe_offload.errors import UserError
+from moe_offload.kernels.bindings import CpuKernels
+from moe_offload.kernels.library import AttentionArguments
+
+# Tensors that transformers hands to every attention function and that change nothing in it. Any
+# other one (sinks, a bias, indices of a sparse attention) leaves the call to torch.
+_WITHOUT_EFFECT = frozenset({"position_ids", "cache_position"})
+
+
+def register_kernels(kernels: CpuKernels) -> str:
+    """Make attention by `kernels` known to transformers; returns its `attn_implementation`."""
+    name = f"cpu_{kernels.isa}_{kernels.threads}"
+    AttentionInterface.register(name, CpuAttention(kernels))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+class CpuAttention:
+    """transformers' attention function: one new token by the kernels, everything else by torch."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self.kernels = kernels
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **extras: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of `query` [B, heads, S, Dk] over `key`, `value` [B, kv_heads, S', Dk or Dv].
+
+        Returns [B, S, heads, Dv] and no weights. `attention_mask` is boolean, or None where each
+        query sees all keys up to its own.
+        """
+        if not _served(query, key, value, attention_mask, dropout, extras):
+            output, _ = sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                **extras,
+            )
+            return output, None
+        return self.attend(query, key, value, attention_mask, scaling), None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+    ) -> Tensor:
+        """[B, 1, heads, Dv] for one query per sequence, `query` [B, heads, 1, Dk].
+
+        All bf16 or all fp32, on the CPU; sums in fp32. `mask` is boolean [B, 1, 1, S'] or None;
+        a sequence that sees no key gets zeros. `scaling` defaults to Dk ** -0.5.
+        """
+        n_batch, n_heads, _, key_size = query.shape
+        query, key, value = query.contiguous(), _rows(key), _rows(value)
+        if mask is not None:
+            mask = mask.expand(n_batch, 1, 1, key.shape[2]).contiguous()
+        out = query.new_empty(n_batch, 1, n_heads, value.shape[3])
+        arguments = AttentionArguments(
+            is_bf16=query.dtype == torch.bfloat16,
+            n_batch=n_batch,
+            n_heads=n_heads,
+            n_kv_heads=key.shape[1],
+            n_keys=key.shape[2],
+            key_size=key_size,
+            value_size=value.shape[3],
+            scale=key_size**-0.5 if scaling is None else scaling,
+            query=query.data_ptr(),
+            keys=key.data_ptr(),
+            values=value.data_ptr(),
+            key_strides=key.stride()[:2],
+            value_strides=value.stride()[:2],
+            mask=None if mask is None else mask.data_ptr(),
+        )
+        self.kernels.attend(arguments, out)
+        return out
+
+
+def _served(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    extras: dict[str, Any],
+) -> bool:
+    """Whether the kernels compute this call."""
+    return (
+        query.shape[2] == 1
+        and query.shape[1] % key.shape[1] == 0
+        and query.device.type == "cpu"
+        and query.dtype in (torch.bfloat16, torch.float32)
+        and query.dtype == key.dtype == value.dtype
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
+        and dropout == 0.0
+        and extras.get("softcap") is None
+        and not any(
+            isinstance(extra, Tensor) and name not in _WITHOUT_EFFECT
+            for name, extra in extras.items()
+        )
+        and not (torch.is_grad_enabled() and query.requires_grad)
+    )
+
+
+def _rows(cache: Tensor) -> Tensor:
+    """[B, heads, S, D] with the rows of one head back to back; a view where it is so already."""
+    width = cache.shape[3]
+    return cache if cache.stride()[2:] == (width, 1) else cache.contiguous()
+
+
+NAME = "xformers"
+_MASK_ALIGNMENT = 8  # xformers wants the key dimension of a bias padded to a multiple of this
+
+
+def register_xformers(device: torch.device) -> None:
+    """Make `attn_implementation="xformers"` known; UserError without a GPU or xformers."""
+    if device.type != "cuda":
+        raise UserError("--attention xformers needs an NVIDIA GPU: use --attention sdpa here")
+    if importlib.util.find_spec("xformers") is None:
+        raise UserError(
+            "--attention xformers needs the xformers package: pip install -r requirements-gpu.txt"
+        )
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` [B, heads, S, D] over `key`, `value` [B, kv_heads, S', D].
+
+    Returns [B, S, heads, D] and no weights, as transformers expects. `attention_mask` is boolean
+    [B, 1, S, S'] or None for plain causal attention.
+    """
+    for name in ("s_aux", "softcap"):
+        if extras.get(name) is not None:
+            raise UserError(
+                f"this model's attention needs '{name}', which xformers does not compute: "
+                "use --attention sdpa"
+            )
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    bias: Any = None
+    if attention_mask is not None:
+        bias = _bias(attention_mask, query)
+    elif query.shape[2] > 1:
+        bias = LowerTriangularMask()
+    out = memory_efficient_attention(
+        query.transpose(1, 2).contiguous(),
+        key.transpose(1, 2).contiguous(),
+        value.transpose(1, 2).contiguous(),
+        attn_bias=bias,
+        p=dropout,
+        scale=scaling,
+    )
+    return out, None
+
+
+def _bias(mask: Tensor, query: Tensor) -> Tensor:
+    batch, heads, n_queries, _ = query.shape
+    n_keys = mask.shape[-1]
+    padded = -(-n_keys // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+    bias = query.new_full((batch, heads, n_queries, padded), float("-inf"))
+    bias[..., :n_keys].masked_fill_(mask.expand(batch, heads, n_queries, n_keys), 0.0)
+    return bias[..., :n_keys]

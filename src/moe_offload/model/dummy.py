@@ -1,0 +1,262 @@
+"""Random weights of a real model's shape: measures a machine without a download.
+
+Speed depends on shapes, bytes and routing, not on values; the text is meaningless.
+
+Routing taken from a trace instead of the model's routers, for runs on random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from moe_offload.checkpoint.block import BlockLayout, WeightFormat, block_layout, pack_block
+from moe_offload.checkpoint.conversion import find_experts
+from moe_offload.config import ModelOptions
+from moe_offload.errors import UserError
+from moe_offload.experts.store import ExpertStore
+from moe_offload.model.loader import Progress, assign, build_skeleton, finish_model
+from moe_offload.simulation.shapes import shape_config
+from moe_offload.simulation.trace_files import read_trace
+from moe_offload.simulation.traces import Trace
+from moe_offload.simulation.workload import MIXTRAL_OVERLAP, even_workload
+
+_CHUNK_TOKENS = 4096  # that are filled at once
+
+
+class ForcedRouting:
+    """Hands out a trace's choices, pass by pass; starts over when the trace ends.
+
+    Decode pass `i` of a batch of T takes the trace's tokens `i * T` to `i * T + T - 1`. A prompt
+    takes the trace's own prompt tokens where it has them, its decoded tokens else.
+
+    A trace may keep fewer ids of a token than the model computes, its first choices. The missing
+    ones are drawn, with `seed`, by how often the trace chooses each expert in that layer: the
+    model then does all of its work, but the last ranks' reuse between tokens is made up. `notes`
+    says so.
+    """
+
+    def __init__(
+        self, trace: Trace, n_layers: int, n_experts: int, top_k: int, seed: int = 0
+    ) -> None:
+        info = trace.info
+        if info.n_layers < n_layers or info.top_k > top_k or trace.n_experts > n_experts:
+            raise UserError(
+                f"the routing trace {info.model} has {info.n_layers} layers, top-{info.top_k} of "
+                f"{trace.n_experts} experts; the model needs {n_layers} layers, at most "
+                f"top-{top_k} of {n_experts}: use a trace of this shape"
+            )
+        self.info = info
+        self.notes: list[str] = []
+        if info.top_k < top_k:
+            self.notes.append(
+                f"the routing trace holds {info.top_k} of each token's {top_k} experts: the other "
+                f"{top_k - info.top_k} are drawn by how often it chooses each (seed {seed})"
+            )
+        fill = _Fill(n_experts, top_k, torch.Generator().manual_seed(seed))
+        routing, k = trace.packed, info.top_k
+        self._decoded = [_tokens(*routing.decoded_bytes(layer), k) for layer in range(n_layers)]
+        self._prompt = [_tokens(*routing.prompt_bytes(layer), k) for layer in range(n_layers)]
+        for layer, (prompt, decoded) in enumerate(zip(self._prompt, self._decoded, strict=True)):
+            counts = fill.counts(prompt, decoded)
+            self._decoded[layer] = fill.filled(decoded, counts)
+            own = len(prompt) > 0
+            self._prompt[layer] = fill.filled(prompt, counts) if own else self._decoded[layer]
+        self._next_token = 0
+        self._decode = False
+        self._n_tokens = 0
+
+    def begin_pass(self, decode: bool, n_tokens: int) -> None:
+        """A forward pass over `n_tokens` tokens, padding included, begins."""
+        if self._decode:
+            self._next_token += self._n_tokens
+        self._decode, self._n_tokens = decode, n_tokens
+
+    def rewind(self) -> None:
+        """Start the trace over."""
+        self._next_token, self._decode = 0, False
+
+    def choose(self, layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The trace's ids in the place of `index` int64 [T, K]; all weights equal."""
+        source = self._decoded[layer] if self._decode else self._prompt[layer]
+        start = self._next_token if self._decode else 0
+        rows = torch.arange(start, start + index.shape[0]) % len(source)
+        ids = source[rows].long().to(index.device, non_blocking=True)  # small: no need to wait
+        return ids, torch.full_like(weights, 1 / index.shape[1])
+
+
+class _Fill:
+    """Completes tokens to `top_k` distinct experts of `n_experts`."""
+
+    def __init__(self, n_experts: int, top_k: int, generator: torch.Generator) -> None:
+        self._n_experts = n_experts
+        self._top_k = top_k
+        self._generator = generator
+
+    def counts(self, *parts: Tensor) -> Tensor:
+        """How often each expert is chosen, half a time more for the unseen: fp32 [E]."""
+        parts_counted = [
+            torch.bincount(p.flatten().int(), minlength=self._n_experts) for p in parts
+        ]
+        return torch.stack(parts_counted).sum(0).float() + 0.5
+
+    def filled(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """`tokens` [T, k] with the missing choices behind them, [T, top_k] of the same dtype."""
+        n_missing = self._top_k - tokens.shape[1]
+        if not n_missing:
+            return tokens
+        chunks = []
+        for chunk in tokens.split(_CHUNK_TOKENS):
+            weights = counts.repeat(len(chunk), 1).scatter_(1, chunk.long(), 0.0)
+            drawn = torch.multinomial(weights, n_missing, generator=self._generator)
+            chunks.append(torch.cat([chunk, drawn.to(tokens.dtype)], dim=1))
+        return torch.cat(chunks)
+
+
+def _tokens(ids: bytearray, width: int, top_k: int) -> Tensor:
+    """Packed ids as [T, top_k], in as few bytes as torch can index with."""
+    if width == 1:
+        flat = (
+            torch.frombuffer(ids, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
+        )
+    else:
+        flat = torch.from_numpy(np.frombuffer(ids, dtype=np.uint16).astype(np.int32))
+    return flat.view(-1, top_k)
+
+
+_N_ROUTED_TOKENS = 512  # then the made routing repeats
+_N_TEMPLATES = 4  # distinct random experts; the others are copies, in memory of their own
+# Drawing a random number takes ten times as long as copying one. A prime, so that rows differ.
+_N_VALUES = 4_194_301
+_SCALE = 0.02  # standard deviation
+
+
+class DummyModel:
+    """A `ModelSource` of random weights; `seed` fixes them.
+
+    With `n_stored_layers`, the experts of so many layers are made, and serve the other layers too.
+    """
+
+    dense_format = "bf16"
+
+    def __init__(
+        self, options: ModelOptions, seed: int = 0, n_stored_layers: int | None = None
+    ) -> None:
+        assert options.dummy_shape is not None
+        self.name = f"random weights of {options.dummy_shape}"
+        self.weight_format: WeightFormat = options.dummy_format
+        self.dtype = torch.bfloat16
+        fields = shape_config(options.dummy_shape, options.dummy_layers)
+        self.config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._values = torch.randn(_N_VALUES, generator=self._generator) * _SCALE
+        skeleton = build_skeleton(self.config, self.dtype, "sdpa")
+        found = find_experts(skeleton)
+        self.experts_paths = [one.name for one in found]
+        self.layouts: list[BlockLayout] = [
+            block_layout(
+                self.weight_format,
+                one.hidden_size,
+                one.intermediate_size,
+                one.has_gate,
+                one.has_bias,
+            )
+            for one in found
+        ]
+        self.n_experts = [one.n_experts for one in found]
+        self.n_stored_layers = min(n_stored_layers or len(found), len(found))
+        paths = tuple(self.experts_paths)
+        self.dense_bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in skeleton.state_dict().items()
+            if not name.startswith(paths)
+        )
+
+    @property
+    def top_k(self) -> int:
+        """K; the field's name differs between architectures."""
+        text: Any = self.config.get_text_config()
+        return int(text.num_experts_per_tok)
+
+    def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
+        """Random matrices of standard deviation 0.02, norms of one, biases of zero."""
+        for name, meta in model.state_dict().items():
+            if meta.dim() >= 2:
+                tensor = self._random(meta.shape, meta.dtype)
+            elif name.endswith("weight"):
+                tensor = torch.ones(meta.shape, dtype=meta.dtype)
+            else:
+                tensor = torch.zeros(meta.shape, dtype=meta.dtype)
+            assign(model, name, tensor.to(device))
+            progress(tensor.nbytes)
+        finish_model(model, device)
+
+    def load_experts(self, store: ExpertStore, progress: Progress) -> None:
+        """Every block its own memory; the values repeat every few experts."""
+        templates = [self._random_block(self.layouts[0]) for _ in range(_N_TEMPLATES)]
+        for layer in range(store.n_stored):
+            if self.layouts[layer] != self.layouts[0]:
+                raise UserError(f"the MoE layers of {self.name} differ in shape")
+            for expert in range(store.n_experts[layer]):
+                store.block(layer, expert).copy_(templates[(layer + expert) % _N_TEMPLATES])
+                progress(self.layouts[0].block_bytes)
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The same random values over and over, from another place each time."""
+        start = int(torch.randint(_N_VALUES, (), generator=self._generator))
+        values = self._values.roll(start).to(dtype)
+        tensor = torch.empty(math.prod(shape), dtype=dtype)
+        for part in tensor.split(_N_VALUES):
+            part.copy_(values[: len(part)])
+        return tensor.view(*shape)
+
+    def _random_block(self, layout: BlockLayout) -> torch.Tensor:
+        rows, hidden, inner = layout.first_rows, layout.hidden_size, layout.intermediate_size
+        weights = {
+            "gate_up": self._random((rows, hidden)),
+            "down": self._random((hidden, inner)),
+            "gate_up_bias": torch.zeros(rows),
+            "down_bias": torch.zeros(hidden),
+        }
+        block = torch.empty(layout.block_bytes, dtype=torch.uint8)
+        pack_block(layout, weights, block)
+        return block
+
+
+def dummy_routing(source: DummyModel, trace: Path | None, seed: int = 0) -> ForcedRouting:
+    """Routing for random weights: recorded in `trace`, or made with Mixtral's reuse of experts.
+
+    A trace of fewer choices is filled up. UserError for one of too few layers, or of more experts
+    or choices than the model's.
+    """
+    n_layers, n_experts = len(source.n_experts), source.n_experts[0]
+    if trace is not None:
+        return ForcedRouting(read_trace(trace), n_layers, n_experts, source.top_k, seed)
+    workload = even_workload(n_layers, n_experts, source.top_k, MIXTRAL_OVERLAP)
+    return ForcedRouting(
+        workload.generate(_N_ROUTED_TOKENS, seed), n_layers, n_experts, source.top_k
+    )
+
+
+class DummyTokenizer:
+    """A token per word, numbered by its letters; decodes to numbers, for there is no meaning."""
+
+    name = "none (random weights)"
+    eos_ids: frozenset[int] = frozenset()
+
+    def __init__(self, vocabulary_size: int) -> None:
+        self._vocabulary_size = vocabulary_size
+
+    def encode(self, prompt: str, raw: bool) -> list[int]:
+        del raw  # there is no template to leave out
+        words = prompt.split()
+        return [sum(map(ord, word)) % self._vocabulary_size for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f" <{token}>" for token in ids)

@@ -1,0 +1,333 @@
+"""Writes a run's files: five CSVs, run.json and the routing, together and atomically.
+
+A run's routing as a trace: what its simulation starts from.
+
+Of a prompt expert_choices.csv holds what the cache learns of it; this holds every token's choices,
+and which experts a prompt copied to the GPU.
+
+What a run was made with: versions and git state, so that it can be repeated.
+
+Where a run's files go, by name."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moe_offload.errors import UserError
+from moe_offload.experts.recorder import Recorder
+from moe_offload.machine.sensors import Sample
+from moe_offload.report.summary import RunSummary
+from moe_offload.report.tables import (
+    Row,
+    breakdown_rows,
+    cachehit_rows,
+    expert_choice_rows,
+    frequency_rows,
+    token_rows,
+)
+from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo, trace_lines
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where each file goes; `routing` is None for a run that is not to leave its routing."""
+
+    breakdown: Path
+    cachehit: Path
+    expert_choices: Path
+    token_gen_time: Path
+    cpu_freq_avg: Path
+    run_json: Path
+    routing: Path | None = None
+
+    @classmethod
+    def in_folder(
+        cls,
+        folder: Path | None = None,
+        breakdown_csv: Path = Path("out.csv"),
+        cachehit_csv: Path = Path("cache.csv"),
+    ) -> ReportPaths:
+        """All files under `folder`; the working directory, where none is given, has no routing."""
+        routing = None if folder is None else folder / "routing.jsonl"
+        folder = folder or Path()
+        return cls(
+            breakdown=folder / breakdown_csv,
+            cachehit=folder / cachehit_csv,
+            expert_choices=folder / "expert_choices.csv",
+            token_gen_time=folder / "token_gen_time.csv",
+            cpu_freq_avg=folder / "cpu_freq_avg.csv",
+            run_json=folder / "run.json",
+            routing=routing,
+        )
+
+    def all(self) -> list[Path]:
+        return list(self.by_name().values())
+
+    def by_name(self) -> dict[str, Path]:
+        paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: path for name, path in paths.items() if path is not None}
+
+    def beside_others(self) -> ReportPaths:
+        """The names of an unfinished run: these if all are free, else out.partial.csv, else
+        out.partial-2.csv and so on."""
+        paths, number = self, 0
+        while any(path.exists() for path in paths.all()):
+            number += 1
+            tail = ".partial" if number == 1 else f".partial-{number}"
+            names = {
+                name: path.with_name(f"{path.stem}{tail}{path.suffix}")
+                for name, path in self.by_name().items()
+            }
+            paths = replace(self, **names)
+        return paths
+
+
+_PACKAGES = ("torch", "transformers", "safetensors", "mistral-common", "numpy", "psutil")
+
+
+def versions() -> dict[str, str | None]:
+    """Python's version and those of the packages a run depends on; None where not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_state(folder: Path) -> dict[str, str | bool] | None:
+    """The commit checked out around `folder` and whether files differ from it; None outside git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:
+        return None
+    return {"commit": commit, "modified": bool(changes)}
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *command],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Trace:
+    """Return every pass that `recorder` holds, in order.
+
+    `synthetic` marks routing that no model chose, as in runs on random weights.
+    """
+    info = _recorded_info(recorder, model, n_experts, synthetic)
+    return Trace(info, tuple(_recorded_passes(recorder)))
+
+
+def routing_lines(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Iterator[str]:
+    """The lines of the trace's file, made one pass at a time: a night's trace is never held."""
+    info = _recorded_info(recorder, model, n_experts, synthetic)
+    yield from trace_lines(info, _recorded_passes(recorder))
+
+
+def _recorded_info(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> TraceInfo:
+    layers = recorder.layer_table()
+    n_layers = np.bincount(layers["pass_index"], minlength=1)
+    return TraceInfo(
+        model,
+        n_layers=int(n_layers.max()),
+        top_k=int(layers["top_k"].max(initial=0)),
+        n_experts=n_experts,
+        synthetic=synthetic,
+    )
+
+
+def _recorded_passes(recorder: Recorder) -> Iterator[RoutingPass]:
+    by_pass = groupby(recorder.layer_events(), key=lambda event: event.pass_index)
+    index, events = next(by_pass, (-1, iter(())))
+    for number, one in enumerate(recorder.pass_table()):
+        ids: list[tuple[tuple[int, ...], ...]] = []
+        waited: list[tuple[int, ...]] = []
+        if number == index:
+            for event in events:
+                ids.append(tuple(map(tuple, event.ids)))
+                waited.append(event.waited)
+            index, events = next(by_pass, (-1, iter(())))
+        yield RoutingPass(
+            "decode" if one["decode"] else "prefill",
+            tuple(ids),
+            int(one["prompt"]),
+            tuple(waited) if any(waited) else (),
+        )
+
+
+Status = Literal["completed", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What only the caller knows of a run; plain JSON values in the mappings.
+
+    `settings` are all options, also those that the command leaves at their defaults. `n_threads`
+    are the CPU threads that computed experts.
+    """
+
+    command: Sequence[str] = ()
+    tool_version: str = ""
+    source_folder: Path = Path(__file__).parent
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    notes: Sequence[str] = ()
+    started_unix_s: float | None = None
+    status: Status = "completed"
+    n_threads: int = 1
+
+
+def write_reports(
+    recorder: Recorder,
+    paths: ReportPaths,
+    info: RunInfo,
+    summary: RunSummary,
+    routing: Iterable[str] | None = None,
+) -> list[Path]:
+    """Write all files atomically and return where they are.
+
+    A run that did not complete never replaces files of an earlier one, complete or not: where any
+    is in the way, all of its own are named `*.partial.*`. A run that finished no forward pass, or
+    recorded nothing (`--no-record`), writes nothing. `routing` are the lines of `paths.routing`.
+    Raises UserError where the files cannot be written; no temporary file stays behind.
+    """
+    if not (recorder.enabled and len(recorder.pass_table())):
+        return []
+    if routing is None:
+        paths = replace(paths, routing=None)
+    if info.status != "completed":
+        paths = paths.beside_others()
+    tables = {
+        paths.breakdown: breakdown_rows(recorder),
+        paths.cachehit: cachehit_rows(recorder),
+        paths.expert_choices: expert_choice_rows(recorder),
+        paths.token_gen_time: token_rows(recorder, info.samples),
+        paths.cpu_freq_avg: frequency_rows(info.samples),
+    }
+    lines: dict[Path, Iterable[str]] = {path: _csv_lines(rows) for path, rows in tables.items()}
+    if paths.routing is not None and routing is not None:
+        lines[paths.routing] = routing
+    document = _finite(_run_document(paths, info, summary))
+    lines[paths.run_json] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
+    _write_together(lines)
+    return list(lines)
+
+
+def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
+    started = info.started_unix_s
+    return {
+        "format_version": 1,
+        "status": info.status,
+        "started": None
+        if started is None
+        else datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(info.command),
+        "settings": dict(info.settings),
+        "versions": {"tool": info.tool_version, **versions()},
+        "git": git_state(info.source_folder),
+        "n_threads": info.n_threads,
+        "hardware": dict(info.hardware),
+        "model": dict(info.model),
+        "layout": dict(info.layout),
+        "calibration": None if info.calibration is None else _measured(info.calibration),
+        "summary": summary.to_json(),
+        "notes": list(info.notes),
+        "files": {
+            name: os.path.relpath(path, paths.run_json.parent)
+            for name, path in paths.by_name().items()
+            if name != "run_json"
+        },
+    }
+
+
+def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """`calibration` with null for the costs of copies where no accelerator was there to copy to.
+
+    The planner's stand-in for them is a link that is all but closed: no measurement.
+    """
+    costs = dict(calibration.get("costs") or {})
+    if not isfinite((costs.get("gpu") or {}).get("expert_us", 0.0)):
+        costs |= dict.fromkeys([name for name in costs if "copy" in name or "shared" in name])
+    return dict(calibration) | {"costs": costs}
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what JSON cannot say, such as the infinite cost of no accelerator."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+class _Echo:
+    """A file for csv.writer that hands the line back: no table is held as text."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def _csv_lines(rows: Iterable[Row]) -> Iterator[str]:
+    writer = csv.writer(_Echo(), lineterminator="\n")
+    for row in rows:
+        yield writer.writerow([_cell(value) for value in row])
+
+
+def _cell(value: object) -> object:
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
+def _write_together(lines: Mapping[Path, Iterable[str]]) -> None:
+    """All files to temporary names, then all renamed: none is ever seen half-written."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in lines}
+    try:
+        for path, of_file in lines.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary[path].open("w", encoding="utf-8", newline="") as file:
+                file.writelines(of_file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in lines:
+            temporary[path].replace(path)
+    except OSError as error:
+        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
+        raise UserError(
+            f"expected to write {path}, but found: {error.strerror}: {make_room}send the run's "
+            "files elsewhere with --output-dir"
+        ) from error
+    finally:
+        for leftover in temporary.values():
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)

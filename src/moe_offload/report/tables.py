@@ -1,0 +1,309 @@
+"""The rows of a run's CSV files: the reference's columns first, further ones after.
+
+| file | one row per | units |
+|---|---|---|
+| out.csv | forward pass | ms, mean over layers, unless the name says otherwise |
+| cache.csv | forward pass | chosen experts that hit, per layer (0 where a layer is not cached) |
+| expert_choices.csv | forward pass (decode in a batch: per sequence) | expert ids, prompt cells |
+| token_gen_time.csv | generated token after a prompt's first | s, tokens/s, MHz, degrees C |
+| cpu_freq_avg.csv | second | degrees C, MHz, W |
+
+`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). Runs of more than
+one prompt have a `Prompt` column at the end of the first four; for a pass over a batch it names the
+batch's first prompt. None is an empty cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_offload.experts.recorder import BYTES, DURATIONS, Recorder, Table
+from moe_offload.machine.sensors import Sample
+from moe_offload.report.summary import step_times_s, token_energies_j
+from moe_offload.simulation.trace_files import prompt_cell
+
+Row = Sequence[object]
+
+BREAKDOWN_HEADER = ("Index", "attn", "ffn_compute", "ffn_comm")
+BREAKDOWN_MORE = (
+    "phase",
+    "tokens",
+    "step_ms",
+    "rest_ms",
+    *(name.removesuffix("_us") for name in DURATIONS),
+    *BYTES,
+)
+CACHEHIT_MORE = (
+    "Phase",
+    "Tokens",
+    "Hits",
+    "Misses",
+    "Pairs",
+    "At Least One",
+    "At Least Two",
+    "Fetches",
+    "Evictions",
+)
+TOKEN_HEADER = (
+    "Index",
+    "Time",
+    "Timestamp",
+    "Accumulated Generation Throughput (tokens/s)",
+    "CPU Frequency",
+    "CPU Temperature",
+)
+TOKEN_MORE = ("CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)")
+FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0")
+FREQUENCY_MORE = ("CPU Power (W)", "GPU Power (W)")
+_CHUNK_PASSES = 256  # rows made at a time: a long run's are never all in memory
+_EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
+
+
+def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
+    """Rows of out.csv.
+
+    `ffn_compute` is the longer of the CPU's and the accelerator's time, which overlap, and
+    `ffn_comm` what else the experts' part took (waiting for copies, handing over, adding up): with
+    attn, router, plan and rest they add up to the step.
+    """
+    passes, layers = recorder.pass_table(), recorder.layer_table()
+    prompts = _PromptColumn(recorder)
+    yield (*BREAKDOWN_HEADER, *BREAKDOWN_MORE, *prompts.header)
+    n_layers = np.bincount(layers["pass_index"], minlength=len(passes))
+    mean_ms = {
+        name: _sums(layers[name], layers["pass_index"], len(passes)) / np.maximum(n_layers, 1) / 1e3
+        for name in DURATIONS
+    }
+    expert_us = np.sum([layers[name].astype(np.float64) for name in _EXPERT_PARTS], axis=0)
+    compute_us = np.minimum(np.maximum(layers["cpu_us"], layers["gpu_us"]), expert_us)
+    compute_ms, expert_ms = (
+        _sums(us, layers["pass_index"], len(passes)) / np.maximum(n_layers, 1) / 1e3
+        for us in (compute_us, expert_us)
+    )
+    parts_ms = sum(mean_ms[name] for name in DURATIONS if name != "gpu_us")
+    step_ms = passes["duration_s"] * 1e3
+    columns = [
+        mean_ms["attention_us"],
+        compute_ms,
+        expert_ms - compute_ms,
+        _phases(passes),
+        passes["n_tokens"],
+        step_ms,
+        step_ms - parts_ms * n_layers,
+        *mean_ms.values(),
+        *(
+            _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
+            for name in BYTES
+        ),
+        *prompts.columns(passes),
+    ]
+    yield from _numbered(columns)
+
+
+def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
+    """Rows of cache.csv; `Pairs` are the (token, cached layer) pairs of the pass."""
+    passes, layers = recorder.pass_table(), recorder.layer_table()
+    n_layers = _n_layers(layers)
+    hits = np.zeros((len(passes), n_layers), dtype=np.int64)
+    hits[layers["pass_index"], layers["layer"]] = layers["hits"]
+    cached = layers[layers["cached"] == 1]
+    pass_of_pair = np.repeat(cached["pass_index"], cached["n_tokens"])
+    n_hits_of_pair = recorder.hits_of_tokens()
+    prompts = _PromptColumn(recorder)
+    columns = [
+        *hits.T,
+        _phases(passes),
+        passes["n_tokens"],
+        *(
+            _sums(cached[name], cached["pass_index"], len(passes)).astype(np.int64)
+            for name in ("hits", "misses")
+        ),
+        np.bincount(pass_of_pair, minlength=len(passes)),
+        np.bincount(pass_of_pair[n_hits_of_pair >= 1], minlength=len(passes)),
+        np.bincount(pass_of_pair[n_hits_of_pair >= 2], minlength=len(passes)),
+        *(
+            _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
+            for name in ("fetches", "evictions")
+        ),
+        *prompts.columns(passes),
+    ]
+    yield ("Index", *(f"Block_{n}" for n in range(n_layers)), *CACHEHIT_MORE, *prompts.header)
+    yield from _numbered(columns)
+
+
+def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
+    """Rows of expert_choices.csv: a decode has K ids for each layer, a prefill its prompt cells.
+
+    A prefill's ids are empty, as in the reference's; what each layer of it chose follows in the
+    columns `Prefill_0` and on (`prompt_cells`), which a decode of a single prompt leaves out.
+    In a batch a decode pass has one row per sequence, all with the pass's index.
+    """
+    passes, tokens, prompts = recorder.pass_table(), recorder.token_table(), _PromptColumn(recorder)
+    choices = _Choices(recorder)
+    yield ("Index", *choices.header, *choices.prefill_header, *prompts.header)
+    no_ids = [""] * len(choices.header)
+    no_prefill = [""] * len(choices.prefill_header) if prompts.header else []
+    first_token = np.searchsorted(tokens["pass_index"], np.arange(len(passes) + 1))
+    owners, prompt_of_pass = tokens["prompt"].tolist(), passes["prompt"].tolist()
+    is_decode = passes["decode"].tolist()
+    for first in range(0, len(passes), _CHUNK_PASSES):
+        chunk = range(first, min(first + _CHUNK_PASSES, len(passes)))
+        for index, sequences in zip(chunk, choices.decoded(chunk), strict=True):
+            prompt = prompt_of_pass[index]
+            if not is_decode[index]:
+                yield (index, *no_ids, *choices.prefilled(index), *prompts.cells(prompt))
+                continue
+            of_pass = owners[first_token[index] : first_token[index + 1]]
+            of_pass += [prompt] * (len(sequences) - len(of_pass))
+            for owner, sequence in zip(of_pass, sequences, strict=False):
+                yield (index, *sequence, *no_prefill, *prompts.cells(owner))
+
+
+class _Choices:
+    """The chosen experts as cells: K for each layer, one row per sequence of a decode pass."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._decode = recorder.pass_table()["decode"]
+        self._layers, self._ids = recorder.layer_table(), recorder.expert_ids()
+        self._lengths = self._layers["n_tokens"].astype(np.int64) * self._layers["top_k"]
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._pass_of_row = self._layers["pass_index"].astype(np.int64)
+        self._first_row = np.searchsorted(self._pass_of_row, np.arange(len(self._decode) + 1))
+        widths = np.zeros(_n_layers(self._layers), dtype=np.int64)
+        np.maximum.at(widths, self._layers["layer"], self._layers["top_k"])
+        self._columns = np.cumsum(widths) - widths
+        self._waited_experts = recorder.waited_experts
+        self.prefill_header = [f"Prefill_{n}" for n in range(len(widths))]
+        self.header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
+
+    def prefilled(self, index: int) -> list[str]:
+        """A prefill's cells, one per layer."""
+        cells = [""] * len(self.prefill_header)
+        first, end = int(self._first_row[index]), int(self._first_row[index + 1])
+        for row, one in enumerate(self._layers[first:end], first):
+            start, length = self._starts[row], self._lengths[row]
+            chosen = self._ids[start : start + length].reshape(-1, max(int(one["top_k"]), 1))
+            newest_first = chosen[::-1].ravel()
+            experts, at, counts = np.unique(newest_first, return_index=True, return_counts=True)
+            order = np.argsort(at)
+            seen = zip(experts[order].tolist(), counts[order].tolist(), strict=True)
+            cells[int(one["layer"])] = prompt_cell(seen, self._waited_experts(row))
+        return cells
+
+    def decoded(self, chunk: range) -> Iterator[list[list[object]]]:
+        """Each pass's rows of cells, none for a prefill; empty where a layer has no such id."""
+        rows = np.arange(self._first_row[chunk.start], self._first_row[chunk.stop])
+        rows = rows[self._decode[self._pass_of_row[rows]]]
+        layers, lengths, place_in_chunk = (
+            self._layers[rows], self._lengths[rows], self._pass_of_row[rows] - chunk.start
+        )  # fmt: skip
+        n_sequences = self._decode[chunk.start : chunk.stop].astype(np.int64)  # 1 without layers
+        np.maximum.at(n_sequences, place_in_chunk, layers["n_tokens"])
+        ends = np.cumsum(n_sequences)
+        # Of every id: its place among those of its row of the table, and its cell.
+        place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        token, k = np.divmod(place, np.repeat(layers["top_k"], lengths))
+        first_cells = (ends - n_sequences)[place_in_chunk]
+        cells = np.full((int(n_sequences.sum()), len(self.header)), -1, dtype=np.int64)
+        cells[
+            np.repeat(first_cells, lengths) + token,
+            np.repeat(self._columns[layers["layer"]], lengths) + k,
+        ] = self._ids[np.repeat(self._starts[rows], lengths) + place]
+        filled: list[list[Any]] = cells.tolist()
+        if (cells < 0).any():
+            filled = [["" if expert < 0 else expert for expert in row] for row in filled]
+        for n, end in zip(n_sequences.tolist(), ends.tolist(), strict=True):
+            yield filled[end - n : end]
+
+
+def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
+    """Rows of token_gen_time.csv; energies are the token's own (its share of a batch's step)."""
+    passes, tokens = recorder.pass_table(), recorder.token_table()
+    tokens = tokens[tokens["pass_index"] < len(passes)]
+    prompts = _PromptColumn(recorder)
+    yield (*TOKEN_HEADER, *TOKEN_MORE, *prompts.header)
+    tokens = tokens[passes["decode"][tokens["pass_index"]]]
+    pass_indexes, times_s = step_times_s(tokens)
+    elapsed_s = np.cumsum(times_s)[np.searchsorted(pass_indexes, tokens["pass_index"])]
+    so_far = np.searchsorted(tokens["pass_index"], tokens["pass_index"], side="right")
+    sampled_at = np.array([sample.unix_s for sample in samples])
+    latest = np.searchsorted(sampled_at, tokens["unix_s"], side="right") - 1
+    cpu_j, gpu_j = (
+        token_energies_j(tokens, samples, sensor) for sensor in ("cpu_energy_j", "gpu_energy_j")
+    )
+    for index, token in enumerate(tokens):
+        unix_s = float(token["unix_s"])
+        sample = samples[max(int(latest[index]), 0)] if samples else Sample(unix_s)
+        yield (
+            index,
+            float(token["time_s"]),
+            int(unix_s),
+            float(so_far[index] / elapsed_s[index]) if elapsed_s[index] > 0 else None,
+            sample.busiest_mhz,
+            sample.cpu_temperature_c,
+            None if cpu_j is None else float(cpu_j[index]),
+            None if gpu_j is None else float(gpu_j[index]),
+            sample.gpu_power_w,
+            *prompts.cells(int(token["prompt"])),
+        )
+
+
+def frequency_rows(samples: Sequence[Sample]) -> Iterable[Row]:
+    """Rows of cpu_freq_avg.csv: the last sample of each second; powers since the row before."""
+    yield (*FREQUENCY_HEADER, *FREQUENCY_MORE)
+    by_second = {int(sample.unix_s): sample for sample in samples}
+    before: Sample | None = None
+    for second, sample in by_second.items():
+        cpu_w, gpu_w = (
+            _mean_power_w(before, sample, sensor) for sensor in ("cpu_energy_j", "gpu_energy_j")
+        )
+        gpu_w = sample.gpu_power_w if gpu_w is None else gpu_w
+        yield (second, sample.cpu_temperature_c, sample.busiest_mhz, cpu_w, gpu_w)
+        before = sample
+
+
+class _PromptColumn:
+    """The `Prompt` column, which only runs of more than one prompt have."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        owners = (recorder.pass_table()["prompt"], recorder.token_table()["prompt"])
+        self._present = len(np.unique(np.concatenate(owners))) > 1
+        self.header = ("Prompt",) if self._present else ()
+
+    def cells(self, prompt: int) -> tuple[int, ...]:
+        return (prompt,) if self._present else ()
+
+    def columns(self, passes: Table) -> tuple[Table, ...]:
+        return (passes["prompt"],) if self._present else ()
+
+
+def _numbered(columns: Sequence[npt.NDArray[Any] | list[str]]) -> Iterable[Row]:
+    plain = [c if isinstance(c, list) else c.tolist() for c in columns]
+    return ((index, *row) for index, row in enumerate(zip(*plain, strict=True)))
+
+
+def _phases(passes: Table) -> list[str]:
+    return ["decode" if decode else "prefill" for decode in passes["decode"]]
+
+
+def _n_layers(layers: Table) -> int:
+    return int(layers["layer"].max()) + 1 if len(layers) else 0
+
+
+def _sums(values: Table, pass_index: Table, n_passes: int) -> npt.NDArray[np.float64]:
+    sums: npt.NDArray[np.float64] = np.zeros(n_passes)
+    sums += np.bincount(pass_index, weights=values, minlength=n_passes)  # int zeros without rows
+    return sums
+
+
+def _mean_power_w(before: Sample | None, sample: Sample, sensor: str) -> float | None:
+    if before is None:
+        return None
+    start_j, end_j = getattr(before, sensor), getattr(sample, sensor)
+    if start_j is None or end_j is None or sample.unix_s <= before.unix_s:
+        return None
+    return float((end_j - start_j) / (sample.unix_s - before.unix_s))

@@ -1,0 +1,400 @@
+"""Chooses a cache for a memory budget by replaying routing on a modelled clock.
+
+The search asks the simulator, not a rule: which N x M, policy and expert format is fastest here
+depends on the routing, the CPU and the bus at once.
+
+Many cache settings on one trace: a row of figures for each, on all cores of this machine."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from moe_offload.errors import UserError
+from moe_offload.experts.cache import POLICIES, ExpertCache, ReplacementPolicy, make_policy
+from moe_offload.experts.costs import CostModel
+from moe_offload.simulation.replay import (
+    Belady,
+    Busy,
+    Replay,
+    Timeline,
+    bound_us,
+    distinct_experts,
+    most_hits,
+    replay,
+)
+from moe_offload.simulation.traces import N_IDS, RoutingPass, Trace, collected
+from moe_offload.simulation.workload import typical_workload
+
+BELADY = "BELADY"
+# Okabe and Ito's palette, told apart with every kind of colour vision.
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cache: N indexes x M ways, a policy by name (`BELADY` for the optimum), its quota."""
+
+    n_indexes: int
+    n_ways: int
+    policy: str
+    quota: int = 64
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What one setting yields; hit rates in percent of decode's cached layers.
+
+    `hit_expert` and `bound_bypass`, the rate that no policy can exceed, count an expert once in a
+    pass, however many tokens of a batch chose it; so does `all_hits`, in percent of every layer's
+    experts, cached or not. Times are 0 without a cost model.
+    """
+
+    n_indexes: int
+    n_ways: int
+    policy: str
+    slots: int
+    hit_one: float
+    hit_two: float
+    hit_expert: float
+    bound_bypass: float
+    all_hits: float
+    fetches: int
+    evictions: int
+    tokens_per_s: float
+    bound_tokens_per_s: float
+    synthetic: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A replay, the optimum beside it, and the modelled time of its decode.
+
+    `n_chosen` counts the experts of every decode pass and layer, cached or not, each once.
+    """
+
+    replay: Replay
+    most_hits: int
+    n_chosen: int
+    busy: Busy
+    tokens_per_s: float = 0.0
+    bound_tokens_per_s: float = 0.0
+
+
+def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) -> Outcome:
+    """Replay `trace` with one setting, on a modelled clock where `costs` are given."""
+    cache = ExpertCache(setting.n_indexes, setting.n_ways, _policy(setting.policy, trace))
+    timeline = Timeline(costs) if costs is not None else None
+    result = replay(trace.passes, cache, setting.quota, timeline)
+    best = most_hits(trace.packed, cache.n_indexes, setting.n_ways)
+    n_chosen = sum(
+        len(distinct_experts(tokens))
+        for one in trace.passes
+        if one.phase == "decode"
+        for tokens in one.ids
+    )
+    if timeline is None or costs is None or not result.decode_us:
+        return Outcome(result, best, n_chosen, Busy())
+    n = result.n_decode_passes
+    least_us = n * bound_us(costs, trace.n_layers, best / n, (n_chosen - best) / n)
+    return Outcome(
+        result,
+        best,
+        n_chosen,
+        timeline.busy,
+        tokens_per_s=result.n_decode_tokens / result.decode_us * 1e6,
+        bound_tokens_per_s=result.n_decode_tokens / least_us * 1e6,
+    )
+
+
+def sweep(
+    trace: Trace, settings: Sequence[Setting], costs: CostModel | None = None, processes: int = 1
+) -> list[SweepRow]:
+    """Run every setting, on so many processes; the rows keep the settings' order."""
+    row = partial(_row, trace, costs)
+    if processes <= 1 or len(settings) < 2 * processes:
+        return [row(setting) for setting in settings]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        # Four chunks a process: the trace travels with each, and slow settings spread.
+        return pool.map(row, settings, chunksize=-(-len(settings) // (4 * processes)))
+
+
+def grid(trace: Trace, policies: Iterable[str] = ()) -> list[Setting]:
+    """The settings of a sweep: N x M x policy, each number doubling up to the model's own."""
+    names = [*(policies or POLICIES), BELADY]
+    return [
+        Setting(n, m, policy)
+        for n in _doubling(trace.n_layers, 3)
+        for m in _doubling(trace.n_experts, 5)
+        for policy in names
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[SweepRow]) -> None:
+    """Write a sweep as CSV; raises UserError where the file cannot be written."""
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([field.name for field in fields(SweepRow)])
+            for row in rows:
+                values = (f"{v:.4f}" if isinstance(v, float) else v for v in astuple(row))
+                writer.writerow(values)
+    except OSError as error:
+        raise UserError(f"expected to write {path}, found {error}; choose another folder") from None
+
+
+def draw_rows(path: Path, rows: Sequence[SweepRow], title: str) -> None:
+    """Draw hit rate over ways, one line for each policy, at the sweep's largest N."""
+    import matplotlib  # a second of import that only figures need
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    widest = max(row.n_indexes for row in rows)
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    shown = [row for row in rows if row.n_indexes == widest]
+    policies = dict.fromkeys(row.policy for row in shown)
+    for policy, marker, colour in zip(policies, "os^Dvx*", _COLOURS, strict=False):
+        points = sorted((row.n_ways, row.hit_expert) for row in shown if row.policy == policy)
+        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=policy)
+    bound = sorted({(row.n_ways, row.bound_bypass) for row in shown})
+    axes.plot(*zip(*bound, strict=True), "k--", label="optimum with bypass")
+    axes.set_xscale("log", base=2)
+    ways = [row.n_ways for row in shown]
+    axes.set_xticks(sorted(set(ways)), [str(n) for n in sorted(set(ways))])
+    axes.set(xlabel="ways M", ylabel="experts hit in decode (%)", ylim=(0, 100), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def share_one_index(trace: Trace) -> Trace:
+    """The same routing for one index that all layers share, as other tools cache.
+
+    Each layer becomes a pass of one layer, its experts numbered apart from the other layers'.
+    """
+    E = trace.n_experts
+    if trace.n_layers * E > N_IDS:
+        raise UserError(f"--one-index numbers up to {N_IDS} experts, found {trace.n_layers} x {E}")
+    info = replace(trace.info, n_layers=1, n_experts=trace.n_layers * E)
+    return Trace(info, collected(_layer_by_layer(trace)))
+
+
+def _layer_by_layer(trace: Trace) -> Iterator[RoutingPass]:
+    E = trace.n_experts
+    for one in trace.passes:
+        for layer, tokens in enumerate(one.ids):
+            first = layer * E
+            shifted = tuple(tuple(first + expert for expert in token) for token in tokens)
+            yield RoutingPass(one.phase, (shifted,), one.prompt)
+        for layer, seen in enumerate(one.seen):
+            pairs = tuple((layer * E + expert, n) for expert, n in seen)
+            yield RoutingPass(one.phase, (), one.prompt, seen=(pairs,))
+
+
+def _policy(name: str, trace: Trace) -> ReplacementPolicy:
+    return Belady(trace.packed) if name == BELADY else make_policy(name)
+
+
+def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:
+    outcome = run_setting(trace, setting, costs)
+    decode = outcome.replay.decode
+    one, two, _ = decode.rates()
+    return SweepRow(
+        **{name: value for name, value in asdict(setting).items() if name != "quota"},
+        slots=setting.n_indexes * setting.n_ways,
+        hit_one=one,
+        hit_two=two,
+        hit_expert=decode.distinct_percent,
+        bound_bypass=100 * outcome.most_hits / max(decode.experts, 1),
+        all_hits=100 * decode.expert_hits / outcome.n_chosen,
+        fetches=outcome.replay.fetches,
+        evictions=outcome.replay.evictions,
+        tokens_per_s=outcome.tokens_per_s,
+        bound_tokens_per_s=outcome.bound_tokens_per_s,
+        synthetic=trace.info.synthetic,
+    )
+
+
+def _doubling(limit: int, count: int) -> list[int]:
+    """`limit` and its halves, `count` in all, ascending."""
+    return sorted({max(1, limit >> shift) for shift in range(count)})
+
+
+SEARCH_TOKENS = 64
+PROMPT_TOKENS = 16
+POLICIES_TRIED = ("LRU", "FIFO", "LFRU", "LFU")  # earlier ones win ties
+WORTHWHILE = 1.005  # less gain than this is noise of the routing
+FORMATS = ("bf16", "int8", "int4")
+
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """The fastest cache found, what it is predicted to do, and one sentence that says why."""
+
+    n_indexes: int
+    n_ways: int
+    policy: str
+    predicted_tokens_per_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class TunedSetting:
+    """One point of a tuning: a cache in one expert format, its memory and its speed.
+
+    `on_front`: nothing found is at least as fast in less memory.
+    """
+
+    weight_format: str
+    n_indexes: int
+    n_ways: int
+    policy: str
+    cache_bytes: int
+    tokens_per_s: float
+    on_front: bool = False
+
+
+def choose_cache(
+    free_bytes: int,
+    block_bytes: int,
+    n_layers: int,
+    n_experts: int,
+    top_k: int,
+    cost_model: CostModel,
+    trace: Trace | None = None,
+) -> CacheChoice:
+    """Choose N, M and policy for `free_bytes` of GPU memory.
+
+    Every way to spend the slots is tried, from many indexes of few ways to few of many, on the
+    first tokens of `trace`, or without one on synthetic routing of this shape. 0 x 0 when nothing
+    fits or no cache beats the CPU alone. Takes a second or two. Raises UserError for a trace of
+    another shape.
+    """
+    if trace is not None and (trace.n_layers != n_layers or trace.n_experts > n_experts):
+        raise UserError(
+            f"expected a trace of {n_layers} layers and at most {n_experts} experts, found "
+            f"{trace.n_layers} and {trace.n_experts} in {trace.info.model}; give a trace of "
+            "this model, or none"
+        )
+    n_slots = min(free_bytes // block_bytes, n_layers * n_experts)
+    if trace is None:
+        synthetic = typical_workload(n_layers, n_experts, top_k)
+        passes = synthetic.generate(SEARCH_TOKENS, 0, PROMPT_TOKENS).passes
+        source = "synthetic routing of this shape"
+    else:
+        passes = first_tokens(trace, SEARCH_TOKENS)
+        source = f"the trace of {trace.info.model}"
+    speed = _speeds(passes, cost_model)
+    alone = speed(0, 0, "LRU")
+    tried = [((0, 0), alone)]
+    tried += [((n, m), speed(n, m, "LRU")) for n, m in layouts(n_slots, n_layers, n_experts)]
+    (n_indexes, n_ways), best = _best(tried)
+    if not n_indexes:
+        why = "no cache: not one expert fits"
+        if n_slots:
+            why = f"no cache: {n_slots} experts fit, but the CPU alone is predicted to be as fast"
+        return CacheChoice(0, 0, "LRU", alone, why)
+    policies = [("LRU", best)]
+    policies += [(p, speed(n_indexes, n_ways, p)) for p in POLICIES_TRIED if p != "LRU"]
+    policy, best = _best(policies)
+    return CacheChoice(
+        n_indexes,
+        n_ways,
+        policy,
+        best,
+        f"{n_indexes * n_ways} of {n_slots} slots that fit; {best:.3g} tokens/s predicted against "
+        f"{alone:.3g} without a cache, by replaying {source}",
+    )
+
+
+def tune(
+    trace: Trace,
+    memory_bytes: int,
+    costs_of_format: dict[str, CostModel],
+    budgets: int = 6,
+) -> list[TunedSetting]:
+    """Find the fastest cache of each expert format at several budgets up to `memory_bytes`.
+
+    Returns the points by memory, with the Pareto front of speed against memory marked.
+    """
+    points: dict[tuple[str, int, int, str], TunedSetting] = {}
+    for weight_format, costs in costs_of_format.items():
+        for step in range(budgets + 1):
+            choice = choose_cache(
+                memory_bytes * step // budgets,
+                costs.block_bytes,
+                trace.n_layers,
+                trace.n_experts,
+                trace.info.top_k,
+                costs,
+                trace,
+            )
+            n, m, policy = choice.n_indexes, choice.n_ways, choice.policy
+            points[weight_format, n, m, policy] = TunedSetting(
+                weight_format,
+                n,
+                m,
+                policy,
+                n * m * costs.block_bytes,
+                choice.predicted_tokens_per_s,
+            )
+    ordered = sorted(points.values(), key=lambda point: (point.cache_bytes, -point.tokens_per_s))
+    fastest = 0.0
+    marked = []
+    for point in ordered:
+        on_front = point.tokens_per_s > fastest
+        fastest = max(fastest, point.tokens_per_s)
+        marked.append(replace(point, on_front=on_front))
+    return marked
+
+
+def layouts(n_slots: int, n_layers: int, n_experts: int) -> Iterator[tuple[int, int]]:
+    """The N x M worth trying for so many slots, most indexes first.
+
+    From all layers with the ways that allows to few layers with every expert; ways up to 8 grow
+    one by one, then by a quarter.
+    """
+    n_ways = max(1, min(n_experts, n_slots // n_layers))
+    while n_ways <= min(n_experts, n_slots):
+        yield min(n_layers, n_slots // n_ways), n_ways
+        if n_ways == n_experts:
+            return
+        n_ways = min(n_experts, n_ways + max(1, n_ways // 4))
+
+
+def first_tokens(trace: Trace, n_tokens: int) -> tuple[RoutingPass, ...]:
+    """The passes of a trace up to its `n_tokens`th decode pass."""
+    kept, left = [], n_tokens
+    for one in trace.passes:
+        kept.append(one)
+        left -= one.phase == "decode"
+        if not left:
+            break
+    return tuple(kept)
+
+
+def _speeds(passes: Iterable[RoutingPass], costs: CostModel) -> Callable[[int, int, str], float]:
+    def tokens_per_s(n_indexes: int, n_ways: int, policy: str) -> float:
+        cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
+        result = replay(passes, cache, timeline=Timeline(costs))
+        return result.n_decode_tokens / result.decode_us * 1e6
+
+    return tokens_per_s
+
+
+def _best(tried: list[tuple[_Key, float]]) -> tuple[_Key, float]:
+    """The first that no later one beats by a worthwhile margin."""
+    best = tried[0]
+    for one in tried[1:]:
+        if one[1] > best[1] * WORTHWHILE:
+            best = one
+    return best
