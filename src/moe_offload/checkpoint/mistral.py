@@ -19,7 +19,8 @@ from transformers import MixtralConfig
 
 from moe_offload.checkpoint.model_config import transformers_told
 from moe_offload.checkpoint.source_files import LazyTensor
-from moe_offload.errors import UserError, read_json_object
+from moe_offload.errors import UserError
+from moe_offload.files import read_json_object
 
 _TOP_NAMES: Final = {
     "tok_embeddings.weight": "model.embed_tokens.weight",

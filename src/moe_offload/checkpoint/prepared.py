@@ -36,9 +36,9 @@ from moe_offload.checkpoint.safetensors_file import (
     checksum,
     plan_header,
     read_into,
-    write_file_atomically,
 )
 from moe_offload.errors import UserError
+from moe_offload.files import write_atomically
 
 BLOCKS_NAME: Final = "blocks"
 
@@ -330,7 +330,7 @@ def write_manifest(manifest: Manifest) -> None:
     }
     path = manifest.folder / MANIFEST_NAME
     text = json.dumps(_encode_floats(data), indent=1, allow_nan=False)
-    write_file_atomically(path, f"{text}\n".encode())
+    write_atomically(path, f"{text}\n".encode())
 
 
 def _encode_floats(value: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.errors import UserError
+from moe_offload.files import sync_folder
 
 DATA_ALIGNMENT: Final = 4096  # of the first tensor's data in the files we write
 TEMPORARY_SUFFIX: Final = ".partial"
@@ -231,26 +232,3 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
         self._temporary.unlink(missing_ok=True)
-
-
-def write_file_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

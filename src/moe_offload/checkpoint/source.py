@@ -27,9 +27,9 @@ from moe_offload.checkpoint.model_config import (
     require_generation_config,
     transformers_told,
 )
-from moe_offload.checkpoint.safetensors_file import write_file_atomically
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
-from moe_offload.errors import UserError, read_json_object
+from moe_offload.errors import UserError
+from moe_offload.files import read_json_object, write_atomically
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,10 @@ def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> Non
         for pattern in _PATTERNS:
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
-                    write_file_atomically(output / path.name, _read(path))
+                    write_atomically(output / path.name, _read(path))
     if not (output / "config.json").exists():
         text = config.to_json_string(use_diff=True)
-        write_file_atomically(output / "config.json", text.encode())
+        write_atomically(output / "config.json", text.encode())
 
 
 def _read(path: Path) -> bytes:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_offload.checkpoint.safetensors_file import TensorEntry, read_header, read_into
-from moe_offload.errors import UserError, read_json_object
+from moe_offload.errors import UserError
+from moe_offload.files import read_json_object
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 

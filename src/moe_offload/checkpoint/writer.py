@@ -53,10 +53,10 @@ from moe_offload.checkpoint.safetensors_file import (
     TensorEntry,
     checksum,
     plan_header,
-    write_file_atomically,
 )
 from moe_offload.checkpoint.source import SourceCheckpoint
 from moe_offload.errors import UserError
+from moe_offload.files import write_atomically
 
 SHARD_BYTES: Final = 4 << 30
 BITS: Final = {"int8": 8, "int4": 4}
@@ -339,7 +339,7 @@ class Preparation:
 
     def _write_record(self, done: dict[str, dict[str, Any]]) -> None:
         data = {"key": self.record_key, "shards": done}
-        write_file_atomically(self._output / RECORD_NAME, json.dumps(data).encode())
+        write_atomically(self._output / RECORD_NAME, json.dumps(data).encode())
 
     def _check_room(self, done: dict[str, dict[str, Any]]) -> None:
         needed = sum(f.n_bytes for f in self._files if f.name not in done)

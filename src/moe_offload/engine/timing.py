@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from moe_offload.experts.costs import SideCost
+from moe_offload.files import user_cache, write_atomically
 
 _BURST_S = 0.04
 _MIN_TIMINGS = 5
@@ -354,7 +355,7 @@ class CalibrationCache:
     """
 
     def __init__(self, folder: Path | None = None, max_age_s: float = MAX_AGE_S) -> None:
-        self.folder = folder or _user_cache() / "moe-cpu-gpu-inference"
+        self.folder = folder or user_cache()
         self._max_age_s = max_age_s
 
     def path(self, hardware: Mapping[str, Any], shape: Mapping[str, Any]) -> Path:
@@ -393,16 +394,8 @@ class CalibrationCache:
             "calibration": calibration,
             "process": None if lasting else _this_process(),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(document, indent=2, default=str) + "\n")
-            temporary.replace(path)
+            write_atomically(path, json.dumps(document, indent=2, default=str) + "\n")
         except OSError:
             return False
         return True
-
-
-def _user_cache() -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(configured) if configured.startswith("/") else Path.home() / ".cache"

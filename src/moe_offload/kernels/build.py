@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_offload.errors import UserError
+from moe_offload.files import user_cache
 
 _SOURCES: Final = Path(__file__).resolve().parent / "cpp"
 
@@ -105,8 +106,7 @@ def _build_folder() -> Path:
                 return folder
         except OSError:
             pass
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "moe-cpu-gpu-inference"
+    folder = user_cache()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
-from moe_offload.errors import UserError, read_json_object
+from moe_offload.errors import UserError
+from moe_offload.files import read_json_object
 
 _LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")

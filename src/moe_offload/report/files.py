@@ -11,7 +11,6 @@ Where a run's files go, by name."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import json
@@ -31,6 +30,7 @@ import numpy as np
 
 from moe_offload.errors import UserError
 from moe_offload.experts.recorder import Recorder
+from moe_offload.files import write_together
 from moe_offload.machine.sensors import Sample
 from moe_offload.report.summary import RunSummary
 from moe_offload.report.tables import (
@@ -310,24 +310,11 @@ def _cell(value: object) -> object:
 
 
 def _write_together(lines: Mapping[Path, Iterable[str]]) -> None:
-    """All files to temporary names, then all renamed: none is ever seen half-written."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in lines}
     try:
-        for path, of_file in lines.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary[path].open("w", encoding="utf-8", newline="") as file:
-                file.writelines(of_file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in lines:
-            temporary[path].replace(path)
+        write_together(lines)
     except OSError as error:
         make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
         raise UserError(
-            f"expected to write {path}, but found: {error.strerror}: {make_room}send the run's "
-            "files elsewhere with --output-dir"
+            f"expected to write {error.filename}, but found: {error.strerror}: {make_room}send the "
+            "run's files elsewhere with --output-dir"
         ) from error
-    finally:
-        for leftover in temporary.values():
-            with contextlib.suppress(OSError):
-                leftover.unlink(missing_ok=True)
