@@ -21,6 +21,7 @@ PACKAGES = (
     "mistral_common",
     "google.protobuf",
     "numpy",
+    "gguf",
     "tqdm",
     "nvtx",
     "psutil",
