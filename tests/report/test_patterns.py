@@ -188,6 +188,12 @@ def test_a_number_of_experts_that_is_none(capsys: pytest.CaptureFixture[str], nu
     assert capsys.readouterr() == ("", expected)
 
 
+def test_a_number_of_experts_that_no_trace_can_name() -> None:
+    """A figure of a layer's experts takes memory by their number, whatever the trace holds."""
+    with pytest.raises(UserError, match="at most 65536 experts in a layer, found 10000000000"):
+        analyse(trace_of([[(0, 1)]] * 5, n_experts=10**10))
+
+
 def test_a_missing_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw.patterns([]) == 2
     expected = "error: the following arguments are required: trace; see --help\n"
