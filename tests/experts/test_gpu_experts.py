@@ -50,8 +50,8 @@ class Rig:
         )
 
     def launch(self, hidden: Tensor, slots: Tensor, weights: Tensor, out: Tensor | None = None):
-        device = self.gpu.device
-        return self.gpu.launch(hidden.to(device), slots, weights.to(device), self.fetcher, out)
+        device, pairs = self.gpu.device, slots.flatten().tolist()
+        return self.gpu.launch(hidden.to(device), pairs, weights.to(device), self.fetcher, out)
 
     def close(self) -> None:
         self.fetcher.close()
@@ -332,11 +332,15 @@ def test_torch_takes_over_where_triton_cannot_run(rig, monkeypatch, absent):
             raise RuntimeError("Failed to find C compiler\nPlease specify via CC")
 
     module = None if absent else types.SimpleNamespace(TritonExperts=Broken)
-    monkeypatch.setitem(sys.modules, "triton_experts", module)
+    monkeypatch.setitem(sys.modules, "moe_offload.kernels.triton_experts", module)
     gpu = rig(SMALL).gpu
     assert gpu._triton_if_it_runs(torch.bfloat16) is None
     (notice,) = gpu.notices
-    reason = "import of triton_experts halted" if absent else "Failed to find C compiler"
+    reason = (
+        "import of moe_offload.kernels.triton_experts halted"
+        if absent
+        else "Failed to find C compiler"
+    )
     assert notice.startswith(f"Triton kernels cannot run ({reason}")
     assert notice.endswith("): torch computes the hits, slower")
     with pytest.raises((ImportError, RuntimeError)):

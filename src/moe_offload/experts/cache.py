@@ -1,21 +1,18 @@
-"""The directory of the GPU expert cache: N indexes x M ways of tags and slot states, no tensors.
+"""The directory of the GPU expert cache, and the policies that choose who leaves it; no tensors.
 
-Layer l maps to index l when l < N; layers at or beyond N are not cached. Slot ids count through
-the indexes: slot = index * M + way. A slot is empty, in flight (its copy has begun) or ready.
-Every operation is O(M). Not thread-safe: one thread drives a forward pass and owns the directory.
+N indexes x M ways of tags and slot states. Layer l maps to index l when l < N; layers at or beyond
+N are not cached. Slot ids count through the indexes: slot = index * M + way. A slot is empty, in
+flight (its copy has begun) or ready. Every operation is O(M). Not thread-safe: one thread drives a
+forward pass and owns the directory and its policy.
 
-Replacement policies: which ready way of a cache index gives up its place.
-
-A policy sees three things happen to slots and answers one question. To try a new idea, subclass
+A policy sees three things happen to slots and answers one question: which ready slot of an index
+gives up its place. Only slots of one index are ever compared. To try a new idea, subclass
 `ReplacementPolicy`, override what the idea needs (fewer than 30 lines), and add the class to
 `POLICIES`: the command line, the simulator's sweeps and the tuner then know it by its name.
 
     class MostRecentlyUsed(LRU):
         def victim(self, candidates: Sequence[int]) -> int:
             return max(candidates, key=self._last_use.__getitem__)
-
-Slots of one index are neighbours (slot = index * n_ways + way) and only slots of one index are
-ever compared with each other. Policies are called from one thread.
 """
 
 from __future__ import annotations
@@ -171,9 +168,6 @@ def make_policy(name: str, seed: int = 0) -> ReplacementPolicy:
             "choose one of those"
         )
     return Random(seed) if policy is Random else policy()
-
-
-__all__ = ["ExpertCache", "SlotState", "make_policy"]
 
 
 class SlotState(IntEnum):
