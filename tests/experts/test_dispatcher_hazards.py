@@ -278,6 +278,35 @@ def test_the_run_ends_with_copies_in_flight():
     assert run.fetcher.in_flight > 0
 
 
+@pytest.mark.parametrize("miss_policy", ["cpu", "fetch"])
+def test_memory_that_is_not_pinned_is_copied_only_where_a_layer_waits_for_it(
+    monkeypatch, miss_policy
+):
+    """From pageable memory a copy would hold this thread up before the CPU's experts start."""
+    run = Run(miss_policy=miss_policy)
+    monkeypatch.setattr(run.store, "is_pinned", lambda layer: layer == 0)
+    run.gpu.device = torch.device("cuda")  # what the choice goes by
+    run.steps_without_close(40)
+    run.fetcher.drain()
+    held = {run.cache.tag(slot)[0] for slot in range(run.cache.n_slots) if run.cache.tag(slot)}
+    run.accelerator.close()
+    assert held == ({0} if miss_policy == "cpu" else {0, 1, 2})
+    assert run.model.wrong_layers == 0
+
+
+def test_a_model_that_nobody_closed_leaves_no_thread():
+    before = set(threading.enumerate())
+    run = Run()
+    run.steps_without_close(3)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    del run
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
 def test_a_prompts_copies_count_those_already_queued():
     """The warm-up of one layer stands before what the next layer would copy."""
     gate = threading.Event()

@@ -92,10 +92,19 @@ class Accelerator:
 
     def fetch_background(self, layer: int, experts: Sequence[int], quota: int) -> int:
         """Start copying missed experts for the tokens to come; returns how many."""
-        pairs = self.cache.start_fetches(layer, experts, quota)
+        pairs = self.cache.start_fetches(layer, experts, self.background_quota(layer, quota))
         for expert, slot in pairs:
             self.fetch(layer, expert, slot)
         return len(pairs)
+
+    def background_quota(self, layer: int, quota: int) -> int:
+        """What `layer` may spend of `quota`: nothing where its memory could not be pinned.
+
+        CUDA copies from pageable memory on the calling thread, before the CPU's experts could
+        start. What a layer waits for anyway still comes that way.
+        """
+        is_free = self.gpu.device.type == "cpu" or self.store.is_pinned(layer)
+        return quota if is_free else 0
 
     def fetch(self, layer: int, expert: int, slot: int) -> None:
         """Start copying one expert into a slot that is its own or a staging slot."""
@@ -137,6 +146,7 @@ class Accelerator:
         """
         self.prefetch.guess(layer, guessed)
         self.collect_copies()  # one that has ended since keeps nobody from the bus
+        quota = self.background_quota(layer, quota)
         if self.fetcher.in_flight or quota <= 0:
             return 0
         self.cache.protect(layer, guessed)

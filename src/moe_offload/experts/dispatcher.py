@@ -267,7 +267,8 @@ class MoeDispatcher:
         with self._ranges.layer(step.layer, "launch"):
             step.launch(accelerator, plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
-            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left, plan.waited)
+            quota = accelerator.background_quota(step.layer, self._quota_left)
+            warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
             self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
             step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
