@@ -248,22 +248,26 @@ class GpuExperts:
             return self._kernels.expert(slot, x)
         return expert_ffn(self.layout, self.slots[slot], x, self.activation, self.act_module)
 
-    def _allocate(self, n_slots: int, allocate: Allocator) -> Tensor:
-        wanted = n_slots
-        while True:
+    def _allocate(self, wanted: int, allocate: Allocator) -> Tensor:
+        """As many of `wanted` slots as fit, by bisection."""
+        slots = None
+        fit, too_many, n_slots = 0, wanted + 1, wanted
+        while fit + 1 < too_many or slots is None:
+            slots = None  # the smaller allocation makes room for the larger
             try:
                 slots = allocate(n_slots, self.layout.block_bytes, self.device)
+                fit = n_slots
             except RuntimeError as error:
                 if n_slots == 0 or not is_out_of_memory(error):
                     raise
-                n_slots //= 2
-                continue
-            if n_slots < wanted:
-                self.notices.append(
-                    f"out of memory on {self.device}: {n_slots} of {wanted} cache slots "
-                    f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
-                )
-            return slots
+                too_many, fit = n_slots, min(fit, n_slots - 1)
+            n_slots = fit if fit + 1 == too_many else (fit + too_many) // 2
+        if fit < wanted:
+            self.notices.append(
+                f"out of memory on {self.device}: {fit} of {wanted} cache slots "
+                f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
+            )
+        return slots
 
     def _load_kernels(self, kernels: str, dtype: torch.dtype) -> TritonExperts | None:
         if kernels == "torch" or (kernels == "auto" and self._thread is not None):
