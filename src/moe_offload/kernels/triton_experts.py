@@ -21,6 +21,7 @@ Products and sums are fp32. `triton_experts` launches them.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -307,21 +308,17 @@ class TritonExperts:
         layout, device = self._layout, self._slots.device
         hidden = torch.zeros(2, layout.hidden_size, dtype=dtype, device=device)
         for n_pairs in (1, _PAIRS_IN_WORDS + 1):  # slots in words, slots in memory
-            self.grouped(
-                hidden[:1],
-                torch.full((1, n_pairs), -1),
-                torch.zeros(1, n_pairs, device=device),
-            )
+            self.grouped(hidden[:1], [-1] * n_pairs, torch.zeros(1, n_pairs, device=device))
         if len(self._slots):
             self.expert(0, hidden)
 
-    def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor:
+    def grouped(self, hidden: Tensor, slot_of_pair: Sequence[int], weights: Tensor) -> Tensor:
         """fp32 [T, H] for `hidden` [T, H] and `weights` [T, K] on the slots' device.
 
-        `slot_of_pair` int64 [T, K] is on the CPU, -1 for a pair that is left out.
+        `slot_of_pair` has T * K entries, -1 for a pair that is left out.
         """
         layout, activation = self._layout, self._activation
-        n_tokens, top_k = slot_of_pair.shape
+        n_tokens, top_k = weights.shape
         n_pairs, width = n_tokens * top_k, layout.intermediate_size
         raw = activation.kind == "module"
         middle = torch.empty(n_pairs, layout.first_rows if raw else width, device=hidden.device)
@@ -400,18 +397,18 @@ class TritonExperts:
         )
         return torch.nn.functional.linear(x, weight, bias)
 
-    def _slot_arguments(self, slot_of_pair: Tensor) -> tuple[bool, tuple[Tensor | int, ...]]:
+    def _slot_arguments(self, slot_of_pair: Sequence[int]) -> tuple[bool, tuple[Tensor | int, ...]]:
         """Whether the slots are in the words, and the kernels' five arguments that hold them."""
-        n_pairs = slot_of_pair.numel()
-        if n_pairs <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
+        if len(slot_of_pair) <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
             words = [_WORD_MARK] * N_SLOT_WORDS
-            for pair, slot in enumerate(slot_of_pair.flatten().tolist()):
+            for pair, slot in enumerate(slot_of_pair):
                 word, place = divmod(pair, SLOTS_PER_WORD)
                 words[word] |= (slot + 1) << (SLOT_BITS * place)
             return True, (self._no_slots, *words)
         # At most 2 KiB: CUDA takes so little from pageable memory without holding the host up.
-        table = slot_of_pair.to(torch.int32).to(self._slots.device, non_blocking=True)
-        return False, (table.contiguous(), *[_WORD_MARK] * N_SLOT_WORDS)
+        table = torch.tensor(slot_of_pair, dtype=torch.int32)
+        table = table.to(self._slots.device, non_blocking=True)
+        return False, (table, *[_WORD_MARK] * N_SLOT_WORDS)
 
     def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._matrix, self._scales, self._biases
