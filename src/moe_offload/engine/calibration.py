@@ -398,7 +398,7 @@ def machine_costs(
     cache = cache or CalibrationCache()
     layout = store.layouts[0]
     shape = {
-        "layout": layout.to_json(),
+        "layout": asdict(layout),
         "n_layers": store.n_layers,
         "n_experts": store.n_experts[0],
         "cpu": cpu.description,

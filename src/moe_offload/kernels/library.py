@@ -12,10 +12,11 @@ from typing import Any, Final
 
 import psutil
 
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.kernels import build as build_module
 
-FORMAT_CODES: Final = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+FORMAT_CODES: Final = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
 ACTIVATION_CODES: Final = {
     "silu": 0,
     "gelu": 1,

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.kernels.oracle import ActivationModule, apply_activation
 
 ROWS: Final = 16  # of a tile: one row block of the packed layout
@@ -289,7 +290,7 @@ class TritonExperts:
         self._layout = layout
         self._activation = activation
         self._act_module = act_module
-        self._bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[layout.weight_format]
+        self._bits = WEIGHT_FORMATS[layout.weight_format].bits
         self._slots = slots
         element = torch.bfloat16 if self._bits == 16 else torch.float32
         self._matrix = slots.view(torch.int32 if self._bits < 16 else element)
