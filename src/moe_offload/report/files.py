@@ -11,6 +11,7 @@ Where a run's files go, by name."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -96,6 +97,24 @@ class ReportPaths:
             }
             paths = replace(self, **names)
         return paths
+
+
+def same_file_as(path: Path, others: Iterable[Path]) -> Path | None:
+    """The file of `others` that writing `path` would replace or change, under whatever name.
+
+    Of a folder among `others` that is every file below it. Files are told apart by what they are,
+    so that symbolic and hard links count; a `path` that is not there yet is none of them.
+    """
+    try:
+        own = path.stat()
+    except OSError:
+        return None
+    for other in others:
+        for file in other.rglob("*") if other.is_dir() else [other]:
+            with contextlib.suppress(OSError):  # a link to nothing
+                if file.is_file() and os.path.samestat(own, file.stat()):
+                    return file
+    return None
 
 
 _PACKAGES = ("torch", "transformers", "safetensors", "mistral-common", "numpy", "psutil")
