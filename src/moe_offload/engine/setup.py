@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from moe_offload.config import CacheOptions
 from moe_offload.engine.calibration import MachineCosts, machine_costs
 from moe_offload.engine.memory import free_slot_bytes
 from moe_offload.errors import UserError
-from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router, find_router
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
@@ -20,6 +21,7 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.machine.hardware import read_hardware
+from moe_offload.model.decode_modules import chosen_experts, find_router
 from moe_offload.model.loader import ModelSource, MoeSite
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
@@ -194,16 +196,13 @@ def _flags(options: CacheOptions) -> str:
 
 
 def _router(workbench: Workbench, site: MoeSite) -> Router:
-    store = workbench.store
-    router = find_router(
-        site.block, store.n_experts[site.layer], store.layouts[site.layer].hidden_size
-    )
+    router = find_router(site.block, workbench.store.layouts[site.layer].hidden_size)
     if router is None:
         raise UserError(
             f"--prefetch next-layer cannot call the router of {site.experts_path} on its own: "
             "use --prefetch off for this architecture"
         )
-    return router
+    return partial(chosen_experts, router)
 
 
 def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:

@@ -1,10 +1,9 @@
 """The GPU's side of a run, real or emulated: slots, their directory, and the copies into them.
 
-Guesses the next layer's experts from this layer's hidden state.
-
-The residual stream changes little from layer to layer, so the next layer's own router, given
-this layer's input, names most of the experts it will choose. The guess is only ever used for
-fetching ahead; it never changes a result.
+With the layers' routers it also guesses the next layer's experts. The residual stream changes
+little from layer to layer, so the next layer's own router, given this layer's input, names most of
+the experts it will choose. The guess is only ever used for fetching ahead; it never changes a
+result.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_offload.experts.cache import ExpertCache, SlotState
 from moe_offload.experts.costs import CostModel
@@ -25,48 +23,7 @@ from moe_offload.experts.plan import MissMode, MissTrial
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 
-Router = Callable[[Tensor], Tensor]
-
-
-def find_router(block: nn.Module, n_experts: int, hidden_size: int) -> Router | None:
-    """The router of an MoE block as hidden [T, H] -> ids int64 [T, K], or None.
-
-    A router is a direct child module that maps [T, H] to a tuple whose last tensor of integers
-    is [T, K]: transformers' convention, found by trying rather than by name.
-    """
-    for name, child in block.named_children():
-        if name == "experts":
-            continue
-        parameter = next(child.parameters(), None)
-        if parameter is None or n_experts not in parameter.shape:
-            continue
-        probe = torch.zeros(1, hidden_size, dtype=parameter.dtype, device=parameter.device)
-        try:
-            with torch.no_grad():
-                ids = _integer_output(child(probe))
-        except (RuntimeError, TypeError, ValueError):
-            continue
-        if ids is not None:
-            return _IdsOnly(child)
-    return None
-
-
-@dataclass(frozen=True)
-class _IdsOnly:
-    router: nn.Module
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        ids = _integer_output(self.router(hidden))
-        assert ids is not None  # it gave some for the probe
-        return ids
-
-
-def _integer_output(output: Any) -> Tensor | None:
-    if isinstance(output, tuple):
-        for value in reversed(output):
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 2:
-                return value
-    return None
+Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
 
 
 @dataclass
@@ -228,7 +185,7 @@ class Accelerator:
         if layer >= len(self.routers) or layer >= self.cache.n_indexes:
             return None
         router = self.routers[layer]
-        return None if router is None else router(hidden).long()
+        return None if router is None else router(hidden)
 
     def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
         """Start copying the `guessed` experts of `layer`; returns how many.

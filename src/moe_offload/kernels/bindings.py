@@ -231,32 +231,6 @@ class RouterArguments(ctypes.Structure):
     )
 
 
-class HeadsArguments(ctypes.Structure):
-    """`cpux_heads` of api.h."""
-
-    _fields_ = (
-        ("is_bf16", ctypes.c_int32),
-        ("n_batch", ctypes.c_int64),
-        ("n_heads", ctypes.c_int64),
-        ("n_kv_heads", ctypes.c_int64),
-        ("key_size", ctypes.c_int64),
-        ("value_size", ctypes.c_int64),
-        ("rotary_size", ctypes.c_int64),
-        ("q", ctypes.POINTER(MatrixArguments)),
-        ("k", ctypes.POINTER(MatrixArguments)),
-        ("v", ctypes.POINTER(MatrixArguments)),
-        ("q_norm", ctypes.POINTER(NormArguments)),
-        ("k_norm", ctypes.POINTER(NormArguments)),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("rotary_stride", ctypes.c_int64),
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("key_strides", ctypes.c_int64 * 2),
-        ("value_strides", ctypes.c_int64 * 2),
-    )
-
-
 def is_plain(x: Tensor) -> bool:
     """Whether the kernels read `x` as it lies: contiguous bf16 on the CPU, no gradient asked."""
     return (
@@ -276,7 +250,6 @@ _SIGNATURES: Final = {
         *(ctypes.POINTER(RouterArguments), _POINTER, _LONG, _INT, _INT),
         *(_POINTER, _POINTER, _POINTER),
     ),
-    "cpux_project": (ctypes.POINTER(HeadsArguments), _POINTER, _INT, _INT, _POINTER),
 }
 
 
@@ -293,7 +266,6 @@ class DecodeKernels:
             function.restype, function.argtypes = _INT, arguments
         self._norm = kernels.library.cpux_rms_norm
         self._route = kernels.library.cpux_route
-        self._project = kernels.library.cpux_project
 
     def norm(self, norm: NormArguments, x: Tensor, is_bf16: bool, n_rows: int, y: Tensor) -> None:
         self.kernels.check(self._norm(norm, x.data_ptr(), is_bf16, n_rows, y.data_ptr()))
@@ -318,13 +290,5 @@ class DecodeKernels:
                 logits.data_ptr(),
                 scores.data_ptr(),
                 index.data_ptr(),
-            )
-        )
-
-    def project(self, heads: HeadsArguments, x: Tensor, projected: Tensor) -> None:
-        kernels = self.kernels
-        kernels.check(
-            self._project(
-                heads, x.data_ptr(), kernels.isa_code, kernels.threads, projected.data_ptr()
             )
         )

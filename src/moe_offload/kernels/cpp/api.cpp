@@ -137,10 +137,6 @@ int cpux_route(const cpux_router* router, const void* x, int64_t n_tokens, int i
   });
 }
 
-int cpux_project(const cpux_heads* heads, const void* x, int isa, int threads, void* projected) {
-  return guarded(isa, [&](const Kernels& k) { cpux::run_heads(k, *heads, x, threads, projected); });
-}
-
 int cpux_n_isas(void) { return kIsaCount; }
 
 const char* cpux_isa_name(int isa) { return kIsas[isa].name; }

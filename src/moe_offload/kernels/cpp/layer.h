@@ -22,7 +22,5 @@ void run_attention(const Kernels& kernels, const cpux_attention& attention, int 
 void run_norm(const cpux_norm& norm, const void* x, bool is_bf16, int64_t n_rows, void* y);
 void run_router(const Kernels& kernels, const cpux_router& router, const void* x, int64_t n_tokens,
                 int threads, void* logits, void* scores, int64_t* index);
-void run_heads(const Kernels& kernels, const cpux_heads& heads, const void* x, int threads,
-               void* projected);
 
 }  // namespace cpux
