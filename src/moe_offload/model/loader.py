@@ -99,7 +99,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     task = "build the model that the prepared folder describes"
     with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     return model.eval()
 
