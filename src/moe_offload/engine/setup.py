@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
+from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import CacheOptions
 from moe_offload.engine.calibration import MachineCosts, machine_costs
 from moe_offload.engine.memory import free_slot_bytes
@@ -149,7 +149,6 @@ def _chosen_cache(
     del gpu  # its slots are free memory again
     store = workbench.store
     block_bytes = store.layouts[0].block_bytes
-    text_config: Any = workbench.source.config.get_text_config()
     free_bytes = free_slot_bytes(workbench.device, kv_bytes)
     if options.memory_gb is not None:
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
@@ -158,7 +157,7 @@ def _chosen_cache(
         block_bytes,
         store.n_layers,
         store.n_experts[0],
-        int(getattr(text_config, "num_experts_per_tok", 2)),
+        experts_per_token(workbench.source.config) or 2,
         costs.model,
         None if options.trace is None else read_trace(options.trace),
     )
