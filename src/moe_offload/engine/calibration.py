@@ -96,7 +96,8 @@ def gpu_starter(
         hidden = torch.ones(
             len(index), store.layouts[0].hidden_size, dtype=dtype, device=gpu.device
         )
-        pending = gpu.launch(hidden, index, torch.ones(index.shape, device=gpu.device), order)
+        weights = torch.ones(index.shape, device=gpu.device)
+        pending = gpu.launch(hidden, index[:, 0].tolist(), weights, order)
 
         def wait() -> None:
             pending.result()
@@ -397,7 +398,7 @@ def machine_costs(
     cache = cache or CalibrationCache()
     layout = store.layouts[0]
     shape = {
-        "layout": layout.to_json(),
+        "layout": asdict(layout),
         "n_layers": store.n_layers,
         "n_experts": store.n_experts[0],
         "cpu": cpu.description,

@@ -112,7 +112,7 @@ def build_accelerator(
             return None, costs
     gpu = workbench.gpu_experts(options.n_slots + N_STAGING_SLOTS)
     notes.extend(gpu.notices)
-    options = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
+    options, n_slots = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
     if workbench.device.type == "cpu":
         link = options.emulate_pcie_gbps
         notes.append(
@@ -123,9 +123,8 @@ def build_accelerator(
     routers = []
     if options.prefetch == "next-layer":
         routers = [_router(workbench, site) for site in workbench.sites]
-    cache = ExpertCache(
-        options.n_indexes, options.n_ways, make_policy(options.policy, options.seed)
-    )
+    policy = make_policy(options.policy, options.seed)
+    cache = ExpertCache(options.n_indexes, options.n_ways, policy, n_slots)
     accelerator = Accelerator(
         store=workbench.store,
         cache=cache,
@@ -204,15 +203,23 @@ def _router(workbench: Workbench, site: MoeSite) -> Router:
     return partial(chosen_experts, router)
 
 
-def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:
-    """The cache cut to `n_slots`: fewer ways first, then fewer indexes."""
+def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> tuple[CacheOptions, int]:
+    """The cache cut to `n_slots`, and how many of them it uses: fewer ways first, then indexes.
+
+    Where only the last index falls short, it alone has fewer ways.
+    """
     if n_slots >= options.n_slots:
-        return options
+        return options, options.n_slots
     if n_slots < 1:
         raise UserError(
             "not even one expert fits beside the model on the accelerator: use --cache-nblocks 0"
         )
     n_indexes = min(options.n_indexes, n_slots)
-    fitted = replace(options, n_indexes=n_indexes, n_ways=n_slots // n_indexes)
-    notes.append(f"the cache is {fitted.n_indexes} x {fitted.n_ways} for lack of memory")
-    return fitted
+    n_ways = -(-n_slots // n_indexes)
+    short = n_indexes * n_ways - n_slots
+    if short >= n_ways:
+        n_ways, short = n_slots // n_indexes, 0
+    fitted = replace(options, n_indexes=n_indexes, n_ways=n_ways)
+    cut = f", cut to {n_slots} slots," if short else ""
+    notes.append(f"the cache is {n_indexes} x {n_ways}{cut} for lack of memory")
+    return fitted, n_indexes * n_ways - short
