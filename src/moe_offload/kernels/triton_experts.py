@@ -17,6 +17,7 @@ how it was tested; its speed on a GPU is not measured yet.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.kernels.oracle import ActivationModule, apply_activation
 
 ROWS: Final = 16  # of a tile: one row block of the packed layout
@@ -288,7 +290,7 @@ class TritonExperts:
         self._layout = layout
         self._activation = activation
         self._act_module = act_module
-        self._bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[layout.weight_format]
+        self._bits = WEIGHT_FORMATS[layout.weight_format].bits
         self._slots = slots
         element = torch.bfloat16 if self._bits == 16 else torch.float32
         self._matrix = slots.view(torch.int32 if self._bits < 16 else element)
@@ -303,21 +305,17 @@ class TritonExperts:
         layout, device = self._layout, self._slots.device
         hidden = torch.zeros(2, layout.hidden_size, dtype=dtype, device=device)
         for n_pairs in (1, _PAIRS_IN_WORDS + 1):  # slots in words, slots in memory
-            self.grouped(
-                hidden[:1],
-                torch.full((1, n_pairs), -1),
-                torch.zeros(1, n_pairs, device=device),
-            )
+            self.grouped(hidden[:1], [-1] * n_pairs, torch.zeros(1, n_pairs, device=device))
         if len(self._slots):
             self.expert(0, hidden)
 
-    def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor:
+    def grouped(self, hidden: Tensor, slot_of_pair: Sequence[int], weights: Tensor) -> Tensor:
         """fp32 [T, H] for `hidden` [T, H] and `weights` [T, K] on the slots' device.
 
-        `slot_of_pair` int64 [T, K] is on the CPU, -1 for a pair that is left out.
+        `slot_of_pair` has T * K entries, -1 for a pair that is left out.
         """
         layout, activation = self._layout, self._activation
-        n_tokens, top_k = slot_of_pair.shape
+        n_tokens, top_k = weights.shape
         n_pairs, width = n_tokens * top_k, layout.intermediate_size
         raw = activation.kind == "module"
         middle = torch.empty(n_pairs, layout.first_rows if raw else width, device=hidden.device)
@@ -396,18 +394,18 @@ class TritonExperts:
         )
         return torch.nn.functional.linear(x, weight, bias)
 
-    def _slot_arguments(self, slot_of_pair: Tensor) -> tuple[bool, tuple[Tensor | int, ...]]:
+    def _slot_arguments(self, slot_of_pair: Sequence[int]) -> tuple[bool, tuple[Tensor | int, ...]]:
         """Whether the slots are in the words, and the kernels' five arguments that hold them."""
-        n_pairs = slot_of_pair.numel()
-        if n_pairs <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
+        if len(slot_of_pair) <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
             words = [_WORD_MARK] * N_SLOT_WORDS
-            for pair, slot in enumerate(slot_of_pair.flatten().tolist()):
+            for pair, slot in enumerate(slot_of_pair):
                 word, place = divmod(pair, SLOTS_PER_WORD)
                 words[word] |= (slot + 1) << (SLOT_BITS * place)
             return True, (self._no_slots, *words)
         # At most 2 KiB: CUDA takes so little from pageable memory without holding the host up.
-        table = slot_of_pair.to(torch.int32).to(self._slots.device, non_blocking=True)
-        return False, (table.contiguous(), *[_WORD_MARK] * N_SLOT_WORDS)
+        table = torch.tensor(slot_of_pair, dtype=torch.int32)
+        table = table.to(self._slots.device, non_blocking=True)
+        return False, (table, *[_WORD_MARK] * N_SLOT_WORDS)
 
     def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._matrix, self._scales, self._biases
