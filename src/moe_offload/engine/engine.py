@@ -241,6 +241,7 @@ def load_engine(
         read_trace(cache.trace)
     notes: list[str] = []
     model = build_skeleton(source.config, source.dtype, options.attention)
+    source.check(model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(

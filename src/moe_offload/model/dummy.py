@@ -184,6 +184,9 @@ class DummyModel:
         text: Any = self.config.get_text_config()
         return int(text.num_experts_per_tok)
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Nothing to compare: they are made from the model's own shapes."""
+
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Random matrices of standard deviation 0.02, norms of one, biases of zero."""
         for name, meta in model.state_dict().items():
