@@ -185,12 +185,20 @@ class GpuExperts:
 
         pending.start.record(stream)
         if self._thread is None:
-            _run_keeping_error(work, pending)
+            with torch.cuda.device(self.device):  # Triton launches on the current one
+                _run_keeping_error(work, pending)
         else:
             self._thread.submit(lambda: _run_keeping_error(work, pending))
         pending.end.record(stream)
-        fetcher.mark_released(slots, stream)
+        fetcher.mark_released(slots, pending.end)
         return pending
+
+    def synchronize(self) -> None:
+        """Wait until what was launched has ended."""
+        if self._thread is not None:
+            self._thread.synchronize()
+        else:
+            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Finish what was launched; end the emulated accelerator's thread."""
@@ -282,8 +290,9 @@ class GpuExperts:
     def _triton_if_it_runs(self, dtype: torch.dtype) -> TritonExperts | None:
         """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
         try:
-            triton = self._triton()
-            triton.warm_up(dtype)
+            with torch.cuda.device(self.device):
+                triton = self._triton()
+                triton.warm_up(dtype)
         except Exception as error:  # whatever it is, torch computes the same
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             self.notices.append(
