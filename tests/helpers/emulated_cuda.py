@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,8 +84,7 @@ class EmulatedStream(HostStream):
 
 class EmulatedEvent(HostEvent):
     def record(self, stream: Any) -> None:
-        marker = type("Marker", (), {"submit": staticmethod(stream.mark)})
-        super().record(marker)  # type: ignore[arg-type]
+        super().record(SimpleNamespace(submit=stream.mark))  # type: ignore[arg-type]
 
 
 class EmulatedCuda:

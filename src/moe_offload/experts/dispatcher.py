@@ -220,7 +220,15 @@ class MoeDispatcher:
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
         step = LayerStep(
-            self.store, self.cpu[layer], self._handoff, layer, hidden, index, weights, guess
+            self.store,
+            self.cpu[layer],
+            self._handoff,
+            accelerator,
+            layer,
+            hidden,
+            index,
+            weights,
+            guess,
         )
         routed_s = time.perf_counter()
         self._ranges.part(layer, "plan")
@@ -279,8 +287,8 @@ class MoeDispatcher:
             counts, slots, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, plan.hits)
-            step.launch_waited(accelerator, plan.waited)
+            step.launch(plan.hits)
+            step.launch_waited(plan.waited)
         self._spend(
             step, accelerator.fetch_background(step.layer, plan.background, self._quota_left)
         )
@@ -305,13 +313,13 @@ class MoeDispatcher:
             step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, plan.hits)
+            step.launch(plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
             quota = accelerator.background_quota(step.layer, self._quota_left)
             warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
             self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
-            step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
+            step.launch_waited(plan.waited, keep=dict(warmed))
             for expert, slot in warmed:  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)
