@@ -10,11 +10,12 @@ import json
 import torch
 from expert_cases import Case, random_blocks
 
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.experts.fetcher import HostFetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.kernels.oracle import expert_ffn
 
-FORMATS = ("fp32", "bf16", "int8", "int4")
+FORMATS = tuple(WEIGHT_FORMATS)
 CASES = [
     *(Case(f, 64, 48) for f in FORMATS),
     *(Case(f, 37, 29, "clamped_swiglu", has_bias=True) for f in FORMATS),

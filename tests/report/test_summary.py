@@ -168,9 +168,19 @@ def test_energy_is_that_of_decode_steps_alone() -> None:
     step_s = summary.generation_s / summary.generated_tokens
     assert summary.cpu_j_per_token == pytest.approx(40.0 * step_s, rel=1e-4)
     assert summary.gpu_j_per_token == pytest.approx(100.0 * step_s, rel=1e-4)
-    before_the_run = [Sample(START_UNIX_S - n, cpu_energy_j=0.0) for n in (2, 1)]
-    assert summarize(recorder, samples=before_the_run).cpu_j_per_token == 0.0
-    assert summarize(recorder, samples=before_the_run[:1]).cpu_j_per_token is None
+
+
+def test_a_counter_that_stands_still_is_no_energy() -> None:
+    """Nothing is printed rather than 0.00 J/token, a claim that nobody measured."""
+    samples = [Sample(START_UNIX_S + s, cpu_energy_j=7.0, gpu_energy_j=100.0 * s) for s in (0, 9)]
+    summary = summarize(record_run(Shape()), samples=samples)
+    assert summary.cpu_j_per_token is None
+    assert summary.gpu_j_per_token is not None
+    (line,) = [one for one in format_summary(summary).splitlines() if one.startswith("Energy")]
+    assert (
+        line == f"Energy: {summary.gpu_j_per_token:.2f} J/token (GPU {summary.gpu_j_per_token:.2f})"
+    )
+    assert summarize(record_run(Shape()), samples=samples[:1]).gpu_j_per_token is None
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,13 @@ WINGS = {
 }
 
 # What answers before torch is loaded, and what plans and counts without tensors.
-WITHOUT_TORCH = ["commands.generate", "commands.prepare", "commands.simulate", "commands.draw"]
+WITHOUT_TORCH = [
+    "commands.check",
+    "commands.draw",
+    "commands.generate",
+    "commands.prepare",
+    "commands.simulate",
+]
 WITHOUT_TENSORS = ["errors", "experts.cache", "prerequisites"]
 
 # Variables that belong to the user's system or shell. The project has none of its own.

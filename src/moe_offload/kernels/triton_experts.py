@@ -1,21 +1,17 @@
-"""The expert FFN from slot memory by the Triton kernels, for all hits of a layer together.
+"""The expert FFN from slot memory by Triton kernels, for all hits of a layer together.
 
 Two launches compute every (token, expert) pair of a layer: rows of `gate_up` with the activation,
-then rows of `down` with the routing weight. A third sums each token's pairs. Programs of one row
-tile and different pairs run side by side, so tokens that share an expert share its bytes in the L2
-cache.
+then rows of `down` with the routing weight. A third sums each token's pairs. A program computes one
+tile of rows of one pair; programs of one row tile and different pairs run side by side, so tokens
+that share an expert share its bytes in the L2 cache. Packed int8 and int4 are read as int32 words,
+which lie contiguously as [row block, word, 16 rows], and are dequantised in registers. Products and
+sums are fp32.
 
 In decode the pairs' slots travel as arguments of the launch, not in memory: a step's layer then
 sends the GPU nothing but the CPU's result.
 
 Import this only where Triton is installed. Without a GPU it runs in Triton's interpreter, which is
 how it was tested; its speed on a GPU is not measured yet.
-
-The expert FFN's Triton kernels: rows of the packed or plain matrices in slots times a vector.
-
-A program computes one tile of rows for one (token, expert) pair. Packed int8 and int4 are read as
-int32 words, which lie contiguously as [row block, word, 16 rows], and are dequantised in registers.
-Products and sums are fp32. `triton_experts` launches them.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -30,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.kernels.oracle import ActivationModule, apply_activation
 
 ROWS: Final = 16  # of a tile: one row block of the packed layout
@@ -116,7 +113,7 @@ def _dot(matrix, scales, rows, valid, x, n_columns, BITS: tl.constexpr, STEP: tl
 
 @triton.jit
 def _activate(gate, up, alpha, limit, KIND: tl.constexpr, HAS_GATE: tl.constexpr):
-    """`torch_experts.apply_activation`; comparisons are written so that NaN stays NaN."""
+    """`oracle.apply_activation`; comparisons are written so that NaN stays NaN."""
     if KIND == "clamped_swiglu":
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
@@ -293,7 +290,7 @@ class TritonExperts:
         self._layout = layout
         self._activation = activation
         self._act_module = act_module
-        self._bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[layout.weight_format]
+        self._bits = WEIGHT_FORMATS[layout.weight_format].bits
         self._slots = slots
         element = torch.bfloat16 if self._bits == 16 else torch.float32
         self._matrix = slots.view(torch.int32 if self._bits < 16 else element)
