@@ -52,7 +52,9 @@ from moe_offload.model.loader import (
     distinct_linears,
     find_moe_sites,
     install_experts,
+    one_pass_at_a_time,
     onednn_linears,
+    refuse_saving,
 )
 from moe_offload.simulation.trace_files import read_trace
 
@@ -286,6 +288,8 @@ def load_engine(
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
+    one_pass_at_a_time(model)
+    refuse_saving(model)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size
         routers = [find_router(site.block, width) for site in sites]
