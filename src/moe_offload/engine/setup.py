@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.model.loader import ModelSource, MoeSite
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
+
+_BEYOND_GPU_CACHE_BYTES = 256 << 20  # the largest L2 met so far has 126 MB (NVIDIA B200)
 
 
 def gpu_uuid(device: torch.device) -> str | None:
@@ -57,7 +60,6 @@ def chosen_cache(
     No cache where none is worth its memory.
     """
     block_bytes = source.layouts[0].block_bytes
-    text_config: Any = source.config.get_text_config()
     if options.memory_gb is not None:
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
     choice = choose_cache(
@@ -65,7 +67,7 @@ def chosen_cache(
         block_bytes,
         len(source.layouts),
         source.n_experts[0],
-        int(getattr(text_config, "num_experts_per_tok", 2)),
+        experts_per_token(source),
         costs,
         None if options.trace is None else read_trace(options.trace),
     )
@@ -84,6 +86,11 @@ def chosen_cache(
     return chosen
 
 
+def experts_per_token(source: ModelSource) -> int:
+    text_config: Any = source.config.get_text_config()
+    return int(getattr(text_config, "num_experts_per_tok", 2))
+
+
 def _flags(options: CacheOptions) -> str:
     """The command line that chooses `options` again, defaults left out."""
     if not options.wants_accelerator:
@@ -100,6 +107,12 @@ def _flags(options: CacheOptions) -> str:
     ):
         flags += f" {flag} {value}" if value != default else ""
     return flags
+
+
+def slots_to_measure(source: ModelSource) -> int:
+    """More experts than a GPU's own cache holds, of those that a layer has."""
+    n_slots = math.ceil(_BEYOND_GPU_CACHE_BYTES / source.layouts[0].block_bytes)
+    return max(N_STAGING_SLOTS, min(n_slots, source.n_experts[0]))
 
 
 def build_slots(
@@ -163,14 +176,14 @@ def _router(store: ExpertStore, site: MoeSite) -> Router:
 
 
 def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:
-    """The cache cut to `n_slots`: fewer ways first, then fewer indexes."""
+    """The cache cut to `n_slots`: the most of them that any N x M uses, with the most indexes."""
     if n_slots >= options.n_slots:
         return options
     if n_slots < 1:
         raise UserError(
             "not even one expert fits beside the model on the accelerator: use --cache-nblocks 0"
         )
-    n_indexes = min(options.n_indexes, n_slots)
-    fitted = replace(options, n_indexes=n_indexes, n_ways=n_slots // n_indexes)
-    notes.append(f"the cache is {fitted.n_indexes} x {fitted.n_ways} for lack of memory")
-    return fitted
+    sizes = [(n, min(options.n_ways, n_slots // n)) for n in range(1, options.n_indexes + 1)]
+    n_indexes, n_ways = max(sizes, key=lambda size: (size[0] * size[1], size[0]))
+    notes.append(f"the cache is {n_indexes} x {n_ways} for lack of memory")
+    return replace(options, n_indexes=n_indexes, n_ways=n_ways)

@@ -27,7 +27,8 @@ class Machine:
     arithmetic on experts with many tokens. `bus_gbps` is by PCIe generation. While CPU and copies
     run at once the CPU takes `cpu_shared_factor` times as long and a copy runs at `bus_shared`
     of its speed. `layer_us` is the host's fixed time for a layer's dense part, besides reading
-    its weights. Powers: the whole machine idle, and what each busy part adds.
+    its weights, `step_us` a step's beside its layers, measured with the head of the shape that was
+    measured. Powers: the whole machine idle, and what each busy part adds.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Machine:
     core_watts: float
     bus_watts: float
     gpu_watts: float
+    step_us: float = 0.0
 
     @property
     def cpu_gbps(self) -> float:
@@ -88,6 +90,7 @@ class Machine:
             cpu_shared_factor=self.cpu_shared_factor,
             block_bytes=block_bytes,
             dense_us_per_layer=self.layer_us + dense_us,
+            step_us=self.step_us,
         )
 
     def joules(self, us: float, cpu_us: float, copy_us: float, gpu_us: float) -> float:
@@ -104,10 +107,11 @@ _PLACES = {
     "pcie": "bus.pcie", "bus_call_us": "bus.call_us", "bus_shared": "bus.shared",
     "cpu_shared_factor": "bus.cpu_shared_factor",
     "gpu_memory_gb": "gpu.memory_gb", "gpu_gbps": "gpu.gbps", "gpu_tflops": "gpu.tflops",
-    "gpu_call_us": "gpu.call_us", "layer_us": "layer_us",
+    "gpu_call_us": "gpu.call_us", "layer_us": "layer_us", "step_us": "step_us",
     "idle_watts": "watts.idle", "core_watts": "watts.core",
     "bus_watts": "watts.bus", "gpu_watts": "watts.gpu",
 }  # fmt: skip
+_OPTIONAL = ("step_us",)
 _INTEGERS = ("cores", "pcie")
 _MAY_BE_ZERO = ("_us", "_watts")
 
@@ -125,6 +129,8 @@ def load_machine(path: Path) -> Machine:
         ) from None
     fields: dict[str, Any] = {}
     for name, place in _PLACES.items():
+        if name in _OPTIONAL and isinstance(data, dict) and place not in data:
+            continue
         fields[name] = _number(path, data, place, name.endswith(_MAY_BE_ZERO))
         if name.endswith("_factor") and fields[name] < 1:
             raise UserError(
@@ -208,6 +214,7 @@ def calibrated_machine(
         core_watts=0.0,
         bus_watts=0.0,
         gpu_watts=0.0,
+        step_us=costs.step_us,
     )
 
 
