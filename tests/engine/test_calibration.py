@@ -26,7 +26,7 @@ from moe_offload.engine.calibration import (
 )
 from moe_offload.engine.timing import CalibrationCache, Steadiness
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.experts.recorder import Recorder
+from moe_offload.experts.recorder import LayerEvent, Recorder
 from moe_offload.experts.store import ExpertStore
 from moe_offload.machine.hardware import read_hardware
 
@@ -102,9 +102,9 @@ class Gpu:
     def __post_init__(self) -> None:
         self.slots = torch.zeros(self.n_slots, LAYOUT.block_bytes, dtype=torch.uint8)
 
-    def launch(self, hidden: Tensor, index: Tensor, weights: Tensor, order: object) -> Gpu:
-        assert len(hidden) == len(index) == len(weights)
-        self.launched.append(index.flatten().tolist())
+    def launch(self, hidden: Tensor, slots: list[int], weights: Tensor, _: object) -> Gpu:
+        assert len(hidden) == len(slots) == len(weights)
+        self.launched.append(slots)
         return self
 
     def result(self) -> None: ...
@@ -140,10 +140,8 @@ def test_a_step_is_predicted_with_one_head() -> None:
         recorder.begin_pass("decode", 1, 0)
         for layer, n_hits in enumerate(hits):
             gpu_bytes, cpu_bytes = (n * LAYOUT.block_bytes for n in (n_hits, 2 - n_hits))
-            recorder.layer(
-                layer, [[0, 1]], [n_hits], n_hits, 2 - n_hits, 0, 0,
-                gpu_bytes=gpu_bytes, cpu_bytes=cpu_bytes,
-            )  # fmt: skip
+            moved = {"gpu_bytes": gpu_bytes, "cpu_bytes": cpu_bytes}
+            recorder.layer(LayerEvent(layer, [[0, 1]], [n_hits], n_hits, 2 - n_hits, **moved))
         recorder.end_pass(1.0)
     # Layers of 2 hits, of 2 misses, and twice of one each; MODEL's one token costs 110 and 21.
     layers_us = (50 + 5 + 42) + (50 + 5 + 220) + 2 * (50 + 115)

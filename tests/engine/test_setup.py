@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -78,31 +77,6 @@ def test_the_line_chooses_the_same_cache_again(
         assert again == expected
     with load(folder, again) as engine:
         assert engine.describe() == found
-
-
-@pytest.mark.parametrize(
-    ("asked", "n_slots", "expected"),
-    [
-        ((14, 4), 55, (13, 4)),  # 52 of the 55, where fewer ways alone would use 42
-        ((14, 4), 56, (14, 4)),
-        ((14, 4), 28, (14, 2)),  # as many slots in fewer indexes would leave layers without any
-        ((14, 4), 13, (13, 1)),
-        ((4, 8), 1, (1, 1)),
-        ((1, 8), 5, (1, 5)),
-        ((48, 32), 1535, (47, 32)),
-    ],
-)
-def test_a_cache_that_does_not_fit_keeps_as_many_slots_as_there_are(
-    asked: tuple[int, int], n_slots: int, expected: tuple[int, int]
-) -> None:
-    notes: list[str] = []
-    options = CacheOptions(n_indexes=asked[0], n_ways=asked[1])
-    fitted = setup._shrunk(options, n_slots, notes)
-    assert (fitted.n_indexes, fitted.n_ways) == expected
-    assert len(notes) == (expected != asked)
-    sizes = itertools.product(range(1, asked[0] + 1), range(1, asked[1] + 1))
-    best = max(n * m for n, m in sizes if n * m <= n_slots)
-    assert fitted.n_slots == best
 
 
 def test_not_one_slot_is_a_sentence() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_offload.config import (
+    FAST_FORMATS,
     POLICIES,
     CacheOptions,
     Config,
@@ -140,7 +141,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--dummy-layers", type=int, metavar="L", help="fewer layers than the shape has"
     )
     group.add_argument(
-        "--dummy-format", choices=("bf16", "int8", "int4"), default="bf16",
+        "--dummy-format", choices=FAST_FORMATS, default="bf16",
         help="weight format of the random experts (default bf16)",
     )  # fmt: skip
     group.add_argument(

@@ -355,11 +355,16 @@ def gpu_runner(
     for slot, block in zip(gpu.slots, _blocks_in_turn(store), strict=False):
         slot.copy_(block)
     call, first = _calls(store, dtype, gpu.device), 0
-    order: ExpertFetcher = make_fetcher(gpu.device, gpu.slots)
+    fetcher = make_fetcher(gpu.device, gpu.slots)
+
+    @cache
+    def launch(counts: Counts, first: int) -> tuple[Tensor, list[int], Tensor]:
+        hidden, slots, weights = call(counts, first, gpu.n_slots)
+        return hidden, slots.flatten().tolist(), weights
 
     def run(counts: Counts) -> None:
         nonlocal first
-        gpu.launch(*call(counts, first, gpu.n_slots), order).result()
+        gpu.launch(*launch(counts, first), fetcher).result()
         first = (first + len(counts)) % gpu.n_slots
         if gpu.device.type == "cuda":
             torch.cuda.synchronize(gpu.device)
@@ -367,7 +372,7 @@ def gpu_runner(
     try:
         yield run
     finally:
-        order.close()
+        fetcher.close()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_offload.checkpoint.prepared import read_manifest, verify
-from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.calibration import (
     CROSSOVER_TOKENS,
     MachineCosts,
@@ -281,7 +281,7 @@ def load_engine(
     device = choose_device(options.device)
     if options.attention == attention.NAME:
         attention.register_xformers(device)
-    if device.type == "cuda" and source.dense_format in ("int8", "int4"):
+    if device.type == "cuda" and source.dense_format in PACKED_FORMATS:
         raise UserError(
             f"the dense weights of {source.name} are prepared as {source.dense_format}, which "
             "only the CPU serves: use --device cpu, or prepare with --dense-dtype bf16"
@@ -380,7 +380,7 @@ def open_prepared(options: ModelOptions) -> PreparedModel:
     assert options.model_path is not None
     manifest = read_manifest(options.model_path)
     if options.verify:
-        total_bytes = sum(shard.file_bytes for shard in manifest.shards)
+        total_bytes = sum(shard.bytes for shard in manifest.shards)
         with byte_bar("verifying", total_bytes) as advance:
             verify(manifest, advance)
     return PreparedModel(manifest)

@@ -192,7 +192,8 @@ def calibrated_machine(
     reached_gbps, cpu_gbps = (
         costs.block_bytes / max(side.one_us(1), 1e-9) / 1e3 for side in (costs.gpu, costs.cpu)
     )
-    gpu_gbps = gpu_gbps or reached_gbps
+    dense_gbps = dense_bytes_per_layer / max(costs.dense_us_per_layer, 1e-9) / 1e3
+    gpu_gbps = gpu_gbps or max(reached_gbps, dense_gbps)  # an emulated one leaves dense to the CPU
     return Machine(
         name=name,
         cores=cores,
