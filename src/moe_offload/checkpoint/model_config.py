@@ -33,11 +33,20 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
         raise UserError(f"transformers cannot {task}: {reason}; {remedy}") from error
 
 
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """The most experts that a router chooses for a token; None where the config does not say.
+
+    The field may be a list, one number per layer (Hunyuan).
+    """
+    top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    return max(top_k) if isinstance(top_k, list) else top_k
+
+
 def require_experts_per_token(
     config: PretrainedConfig, n_experts: int, path: Path, remedy: str
 ) -> None:
-    """UserError when the router is to choose more experts than a layer's `n_experts`, or none."""
-    top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    """UserError when a router is to choose more experts than a layer's `n_experts`, or none."""
+    top_k = experts_per_token(config)
     if top_k is not None and not 1 <= top_k <= n_experts:
         raise UserError(
             f"expected num_experts_per_tok of 1 to {n_experts} in {path}, found {top_k}; {remedy}"

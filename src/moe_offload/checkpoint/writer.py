@@ -271,6 +271,8 @@ def plan_dense(source: SourceCheckpoint, dense_format: str) -> list[list[DensePa
     """The dense shards: parts of wider elements first, so that every tensor lies aligned."""
     facts = WEIGHT_FORMATS[dense_format]
     packable = _packable(source.model) if facts.group else set()
+    # what the model keeps in fp32 whatever it runs in (HY 4's head) is not for four bits
+    packable = {name for name in packable if source.dense_dtype(name) == source.model.dtype}
     parts = []
     for name in source.dense_names:
         shape = tuple(source.plan.expected(name).shape)

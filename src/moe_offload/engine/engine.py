@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.calibration import (
@@ -30,7 +31,6 @@ from moe_offload.engine.setup import (
     build_accelerator,
     build_slots,
     chosen_cache,
-    experts_per_token,
     fitted_cache,
     gpu_uuid,
     slots_to_measure,
@@ -45,8 +45,8 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.terminal import byte_bar
-from moe_offload.model import attention
-from moe_offload.model.decode_modules import use_cpu_kernels
+from moe_offload.model.attention import XFORMERS, register_xformers
+from moe_offload.model.decode_modules import find_router, use_cpu_kernels
 from moe_offload.model.loader import (
     ModelSource,
     MoeSite,
@@ -216,7 +216,7 @@ class Engine:
         if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
             return None
         costs = self.costs.model
-        n_pairs = n_sequences * experts_per_token(self.source)
+        n_pairs = n_sequences * (experts_per_token(self.source.config) or 2)
         cpu_us = costs.cpu.us(min(n_pairs, self.store.n_experts[0]), n_pairs)
         return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + cpu_us)
 
@@ -279,8 +279,8 @@ def load_engine(
     before loading anything when memory cannot hold the run.
     """
     device = choose_device(options.device)
-    if options.attention == attention.NAME:
-        attention.register_xformers(device)
+    if options.attention == XFORMERS:
+        register_xformers(device)
     if device.type == "cuda" and source.dense_format in PACKED_FORMATS:
         raise UserError(
             f"the dense weights of {source.name} are prepared as {source.dense_format}, which "
@@ -324,8 +324,10 @@ def load_engine(
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
     if device.type == "cpu":
-        blocks = [site.block for site in sites]
-        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, blocks)
+        width = source.layouts[0].hidden_size
+        routers = [find_router(site.block, width) for site in sites]
+        found = [router for router in routers if router is not None]
+        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, found)
     else:
         refused = store.pin()
         notes.extend([refused] if refused else [])
