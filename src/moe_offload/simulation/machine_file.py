@@ -6,6 +6,7 @@ number, and the simulator's --calibrate writes one for the machine it runs on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,7 @@ _PLACES = {
 _OPTIONAL = ("step_us",)
 _INTEGERS = ("cores", "pcie")
 _MAY_BE_ZERO = ("_us", "_watts")
+_LEAST, _MOST = 1e-6, 1e9  # of any number, in its unit: beyond, clocks and costs mean nothing
 
 
 def load_machine(path: Path) -> Machine:
@@ -138,6 +140,11 @@ def load_machine(path: Path) -> Machine:
                 f"{fields[name]:g}; correct it"
             )
         if name in _INTEGERS:
+            if not fields[name].is_integer():
+                raise UserError(
+                    f"expected a whole number at {place} in {path}, found {fields[name]:g}; "
+                    "correct it"
+                )
             fields[name] = int(fields[name])
     by_generation = data["bus"].get("gbps")
     if (
@@ -229,8 +236,13 @@ def _number(path: Path, data: Any, place: str, may_be_zero: bool) -> float:
     for key in place.split("."):
         table = value if isinstance(value, dict) else {}
         value = table.get(key, table.get(int(key)) if key.isdigit() else None)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise UserError(f"expected a number at {place} in {path}, found {value!r}; add it")
     if value < 0 or (value == 0 and not may_be_zero):
         raise UserError(f"expected {place} above 0 in {path}, found {value}; correct it")
+    if value and not _LEAST <= value <= _MOST:
+        raise UserError(
+            f"expected {place} from {_LEAST:g} to {_MOST:g} in {path}, found {value}: no machine "
+            "has it; correct it"
+        )
     return float(value)
