@@ -172,6 +172,20 @@ def test_a_gpu_and_its_bus_know_nothing_of_each_other():
     assert timeline.arrived() == []
 
 
+def test_every_pass_takes_its_head_once():
+    passes = passes_of(n_layers=3, n_tokens=4)
+    cache = ExpertCache(1, 2, make_policy("LRU"))
+    without, found = (
+        replay(passes, cache, quota=0, timeline=Timeline(replace(COSTS, step_us=us)))
+        for us in (0, 5000)
+    )
+    assert found.decode_us == pytest.approx(without.decode_us + 4 * 5000)
+    assert found.prefill_us == pytest.approx(without.prefill_us + 5000)
+    costs = replace(COSTS, step_us=5000)
+    assert bound_us(costs, 3, 6, 0) == bound_us(COSTS, 3, 6, 0) + 5000
+    assert prefetch_step_us(costs, 3, 2) == prefetch_step_us(COSTS, 3, 2) + 5000
+
+
 def test_a_prompts_layer_waits_for_the_copies_it_computes():
     # 40 tokens on experts 0 and 1: the CPU needs 20 + 500 + 3200 for each, a copy 1000.
     timeline = Timeline(COSTS)

@@ -301,7 +301,7 @@ def _report(
         recorder,
         seqlens=[conversation.generated.n_prompt_tokens for conversation in conversations],
         samples=sampler.samples,
-        cpu_limit_gbps=None if costs is None else costs.read_gbps,
+        cpu_limit_gbps=engine.cpu_limit_gbps,
         predicted_step_us=engine.predicted_step_us(recorder),
     )
     notes = [*engine.run_notes(), *_ended_early(conversations)]
