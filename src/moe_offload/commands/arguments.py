@@ -1,6 +1,6 @@
 """The command line that generates text: its flags are the fields of `config`.
 
-Also how every command reads its own (`ArgumentParser`, `a_path`), and prompts from a file.
+Also how every command reads its own: `ArgumentParser`, `a_path`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -51,48 +50,6 @@ def started_as(script: str) -> str:
     """What the user has started: an installed command, else `script`."""
     name = Path(sys.argv[0]).name
     return name if name.startswith("moe-") else script
-
-
-_LARGEST_FILE_BYTES = 64 << 20  # a million long prompts; more is a wrong file
-
-
-def read_prompts(options: PromptOptions) -> list[str]:
-    """The prompts to run, in order; more than the file has cycles through it.
-
-    A line ends at a line feed, a carriage return or both, and keeps its spaces; lines without text
-    are skipped. UserError for an empty prompt, and for a file that is missing,
-    empty, binary or too large to be a list of prompts.
-    """
-    if options.prompt is not None:
-        if not options.prompt.strip():
-            raise UserError("the prompt is empty: give --prompt some text")
-        return [options.prompt] * (options.n_prompts or 1)
-    assert options.path is not None
-    lines = _lines(options.path)
-    return list(islice(cycle(lines), options.n_prompts or len(lines)))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST_FILE_BYTES:
-            raise UserError(
-                f"{path} has {size / 1e6:.0f} MB, expected a text file of prompts of at most "
-                f"{_LARGEST_FILE_BYTES / 1e6:.0f} MB: split it"
-            )
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not a UTF-8 text file (byte {error.start}): expected one prompt per line"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"{path} is a binary file: expected text, one prompt per line")
-    lines = [line for line in text.split("\n") if line.strip()]  # reading made all ends that
-    if not lines:
-        raise UserError(f"{path} holds no prompt: expected one per line")
-    return lines
 
 
 CALIBRATION_SHAPE = "mixtral-8x7b"  # where no model is named: its experts outgrow any CPU cache
@@ -165,6 +122,8 @@ def _reading(one: Option) -> dict[str, Any]:
         return {"choices": get_args(one.kind)}
     if one.flag.choices:
         return {"choices": one.flag.choices, "type": str.upper}
+    if get_args(one.kind)[:1] == (str,):
+        return {"action": "append", "metavar": one.flag.usage.split()[1]}
     readers = {Path: a_path, tuple: parse_cpu_list}
     return {"type": readers.get(kind, kind), "metavar": one.flag.usage.split()[1]}
 
@@ -186,7 +145,8 @@ def parse_config(arguments: argparse.Namespace) -> Config:
 
 
 def _built(kind: Any, given: dict[str, Any]) -> Any:
-    return kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given})
+    values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_offload.errors import UserError
 from moe_offload.model.kv_cache import make_cache
 
-StopReason = Literal["eos", "length", "context", "interrupted"]
+StopReason = Literal["eos", "length", "context", "stop", "interrupted"]
 
 
 @dataclass
@@ -93,7 +93,8 @@ def generate_batch(
     `first_prompt + i`. A prompt that stops leaves the batch. `on_pass` hears, before each
     forward pass, which prompts are in it. `forced` overrides the sampled tokens (replays).
     Raises UserError for a prompt longer than the model's context. The end-of-sequence token is
-    counted and yielded. Records end with their `stop` reason set.
+    counted and yielded. Records end with their `stop` reason set. Whoever iterates may set it too,
+    to end a prompt by what its text says.
     """
     limit = context_length(model)
     for ids in prompts:
@@ -131,6 +132,7 @@ def generate_batch(
                 record.stop = stop
         started = now
         yield from zip(active, chosen, strict=True)
+        keep = [row for row in keep if active[row].stop == "interrupted"]
         if not keep:
             return
         if len(keep) < len(active):

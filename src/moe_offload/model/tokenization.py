@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
@@ -15,14 +15,20 @@ _LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
 
 
+Message = Mapping[str, str]  # of a chat: its role (system, user, assistant) and its content
+
+
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
 
     name: str
     eos_ids: frozenset[int]
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
-        """Token ids of `prompt`, inside the model's chat template unless `raw`."""
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        """Token ids of a prompt, inside the model's chat template unless `raw`, or of a chat.
+
+        UserError for a chat that the template does not take.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -52,14 +58,17 @@ class MistralTokenizer:
     def vocabulary_size(self) -> int:
         return int(self._tokenizer.n_words)
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
-        if raw:
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        if raw and isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt, bos=True, eos=False))
-        from mistral_common.protocol.instruct.messages import UserMessage
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-        request = ChatCompletionRequest(messages=[UserMessage(content=prompt)])
-        return list(self._backend.encode_chat_completion(request).tokens)
+        try:
+            messages: Any = _messages(prompt)  # as pydantic takes them
+            request = ChatCompletionRequest(messages=messages)
+            return list(self._backend.encode_chat_completion(request).tokens)
+        except Exception as error:  # of its own kinds and pydantic's
+            raise UserError(f"is a chat that mistral-common refuses ({_said(error)})") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids)))
@@ -88,18 +97,19 @@ class CheckpointTokenizer:
         eos = self._backend.eos_token_id
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
-        if raw or not self._backend.chat_template:
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        if isinstance(prompt, str) and (raw or not self._backend.chat_template):
             return list(self._backend(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}]
+        if not self._backend.chat_template:
+            raise UserError("is a chat, but the model's tokenizer has no chat template")
         try:
             encoded = self._backend.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+                _messages(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
             )
         except Exception as error:  # a template is a program
             raise UserError(
-                f"the chat template of {self._folder} fails ({_said(error)}): mend it there, or "
-                "use --raw-prompt"
+                f"makes the chat template of {self._folder} fail ({_said(error)}): mend it there, "
+                "or use --raw-prompt"
             ) from error
         return list(encoded["input_ids"])
 
@@ -109,6 +119,12 @@ class CheckpointTokenizer:
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _messages(prompt: str | Sequence[Message]) -> list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [dict(message) for message in prompt]
 
 
 def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
