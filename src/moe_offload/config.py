@@ -8,6 +8,7 @@ are made from that (`commands/arguments.py`), and messages name a setting by its
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,6 +16,49 @@ from types import NoneType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from moe_offload.errors import UserError
+
+WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    """How a weight format stores a matrix: `bits` per weight in elements of torch's `dtype`.
+
+    With a `group`, so many inputs of a row share one scale of `scale_bits`, which are packed tiles
+    (`checkpoint/quantization.py`); without, the matrix is row-major.
+    """
+
+    dtype: str
+    bits: int
+    group: int = 0
+    scale_bits: int = 16
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales included, padding not."""
+        return self.bits + (self.scale_bits / self.group if self.group else 0)
+
+
+# The one table of weight formats, in the order of WeightFormat in kernels/cpp/kernels.h. A format
+# is a row here, its bytes in checkpoint/block.py and its kernels.
+WEIGHT_FORMATS: Final[Mapping[str, FormatFacts]] = {
+    "fp32": FormatFacts("float32", 32),
+    "bf16": FormatFacts("bfloat16", 16),
+    "int8": FormatFacts("uint8", 8, group=32),
+    "int4": FormatFacts("uint8", 4, group=32),
+}
+# What one would choose for speed; fp32 is there to be compared with.
+FAST_FORMATS: Final = tuple(name for name, facts in WEIGHT_FORMATS.items() if facts.bits < 32)
+# Packed tiles: lossy, and as dense weights served by the CPU alone.
+PACKED_FORMATS: Final = tuple(name for name, facts in WEIGHT_FORMATS.items() if facts.group)
+
+
+def smaller_format(name: str) -> str | None:
+    """The format next below in size; None for the smallest."""
+    sizes = {other: facts.bits_per_weight for other, facts in WEIGHT_FORMATS.items()}
+    smaller = [other for other, size in sizes.items() if size < sizes[name]]
+    return max(smaller, key=sizes.__getitem__, default=None)
+
 
 POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 

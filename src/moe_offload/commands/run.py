@@ -15,8 +15,7 @@ from transformers import PretrainedConfig
 from moe_offload import VERSION
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
-from moe_offload.config import Config, GenerationOptions, ModelOptions
-from moe_offload.engine.calibration import predicted_step_us
+from moe_offload.config import Config, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.errors import UserError
@@ -25,7 +24,15 @@ from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.sensors import NvmlReader, SensorSampler
 from moe_offload.machine.terminal import Interruption, RunProgress, say, show, told_if_slow
 from moe_offload.model.dummy import DummyModel, DummyTokenizer, dummy_routing
-from moe_offload.model.generation import Generated, Sampler, generate_batch, make_sampler, stop_ids
+from moe_offload.model.generation import (
+    Generated,
+    context_length,
+    generate_batch,
+    make_sampler,
+    require_fitting,
+    stop_ids,
+    unused_suggestions,
+)
 from moe_offload.model.loader import PreparedModel
 from moe_offload.model.tokenization import StreamingDetokenizer, Tokenizer, load_tokenizer
 from moe_offload.report.files import ReportPaths, RunInfo, Status, routing_lines, write_reports
@@ -61,8 +68,7 @@ def run(
     prompts = [prompt for prompt, _ in encoded]
     left_out.require_some(prompts)
     longest = max(len(ids) + prompt.options.max_tokens for prompt, ids in encoded)
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    longest = min(longest, limit or longest)
+    longest = min(longest, context_length(source.config) or longest)
     recorder = Recorder() if config.output.record else NullRecorder()
     routing = None
     if isinstance(source, DummyModel):  # before minutes of loading: the trace may not fit
@@ -84,6 +90,14 @@ def run(
             engine.notes.extend(routing.notes)
         if config.output.nvtx and engine.device.type == "cpu":
             engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
+        if isinstance(source, PreparedModel):
+            options = config.generation
+            suggested = source.manifest.generation_config or {}
+            engine.notes += unused_suggestions(suggested, options.temperature, options.top_p)
+            if not stop_ids(engine.model, tokenizer.eos_ids):
+                engine.notes.append(
+                    "the model names no token that ends a text: every answer has --max-tokens"
+                )
         for note in engine.notes:
             say(note)
         if config.output.record:
@@ -145,21 +159,22 @@ def encode_prompts(
     left_out: LeftOut,
 ) -> list[tuple[Prompt, list[int]]]:
     """Each prompt with its token ids; one that the model cannot take is left out."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     encoded = []
     for prompt in prompts:
         try:
-            ids = tokenizer.encode(prompt.text, raw)
-            if limit and len(ids) >= limit:
-                raise UserError(
-                    f"has {len(ids)} tokens, but the model's context holds {limit}: shorten it"
-                )
-            if not ids:
-                raise UserError("has no tokens: give it some text")
+            ids = _encode(tokenizer, prompt, raw)
+            require_fitting(ids, config, prompt.name)
             encoded.append((prompt, ids))
         except UserError as error:
-            left_out.add(UserError(f"{prompt.name} {error}"))
+            left_out.add(error)
     return encoded
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt, raw: bool) -> list[int]:
+    try:
+        return tokenizer.encode(prompt.text, raw)
+    except UserError as error:
+        raise UserError(f"{prompt.name}: {error}") from error
 
 
 class _Response:
@@ -240,7 +255,6 @@ def run_prompts(
     eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
     stream = size == 1 and not output.hide_responses
     on_terminal = stream and sys.stdout.isatty()
-    samplers: dict[GenerationOptions, Sampler] = {}  # a seed's goes on from prompt to prompt
     progress = RunProgress(
         [site.block for site in engine.sites],
         len(encoded),
@@ -278,17 +292,15 @@ def run_prompts(
     try:
         for batch in _batches(encoded, size):
             first, options = batch[0][0].index, batch[0][0].options
-            if options not in samplers:
-                samplers[options] = make_sampler(
-                    options.temperature, options.top_p, options.seed, engine.device
-                )
             progress.evaluate(len(batch))
             n_before = len(conversations)
             for record, token in generate_batch(
                 engine.model,
                 [ids for _, ids in batch],
                 max_tokens=options.max_tokens,
-                sampler=samplers[options],
+                sampler=make_sampler(
+                    options.temperature, options.top_p, options.seed, engine.device
+                ),
                 eos_ids=eos_ids,
                 first_prompt=first,
                 on_pass=engine.follow_prompts,
@@ -357,7 +369,7 @@ def _report(
         seqlens=[conversation.generated.n_prompt_tokens for conversation in conversations],
         samples=sampler.samples,
         cpu_limit_gbps=None if costs is None else costs.read_gbps,
-        predicted_step_us=None if costs is None else predicted_step_us(recorder, costs.model),
+        predicted_step_us=engine.predicted_step_us(recorder),
     )
     notes = [*engine.run_notes(), *_ended_early(conversations), *left_out.notes()]
     if recorder.enabled:  # else no file has the columns that they speak of

@@ -8,9 +8,6 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +40,7 @@ from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.kernels.oracle import probe_activation
+from moe_offload.model.attention import takes_other_attention
 
 Progress = Callable[[int], None]
 
@@ -93,7 +91,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
                 "which leaves it to the model"
             )
         attention = "eager"
-    elif attention != "sdpa" and tests_attention(model_class):
+    elif attention != "sdpa" and not takes_other_attention(model_class):
         raise UserError(
             f"{model_class.__name__} computes its attention differently under names it does not "
             "know: use --attention sdpa"
@@ -101,18 +99,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     task = "build the model that the prepared folder describes"
     with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     return model.eval()
-
-
-def tests_attention(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the model's code does something else under another name of attention than "sdpa".
-
-    DeepSeek-V3.2's sparse attention, for one, masks only under names it knows.
-    """
-    source = inspect.getsource(sys.modules[model_class.__module__])
-    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
 
 
 def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:
