@@ -55,6 +55,11 @@ class Answers:
             self.close()
             raise
 
+    @property
+    def n_before(self) -> int:
+        """How many finished answers the file had when it was opened."""
+        return len(self._lines)
+
     def __enter__(self) -> Answers:
         return self
 

@@ -52,6 +52,7 @@ def started_as(script: str) -> str:
     return name if name.startswith("moe-") else script
 
 
+_MOST_CPUS = 1 << 16  # a list of more is a slip, and would take all memory
 CALIBRATION_SHAPE = "mixtral-8x7b"  # where no model is named: its experts outgrow any CPU cache
 
 _EPILOG = """examples:
@@ -155,7 +156,10 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            cpus.extend(range(int(first), int(last or first) + 1))
+            end = int(last or first) + 1
+            if end > _MOST_CPUS:
+                raise ValueError
+            cpus.extend(range(int(first), end))
     except ValueError:
         cpus = []
     if not cpus:

@@ -141,11 +141,10 @@ def _main(argv: Sequence[str], interruption: Interruption) -> int:
         answers = None
         if config.output.responses_jsonl is not None:
             answers = stack.enter_context(Answers(config.output.responses_jsonl, config))
-            n_prompts, prompts = len(prompts), answers.unanswered(prompts)
-            if config.output.resume:
-                say(f"{n_prompts - len(prompts)} of {n_prompts} prompts are answered already")
-                if not prompts:
-                    return _left_out_code(left_out)
+            prompts = answers.unanswered(prompts)
+            if not prompts:
+                say(f"all {answers.n_before} prompts are answered in {answers.path}")
+                return _left_out_code(left_out)
         if not config.output.quiet:
             say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
         from moe_offload.commands.run import run

@@ -88,6 +88,8 @@ def run(
                 f"random weights, routing of {routing.info.model}: the text is meaningless"
             )
             engine.notes.extend(routing.notes)
+        if answers is not None and answers.n_before:
+            engine.notes.append(f"{answers.n_before} more prompts were answered before this run")
         if config.output.nvtx and engine.device.type == "cpu":
             engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
         if isinstance(source, PreparedModel):
