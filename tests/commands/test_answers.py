@@ -187,3 +187,16 @@ def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPa
             answers.write(PROMPTS[1], facts())
     monkeypatch.undo()
     assert path.read_bytes() == before
+
+
+def test_a_pipe_is_written_and_waited_for_by_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"cannot write .*pipe"):
+        opened(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with opened(tmp_path / "pipe") as answers:
+        answers.write(PROMPTS[1], facts())
+    assert json.loads(os.read(reader, 1 << 16))["prompt"] == "one"
+    os.close(reader)
+    with opened(Path("/dev/full")) as answers, pytest.raises(UserError, match="No space left"):
+        answers.write(PROMPTS[1], facts())

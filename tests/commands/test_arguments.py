@@ -61,6 +61,15 @@ def test_what_is_no_list_of_cpus(text: str) -> None:
         parse_cpu_list(text)
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--stop", "--system"])
+def test_a_text_is_utf_8_in_any_locale(flag: str) -> None:
+    field = flag.removeprefix("--")
+    in_ascii = "\u00e7a va".encode().decode("ascii", "surrogateescape")
+    assert getattr(parse([flag, in_ascii]), field) in ("\u00e7a va", ["\u00e7a va"])
+    with pytest.raises(UserError, match=f"{flag}: expected UTF-8 text, found other bytes"):
+        parse([flag, b"caf\xe9".decode("ascii", "surrogateescape")])
+
+
 @pytest.mark.parametrize("program", ["main.py", "moe-run"])
 def test_help_calls_the_program_as_it_was_started(
     program: str, monkeypatch: pytest.MonkeyPatch

@@ -38,7 +38,7 @@ class Answers:
         self._lines: list[dict[str, Any]] = []
         self._is_file = not path.exists() or path.is_file()
         try:
-            self._handle = _locked(path) if self._is_file else os.open(path, os.O_WRONLY)
+            self._handle = _locked(path) if self._is_file else _device(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         try:
@@ -183,6 +183,13 @@ def _locked(path: Path) -> int:
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
         os.close(handle)  # removed by its owner between the two calls
+
+
+def _device(path: Path) -> int:
+    """A device or a pipe, opened; OSError for a pipe without a reader, which would wait for one."""
+    handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    return handle
 
 
 def _answer(line: bytes) -> dict[str, Any] | None:

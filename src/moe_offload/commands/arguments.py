@@ -6,8 +6,10 @@ Also how every command reads its own: `ArgumentParser`, `a_path`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -30,6 +32,17 @@ def a_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found an empty text")
     return Path(text)
+
+
+def a_text(text: str) -> str:
+    """The UTF-8 text of an argument, whatever the locale takes its bytes for."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # bytes that the locale has no character for
+        with suppress(UnicodeDecodeError):
+            return os.fsencode(text).decode()
+        raise argparse.ArgumentTypeError("expected UTF-8 text, found other bytes") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -123,10 +136,11 @@ def _reading(one: Option) -> dict[str, Any]:
         return {"choices": get_args(one.kind)}
     if one.flag.choices:
         return {"choices": one.flag.choices, "type": str.upper}
+    metavar = one.flag.usage.split()[1]
     if get_args(one.kind)[:1] == (str,):
-        return {"action": "append", "metavar": one.flag.usage.split()[1]}
-    readers = {Path: a_path, tuple: parse_cpu_list}
-    return {"type": readers.get(kind, kind), "metavar": one.flag.usage.split()[1]}
+        return {"action": "append", "type": a_text, "metavar": metavar}
+    readers = {str: a_text, Path: a_path, tuple: parse_cpu_list}
+    return {"type": readers.get(kind, kind), "metavar": metavar}
 
 
 def parse_config(arguments: argparse.Namespace) -> Config:

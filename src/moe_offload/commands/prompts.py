@@ -91,8 +91,6 @@ def read_prompts(
         text = _standard_input() if options.prompt == "-" else options.prompt or ""
         if not text.strip():
             raise UserError("the prompt is empty: give --prompt some text")
-        if not _is_unicode(text):
-            raise UserError("--prompt is not UTF-8 text: convert it, or use a UTF-8 terminal")
         found: Sequence[Prompt | None] = [Prompt(0, text, generation)]
     elif options.path.suffix == ".jsonl":
         found = list(_json_prompts(options.path, generation, left_out))
