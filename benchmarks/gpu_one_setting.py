@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.gpu_models import Setting
 from benchmarks.gpu_rows import Row
-from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.engine.engine import Engine
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.kernels.oracle import experts_forward
@@ -153,7 +152,7 @@ def bound_step_us(engine: Engine, measured: Measured) -> float:
     n_layers = engine.store.n_layers
     if engine.accelerator is None:  # no bus to share the misses with
         cpu_us = costs.cpu.one_us(1)
-        return n_layers * costs.dense_us_per_layer + misses * cpu_us
+        return costs.step_us + n_layers * costs.dense_us_per_layer + misses * cpu_us
     return bound_us(costs, n_layers, hits, misses)
 
 
@@ -186,7 +185,7 @@ def run_setting(
     summary = summarize(recorder)
     assert summary.step_ms is not None
     bound_ms = bound_step_us(engine, measured) / 1e3
-    predicted_us = predicted_step_us(recorder, engine.costs.model)
+    predicted_us = engine.predicted_step_us(recorder)
     stats = None
     if engine.accelerator is not None and engine.accelerator.prefetch.chosen:
         stats = engine.accelerator.prefetch

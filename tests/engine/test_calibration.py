@@ -1,262 +1,202 @@
-"""Cost lines are fitted exactly to exact timings, and calibrations are kept until they expire."""
+"""What is measured is what a run pays: no set-up, nothing from a cache, the head once a token."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from moe_offload.engine import timing
-from moe_offload.engine.timing import (
-    SIDE_CALLS,
-    CalibrationCache,
-    calibrate_copy,
-    calibrate_sharing,
-    calibrate_side,
-    fit_side,
-    measure_read_gbps,
-    median_us,
-    slowdown,
+from moe_offload.checkpoint.block import block_layout
+from moe_offload.engine import calibration
+from moe_offload.engine.calibration import (
+    MachineCosts,
+    copier,
+    cpu_runner,
+    dense_costs,
+    gpu_runner,
+    machine_costs,
+    predicted_step_us,
 )
-from moe_offload.experts.costs import SideCost
+from moe_offload.engine.timing import CalibrationCache, Steadiness
+from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.recorder import LayerEvent, Recorder
+from moe_offload.experts.store import ExpertStore
+from moe_offload.machine.hardware import read_hardware
 
-HARDWARE = {"cpu": "Test CPU", "gpu": None}
-SHAPE = {"hidden_size": 64}
+LAYOUT = block_layout("bf16", 16, 8)
+N_LAYERS, N_EXPERTS = 2, 4
+N_BLOCKS = N_LAYERS * N_EXPERTS
+MODEL = CostModel(
+    SideCost(5, 100, 10), SideCost(5, 20, 1), 1, 10, 5, 1.5, LAYOUT.block_bytes, 50, step_us=700
+)
 
 
-# Tokens of one expert -> us, as kernels that compute tiles of tokens take them.
-STEPS = ((1, 300.0), (4, 310.0), (8, 600.0), (16, 900.0), (32, 1000.0), (128, 4000.0))
+@pytest.fixture
+def store() -> Iterator[ExpertStore]:
+    """Every block holds its number, layer by layer."""
+    filled = ExpertStore([LAYOUT] * N_LAYERS, [N_EXPERTS] * N_LAYERS)
+    for layer, expert in itertools.product(range(N_LAYERS), range(N_EXPERTS)):
+        filled.block(layer, expert).fill_(layer * N_EXPERTS + expert)
+    yield filled
+    filled.close()
 
 
-def costs_us(cost: SideCost) -> list[float]:
-    return [cost.us_of(counts) for counts in SIDE_CALLS]
+@pytest.mark.parametrize(("n_layers", "expected"), [(4, (30.0, 1000.0)), (1, (1030.0, 0.0))])
+def test_the_head_is_a_steps_and_not_a_layers(
+    n_layers: int, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a modelled clock where every third step is disturbed: a mean would see it."""
+    blocks = [nn.Identity() for _ in range(n_layers)]
+    now_s, steps = 0.0, 0
+
+    def step() -> None:
+        nonlocal now_s, steps
+        steps += 1
+        slow = 10 if steps % 3 == 0 else 1
+        for block in blocks:
+            block(torch.zeros(1))
+            now_s += 30e-6 * slow
+        now_s += 1000e-6 * slow
+
+    def experts() -> None:
+        nonlocal now_s
+        now_s += 5.0
+
+    monkeypatch.setattr("moe_offload.engine.calibration.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.0)
+    assert dense_costs(step, blocks, experts) == pytest.approx(expected)
+    assert not any(block._forward_pre_hooks for block in blocks)
+
+
+def test_a_calls_operands_are_at_hand(store: ExpertStore) -> None:
+    given: list[tuple[int, ...]] = []
+    chosen: list[int] = []
+
+    class Cpu:
+        def run(self, hidden, pointers, mask, index, weights, out):
+            given.append(tuple(t.data_ptr() for t in (hidden, mask, weights, out)))
+            chosen.extend(pointers[index.flatten()].tolist())
+
+    run: Callable[[tuple[int, ...]], None] = cpu_runner(store, Cpu(), torch.float32)  # type: ignore[arg-type]
+    for _ in range(2 * N_BLOCKS):
+        run((1,))
+    assert len(set(given)) <= N_LAYERS  # a layer's mask
+    assert chosen[:N_BLOCKS] == chosen[N_BLOCKS:] and len(set(chosen)) == N_BLOCKS
+
+
+@dataclass
+class Gpu:
+    """An accelerator that computes nothing and remembers what it was asked."""
+
+    n_slots: int
+    launched: list[list[int]]
+    device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        self.slots = torch.zeros(self.n_slots, LAYOUT.block_bytes, dtype=torch.uint8)
+
+    def launch(self, hidden: Tensor, slots: list[int], weights: Tensor, _: object) -> Gpu:
+        assert len(hidden) == len(slots) == len(weights)
+        self.launched.append(slots)
+        return self
+
+    def result(self) -> None: ...
+
+
+@pytest.mark.parametrize("n_slots", [3, 5, 11])
+def test_the_accelerators_slots_are_all_used_in_turn(store: ExpertStore, n_slots: int) -> None:
+    gpu: Any = Gpu(n_slots, [])
+    with gpu_runner(store, gpu, torch.float32) as run:
+        assert gpu.slots[:, 0].tolist() == [
+            slot % (N_LAYERS * N_EXPERTS) for slot in range(n_slots)
+        ]
+        for _ in range(n_slots):
+            run((1, 2))
+    assert {len(set(slots)) for slots in gpu.launched} == {2}
+    used = [slot for slots in gpu.launched for slot in dict.fromkeys(slots)]
+    assert used == [i % n_slots for i in range(2 * n_slots)]
+
+
+def test_copies_read_every_block_in_turn(store: ExpertStore) -> None:
+    gpu: Any = Gpu(3, [])
+    seen = []
+    with copier(store, gpu, None) as copy:
+        for n_bytes in (LAYOUT.block_bytes, 16) * (N_BLOCKS // 2):
+            copy(n_bytes)
+            seen.append(int(gpu.slots[2, 0]))
+    assert seen == list(range(N_BLOCKS))
+
+
+def test_a_step_is_predicted_with_one_head() -> None:
+    recorder = Recorder()
+    for hits in ([2, 0], [1, 1]):
+        recorder.begin_pass("decode", 1, 0)
+        for layer, n_hits in enumerate(hits):
+            gpu_bytes, cpu_bytes = (n * LAYOUT.block_bytes for n in (n_hits, 2 - n_hits))
+            moved = {"gpu_bytes": gpu_bytes, "cpu_bytes": cpu_bytes}
+            recorder.layer(LayerEvent(layer, [[0, 1]], [n_hits], n_hits, 2 - n_hits, **moved))
+        recorder.end_pass(1.0)
+    # Layers of 2 hits, of 2 misses, and twice of one each; MODEL's one token costs 110 and 21.
+    layers_us = (50 + 5 + 42) + (50 + 5 + 220) + 2 * (50 + 115)
+    assert predicted_step_us(recorder, MODEL) == pytest.approx(layers_us / 2 + 700)
+    assert MODEL.decode_step_us([2, 0], 2, copying=False) == (50 + 47) + (50 + 225) + 700
 
 
 @pytest.mark.parametrize(
-    "cost",
+    "change",
     [
-        *(SideCost(20.0, 300.0, 5.0), SideCost(0.0, 300.0, 5.0), SideCost(20.0, 300.0, 0.0)),
-        SideCost(20.0, 0.0, 31.25, STEPS),
+        {},
+        {"read_gbps": -3.0},
+        {"read_gbps": float("nan")},
+        {"model": {"copy_gbps": 0}},
+        {"model": {"copy_call_us": -1.0}},
+        {"model": {"block_bytes": 1}},
+        {"model": {"step_us": float("inf")}},
+        {"model": {"cpu_shared_factor": 0.2}},
+        {"model": {"cpu": {"call_us": -5.0}}},
+        {"model": {"cpu": {"few": [[1, 1e300]]}}},
+        {"model": {"cpu": {"token_us": "fast"}}},
+        {"steadiness": None},
+        {"unknown": 1},
     ],
+    ids=json.dumps,
 )
-def test_the_fit_recovers_exact_costs(cost: SideCost) -> None:
-    fitted = fit_side(SIDE_CALLS, costs_us(cost))
-    assert fitted.call_us == pytest.approx(cost.call_us, abs=1e-6)
-    for n_tokens in (1, 2, 4, 8, 12, 16, 32, 100, 128, 1000):
-        assert fitted.one_us(n_tokens) == pytest.approx(cost.one_us(n_tokens), rel=1e-9)
-    assert fitted.token_us == pytest.approx(cost.token_us, abs=1e-9)
-
-
-def test_the_fit_bears_noise_and_more_tokens_never_cost_less() -> None:
-    rng = random.Random(1)
-    for true in (
-        *(SideCost(20.0, 300.0, 5.0), SideCost(0.0, 50.0, 0.1), SideCost(500.0, 5.0, 30.0)),
-        SideCost(0.0, 0.0, 31.25, STEPS),
-    ):
-        noisy = [us * rng.uniform(0.97, 1.03) for us in costs_us(true)]
-        fitted = fit_side(SIDE_CALLS, noisy)
-        for measured, predicted in zip(noisy, costs_us(fitted), strict=True):
-            assert predicted == pytest.approx(measured, rel=0.07)
-        of_tokens_us = [fitted.one_us(n) for n in range(1, 300)]
-        assert fitted.call_us >= 0 and of_tokens_us[0] > 0
-        assert of_tokens_us == sorted(of_tokens_us)
-
-
-@pytest.mark.parametrize("times_us", [(100, 100, 100), (102, 99, 98), (98, 101, 97)])
-def test_a_launch_that_takes_as_long_whatever_it_computes_is_a_calls_cost(
-    times_us: tuple[float, ...],
+def test_a_kept_calibration_is_believed_unless_no_machine_has_it(
+    change: dict[str, Any], store: ExpertStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fitted = fit_side(SIDE_CALLS, [*times_us, 101, 102, 102, 110, 200])
-    for n_experts, us in zip((1, 2, 4), times_us, strict=True):
-        assert fitted.us(n_experts, n_experts) == pytest.approx(us, rel=0.03)
+    kept = MachineCosts(MODEL, 25.0, Steadiness(0.01, 0.0))
+    cache = CalibrationCache(tmp_path)
+    monkeypatch.setattr(calibration, "CalibrationCache", lambda: cache)
+    monkeypatch.setattr(calibration, "_measure", lambda *_: replace(kept, read_gbps=99.0))
+    hardware = replace(read_hardware(), isa=())
 
+    class Cpu:
+        description, suits_onednn = "none", False
 
-def test_one_call_is_enough_to_cost_its_expert() -> None:
-    fitted = fit_side([(1,)], [70.0])
-    assert fitted.us_of((1,)) == 70.0 and fitted.us_of((1, 2)) == 210.0
+        def with_onednn(self, n_tokens: int | None) -> Cpu:
+            return self
 
+    def costs() -> MachineCosts:
+        return machine_costs(
+            store, Cpu(), None, lambda: None, [], hardware, dtype=torch.float32, dense="none"
+        )  # type: ignore[arg-type]
 
-def test_every_call_is_run_with_its_counts() -> None:
-    seen = []
-    calibrate_side(seen.append, calls=[(1,), (1, 1), (4,)], budget_s=0.0)
-    assert set(seen) == {(1,), (1, 1), (4,)}
-
-
-def test_the_median_ignores_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations_s = iter([9.0, 1.0, 1.0, 50.0, 1.0, 1.0])  # the first call warms up
-    now_s = 0.0
-
-    def work() -> None:
-        nonlocal now_s
-        now_s += next(durations_s)
-
-    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
-    assert median_us(work, budget_s=0.0, min_calls=5) == 1e6
-
-
-def test_copies_are_measured_alone_and_beside_the_cpu() -> None:
-    """Sleeping stand-ins: 2 us per KiB and 200 us a call; neither slows the other down."""
-    copied = []
-
-    def copy(n_bytes: int) -> None:
-        copied.append(n_bytes)
-        time.sleep((200 + n_bytes / 512) / 1e6)
-
-    cost = calibrate_copy(copy, 2**20, lambda: time.sleep(0.002), budget_s=0.02)
-    assert max(copied) == 2**20
-    assert set(copied) == {2**16, 2**18, 2**20}
-    assert 0 < cost.copy_gbps_shared <= cost.copy_gbps
-    assert cost.cpu_shared_factor >= 1.0
-    assert cost.copy_call_us >= 0.0
-
-
-def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compared: list[tuple[str, str]] = []
-    names: dict[Callable[[], object], str] = {}
-
-    def ratio(work: Callable[[], object], beside: Callable[[], object], *_: float) -> float:
-        compared.append((names.get(work, "copy"), names.get(beside, "copy")))
-        return 2.0 if names.get(beside) == "step" else 1.5
-
-    def cpu_work() -> None: ...
-
-    def step() -> None: ...
-
-    names.update({cpu_work: "cpu", step: "step"})
-    monkeypatch.setattr(timing, "slowdown", ratio)
-    for given in (None, step):
-        cost = calibrate_copy(lambda n_bytes: None, 4096, cpu_work, budget_s=0.0, step=given)
-        factor = 2.0 if given else 1.5
-        assert cost.copy_gbps / cost.copy_gbps_shared == pytest.approx(factor)
-        assert cost.cpu_shared_factor == 1.5
-    assert compared == [("copy", "cpu"), ("cpu", "copy"), ("copy", "step"), ("cpu", "copy")]
-
-
-def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now_s, calls = 0.0, 0
-    beside = threading.Event()
-
-    def other() -> None:
-        beside.set()
-        time.sleep(0.0005)
-
-    def work() -> None:
-        nonlocal now_s, calls
-        calls += 1
-        disturbed = 10 < calls <= 13  # in the second round, alone
-        now_s += (3.0 if beside.is_set() else 2.0) + (50.0 if disturbed else 0.0)
-
-    class Clock:
-        @staticmethod
-        def perf_counter() -> float:
-            return now_s
-
-    original = timing._without_pause
-
-    @contextmanager
-    def without_pause(noise: Callable[[], object]) -> Iterator[None]:
-        with original(noise):
-            yield
-        beside.clear()
-
-    monkeypatch.setattr(timing, "time", Clock)
-    monkeypatch.setattr(timing, "_without_pause", without_pause)
-    assert slowdown(work, other, budget_s=8.0) == pytest.approx(1.5)
-
-
-def test_sharing_is_what_both_together_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations_s = {"cpu": 4.0, "gpu": 10.0, "both": 12.0}
-    now_s = 0.0
-
-    def worker(name: str) -> Callable[[], None]:
-        def work() -> None:
-            nonlocal now_s
-            now_s += durations_s[name]
-
-        return work
-
-    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
-    workers = [worker(name) for name in durations_s]
-    assert calibrate_sharing(*workers) == pytest.approx(1 + (12 - 10) / 4)
-    durations_s["both"] = 9.0  # noise: never faster than the longer alone
-    assert calibrate_sharing(*workers) == 1.0
-
-
-def test_a_copy_that_fails_is_not_waited_for() -> None:
-    calls = 0
-
-    def copy(n_bytes: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 30:
-            raise RuntimeError("the device is gone")
-
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        calibrate_copy(copy, 4096, lambda: None, budget_s=0.0)
-
-
-def test_read_bandwidth_is_bytes_over_time() -> None:
-    def read() -> int:
-        time.sleep(0.01)
-        return 10_000_000  # in 10 ms or more: at most 1 GB/s
-
-    assert 0.01 < measure_read_gbps(read, budget_s=0.02) <= 1.0
-    assert measure_read_gbps(buffer_bytes=2**22, budget_s=0.01) > 0.01
-
-
-def test_a_calibration_is_kept_per_hardware_and_shape(tmp_path: Path) -> None:
-    cache = CalibrationCache(tmp_path / "cache")
-    assert cache.load(HARDWARE, SHAPE) is None
-    assert cache.store(HARDWARE, SHAPE, {"cpu": {"call_us": 3.5}})
-    assert cache.load(HARDWARE, SHAPE) == {"cpu": {"call_us": 3.5}}
-    assert cache.load({**HARDWARE, "cpu": "Other"}, SHAPE) is None
-    assert cache.load(HARDWARE, {"hidden_size": 128}) is None
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
-
-
-def test_a_calibration_expires(tmp_path: Path) -> None:
-    cache = CalibrationCache(tmp_path, max_age_s=100.0)
-    cache.store(HARDWARE, SHAPE, {"read_gbps": 50.0})
-    path = cache.path(HARDWARE, SHAPE)
+    assert costs().read_gbps == 99.0  # nothing was kept: measured
+    (path,) = tmp_path.iterdir()
     document = json.loads(path.read_text())
-    for age_s, expected in ((50, {"read_gbps": 50.0}), (150, None), (-3600, None)):
-        document["measured_unix_s"] = time.time() - age_s
-        path.write_text(json.dumps(document))
-        assert cache.load(HARDWARE, SHAPE) == expected
+    document["calibration"] = merged(asdict(kept), change)
+    path.write_text(json.dumps(document))
+    assert costs() == (kept if not change else replace(kept, read_gbps=99.0))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"measured_unix_s": "now"}'])
-def test_a_damaged_calibration_is_measured_anew(tmp_path: Path, text: str) -> None:
-    cache = CalibrationCache(tmp_path)
-    cache.path(HARDWARE, SHAPE).write_text(text)
-    assert cache.load(HARDWARE, SHAPE) is None
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    assert not CalibrationCache(tmp_path / "file").store(HARDWARE, SHAPE, {})
-
-
-def test_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert CalibrationCache().folder == tmp_path / "moe-cpu-gpu-inference"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
-    assert CalibrationCache().folder == Path.home() / ".cache" / "moe-cpu-gpu-inference"
-
-
-def test_a_calibration_that_does_not_last_is_this_processes_alone(tmp_path, monkeypatch):
-    cache = CalibrationCache(tmp_path)
-    assert cache.store({"cpu": "x"}, {"layers": 2}, {"a": 1.5}, lasting=False)
-    assert cache.load({"cpu": "x"}, {"layers": 2}) == {"a": 1.5}
-    monkeypatch.setattr("moe_offload.engine.timing._this_process", lambda: [1, 0.0])
-    assert cache.load({"cpu": "x"}, {"layers": 2}) is None
+def merged(data: Any, change: Any) -> Any:
+    if not isinstance(change, dict):
+        return change
+    return {**data, **{key: merged(data.get(key), value) for key, value in change.items()}}

@@ -163,53 +163,27 @@ def test_a_copy_that_ends_gives_the_cpu_its_speed_back():
     assert timeline.arrived() == [1, 2]
 
 
-EMULATED = replace(
-    COSTS, compute_shared_factor=1.5, gpu_shared_factor=2.0, dense_shared_factor=1.25
-)
-
-
-def test_an_emulated_accelerators_copies_slow_everything():
-    timeline = Timeline(EMULATED)
+def test_a_gpu_and_its_bus_know_nothing_of_each_other():
+    timeline = Timeline(replace(COSTS, gpu=SideCost(10, 300, 10)))
     timeline.queue([4])
-    timeline.pass_dense()  # 100 us of work take 125 beside the copy, of which 62.5 us pass
-    assert timeline.now_us == 125 and timeline.busy.copy_us == 125
-    timeline.pass_experts(2, 0, slots=[])  # 90 us of work beside the copy
-    assert timeline.now_us == pytest.approx(125 + 180)
-    timeline.pass_experts(0, 20, slots=[])  # 1000 - 62.5 - 90 are left of the copy
-    assert timeline.now_us == pytest.approx(305 + 2 * 847.5 + 20 + 20 * 580 - 847.5)
-    assert timeline.arrived() == [4]
-    alone = Timeline(replace(COSTS, gpu=SideCost(10, 300, 10)))
-    alone.queue([4])
-    alone.pass_dense()  # a GPU and its bus know nothing of each other
-    alone.pass_experts(2, 0, slots=[])
-    assert alone.now_us == 100 + 630
+    timeline.pass_dense()
+    timeline.pass_experts(2, 0, slots=[])
+    assert timeline.now_us == 100 + 630 and timeline.busy.copy_us == 730
+    assert timeline.arrived() == []
 
 
-def test_an_emulated_accelerator_computes_on_the_cpus_cores():
-    timeline = Timeline(EMULATED)
-    timeline.pass_experts(1, 1, slots=[])  # 600 beside 50: each is slowed by half of 50
-    assert timeline.now_us == 600 + 25
-    timeline = Timeline(EMULATED)
-    timeline.pass_experts(40, 1, slots=[9])  # 1610 and 600; 300 on top of each while both run
-    assert timeline.now_us == pytest.approx(900 * 2 + (1910 - 900) + 100)
-    # The CPU's 900 take 1800 beside the copy, in which the accelerator did 900 of its 1910; of the
-    # copy 900 were done, so that its last 100 slow the next 100 of work to 200.
-    assert timeline.arrived() == [9]
-
-
-def test_three_on_two_cores_are_slowed_by_what_was_measured_for_three():
-    costs = replace(EMULATED, both_shared_factor=1.2)
-    timeline = Timeline(costs)
-    timeline.queue([9])
-    timeline.pass_experts(1, 1, slots=[])  # 625 and 75: 75 of both at 1.2, the CPU's 550 at 2
-    assert timeline.now_us == pytest.approx(75 * 1.2 + 550 * 2)
-    assert timeline.busy.gpu_us == pytest.approx(90) and timeline.busy.cpu_us == timeline.now_us
-    timeline = Timeline(costs)
-    timeline.queue([9])
-    timeline.pass_experts(40, 1, slots=[])  # 900 of both at 1.2 = 1080, in which 540 are copied
-    # The accelerator's other 1010 at 2 beside the 460 left of the copy, slowed to 920; 550 alone.
-    assert timeline.now_us == pytest.approx(1080 + 920 + 550)
-    assert timeline.arrived() == [9]
+def test_every_pass_takes_its_head_once():
+    passes = passes_of(n_layers=3, n_tokens=4)
+    cache = ExpertCache(1, 2, make_policy("LRU"))
+    without, found = (
+        replay(passes, cache, quota=0, timeline=Timeline(replace(COSTS, step_us=us)))
+        for us in (0, 5000)
+    )
+    assert found.decode_us == pytest.approx(without.decode_us + 4 * 5000)
+    assert found.prefill_us == pytest.approx(without.prefill_us + 5000)
+    costs = replace(COSTS, step_us=5000)
+    assert bound_us(costs, 3, 6, 0) == bound_us(COSTS, 3, 6, 0) + 5000
+    assert prefetch_step_us(costs, 3, 2) == prefetch_step_us(COSTS, 3, 2) + 5000
 
 
 def test_a_prompts_layer_waits_for_the_copies_it_computes():

@@ -15,6 +15,7 @@ from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
 from moe_offload.simulation.replay import replay
+from moe_offload.simulation.shapes import load_shape
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass, TraceInfo, write_trace
 from moe_offload.simulation.tuning import Setting, grid, share_one_index, sweep
@@ -208,7 +209,8 @@ def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
     out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
     assert re.search(r"cores read [\d.]+ GB/s of experts", out)
     machine = load_machine(path)
-    assert machine.cpu_gbps > 0 and machine.layer_us > 0
+    assert machine.cpu_gbps > 0 and machine.step_us > 0
+    assert machine.cost_model(load_shape("olmoe-1b-7b"), "bf16").dense_us_per_layer > 0
     out = printed(
         capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
         "--cache-nblocks", "16", "--cache-nways", "8",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.calibration import (
@@ -23,19 +24,23 @@ from moe_offload.engine.calibration import (
     OnednnChoice,
     has_bf16_products,
     machine_costs,
+    predicted_step_us,
 )
-from moe_offload.engine.memory import kv_cache_bytes, make_budget
+from moe_offload.engine.memory import free_slot_bytes, kv_cache_bytes, make_budget
 from moe_offload.engine.setup import (
-    Workbench,
     build_accelerator,
+    build_slots,
+    chosen_cache,
     fitted_cache,
     gpu_uuid,
+    slots_to_measure,
 )
-from moe_offload.engine.timing import ROUNDS
+from moe_offload.engine.timing import BusyWatch
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
+from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.hardware import read_hardware
@@ -63,7 +68,8 @@ _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known y
 class Engine:
     """A loaded model and everything that serves it. Close it, or use it as a context manager.
 
-    `notes` are lines for the user: what was degraded, chosen or emulated. Our kernels compute the
+    `notes` are lines for the user: what was degraded, chosen or emulated; `say` hears at once what
+    cannot wait for them. Our kernels compute the
     CPU's part until a calibration has shown that torch's oneDNN is faster for many tokens.
     """
 
@@ -78,6 +84,8 @@ class Engine:
     costs: MachineCosts | None = None
     emulate_pcie_gbps: float | None = None
     notes: list[str] = field(default_factory=list)
+    say: Callable[[str], None] | None = None
+    _busy: BusyWatch = field(default_factory=BusyWatch)
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -97,47 +105,60 @@ class Engine:
             torch.cuda.empty_cache()
         self.emulate_pcie_gbps = options.emulate_pcie_gbps
         options = fitted_cache(options, self.source, self.notes)
+        if options.auto:
+            with closing(self._slots(slots_to_measure(self.source))) as gpu:
+                costs = self._measured(gpu)
+            del gpu  # its slots are free memory again
+            free_bytes = free_slot_bytes(self.device, self.kv_bytes)
+            options = chosen_cache(options, self.source, free_bytes, costs.model, self.notes)
         if options.wants_accelerator:
-            workbench = Workbench(
-                self.source,
-                self.store,
-                self.cpu,
-                self.sites,
-                self.device,
-                self.decode_step,
-                self.notes,
-                distinct_linears(onednn_linears(self.model)),
+            gpu = self._slots(options.n_slots + N_STAGING_SLOTS)
+            costs = self._measured(gpu)
+            self.dispatcher.accelerator = build_accelerator(
+                options, gpu, self.store, self.sites, costs.model, self.notes
             )
-            self.dispatcher.accelerator, self.costs = build_accelerator(
-                workbench, options, self.kv_bytes
-            )
-            self.use_onednn(self.costs.onednn)
 
-    def calibrate(self, again: bool = False, rounds: int = ROUNDS) -> None:
-        """Know the machine's costs: measured once, then from disk; `again` measures anew.
+    def calibrate(self, again: bool = False) -> None:
+        """Know the machine's costs: measured once, then from disk; `again` measures anew."""
+        accelerator = self.accelerator
+        if self.costs is not None and not again:
+            return
+        if accelerator is None:
+            self._measured(None, again)
+            return
+        with accelerator.lending_slots():  # the measurement computes from them and copies into them
+            accelerator.costs = self._measured(accelerator.gpu, again).model
 
-        `rounds`: how often it measures what slows what, of which it takes the median.
+    def _slots(self, n_slots: int) -> GpuExperts:
+        return build_slots(n_slots, self.source, self.sites[0], self.device)
+
+    def _measured(self, gpu: GpuExperts | None, again: bool = False) -> MachineCosts:
+        """The costs with `gpu`, which are the engine's from now on."""
+        self.costs = machine_costs(
+            self.store,
+            self.cpu,
+            gpu,
+            self.decode_step,
+            [site.block for site in self.sites],
+            read_hardware(gpu_uuid=self.gpu_uuid),
+            dtype=self.source.dtype,
+            dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+            linears=distinct_linears(onednn_linears(self.model)),
+            emulate_pcie_gbps=self.emulate_pcie_gbps,
+            again=again,
+        )
+        self.use_onednn(self.costs.onednn)
+        return self.costs
+
+    def predicted_step_us(self, recorder: Recorder) -> float | None:
+        """What the costs predict for the mean decode step that was recorded.
+
+        None without one, without costs, and where the accelerator is emulated: it is for trying
+        the mechanism, and computes on the cores whose costs are known without it.
         """
-        if self.costs is None or again:
-            accelerator = self.accelerator
-            # The measurement computes from the slots and copies into them.
-            with nullcontext() if accelerator is None else accelerator.lending_slots():
-                self.costs = machine_costs(
-                    self.store,
-                    self.cpu,
-                    None if accelerator is None else accelerator.gpu,
-                    self.decode_step,
-                    read_hardware(gpu_uuid=self.gpu_uuid),
-                    dtype=self.source.dtype,
-                    dense=f"{self.source.dense_format} {self.source.dense_bytes}",
-                    linears=distinct_linears(onednn_linears(self.model)),
-                    emulate_pcie_gbps=self.emulate_pcie_gbps,
-                    remeasure=again,
-                    rounds=rounds,
-                )
-            if accelerator is not None and accelerator.costs is not None:
-                accelerator.costs = self.costs.model  # what its plans go by
-            self.use_onednn(self.costs.onednn)
+        if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
+            return None
+        return predicted_step_us(recorder, self.costs.model)
 
     def calibrate_for(self, prompt_tokens: int) -> None:
         """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
@@ -157,9 +178,26 @@ class Engine:
             linear.onednn_tokens = choice.dense_tokens
 
     def decode_step(self) -> None:
-        """One decode step with every expert left out: what all the rest costs."""
-        with self.dispatcher.experts_left_out(), torch.inference_mode():
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        """One decode step with every expert left out: what all the rest costs.
+
+        Forced routing stays where it is: it is the run's.
+        """
+        routing, self.dispatcher.forced_routing = self.dispatcher.forced_routing, None
+        try:
+            with self.dispatcher.experts_left_out(), torch.inference_mode():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        finally:
+            self.dispatcher.forced_routing = routing
+
+    @property
+    def experts_in_memory(self) -> bool:
+        """Whether experts come from memory: less than twice the CPU's last cache may stay there."""
+        return self.store.total_bytes > 2 * read_hardware().last_level_cache_bytes
+
+    @property
+    def cpu_limit_gbps(self) -> float | None:
+        """What the CPU's experts can read at most, GB/s; None where they lie in its caches."""
+        return self.costs.read_gbps if self.costs is not None and self.experts_in_memory else None
 
     @property
     def gpu_uuid(self) -> str | None:
@@ -167,8 +205,22 @@ class Engine:
         return gpu_uuid(self.device)
 
     def follow_prompts(self, prompts: Sequence[int]) -> None:
-        """Record the coming pass under the first of `prompts`."""
+        """Record the coming pass under the first of `prompts`; say once if the machine is busy."""
         self.dispatcher.prompt = prompts[0]
+        line = self._busy.look(lambda: self._step_alone_us(len(prompts)))
+        if line is not None:
+            self.notes.append(line)
+            if self.say is not None:
+                self.say(line)
+
+    def _step_alone_us(self, n_sequences: int) -> float | None:
+        """At most what a decode step of short sequences takes: the CPU computes every expert."""
+        if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
+            return None
+        costs = self.costs.model
+        n_pairs = n_sequences * (experts_per_token(self.source.config) or 2)
+        cpu_us = costs.cpu.us(min(n_pairs, self.store.n_experts[0]), n_pairs)
+        return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + cpu_us)
 
     def run_notes(self) -> list[str]:
         """`notes`, and what the accelerator learnt during the run."""
@@ -243,6 +295,7 @@ def load_engine(
         read_trace(cache.trace)
     notes: list[str] = []
     model = build_skeleton(source.config, source.dtype, options.attention)
+    source.check(model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(
@@ -293,6 +346,7 @@ def load_engine(
         sites=sites,
         kv_bytes=kv_bytes,
         notes=notes,
+        say=say,
     )
     engine.use_cache(cache)
     return engine

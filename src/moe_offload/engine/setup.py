@@ -1,72 +1,29 @@
-"""Builds the accelerator of a run: how many slots, how fast this machine is, what stands where."""
+"""A run's expert cache: which one the model and the memory allow, and the accelerator behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import CacheOptions
-from moe_offload.engine.calibration import MachineCosts, machine_costs
-from moe_offload.engine.memory import free_slot_bytes
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
 from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel
 from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
-from moe_offload.kernels.cpu_experts import CpuExperts
-from moe_offload.kernels.cpu_linear import CpuLinear
-from moe_offload.machine.hardware import read_hardware
 from moe_offload.model.decode_modules import chosen_experts, find_router
 from moe_offload.model.loader import ModelSource, MoeSite
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
 
-
-@dataclass(frozen=True)
-class Workbench:
-    """A loaded model, as far as its accelerator is built from it.
-
-    `decode_step` runs one decode step with every expert left out; `notes` collects lines for the
-    user; `linears` are one layer's that oneDNN may compute.
-    """
-
-    source: ModelSource
-    store: ExpertStore
-    cpu: CpuExperts
-    sites: list[MoeSite]
-    device: torch.device
-    decode_step: Callable[[], None]
-    notes: list[str]
-    linears: list[CpuLinear]
-
-    def gpu_experts(self, n_slots: int) -> GpuExperts:
-        site = self.sites[0]
-        return GpuExperts(
-            self.store.layouts[0],
-            site.activation,
-            n_slots,
-            self.device,
-            act_module=site.act_module,
-            dtype=self.source.dtype,
-        )
-
-    def costs(self, gpu: GpuExperts, emulate_pcie_gbps: float | None) -> MachineCosts:
-        return machine_costs(
-            self.store,
-            self.cpu,
-            gpu,
-            self.decode_step,
-            read_hardware(gpu_uuid=gpu_uuid(self.device)),
-            dtype=self.source.dtype,
-            dense=f"{self.source.dense_format} {self.source.dense_bytes}",
-            linears=self.linears,
-            emulate_pcie_gbps=emulate_pcie_gbps,
-        )
+_BEYOND_GPU_CACHE_BYTES = 256 << 20  # the largest L2 met so far has 126 MB (NVIDIA B200)
 
 
 def gpu_uuid(device: torch.device) -> str | None:
@@ -97,67 +54,23 @@ def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> 
     return fitted
 
 
-def build_accelerator(
-    workbench: Workbench, options: CacheOptions, kv_bytes: int
-) -> tuple[Accelerator | None, MachineCosts]:
-    """Allocate the slots, calibrate, and wire cache, copies and computation together.
+def chosen_cache(
+    options: CacheOptions, source: ModelSource, free_bytes: int, costs: CostModel, notes: list[str]
+) -> CacheOptions:
+    """`--cache-auto`: N, M and policy for `free_bytes` of slots, by this machine's speeds.
 
-    `kv_bytes` is what the KV cache will still take. No accelerator when `--cache-auto` finds that
-    none is worth its memory. UserError when not even one expert fits.
+    No cache where none is worth its memory.
     """
-    notes = workbench.notes
-    if options.auto:
-        options, costs = _chosen_cache(workbench, options, kv_bytes)
-        if not options.wants_accelerator:
-            return None, costs
-    gpu = workbench.gpu_experts(options.n_slots + N_STAGING_SLOTS)
-    notes.extend(gpu.notices)
-    options, n_slots = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
-    if workbench.device.type == "cpu":
-        link = options.emulate_pcie_gbps
-        notes.append(
-            "the accelerator is emulated: a CPU thread stands in for the GPU"
-            + (f", copies run at {link:g} GB/s" if link else "")
-        )
-    costs = workbench.costs(gpu, options.emulate_pcie_gbps)
-    routers = []
-    if options.prefetch == "next-layer":
-        routers = [_router(workbench, site) for site in workbench.sites]
-    policy = make_policy(options.policy, options.seed)
-    cache = ExpertCache(options.n_indexes, options.n_ways, policy, n_slots)
-    accelerator = Accelerator(
-        store=workbench.store,
-        cache=cache,
-        gpu=gpu,
-        fetcher=make_fetcher(workbench.device, gpu.slots, options.emulate_pcie_gbps),
-        quota=options.quota,
-        miss_policy=options.miss_policy,
-        costs=costs.model,
-        routers=routers,
-    )
-    return accelerator, costs
-
-
-def _chosen_cache(
-    workbench: Workbench, options: CacheOptions, kv_bytes: int
-) -> tuple[CacheOptions, MachineCosts]:
-    """N, M and policy for the memory that is left, by this machine's measured speeds."""
-    gpu = workbench.gpu_experts(N_STAGING_SLOTS)
-    costs = workbench.costs(gpu, options.emulate_pcie_gbps)
-    gpu.close()
-    del gpu  # its slots are free memory again
-    store = workbench.store
-    block_bytes = store.layouts[0].block_bytes
-    free_bytes = free_slot_bytes(workbench.device, kv_bytes)
+    block_bytes = source.layouts[0].block_bytes
     if options.memory_gb is not None:
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
     choice = choose_cache(
         max(0, free_bytes - N_STAGING_SLOTS * block_bytes),
         block_bytes,
-        store.n_layers,
-        store.n_experts[0],
-        experts_per_token(workbench.source.config) or 2,
-        costs.model,
+        len(source.layouts),
+        source.n_experts[0],
+        experts_per_token(source.config) or 2,
+        costs,
         None if options.trace is None else read_trace(options.trace),
     )
     chosen = replace(
@@ -171,8 +84,8 @@ def _chosen_cache(
         miss_policy=options.miss_policy if choice.n_indexes else "cpu",
         emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,
     )
-    workbench.notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
-    return chosen, costs
+    notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
+    return chosen
 
 
 def _flags(options: CacheOptions) -> str:
@@ -193,8 +106,62 @@ def _flags(options: CacheOptions) -> str:
     return flags
 
 
-def _router(workbench: Workbench, site: MoeSite) -> Router:
-    router = find_router(site.block, workbench.store.layouts[site.layer].hidden_size)
+def slots_to_measure(source: ModelSource) -> int:
+    """More experts than a GPU's own cache holds, of those that a layer has."""
+    n_slots = math.ceil(_BEYOND_GPU_CACHE_BYTES / source.layouts[0].block_bytes)
+    return max(N_STAGING_SLOTS, min(n_slots, source.n_experts[0]))
+
+
+def build_slots(
+    n_slots: int, source: ModelSource, site: MoeSite, device: torch.device
+) -> GpuExperts:
+    """`n_slots` for the experts of `source`, or as many of them as fit."""
+    return GpuExperts(
+        source.layouts[0],
+        site.activation,
+        n_slots,
+        device,
+        act_module=site.act_module,
+        dtype=source.dtype,
+    )
+
+
+def build_accelerator(
+    options: CacheOptions,
+    gpu: GpuExperts,
+    store: ExpertStore,
+    sites: Sequence[MoeSite],
+    costs: CostModel,
+    notes: list[str],
+) -> Accelerator:
+    """Wire the cache, copies and computation together over the slots there are.
+
+    UserError when not even one expert fits, or where routers cannot be asked ahead.
+    """
+    notes.extend(gpu.notices)
+    options, n_slots = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
+    if gpu.device.type == "cpu":
+        link = options.emulate_pcie_gbps
+        notes.append(
+            "the accelerator is emulated: a CPU thread stands in for the GPU"
+            + (f", copies run at {link:g} GB/s" if link else "")
+        )
+    ahead = sites if options.prefetch == "next-layer" else ()
+    policy = make_policy(options.policy, options.seed)
+    return Accelerator(
+        store=store,
+        cache=ExpertCache(options.n_indexes, options.n_ways, policy, n_slots),
+        gpu=gpu,
+        fetcher=make_fetcher(gpu.device, gpu.slots, options.emulate_pcie_gbps),
+        quota=options.quota,
+        miss_policy=options.miss_policy,
+        costs=costs,
+        routers=[_router(store, site) for site in ahead],
+    )
+
+
+def _router(store: ExpertStore, site: MoeSite) -> Router:
+    router = find_router(site.block, store.layouts[site.layer].hidden_size)
     if router is None:
         raise UserError(
             f"--prefetch next-layer cannot call the router of {site.experts_path} on its own: "

@@ -24,10 +24,12 @@ from transformers import (
 )
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
     require_experts_per_token,
     require_generation_config,
+    require_plausible_depth,
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import (
@@ -70,6 +72,7 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
             "transformers does not know: install a newer transformers"
         )
     path = manifest.folder / MANIFEST_NAME
+    require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
     with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
         config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
@@ -183,6 +186,9 @@ class ModelSource(Protocol):
     def dense_format(self) -> str:
         """The format of the large dense matrices."""
 
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError unless these are the weights of `model`, a skeleton with its own experts."""
+
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Fill every weight but the experts."""
 
@@ -212,6 +218,10 @@ class PreparedModel:
     @property
     def dense_format(self) -> str:
         return self.manifest.dense_format
+
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError for a manifest that does not fit the model which its config builds."""
+        require_fit(self.manifest, model)
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Read the dense weights to `device`; every tensor's checksum is checked.

@@ -12,8 +12,7 @@ A clock for replayed routing: CPU, copies and GPU overlap as they do in the disp
 Each layer passes in the dispatcher's order: dense work on the GPU; hits launched, copies queued,
 misses on the CPU, all at once; the layer ends when both sides have. Copies go one at a time in
 the order they were queued and carry on across layers and tokens. While the CPU computes and the
-bus copies, both are slower by the cost model's shared speeds; with an emulated accelerator, which
-computes on the CPU's own cores, so are its experts and the dense part.
+bus copies, both are slower by the cost model's shared speeds; the GPU goes on at its own.
 
 Belady's optimum, the bound beside every policy: evict what is used again last.
 
@@ -136,9 +135,11 @@ class Timeline:
 
     def pass_dense(self) -> None:
         """Let the attention and routing of one layer pass."""
-        costs = self.costs
-        factor = costs.dense_shared_factor
-        self.busy.gpu_us += self._pass(costs.dense_us_per_layer, factor, factor > 1)
+        self.busy.gpu_us += self._pass(self.costs.dense_us_per_layer, 1.0, slows_copies=False)
+
+    def pass_rest(self) -> None:
+        """Let what a pass takes beside its layers go by: the head."""
+        self.busy.gpu_us += self._pass(self.costs.step_us, 1.0, slows_copies=False)
 
     def pass_experts(
         self, gpu_experts: int, cpu_experts: int, slots: Sequence[int], n_tokens: int = 1
@@ -203,26 +204,22 @@ class Timeline:
 
     def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
         """Let a layer's work pass, each side's time given for a quiet machine."""
-        costs = self.costs
-        cpu_us, gpu_us = costs.compute_us(cpu_work_us, gpu_work_us)
         began_us = self.now_us
-        cpu_us, gpu_us = self._pass_together(cpu_us, gpu_us)
+        cpu_us, gpu_us = self._pass_together(cpu_work_us, gpu_work_us)
         together_us = self.now_us - began_us
-        cpu_us = self._pass(cpu_us, costs.cpu_shared_factor, slows_copies=True)
-        factor = costs.gpu_shared_factor
-        gpu_us = self._pass(gpu_us, factor, slows_copies=factor > 1)
+        cpu_us = self._pass(cpu_us, self.costs.cpu_shared_factor, slows_copies=True)
+        gpu_us = self._pass(gpu_us, 1.0, slows_copies=False)
         self.busy.cpu_us += together_us + cpu_us
         self.busy.gpu_us += together_us + gpu_us
 
     def _pass_together(self, cpu_us: float, gpu_us: float) -> tuple[float, float]:
         """Let both sides work until one has ended; returns what is left of each."""
-        cpu_factor, gpu_factor = self.costs.together_factors
+        cpu_factor = self.costs.cpu_shared_factor
         while self._queue and min(cpu_us, gpu_us) > _NOTHING_US:
-            copy_us = self._queue[0][1] * self._slowdown
-            us = min(cpu_us * cpu_factor, gpu_us * gpu_factor, copy_us)
+            us = min(cpu_us * cpu_factor, gpu_us, self._queue[0][1] * self._slowdown)
             self._pass_copy(us / self._slowdown, self._slowdown)
             cpu_us -= us / cpu_factor
-            gpu_us -= us / gpu_factor
+            gpu_us -= us
         us = max(0.0, min(cpu_us, gpu_us))
         self.now_us += us
         return cpu_us - us, gpu_us - us
@@ -260,7 +257,7 @@ def prefetch_step_us(costs: CostModel, n_layers: int, top_k: int) -> float:
     The next layer's experts are known (Pre-gated MoE) and are copied while this layer computes.
     """
     compute_us = costs.dense_us_per_layer + costs.gpu.us(top_k, top_k)
-    return n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
+    return costs.step_us + n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
 
 
 def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> float:
@@ -271,7 +268,7 @@ def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> flo
     copies begin as early as they like, and nothing slows anything else.
     """
     gpu_us, cpu_us = hits * costs.gpu.one_us(1), costs.cpu.one_us(1)
-    dense_us = n_layers * costs.dense_us_per_layer
+    dense_us = costs.step_us + n_layers * costs.dense_us_per_layer
     shared_us = (dense_us + misses * cpu_us) / (1 + cpu_us / costs.copy_us(shared=False))
     return max(dense_us + gpu_us, shared_us)
 
@@ -381,6 +378,8 @@ def replay(
         if isinstance(policy, Belady):
             policy.begin_pass(one)
         began_us = timeline.now_us if timeline else 0.0
+        if timeline is not None:
+            timeline.pass_rest()
         if one.phase == "prefill":
             row = _replay_prefill(one, cache, quota, timeline, result.prefill)
             result.prefill_us += timeline.now_us - began_us if timeline else 0.0

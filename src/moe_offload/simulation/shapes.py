@@ -78,6 +78,12 @@ def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
     fields = dict(shapes[name])
     if n_layers is not None:
         most = fields["num_hidden_layers"]
+        n_dense = fields.get("first_k_dense_replace") or 0
+        if n_layers <= n_dense:
+            raise UserError(
+                f"expected --dummy-layers from {n_dense + 1} to {most}, for {name} has experts "
+                f"from layer {n_dense + 1} on, found {n_layers}"
+            )
         if n_layers > most:
             raise UserError(
                 f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"
