@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import transformers
-from against_transformers import eager
 from tiny_models import randomise
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moe_offload.checkpoint.model_config import builder_of
 from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
 from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
@@ -245,9 +245,33 @@ def moe_types() -> list[str]:
     return sorted(found)
 
 
-def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+# Models of images and text that transformers has no text model for.
+WRAPPERS = ("aria", "kimi_k25", "minimax_m3_vl", "nemotron_h_omni", "qwen3_vl_moe")
+_IMAGE_PART = {
+    **dict.fromkeys(("depth", "num_hidden_layers"), 1),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 2),
+    "out_hidden_size": _SIZES["hidden_size"],
+    "num_position_embeddings": 16,
+    "head_dim": 16,
+    "image_size": 28,
+    "spatial_merge_size": 2,
+    "deepstack_visual_indexes": [0],
+}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
     """A config of `model_type` with some four small layers of every kind it has."""
-    default = CONFIG_MAPPING[model_type]().to_dict()
+    whole = CONFIG_MAPPING[model_type]()
+    default = whole.to_dict()
+    if "vision_config" in default:
+        image = {
+            name: _IMAGE_PART.get(name, value)
+            for name, value in default["vision_config"].items()
+            if name != "model_type"
+        }
+        text = tiny_config(whole.get_text_config().model_type).to_dict()
+        return CONFIG_MAPPING[model_type](text_config=text, vision_config=image)
     fields: dict[str, Any] = {}
     for name, value in default.items():
         if name in _DROPPED:
@@ -262,7 +286,7 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
         fields[name] = value
     if "kv_lora_rank" in default:
         fields["num_key_value_heads"] = 4
-    fields |= _OWN.get(model_type, {}) | changes
+    fields |= _OWN.get(model_type, {})
     for name in ("layer_types", "per_layer_config"):
         if fields.get(name, 0) is None:
             del fields[name]
@@ -294,6 +318,12 @@ def _recomputed(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
         logits = model(torch.tensor([ids]), use_cache=False).logits
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def _eager(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return model_class.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 def _own_generation(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -347,11 +377,11 @@ def examine(name: str, folder: Path) -> Row:
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = builder_of(config).from_config(config, dtype=torch.float32).eval()
     randomise(model, seed=0)
     hub = folder / "hub"
     model.save_pretrained(hub, save_original_format=True)
-    theirs = eager(hub, torch.float32)
+    theirs = _eager(type(model), hub, torch.float32)
     ids = torch.tensor([_PROMPTS[0]])
     with torch.inference_mode():
         logits = theirs(ids, use_cache=False).logits
@@ -388,8 +418,9 @@ def examine(name: str, folder: Path) -> Row:
     notes += _with_a_cache(exact_folder, alone, batch)
     with torch.inference_mode():
         bf16 = load_model(prepared(expert_dtype="bf16"), device="cpu")
+        theirs_bf16 = _eager(type(model), hub, torch.bfloat16)
         error = _error(bf16(input_ids=ids).logits, logits)
-        reference = _error(eager(hub, torch.bfloat16)(ids, use_cache=False).logits, logits)
+        reference = _error(theirs_bf16(ids, use_cache=False).logits, logits)
         # a rounding may turn a close choice of experts, which moves that token's logits by far
         near = (error < 2 * reference.median() + 0.02).float().mean()
         assert near >= 0.75, f"{name}: bf16 is off by {error}, theirs {reference}"
@@ -428,7 +459,7 @@ def main(names: Sequence[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = rows_of_the_page() if names else {}
-    for name in names or moe_types():
+    for name in names or (*moe_types(), *WRAPPERS):
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
         try:
             rows[name] = examine(name, folder).line()

@@ -10,8 +10,9 @@ from transformers import CONFIG_MAPPING
 
 ROWS = rows_of_the_page()
 # Of the kinds that once failed: a norm that needs a gate, head sizes that differ between layers,
-# top-k as a list, a head kept in fp32, experts outside the convention.
-OFTEN = ("qwen3_next", "gemma4_text", "hunyuan_v1_moe", "hy_v4", "llama4_text")
+# top-k as a list, a head kept in fp32, experts
+# outside the convention, a model that takes images too.
+OFTEN = ("qwen3_next", "gemma4_text", "hunyuan_v1_moe", "hy_v4", "llama4_text", "qwen3_vl_moe")
 
 
 @pytest.mark.parametrize(
