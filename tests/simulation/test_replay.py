@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, HitCounts, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.simulation.replay import PhaseHits, Timeline, bound_us, prefetch_step_us, replay
+from moe_offload.simulation.replay import Timeline, bound_us, prefetch_step_us, replay
 from moe_offload.simulation.traces import RoutingPass
 from moe_offload.simulation.workload import even_workload
 
@@ -16,7 +16,7 @@ UNLIMITED = 10**9
 
 def passes_of(n_layers: int, n_tokens: int, n_experts=8, top_k=2, prompt=5, seed=3):
     workload = even_workload(n_layers, n_experts, top_k)
-    return workload.generate(n_tokens, seed, prompt).passes
+    return tuple(workload.generate(n_tokens, seed, prompt).passes)
 
 
 def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
@@ -78,17 +78,20 @@ def test_hits_of_each_pass_and_layer_are_the_engines(policy, n_indexes, n_ways, 
     assert result.n_decode_tokens == result.n_decode_passes == 90
 
 
+def rates(hits: HitCounts) -> tuple[float, float, float]:
+    return (hits.at_least_one_percent, hits.at_least_two_percent, hits.per_expert_percent)
+
+
 def test_rates_of_a_hand_worked_trace():
     decode = [((0, 1),), ((0, 2),), ((0, 2),), ((3, 4),)]
     passes = [RoutingPass("decode", (tokens,)) for tokens in decode]
     result = replay(passes, ExpertCache(1, 4, make_policy("LRU")))
     # Hits 0, 1, 2, 0 of 2 each.
-    assert result.decode == PhaseHits(
-        pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3, experts=8, expert_hits=3
-    )
-    assert result.decode.rates() == (50.0, 25.0, 37.5)
+    assert result.decode == HitCounts(4, at_least_one=2, at_least_two=1, hits=3, misses=5)
+    assert rates(result.decode) == (50.0, 25.0, 37.5)
+    assert (result.looked_up, result.found, result.found_percent) == (8, 3, 37.5)
     assert (result.fetches, result.evictions) == (5, 1)
-    assert PhaseHits().rates() == (0, 0, 0)
+    assert rates(HitCounts()) == (0, 0, 0)
 
 
 def test_prompts_count_apart_and_warm_the_cache():
@@ -109,10 +112,10 @@ def test_a_batch_looks_each_expert_up_once_and_counts_by_token():
     assert cache.hits == 3  # 0, 1 and 2 were admitted first
     assert result.hits_by_layer == [[0], [4]]  # tokens found 2, 2 and 0 of theirs
     assert result.decode.at_least_two == 2
-    assert (result.decode.lookups, result.decode.hits) == (12, 4)
-    assert (result.decode.experts, result.decode.expert_hits) == (10, 3)
-    assert result.decode.rates() == (100 * 2 / 6, 100 * 2 / 6, 100 * 4 / 12)  # the engine's unit
-    assert result.decode.distinct_percent == 30.0
+    assert (result.decode.hits, result.decode.misses) == (4, 8)
+    assert (result.looked_up, result.found) == (10, 3)
+    assert rates(result.decode) == (100 * 2 / 6, 100 * 2 / 6, 100 * 4 / 12)  # the engine's unit
+    assert result.found_percent == 30.0
     assert result.n_decode_tokens == 6 and result.n_decode_passes == 2
 
 
@@ -163,53 +166,22 @@ def test_a_copy_that_ends_gives_the_cpu_its_speed_back():
     assert timeline.arrived() == [1, 2]
 
 
-EMULATED = replace(
-    COSTS, compute_shared_factor=1.5, gpu_shared_factor=2.0, dense_shared_factor=1.25
-)
-
-
-def test_an_emulated_accelerators_copies_slow_everything():
-    timeline = Timeline(EMULATED)
+def test_a_gpu_and_its_bus_know_nothing_of_each_other():
+    timeline = Timeline(replace(COSTS, gpu=SideCost(10, 300, 10)))
     timeline.queue([4])
-    timeline.pass_dense()  # 100 us of work take 125 beside the copy, of which 62.5 us pass
-    assert timeline.now_us == 125 and timeline.busy.copy_us == 125
-    timeline.pass_experts(2, 0, slots=[])  # 90 us of work beside the copy
-    assert timeline.now_us == pytest.approx(125 + 180)
-    timeline.pass_experts(0, 20, slots=[])  # 1000 - 62.5 - 90 are left of the copy
-    assert timeline.now_us == pytest.approx(305 + 2 * 847.5 + 20 + 20 * 580 - 847.5)
-    assert timeline.arrived() == [4]
-    alone = Timeline(replace(COSTS, gpu=SideCost(10, 300, 10)))
-    alone.queue([4])
-    alone.pass_dense()  # a GPU and its bus know nothing of each other
-    alone.pass_experts(2, 0, slots=[])
-    assert alone.now_us == 100 + 630
+    timeline.pass_dense()
+    timeline.pass_experts(2, 0, slots=[])
+    assert timeline.now_us == 100 + 630 and timeline.busy.copy_us == 730
+    assert timeline.arrived() == []
 
 
-def test_an_emulated_accelerator_computes_on_the_cpus_cores():
-    timeline = Timeline(EMULATED)
-    timeline.pass_experts(1, 1, slots=[])  # 600 beside 50: each is slowed by half of 50
-    assert timeline.now_us == 600 + 25
-    timeline = Timeline(EMULATED)
-    timeline.pass_experts(40, 1, slots=[9])  # 1610 and 600; 300 on top of each while both run
-    assert timeline.now_us == pytest.approx(900 * 2 + (1910 - 900) + 100)
-    # The CPU's 900 take 1800 beside the copy, in which the accelerator did 900 of its 1910; of the
-    # copy 900 were done, so that its last 100 slow the next 100 of work to 200.
+def test_what_the_gpu_needs_longer_than_the_cpu_passes_at_full_speed():
+    timeline = Timeline(replace(COSTS, gpu=SideCost(10, 1800, 10)))
+    timeline.pass_experts(1, 1, slots=[9])  # the CPU's 600 take 1200 beside the copy's first 600
+    assert timeline.now_us == 1820  # of which the last 620 hide the 400 that are left
     assert timeline.arrived() == [9]
-
-
-def test_three_on_two_cores_are_slowed_by_what_was_measured_for_three():
-    costs = replace(EMULATED, both_shared_factor=1.2)
-    timeline = Timeline(costs)
-    timeline.queue([9])
-    timeline.pass_experts(1, 1, slots=[])  # 625 and 75: 75 of both at 1.2, the CPU's 550 at 2
-    assert timeline.now_us == pytest.approx(75 * 1.2 + 550 * 2)
-    assert timeline.busy.gpu_us == pytest.approx(90) and timeline.busy.cpu_us == timeline.now_us
-    timeline = Timeline(costs)
-    timeline.queue([9])
-    timeline.pass_experts(40, 1, slots=[])  # 900 of both at 1.2 = 1080, in which 540 are copied
-    # The accelerator's other 1010 at 2 beside the 460 left of the copy, slowed to 920; 550 alone.
-    assert timeline.now_us == pytest.approx(1080 + 920 + 550)
-    assert timeline.arrived() == [9]
+    assert (timeline.busy.cpu_us, timeline.busy.gpu_us) == (1200, 1820)
+    assert timeline.busy.copy_us == 1600
 
 
 def test_a_prompts_layer_waits_for_the_copies_it_computes():

@@ -47,7 +47,8 @@ def test_one_setting_prints_what_the_replay_counted(capsys, trace, trace_file):
         "--cache-replace-policy", "LRU",
     )  # fmt: skip
     result = replay(trace.passes, ExpertCache(3, 3, make_policy("LRU")))
-    one, two, per_expert = result.decode.rates()
+    one, two = result.decode.at_least_one_percent, result.decode.at_least_two_percent
+    per_expert = result.decode.per_expert_percent
     assert "SYNTHETIC routing" in out
     assert f"at least one {one:.1f}%, at least two {two:.1f}%, per expert {per_expert:.1f}%" in out
     assert f"fetches: {result.fetches}, evictions: {result.evictions}" in out
@@ -74,10 +75,15 @@ def test_a_batch_prints_the_rates_of_the_engine_and_the_optimum_in_its_own_unit(
 def test_a_trace_without_prompts_says_so(capsys, tmp_path):
     path = tmp_path / "expert_choices.csv"
     flags = (str(path), "--cache-nblocks", "1", "--cache-nways", "2")
-    path.write_text("Index,Block_0,Block_0,Prefill_0\n0,,,3:1 0:2*\n1,0,1\n")
-    assert "leaves prompts out" not in printed(capsys, *flags)
     path.write_text("Index,Block_0,Block_0\n0\n1,0,1\n")
     assert "the trace leaves prompts out" in printed(capsys, *flags)
+    prompt = RoutingPass("prefill", (((0, 1),),))
+    passes = [prompt, RoutingPass("decode", (((0, 1),),))]
+    write_trace(tmp_path / "routing.jsonl", TraceInfo("run", 1, 2, 4), passes)
+    out = printed(capsys, *flags)
+    assert "leaves prompts out" not in out
+    assert f"note: {tmp_path / 'routing.jsonl'} was read: it has the prompts' tokens too" in out
+    assert "decode hits: at least one 100.0%" in out
 
 
 def test_times_are_printed_with_a_machine(capsys, trace_file):
@@ -100,7 +106,7 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
     flat = share_one_index(even_workload(4, 8, 2).generate(200))
     assert (flat.n_layers, flat.n_experts, len(flat.passes)) == (1, 32, 800)
     rates = [
-        replay(flat.passes, ExpertCache(1, ways, make_policy("LRU"))).decode.rates()[2]
+        replay(flat.passes, ExpertCache(1, ways, make_policy("LRU"))).found_percent
         for ways in (4, 16)
     ]
     assert rates[0] == 0 and rates[1] > 30
@@ -164,13 +170,13 @@ def test_tune_prints_a_front_and_the_flags_to_use(capsys):
     assert "only bf16 gives" in out.lower()
 
 
-def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
+def test_a_made_trace_can_be_written_and_read(capsys, tmp_path):
     made = tmp_path / "made.jsonl"
-    printed(capsys, trace_file, "--synthetic", "30", "--write-trace", str(made))
+    model = ("--model", "olmoe-1b-7b", "--synthetic", "30")
+    printed(capsys, *model, "--write-trace", str(made))
     again = read_trace(made)
-    assert again.info.synthetic and again.n_layers == 4
-    assert sum(one.phase == "decode" for one in again.passes) == 30
-    assert len(again.passes[0].ids[0]) == 6
+    assert again.info.synthetic and again.n_layers == 16
+    assert again.passes.n_decoded == 30
 
 
 def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeypatch):
@@ -261,6 +267,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "m"], "expected one of the shapes"),
         (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
         (["--model", "olmoe-1b-7b", "--synthetic", "0"], "expected --synthetic of at least 1"),
+        (["TRACE", "--synthetic", "9"], "expected --synthetic or a TRACE, found both"),
         (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
         (
             ["--model", "olmoe-1b-7b", "--cache-nblocks", "-1", "--cache-nways", "2"],

@@ -20,7 +20,7 @@ from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import RoutingPass, Trace, write_trace
+from moe_offload.simulation.traces import Trace, write_trace
 from moe_offload.simulation.tuning import (
     BELADY,
     FORMATS,
@@ -34,7 +34,7 @@ from moe_offload.simulation.tuning import (
     tune,
     write_rows,
 )
-from moe_offload.simulation.workload import fit_workload, popularity_workload, typical_workload
+from moe_offload.simulation.workload import typical_workload
 
 _EPILOG = """examples:
   python3 src/simulator.py expert_choices.csv --cache-nblocks 14 --cache-nways 4
@@ -59,13 +59,13 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         type=a_path,
         metavar="TRACE",
-        help="expert_choices.csv, *.route.csv, JSON lines, or a JSON file of expert popularity",
+        help="a run's expert_choices.csv or routing.jsonl, or a *.route.csv",
     )
     routing.add_argument(
         "--synthetic",
         type=int,
         metavar="TOKENS",
-        help="replay so many made-up tokens: fitted to TRACE, or typical for --model",
+        help="without TRACE: replay so many made-up tokens, typical for --model",
     )
     routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
     routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
@@ -223,46 +223,37 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
     for flag, value in (("--synthetic", options.synthetic), ("--processes", options.processes)):
         if value is not None and value < 1:
             raise UserError(f"expected {flag} of at least 1, found {value}")
-    n_tokens = options.synthetic or DEFAULT_TOKENS
     if options.trace is None:
         if shape is None:
             raise UserError("expected a TRACE, or --model for typical synthetic routing")
         workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
+        n_tokens = options.synthetic or DEFAULT_TOKENS
         return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
-    path: Path = options.trace
-    if path.suffix == ".json":
-        top_k = shape.top_k if shape is not None else 2
-        return popularity_workload(path, top_k).generate(n_tokens, options.seed)
-    trace = read_trace(path, shape.n_experts if shape is not None else None)
+    if options.synthetic is not None:
+        raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
+    trace = read_trace(options.trace, shape.n_experts if shape is not None else None)
     if shape is not None and trace.n_experts > shape.n_experts:
         raise UserError(
             f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
             f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
         )
-    if options.synthetic:
-        n_prompt = max((_n_prompt_tokens(one, trace.info.top_k) for one in trace.passes), default=0)
-        return fit_workload(trace).generate(n_tokens, options.seed, n_prompt)
     return trace
-
-
-def _n_prompt_tokens(one: RoutingPass, top_k: int) -> int:
-    if one.phase == "decode" or not (one.ids or one.seen):
-        return 0
-    return len(one.ids[0]) if one.ids else sum(n for _, n in one.seen[0]) // top_k
 
 
 def _print_trace(trace: Trace) -> None:
     info = trace.info
-    n_tokens = sum(len(one.ids[0]) for one in trace.passes if one.phase == "decode")
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
         f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{n_tokens} decoded tokens"
+        f"{trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
         print(f"note: {note}")
-    if any(one.phase == "prefill" and not one.last_choices() for one in trace.passes):
-        print("note: the trace leaves prompts out: the cache's warm-up by them is not replayed")
+    if any(one.phase == "prefill" and not one.ids for one in trace.passes):
+        print(
+            "note: the trace leaves prompts out: how they warmed the cache is not known and not "
+            "replayed; a run's routing.jsonl, which --output-dir keeps, has them"
+        )
 
 
 def _one_setting(
@@ -310,29 +301,26 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:
-            one, two, per_expert = hits.rates()
             print(
-                f"{phase} hits: at least one {one:.1f}%, at least two {two:.1f}%, "
-                f"per expert {per_expert:.1f}%"
+                f"{phase} hits: at least one {hits.at_least_one_percent:.1f}%, at least two "
+                f"{hits.at_least_two_percent:.1f}%, per expert {hits.per_expert_percent:.1f}%"
             )
-        elif hits.experts:
-            print(f"{phase} hits: per expert {hits.rates()[2]:.1f}%")
     once = ""
-    if result.decode.experts != result.decode.lookups:  # a batch
-        once = f"each expert counted once in a pass, hits: {result.decode.distinct_percent:.1f}%; "
+    if result.looked_up != result.decode.hits + result.decode.misses:  # a batch
+        once = f"each expert counted once in a pass, hits: {result.found_percent:.1f}%; "
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
+    bypass = 100 * outcome.most_hits / max(result.looked_up, 1)
     print(
-        f"{once}Belady's optimum: {optimum.replay.decode.distinct_percent:.1f}% without bypass, "
+        f"{once}Belady's optimum: {optimum.replay.found_percent:.1f}% without bypass, "
         f"{bypass:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
-        missed = (outcome.n_chosen - result.decode.expert_hits) * expert_bytes
+        missed = (trace.n_chosen - result.found) * expert_bytes
         print(
             f"bytes: {result.fetches * expert_bytes / 1e9:.2f} GB fetched, "
             f"{missed / 1e9:.2f} GB read by the CPU, "
-            f"{result.decode.expert_hits * expert_bytes / 1e9:.2f} GB read in slots"
+            f"{result.found * expert_bytes / 1e9:.2f} GB read in slots"
         )
 
 
@@ -342,14 +330,14 @@ def _print_times(outcome: Outcome, machine: Machine) -> None:
     joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
     print(f"predicted on {machine.name}, {machine.cores} cores, PCIe {machine.pcie}.0:")
     print(
-        f"  {outcome.tokens_per_s:.2f} tokens/s, {1e3 / outcome.tokens_per_s:.1f} ms a token, "
+        f"  {result.tokens_per_s:.2f} tokens/s, {1e3 / result.tokens_per_s:.1f} ms a token, "
         f"{joules / result.n_decode_tokens:.1f} J a token"
     )
     cpu, bus, gpu = (100 * us / total_us for us in (busy.cpu_us, busy.copy_us, busy.gpu_us))
     print(f"  busy: CPU {cpu:.0f}%, bus {bus:.0f}%, GPU {gpu:.0f}%")
     print(
         f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
-        f"reached {100 * outcome.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
+        f"reached {100 * result.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
     )
 
 

@@ -2,8 +2,8 @@
 
 A run's routing as a trace: what its simulation starts from.
 
-Of a prompt expert_choices.csv holds what the cache learns of it; this holds every token's choices,
-and which experts a prompt copied to the GPU.
+expert_choices.csv has no place for prompts, as the reference's has none; routing.jsonl holds every
+token's choices, and which experts a prompt copied to the GPU.
 
 What a run was made with: versions and git state, so that it can be repeated.
 
@@ -41,7 +41,7 @@ from moe_offload.report.tables import (
     frequency_rows,
     token_rows,
 )
-from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo, trace_lines
+from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo, trace_lines
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bo
     `synthetic` marks routing that no model chose, as in runs on random weights.
     """
     info = _recorded_info(recorder, model, n_experts, synthetic)
-    return Trace(info, tuple(_recorded_passes(recorder)))
+    return Trace(info, Routing(_recorded_passes(recorder)))
 
 
 def routing_lines(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Iterator[str]:
