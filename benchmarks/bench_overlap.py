@@ -142,7 +142,7 @@ class Bench:
         gbps = self.store.layouts[0].block_bytes / copy_s / 1e9
         fetcher = HostFetcher(self.gpu.slots, emulate_pcie_gbps=gbps)
         cache = ExpertCache(N_LAYERS, N_WAYS, make_policy("LRU"))
-        slot_of_pair = torch.tensor([[0] + [-1] * (TOP_K - 1)])
+        slot_of_pair = [0] + [-1] * (TOP_K - 1)
 
         def copy_alone() -> None:
             fetcher.fetch(0, self.store.block(0, 0))

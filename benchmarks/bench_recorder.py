@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import load_engine
 from moe_offload.experts.accelerator import Accelerator
-from moe_offload.experts.recorder import NullRecorder, Recorder
+from moe_offload.experts.recorder import LayerEvent, NullRecorder, Recorder
 from moe_offload.model.dummy import DummyModel, ForcedRouting
 from moe_offload.model.generation import cache_argument
 from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo
@@ -54,7 +54,7 @@ def _pass_call(recorder: Recorder | NullRecorder, top_k: int, n_tokens: int) -> 
     def call() -> None:
         recorder.begin_pass("decode", n_tokens, 0)
         for layer in range(N_PASS_LAYERS):
-            recorder.layer(
+            event = LayerEvent(
                 layer=layer,
                 ids=ids,
                 n_hits_of_token=hits,
@@ -74,6 +74,7 @@ def _pass_call(recorder: Recorder | NullRecorder, top_k: int, n_tokens: int) -> 
                 waited_bytes=0,
                 fetch_bytes=9437184,
             )
+            recorder.layer(event)
         recorder.end_pass(0.1)
 
     return call
@@ -108,8 +109,8 @@ class _TimedRecorder(_Timed):
         self._since_s = time.perf_counter()
         return True
 
-    def at_end(self, record: Callable[..., None], *arguments: Any) -> None:
-        super().at_end(record, *arguments)
+    def at_end(self, event: Callable[[], LayerEvent]) -> None:
+        super().at_end(event)
         self.inside_s += time.perf_counter() - self._since_s
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.gpu_models import Setting
 from benchmarks.gpu_rows import Row
-from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.engine.engine import Engine
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.kernels.oracle import experts_forward
@@ -186,7 +185,7 @@ def run_setting(
     summary = summarize(recorder)
     assert summary.step_ms is not None
     bound_ms = bound_step_us(engine, measured) / 1e3
-    predicted_us = predicted_step_us(recorder, engine.costs.model)
+    predicted_us = engine.predicted_step_us(recorder)
     stats = None
     if engine.accelerator is not None and engine.accelerator.prefetch.chosen:
         stats = engine.accelerator.prefetch

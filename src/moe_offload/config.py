@@ -1,19 +1,64 @@
 """A run's configuration: frozen, built once, and checked by itself, whoever builds it.
 
-`main.py` builds a `Config` from its command line, a Python program parts of it; everything below is
-handed the part it needs. Messages name a setting by its flag.
+The command line builds a `Config`, a Python program parts of it; everything below is handed the
+part it needs. A field says what its flag is called and means: the command line's flags and help
+are made from that (`commands/arguments.py`), and messages name a setting by its flag.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from numbers import Integral
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
+from types import NoneType
 from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from moe_offload.errors import UserError
+
+WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class FormatFacts:
+    """How a weight format stores a matrix: `bits` per weight in elements of torch's `dtype`.
+
+    With a `group`, so many inputs of a row share one scale of `scale_bits`, which are packed tiles
+    (`checkpoint/quantization.py`); without, the matrix is row-major.
+    """
+
+    dtype: str
+    bits: int
+    group: int = 0
+    scale_bits: int = 16
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales included, padding not."""
+        return self.bits + (self.scale_bits / self.group if self.group else 0)
+
+
+# The one table of weight formats, in the order of WeightFormat in kernels/cpp/kernels.h. A format
+# is a row here, its bytes in checkpoint/block.py and its kernels.
+WEIGHT_FORMATS: Final[Mapping[str, FormatFacts]] = {
+    "fp32": FormatFacts("float32", 32),
+    "bf16": FormatFacts("bfloat16", 16),
+    "int8": FormatFacts("uint8", 8, group=32),
+    "int4": FormatFacts("uint8", 4, group=32),
+}
+# What one would choose for speed; fp32 is there to be compared with.
+FAST_FORMATS: Final = tuple(name for name, facts in WEIGHT_FORMATS.items() if facts.bits < 32)
+# Packed tiles: lossy, and as dense weights served by the CPU alone.
+PACKED_FORMATS: Final = tuple(name for name, facts in WEIGHT_FORMATS.items() if facts.group)
+
+
+def smaller_format(name: str) -> str | None:
+    """The format next below in size; None for the smallest."""
+    sizes = {other: facts.bits_per_weight for other, facts in WEIGHT_FORMATS.items()}
+    smaller = [other for other, size in sizes.items() if size < sizes[name]]
+    return max(smaller, key=sizes.__getitem__, default=None)
+
 
 POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
@@ -22,28 +67,62 @@ MissPolicy = Literal["cpu", "fetch", "auto"]
 Prefetch = Literal["off", "next-layer"]
 CpuKernel = Literal["auto", "native", "torch"]
 
-# Flags that are called otherwise than their field.
-_FLAGS: Final = {
-    "n_indexes": "--cache-nblocks",
-    "n_ways": "--cache-nways",
-    "quota": "--cache-quota",
-    "policy": "--cache-replace-policy",
-    "auto": "--cache-auto",
-    "memory_gb": "--cache-memory-gb",
-    "dummy_shape": "--dummy-weights",
-    "path": "--prompt-path",
-    "raw": "--raw-prompt",
-    "hide_responses": "--hide-resp",
-    "record": "--no-record",
+# The kinds of fields: how a message calls one, and what is of it. True is no number.
+_KINDS: Final[dict[Any, tuple[str, type]]] = {
+    bool: ("True or False", bool),
+    int: ("a whole number", Integral),
+    float: ("a finite number", Real),
+    str: ("text", str),
+    Path: ("a pathlib.Path", Path),
+    tuple: ("a tuple of whole numbers", tuple),
 }
-_KINDS: Final[dict[Any, str]] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text",
-    Path: "a pathlib.Path",
-    type(None): "None",
-}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A field on the command line: `--name` or `--name METAVAR`, and what --help says of it.
+
+    Values are at least `least` and above `above`. `choices` are a text's, upper or lower case
+    alike; a Literal has its own. `group` is --help's, where that is not the one of the class. A
+    flag without `help` is described elsewhere.
+    """
+
+    usage: str
+    help: str
+    choices: tuple[str, ...] = ()
+    least: float = -math.inf
+    above: float = -math.inf
+    group: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.usage.split()[0]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field and its flag; `kind` is what the field is when it is not None."""
+
+    field: str
+    kind: Any
+    may_be_none: bool
+    default: Any
+    flag: Flag
+
+
+def option(default: Any, usage: str, text: str, **more: Any) -> Any:
+    """A field that has a flag; `more` are further fields of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(usage, text, **more)})
+
+
+def options_of(options: type) -> list[Option]:
+    """The fields of a class of options that have flags."""
+    hints = get_type_hints(options)
+    found = []
+    for one in fields(options):
+        kinds = get_args(hint) if NoneType in get_args(hint := hints[one.name]) else (hint,)
+        found.append(Option(one.name, kinds[0], len(kinds) > 1, one.default, one.metadata["flag"]))
+    return found
 
 
 def _require(condition: bool, message: str) -> None:
@@ -51,39 +130,33 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_kinds(options: object) -> None:
-    """UserError for a field whose value is not of its annotated kind: Python programs can err."""
-    hints = get_type_hints(type(options))
-    for field in fields(options):  # type: ignore[arg-type]
-        value, hint = getattr(options, field.name), hints[field.name]
-        flag = _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
-        _require(_fits(value, hint), f"expected {flag} as {_kind(hint)}, found {value!r}")
+def _check_fields(options: object) -> None:
+    """UserError for a value that is not of its field's kind, or beyond its bounds.
+
+    A Python program can err in both, a command line in the second.
+    """
+    for one in options_of(type(options)):
+        value, flag = getattr(options, one.field), one.flag
+        if value is None and one.may_be_none:
+            continue
+        words, fits = _fits(value, one.kind)
+        words += " or None" if one.may_be_none else ""
+        _require(fits, f"expected {flag.name} as {words}, found {value!r}")
+        if isinstance(value, Real):
+            bound, kept = f"of at least {flag.least}", float(value) >= flag.least
+            if flag.above > -math.inf:
+                bound, kept = f"above {flag.above}", float(value) > flag.above
+            _require(kept, f"expected {flag.name} {bound}, found {value}")
 
 
-def _fits(value: object, hint: Any) -> bool:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in parts
-    if origin is UnionType:
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    if hint is int:
-        return isinstance(value, Integral)
-    if hint is float:
-        return isinstance(value, (int, float)) and abs(value) < math.inf
-    return isinstance(value, hint)
-
-
-def _kind(hint: Any) -> str:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(parts)}"
-    if origin is UnionType:
-        return " or ".join(_kind(part) for part in parts)
-    return "a tuple of whole numbers" if origin is tuple else _KINDS[hint]
+def _fits(value: object, kind: Any) -> tuple[str, bool]:
+    """How a message calls `kind`, and whether `value` is of it."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return f"one of {', '.join(choices)}", isinstance(value, str) and value in choices
+    words, of = _KINDS[get_origin(kind) or kind]
+    fits = isinstance(value, of) and isinstance(value, bool) == (kind is bool)
+    return words, fits and (not isinstance(value, Real) or math.isfinite(value))
 
 
 def _require_seed(seed: int) -> None:
@@ -99,54 +172,99 @@ class ModelOptions:
     weights; `dummy_layers` overrides that shape's layer count.
     """
 
-    model_path: Path | None
-    device: Device = "auto"
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    cpu_kernel: CpuKernel = "auto"
-    cpu_isa: str = "auto"
-    cpu_affinity: tuple[int, ...] | None = None
-    verify: bool = False
-    dummy_shape: str | None = None
-    dummy_layers: int | None = None
-    dummy_format: Literal["bf16", "int8", "int4"] = "bf16"
-    routing_trace: Path | None = None
+    model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
+    device: Device = option(
+        "auto", "--device", "where attention runs; auto: the GPU when there is one"
+    )
+    attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
+    verify: bool = option(False, "--verify", "check every byte of the folder before loading")
+    dummy_shape: str | None = option(
+        None, "--dummy-weights SHAPE",
+        "instead of a folder: random weights of a known model's shape (speed only; the text "
+        "is meaningless)",
+    )  # fmt: skip
+    dummy_layers: int | None = option(
+        None, "--dummy-layers L", "fewer layers than the shape has", least=1
+    )
+    dummy_format: Literal["bf16", "int8", "int4"] = option(
+        "bf16", "--dummy-format", "weight format of the random experts (default bf16)"
+    )
+    routing_trace: Path | None = option(
+        None, "--routing-trace FILE",
+        "with --dummy-weights: force the routing recorded in this trace",
+    )  # fmt: skip
+    cpu_kernel: CpuKernel = option(
+        "auto", "--cpu-kernel", "own kernels, or plain torch as a reference", group="CPU experts"
+    )
+    cpu_isa: str = option(
+        "auto", "--cpu-isa ISA",
+        "force an instruction set: scalar, avx2, avx512, ... (--version lists this CPU's)",
+        group="CPU experts",
+    )  # fmt: skip
+    cpu_affinity: tuple[int, ...] | None = option(
+        None, "--cpu-affinity LIST",
+        "pin kernel threads to CPUs, such as 0-7,16", group="CPU experts",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
+        _check_fields(self)
         _require(
-            (self.model_path is None) != (self.dummy_shape is None),
-            "expected exactly one of --model-path and --dummy-weights",
+            self.model_path is not None or self.dummy_shape is not None,
+            "--model-path is missing: name a folder weights_preprocessor.py prepared",
         )
         _require(
-            self.dummy_layers is None or self.dummy_layers >= 1,
-            f"expected --dummy-layers of at least 1, found {self.dummy_layers}",
+            self.model_path is None or self.dummy_shape is None,
+            "expected exactly one of --model-path and --dummy-weights, found both",
         )
+        for flag, given, why in (
+            ("--routing-trace", self.routing_trace is not None, "routes for itself"),
+            ("--dummy-layers", self.dummy_layers is not None, "has its own shape"),
+            ("--dummy-format", self.dummy_format != "bf16", "has its own shape"),
+        ):
+            _require(
+                self.dummy_shape is not None or not given,
+                f"{flag} needs --dummy-weights: a real model {why}",
+            )
 
 
 @dataclass(frozen=True)
 class CacheOptions:
     """The N x M expert cache and what happens on a miss (N = `n_indexes`, M = `n_ways`)."""
 
-    n_indexes: int = 0
-    n_ways: int = 0
-    quota: int = 64
-    policy: str = "FIFO"
-    auto: bool = False
-    miss_policy: MissPolicy = "cpu"
-    prefetch: Prefetch = "off"
-    emulate_pcie_gbps: float | None = None
-    trace: Path | None = None
-    memory_gb: float | None = None
-    seed: int = 0
+    n_indexes: int = option(
+        0, "--cache-nblocks N",
+        "cache indexes: the first N MoE layers are cached (default 0)", least=0,
+    )  # fmt: skip
+    n_ways: int = option(0, "--cache-nways M", "experts per index (default 0)", least=0)
+    quota: int = option(
+        64, "--cache-quota Q", "most background fetches of one forward pass (default 64)", least=0
+    )
+    policy: str = option(
+        "FIFO", "--cache-replace-policy",
+        "which expert gives up its place (default FIFO)", choices=POLICIES,
+    )  # fmt: skip
+    auto: bool = option(False, "--cache-auto", "choose N and M from free GPU memory and speeds")
+    memory_gb: float | None = option(
+        None, "--cache-memory-gb X", "with --cache-auto: use at most X GB", above=0
+    )
+    trace: Path | None = option(
+        None, "--trace FILE", "with --cache-auto: a routing trace to tune on"
+    )
+    miss_policy: MissPolicy = option(
+        "cpu", "--miss-policy",
+        "a miss is computed on the CPU (default), waits for its copy, or whichever measures faster",
+    )  # fmt: skip
+    prefetch: Prefetch = option(
+        "off", "--prefetch", "fetch the experts the next layer's router is expected to choose"
+    )
+    emulate_pcie_gbps: float | None = option(
+        None, "--emulate-pcie-gbps X",
+        "with --device cpu: slow the emulated accelerator's copies to X GB/s", above=0,
+    )  # fmt: skip
+    seed: int = option(0, "--seed N", "")  # of RANDOM; GenerationOptions' flag sets both
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
-        for flag, value in (
-            ("--cache-nblocks", self.n_indexes),
-            ("--cache-nways", self.n_ways),
-            ("--cache-quota", self.quota),
-        ):
-            _require(value >= 0, f"expected {flag} of 0 or more, found {value}")
+        _check_fields(self)
         _require(
             (self.n_indexes == 0) == (self.n_ways == 0),
             "expected --cache-nblocks and --cache-nways both positive or both 0, "
@@ -163,13 +281,13 @@ class CacheOptions:
         )
         _require_seed(self.seed)
         _require(
-            self.memory_gb is None or self.memory_gb > 0,
-            f"expected --cache-memory-gb above 0, found {self.memory_gb}",
-        )
-        _require(
             self.memory_gb is None or self.auto,
             "expected --cache-auto with --cache-memory-gb, found none: without it --cache-nblocks "
             "and --cache-nways give the cache's size",
+        )
+        _require(
+            self.trace is None or self.auto,
+            "--trace needs --cache-auto, which tunes the cache on it",
         )
         for flag, asked in (
             ("--prefetch next-layer", self.prefetch != "off"),
@@ -183,10 +301,6 @@ class CacheOptions:
         _require(
             self.emulate_pcie_gbps is None or self.wants_accelerator,
             "expected a cache or --miss-policy fetch for --emulate-pcie-gbps, found neither",
-        )
-        _require(
-            self.emulate_pcie_gbps is None or self.emulate_pcie_gbps > 0,
-            f"expected --emulate-pcie-gbps above 0, found {self.emulate_pcie_gbps}",
         )
 
     @property
@@ -203,50 +317,39 @@ class CacheOptions:
 class GenerationOptions:
     """How text is generated: `max_tokens` per prompt; temperature 0 is greedy."""
 
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 1
+    max_tokens: int = option(MISSING, "--max-tokens N", "tokens per prompt (required)", least=1)
+    temperature: float = option(0.0, "--temperature X", "0 is greedy (default)", least=0)
+    top_p: float = option(1.0, "--top-p P", "nucleus sampling mass (default 1)")
+    seed: int = option(0, "--seed N", "sampling seed (default 0)")
+    batch_size: int = option(1, "--batch-size B", "prompts at a time (default 1)", least=1)
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
-        _require(
-            self.max_tokens >= 1, f"expected --max-tokens of at least 1, found {self.max_tokens}"
-        )
-        _require(
-            self.temperature >= 0, f"expected --temperature of 0 or more, found {self.temperature}"
-        )
+        _check_fields(self)
         _require(0 < self.top_p <= 1, f"expected --top-p in (0, 1], found {self.top_p}")
         _require(
             self.top_p == 1 or self.temperature > 0,
             "expected --temperature above 0 for --top-p: greedy decoding has nothing to sample",
         )
         _require_seed(self.seed)
-        _require(
-            self.batch_size >= 1, f"expected --batch-size of at least 1, found {self.batch_size}"
-        )
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """Where prompts come from: `prompt` or lines of `path`, exactly one of them."""
 
-    prompt: str | None = None
-    path: Path | None = None
-    n_prompts: int | None = None
-    raw: bool = False
+    prompt: str | None = option(None, "--prompt TEXT", "one prompt")
+    path: Path | None = option(None, "--prompt-path FILE", "prompts, one per line")
+    n_prompts: int | None = option(
+        None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
+    )
+    raw: bool = option(False, "--raw-prompt", "no chat template around the prompt")
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
+        _check_fields(self)
         _require(
             (self.prompt is None) != (self.path is None),
             "expected exactly one of --prompt and --prompt-path, found "
             + ("neither" if self.prompt is None else "both"),
-        )
-        _require(
-            self.n_prompts is None or self.n_prompts >= 1,
-            f"expected --n-prompts of at least 1, found {self.n_prompts}",
         )
 
 
@@ -254,16 +357,23 @@ class PromptOptions:
 class OutputOptions:
     """What a run leaves behind."""
 
-    breakdown_csv: Path = Path("out.csv")
-    cachehit_csv: Path = Path("cache.csv")
-    output_dir: Path | None = None
-    responses_jsonl: Path | None = None
-    hide_responses: bool = False
-    record: bool = True
-    nvtx: bool = False
+    breakdown_csv: Path = option(
+        Path("out.csv"), "--breakdown-csv FILE", "time per forward pass (default out.csv)"
+    )
+    cachehit_csv: Path = option(
+        Path("cache.csv"), "--cachehit-csv FILE",
+        "hits per forward pass and layer (default cache.csv)",
+    )  # fmt: skip
+    output_dir: Path | None = option(None, "--output-dir DIR", "put all CSVs there")
+    responses_jsonl: Path | None = option(
+        None, "--responses-jsonl FILE", "one line per prompt, written as soon as it is done"
+    )
+    hide_responses: bool = option(False, "--hide-resp", "do not print responses")
+    record: bool = option(True, "--no-record", "no events, no CSVs, no hit rates")
+    nvtx: bool = option(False, "--nvtx", "NVTX ranges for Nsight Systems")
 
     def __post_init__(self) -> None:
-        _check_kinds(self)
+        _check_fields(self)
         for flag, asked in (
             ("--output-dir", self.output_dir is not None),
             ("--breakdown-csv", self.breakdown_csv != OutputOptions.breakdown_csv),
@@ -278,7 +388,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything one run of `main.py` was asked for."""
+    """Everything one run was asked for."""
 
     model: ModelOptions
     cache: CacheOptions

@@ -118,7 +118,9 @@ def _read(kind: Any, data: Any, place: str) -> Any:
     elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(data, dict):
         of = arguments[1] if arguments else Any
         return {key: _read(of, value, f"{place}.{key}") for key, value in data.items()}
-    raise ValueError(f"{place}: expected {getattr(kind, '__name__', kind)}, found {data!r:.80}")
+    choices = f"one of {', '.join(map(str, arguments))}" if origin is Literal else None
+    expected = choices or getattr(kind, "__name__", kind)
+    raise ValueError(f"{place}: expected {expected}, found {data!r:.80}")
 
 
 def _read_dataclass(kind: Any, data: Any, place: str) -> Any:

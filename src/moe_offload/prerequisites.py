@@ -5,28 +5,15 @@ traceback of an ImportError, or, stopped while it still imports, of a KeyboardIn
 standard library alone.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[2]
 # What requirements.txt installs, by the names that are imported.
 PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "mistral_common",
-    "google.protobuf",
-    "numpy",
-    "tqdm",
-    "nvtx",
-    "psutil",
-    "pynvml",
-    "matplotlib",
-    "yaml",
+    *("torch", "transformers", "safetensors", "mistral_common", "google.protobuf", "numpy"),
+    *("gguf", "tqdm", "nvtx", "psutil", "pynvml", "matplotlib", "yaml"),
 )
 
 
@@ -55,17 +42,12 @@ def complaint(missing: list[str], root: Path = ROOT) -> str:
     )
 
 
-def _unhandled(
-    kind: type[BaseException], value: BaseException, trace: TracebackType | None
-) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write("interrupted before any work was done\n")
-    else:
-        sys.__excepthook__(kind, value, trace)
-
-
 if _missing := missing_packages():
-    sys.stderr.write(complaint(_missing) + "\n")
-    raise SystemExit(2)
+    print(complaint(_missing), file=sys.stderr)
+    sys.exit(2)
 if sys.excepthook is sys.__excepthook__:
-    sys.excepthook = _unhandled
+    sys.excepthook = lambda kind, value, trace: (
+        print("interrupted before any work was done", file=sys.stderr)
+        if issubclass(kind, KeyboardInterrupt)
+        else sys.__excepthook__(kind, value, trace)
+    )

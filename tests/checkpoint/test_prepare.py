@@ -30,6 +30,7 @@ from moe_offload.checkpoint.prepared import (
 )
 from moe_offload.checkpoint.source_files import LazyTensor
 from moe_offload.commands import prepare
+from moe_offload.files import from_json
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITERS: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
@@ -303,10 +304,10 @@ def test_blocks_and_dense_tensors_are_aligned(tmp_path: Path) -> None:
     for layer in manifest.moe_layers:
         assert [layer.block_offset_bytes(e) % 4096 for e in range(layer.n_experts)] == [0] * 8
     dtypes = set()
-    for shard in manifest.dense_files:
+    for shard in manifest.dense:
         for tensor in shard.tensors:
-            assert tensor.offset_bytes % tensor.dtype.itemsize == 0
-            dtypes.add(tensor.dtype)
+            assert tensor.offset_bytes % tensor.torch_dtype.itemsize == 0
+            dtypes.add(tensor.torch_dtype)
     assert dtypes == {torch.bfloat16, torch.float32}  # the router's correction stays in fp32
 
 
@@ -315,7 +316,7 @@ def test_dense_shards_split_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = tiny_models.build_model(tiny_models.mixtral())
     source = tiny_models.write_hub(model, tmp_path / "source")
     manifest = prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "fp32")
-    names = [shard.path.name for shard in manifest.dense_files]
+    names = [shard.file.name for shard in manifest.dense]
     assert names[0] == f"dense-00001-of-{len(names):05d}.safetensors" and len(names) > 3
     assert_same_dense(manifest, model)
 
@@ -378,7 +379,7 @@ def test_every_layout_gives_the_same_bytes(tmp_path: Path) -> None:
     for layout, write in WRITERS.items():
         source = write(model, tmp_path / layout)
         manifest = prepare_folder(source, tmp_path / f"{layout}-out", "--hf")
-        contents.add(tuple(shard.path.read_bytes() for shard in manifest.shards))
+        contents.add(tuple(shard.file.read_bytes() for shard in manifest.shards))
     assert len(contents) == 1
 
 
@@ -387,7 +388,7 @@ def test_layout_in_the_manifest_is_complete(tmp_path: Path) -> None:
     source = tiny_models.write_hub(model, tmp_path / "source")
     prepare_folder(source, tmp_path / "out", "--hf", "--expert-dtype", "int4")
     data = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    layout = BlockLayout.from_json(data["moe_layers"][0]["layout"])
+    layout = from_json(BlockLayout, data["moe_layers"][0]["layout"])
     assert [field.name for field in layout.fields] == [
         "gate_up",
         "gate_up_scale",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine import setup
 from moe_offload.engine.engine import load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.dummy import ForcedRouting
@@ -160,3 +161,23 @@ def test_settings_do_not_change_the_text(
         assert (cached["hits"] + cached["misses"] == cached["n_tokens"] * cached["top_k"]).all()
         tried += 1
     assert tried >= 24
+
+
+@pytest.mark.parametrize(
+    ("n_slots", "used", "shape", "note"),
+    [
+        (56, 56, (14, 4), None),
+        (60, 56, (14, 4), None),
+        (55, 55, (14, 4), "the cache is 14 x 4, cut to 55 slots, for lack of memory"),
+        (50, 42, (14, 3), "the cache is 14 x 3 for lack of memory"),
+        (40, 40, (14, 3), "the cache is 14 x 3, cut to 40 slots, for lack of memory"),
+        (9, 9, (9, 1), "the cache is 9 x 1 for lack of memory"),
+    ],
+)
+def test_slots_that_do_not_fit_cost_little_more_than_themselves(
+    n_slots: int, used: int, shape: tuple[int, int], note: str | None
+) -> None:
+    notes: list[str] = []
+    fitted, found = setup._shrunk(CacheOptions(n_indexes=14, n_ways=4), n_slots, notes)
+    assert (found, (fitted.n_indexes, fitted.n_ways)) == (used, shape)
+    assert notes == ([] if note is None else [note])

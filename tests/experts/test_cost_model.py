@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 
 # Round numbers: a copy takes 10 + 1000 us alone and 10 + 2000 us beside the CPU.
@@ -39,7 +38,6 @@ def test_few_tokens_cost_what_was_measured_and_many_a_straight_line():
     cost = replace(COST, cpu=side)
     assert cost.decode_layer_us(0, 2, copying=False) == 70 + 20 + 2 * 600
     assert cost.split_prefill([1, 2], cached=()).cpu_us == 20 + 600 + 625
-    assert CostModel.from_json(cost.to_json()) == cost
 
 
 def test_decode_layer_overlaps_its_sides():
@@ -62,24 +60,11 @@ def test_decode_layer_waits_for_copies_one_behind_the_other():
     )
 
 
-def test_an_emulated_accelerator_shares_the_cores():
-    emulated = replace(COST, compute_shared_factor=1.5)
-    assert emulated.compute_us(1000, 0) == (1000, 0)
-    assert emulated.compute_us(1000, 400) == (1200, 600)
-    assert emulated.decode_layer_us(1, 1, copying=False) == 70 + 720 + 0.5 * 66
-    assert COST.compute_us(1000, 400) == (1000, 400)
-    emulated = replace(emulated, gpu_shared_factor=2.0, dense_shared_factor=1.2)
-    assert emulated.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
-    assert emulated.decode_layer_us(2, 0, copying=False) == 70 + 15 + 2 * 51
-    # 720 and 66 alone, 33 on top of each while both run: 99 of both at 1.1, the CPU's rest at 1.5.
-    together = replace(emulated, both_shared_factor=1.1)
-    assert together.decode_layer_us(1, 1, copying=True) == pytest.approx(
-        1.2 * 70 + 99 * 1.1 + (753 - 99) * 1.5
-    )
-    assert together.decode_layer_us(2, 0, copying=True) == 1.2 * 70 + 2 * (15 + 2 * 51)
-    assert together.decode_layer_us(1, 1, copying=False) == 70 + 720 + 33
-    # A GPU of its own goes on at its own pace: hidden behind the CPU.
+def test_a_gpu_goes_on_at_its_own_pace_beside_the_cpu_and_copies():
+    # One hit's 66 us, or 20 hits' 1035, hide behind the CPU beside a copy; 30 hits' do not.
     assert COST.decode_layer_us(1, 1, copying=True) == 70 + 720 * COST.cpu_shared_factor
+    assert COST.decode_layer_us(20, 1, copying=True) == 70 + max(15 + 20 * 51, 720 * 1.5)
+    assert COST.decode_layer_us(30, 1, copying=True) == 70 + 15 + 30 * 51
 
 
 def test_sharing_slows_both_sides_only_while_both_run():
@@ -180,7 +165,6 @@ def test_a_split_counts_each_expert_left_to_the_cpu_by_its_own_cost(counts, limi
     split = cost.split_prefill(counts, cached=())
     cpu_us = cost.cpu_us([counts[e] for e in split.cpu_experts])
     assert split.cpu_us == pytest.approx(cost.overlap_us(cpu_us, split.n_copies)[0])
-    assert CostModel.from_json(cost.to_json()) == cost
 
 
 @pytest.mark.parametrize(
@@ -198,18 +182,3 @@ def test_a_split_counts_each_expert_left_to_the_cpu_by_its_own_cost(counts, limi
 def test_waiting_for_a_copy_must_beat_the_cpu(gbps, backlog_us, misses, expected):
     cost = replace(COST, copy_gbps=gbps, copy_gbps_shared=gbps)
     assert cost.should_fetch_now(0, misses, backlog_us) == expected
-
-
-def test_json_round_trip():
-    assert CostModel.from_json(COST.to_json()) == COST
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cpu": 3}', COST.to_json().replace("cpu", "c")])
-def test_a_damaged_calibration_is_a_sentence(text):
-    with pytest.raises(UserError, match="calibrate again"):
-        CostModel.from_json(text)
-
-
-def test_an_impossible_calibration_is_a_sentence():
-    with pytest.raises(UserError, match="calibrate again"):
-        CostModel.from_json(COST.to_json().replace('"copy_gbps": 10', '"copy_gbps": 0'))

@@ -29,10 +29,10 @@ N_EXPERTS = 6  # few, so that random operations meet each other
 class Model:
     """Every slot a dict, every policy's rank worked out anew from the whole log of uses."""
 
-    def __init__(self, n_indexes: int, n_ways: int, policy: str) -> None:
+    def __init__(self, n_indexes: int, n_ways: int, policy: str, n_slots: int) -> None:
         self.n_indexes, self.n_ways, self.policy = n_indexes, n_ways, policy
         self.slots: list[dict] = [
-            {"tag": None, "state": "EMPTY", "in_use": False} for _ in range(n_indexes * n_ways)
+            {"tag": None, "state": "EMPTY", "in_use": False} for _ in range(n_slots)
         ]
         self.log: list[tuple[str, int, int]] = []  # (fill or hit, layer, expert)
         self.counters = Counter()
@@ -118,10 +118,14 @@ def check_agreement(cache: ExpertCache, model: Model) -> None:
     assert cache.admissions - cache.evictions - cache.cancellations == occupied
 
 
-def drive(n_indexes: int, n_ways: int, policy: str, program: bytes) -> None:
-    """Run a program of three-byte operations on the directory and the model side by side."""
-    cache = ExpertCache(n_indexes, n_ways, make_policy(policy, seed=3))
-    model = Model(n_indexes, n_ways, policy)
+def drive(n_indexes: int, n_ways: int, n_short: int, policy: str, program: bytes) -> None:
+    """Run a program of three-byte operations on the directory and the model side by side.
+
+    The last index is short of `n_short` ways, or as many as leave it one.
+    """
+    n_slots = n_indexes * n_ways - min(n_short, n_ways - 1)
+    cache = ExpertCache(n_indexes, n_ways, make_policy(policy, seed=3), n_slots)
+    model = Model(n_indexes, n_ways, policy, n_slots)
     for i in range(0, len(program), 3):
         operation, a, b = program[i : i + 3]
         layer = a % (n_indexes + 1)
@@ -156,6 +160,7 @@ N_OPERATIONS = 400  # per program
 PROGRAMS = given(
     n_indexes=st.integers(1, 3),
     n_ways=st.integers(1, 5),
+    n_short=st.integers(0, 2),
     policy=st.sampled_from(sorted(POLICIES)),
     program=st.binary(min_size=3 * N_OPERATIONS, max_size=3 * N_OPERATIONS),
 )
@@ -172,17 +177,24 @@ def settings_for(n_operations: int) -> settings:
 
 @settings_for(50_000)
 @PROGRAMS
-def test_directory_agrees_with_the_model(n_indexes, n_ways, policy, program):
-    drive(n_indexes, n_ways, policy, program)
+def test_directory_agrees_with_the_model(n_indexes, n_ways, n_short, policy, program):
+    drive(n_indexes, n_ways, n_short, policy, program)
+
+
+def test_a_prompt_warms_no_more_ways_than_a_short_index_has() -> None:
+    cache = ExpertCache(2, 3, make_policy("LRU"), 4)
+    assert [slot for _, slot in cache.warm(0, [[0, 1], [2, 3]], 64)] == [0, 1, 2]
+    assert cache.warm(1, [[0, 1], [2, 3]], 64) == [(2, 3)]
+    assert cache.admit(1, 5) is None
 
 
 @pytest.mark.nightly
 @settings_for(1_000_000)
 @PROGRAMS
 def test_directory_agrees_with_the_model_for_a_million_operations(
-    n_indexes, n_ways, policy, program
+    n_indexes, n_ways, n_short, policy, program
 ):
-    drive(n_indexes, n_ways, policy, program)
+    drive(n_indexes, n_ways, n_short, policy, program)
 
 
 def replay(

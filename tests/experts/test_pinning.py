@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -81,13 +82,46 @@ def test_a_refusal_is_one_line_and_the_first_layers_stay_pinned(store, monkeypat
     gigabytes = 3 * 4 * LAYOUT.block_bytes / 1e9
     assert line.startswith("pinning experts was refused after 0.0 of ")
     assert f"{gigabytes:.1f} GB (CUDA error 2)" in line
-    assert "pageable memory" in line and "ulimit -l" in line
+    assert f"layers from {room} on use pageable memory" in line
+    assert "none of them is started in the background" in line and "ulimit -l" in line
     assert not store.pinned
+    assert [store.is_pinned(layer) for layer in range(3)] == [layer < room for layer in range(3)]
     assert list(runtime.registered) == [store.blocks(layer).data_ptr() for layer in range(room)]
     assert [int(store.block(layer, 3)[0]) for layer in range(3)] == [1, 2, 3]
     store.close()
     store.close()
     assert runtime.registered == {}
+
+
+def test_pages_that_are_still_registered_are_no_matter_of_a_limit(store, monkeypatch):
+    runtime = with_runtime(monkeypatch, room=3)
+    monkeypatch.setattr(runtime, "cudaHostRegister", lambda *_: 712)
+    line = store.pin()
+    assert line is not None
+    assert "close what this program loaded before" in line and "ulimit" not in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_nobody_holds_any_more_is_unregistered_before_it_is_gone(monkeypatch):
+    runtime = with_runtime(monkeypatch, room=3)
+    was_mapped = []
+
+    def unregister(pointer: int) -> int:
+        ranges = re.findall(r"^(\w+)-(\w+) ", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        was_mapped.append(any(int(a, 16) <= pointer < int(b, 16) for a, b in ranges))
+        return Runtime.cudaHostUnregister(runtime, pointer)
+
+    monkeypatch.setattr(runtime, "cudaHostUnregister", unregister)
+    forgotten = ExpertStore([LAYOUT] * 3, [600] * 3)
+    assert forgotten.pin() is None
+    held = forgotten.block(1, 5)
+    del forgotten
+    gc.collect()
+    assert list(runtime.registered) == [held.data_ptr() - 5 * LAYOUT.block_bytes]
+    del held
+    gc.collect()
+    assert runtime.registered == {}
+    assert was_mapped == [True] * 3
 
 
 def test_staging_memory_that_cannot_be_pinned_is_pageable(monkeypatch, capsys):

@@ -14,20 +14,27 @@ def test_events_come_back_typed_and_in_order() -> None:
     recorder = Recorder()
     recorder.begin_pass("prefill", 2, 7)
     spans_us = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5)
-    recorder.layer(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10)
-    recorder.layer(1, [[0, 1], [2, 3]], None, 0, 0, 0, 0)
+    first = LayerEvent(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10)
+    uncached = LayerEvent(1, [[0, 1], [2, 3]], None)
+    recorder.layer(first)
+    recorder.layer(uncached)
     recorder.end_pass(0.25, 1000.25)
     recorder.token(7, 0.25, 1000.5)
     recorder.begin_pass("decode", 1, 7)
-    recorder.layer(0, [[6, -1]], [0], 0, 2, 0, 0, cpu_bytes=2**40)
+    decode = LayerEvent(0, [[6, -1]], [0], misses=2, cpu_bytes=2**40)
+    recorder.layer(decode)
     recorder.end_pass(0.125, 1000.5)
     recorder.token(7, 0.125, 1000.75)
 
     assert list(recorder.layer_events()) == [
-        LayerEvent(0, 0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10),
-        LayerEvent(0, 1, [[0, 1], [2, 3]], None, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-        LayerEvent(1, 0, [[6, -1]], [0], 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2**40, 0, 0, 0),
+        first,
+        uncached,
+        decode._replace(pass_index=1),
     ]
+    row = recorder.layer_table()[0]
+    named = {name: row[name].item() for name in row.dtype.names}
+    assert [named.pop(name) for name in ("n_tokens", "top_k", "cached")] == [2, 2, 1]
+    assert named == {name: value for name, value in first._asdict().items() if name in named}
     assert recorder.pass_table().tolist() == [
         (False, 2, 7, 0.25, 1, 1000.25),
         (True, 1, 7, 0.125, 1, 1000.5),
@@ -38,13 +45,13 @@ def test_events_come_back_typed_and_in_order() -> None:
 def test_what_is_left_for_the_end_is_recorded_then_and_in_order() -> None:
     recorder, asked = Recorder(), []
 
-    def record(layer: int, expert: int) -> None:
+    def event(layer: int, expert: int) -> LayerEvent:
         asked.append(layer)
-        recorder.layer(layer, [[expert]], None, 0, 0, 0, 0, gpu_us=22.0)
+        return LayerEvent(layer, [[expert]], None, gpu_us=22.0)
 
     recorder.begin_pass("decode", 1, 0)
-    recorder.at_end(record, 0, 3)
-    recorder.at_end(record, 1, 4)
+    recorder.at_end(partial(event, 0, 3))
+    recorder.at_end(partial(event, 1, 4))
     assert asked == []
     recorder.end_pass(0.1)
     recorder.begin_pass("decode", 1, 0)
@@ -61,7 +68,7 @@ def test_a_pass_that_never_ended_is_left_out() -> None:
     recorder = Recorder()
     for duration_s in (0.1, None):
         recorder.begin_pass("decode", 1, 0)
-        recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0)
+        recorder.layer(LayerEvent(0, [[1, 2]], [1], hits=1, misses=1))
         if duration_s is not None:
             recorder.end_pass(duration_s)
     assert len(recorder.pass_table()) == 1
@@ -74,7 +81,7 @@ def test_a_pass_that_never_ended_is_left_out() -> None:
 def test_an_interrupt_as_a_pass_ends_leaves_that_pass_out(n_recorded: int) -> None:
     recorder = Recorder()
 
-    def interrupt() -> None:
+    def interrupt() -> LayerEvent:
         raise KeyboardInterrupt
 
     def run(expert: int, *, waited: tuple[int, ...] = (), interrupted: bool = False) -> None:
@@ -82,8 +89,10 @@ def test_an_interrupt_as_a_pass_ends_leaves_that_pass_out(n_recorded: int) -> No
         for layer in range(2):
             if interrupted and layer == n_recorded:
                 recorder.at_end(interrupt)
-            event = (layer, [[expert, layer]], [layer], 1, 1, 0, 0)
-            recorder.at_end(partial(recorder.layer, gpu_us=float(expert), waited=waited), *event)
+            event = LayerEvent(
+                layer, [[expert, layer]], [layer], 1, 1, gpu_us=float(expert), waited=waited
+            )
+            recorder.at_end(lambda event=event: event)
         if interrupted:
             recorder.at_end(interrupt)
         recorder.end_pass(0.1)
@@ -144,7 +153,7 @@ def test_events_leave_the_garbage_collector_nothing_to_walk() -> None:
     before = len(gc.get_objects())
     for _ in range(1000):
         recorder.begin_pass("decode", 1, 0)
-        recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0)
+        recorder.layer(LayerEvent(0, [[1, 2]], [1], hits=1, misses=1))
         recorder.end_pass(0.1)
         recorder.token(0, 0.1, 1.0)
     gc.collect()
@@ -154,7 +163,7 @@ def test_events_leave_the_garbage_collector_nothing_to_walk() -> None:
 def test_the_null_recorder_takes_the_same_calls_and_keeps_no_layers() -> None:
     recorder = NullRecorder()
     recorder.begin_pass("decode", 1, 0)
-    recorder.layer(0, [[1, 2]], [1], 1, 1, 0, 0, cpu_us=3.0, fetch_bytes=4)
+    recorder.layer(LayerEvent(0, [[1, 2]], [1], 1, 1, cpu_us=3.0, fetch_bytes=4))
     recorder.end_pass(0.1)
     recorder.token(0, 0.1, 1.0)
     assert len(recorder.layer_table()) == 0

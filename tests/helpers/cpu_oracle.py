@@ -22,11 +22,11 @@ from torch import Tensor
 from moe_offload.checkpoint.block import (
     Activation,
     BlockLayout,
-    WeightFormat,
     block_layout,
     pack_block,
     unpack_block,
 )
+from moe_offload.config import WeightFormat
 
 U = 2.0**-24
 TINY = 2.0**-126

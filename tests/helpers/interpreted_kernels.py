@@ -10,11 +10,12 @@ import json
 import torch
 from expert_cases import Case, random_blocks
 
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.experts.fetcher import HostFetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.kernels.oracle import expert_ffn
 
-FORMATS = ("fp32", "bf16", "int8", "int4")
+FORMATS = tuple(WEIGHT_FORMATS)
 CASES = [
     *(Case(f, 64, 48) for f in FORMATS),
     *(Case(f, 37, 29, "clamped_swiglu", has_bias=True) for f in FORMATS),
@@ -42,15 +43,16 @@ def run(case: Case) -> dict[str, object]:
     gpu.slots.copy_(blocks)
     fetcher = HostFetcher(gpu.slots)
     hidden, slots, weights = case.routing()
-    out = gpu.launch(hidden, slots, weights, fetcher).result()
-    bf16 = gpu.launch(hidden.bfloat16(), slots, weights.bfloat16(), fetcher).result()
+    pairs = slots.flatten().tolist()
+    out = gpu.launch(hidden, pairs, weights, fetcher).result()
+    bf16 = gpu.launch(hidden.bfloat16(), pairs, weights.bfloat16(), fetcher).result()
     expected = case.oracle(blocks, hidden, slots, weights)
     rounded = hidden.bfloat16().float(), slots, weights.bfloat16().float()
     expert = gpu._kernels.expert(0, hidden)
     one = expert_ffn(case.layout(), blocks[0], hidden, case.activation(), case.act_module())
     poisoned = hidden[:1].clone()
     poisoned[0, -1] = float("nan")
-    nan = gpu.launch(poisoned, slots[:1], weights[:1], fetcher).result().isnan().any(1)
+    nan = gpu.launch(poisoned, slots[0].tolist(), weights[:1], fetcher).result().isnan().any(1)
     gpu.close()
     fetcher.close()
     return {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_offload.experts.cache import ExpertCache, make_policy
-from moe_offload.experts.recorder import Recorder
+from moe_offload.experts.recorder import LayerEvent, Recorder
 from moe_offload.machine.sensors import Sample
 
 START_UNIX_S = 1_700_000_000.25
@@ -87,14 +87,14 @@ def _record_layer(
     n_hits = sum(n_hits_of_token)
     cpu_us, gpu_us = 200.0 * len(missed), 20.0 * (len(experts) - len(missed))
     combine_us = 5.0 + max(0.0, gpu_us - cpu_us)
-    recorder.layer(
+    event = LayerEvent(
         layer,
         ids,
         n_hits_of_token if is_cached else None,
-        n_hits if is_cached else 0,
-        len(ids) * shape.top_k - n_hits if is_cached else 0,
-        n_fetches,
-        n_evictions,
+        hits=n_hits if is_cached else 0,
+        misses=len(ids) * shape.top_k - n_hits if is_cached else 0,
+        fetches=n_fetches,
+        evictions=n_evictions,
         attention_us=50.0,
         router_us=10.0,
         plan_us=2.0,
@@ -106,6 +106,7 @@ def _record_layer(
         gpu_bytes=(len(experts) - len(missed)) * shape.block_bytes,
         fetch_bytes=n_fetches * shape.block_bytes,
     )
+    recorder.layer(event)
     return 50.0 + 10.0 + 2.0 + cpu_us + 1.0 + combine_us
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from moe_offload.engine.calibration import (
 from moe_offload.engine.engine import Engine, load_model
 from moe_offload.engine.timing import CalibrationCache
 from moe_offload.experts.costs import SideCost
+from moe_offload.files import from_json
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.kernels.oracle import apply_activation
@@ -222,7 +224,7 @@ def test_a_choice_in_words_costs_and_json() -> None:
         "(256 tokens: oneDNN 110 ms, the kernels 100 ms)",
     ]
     assert choice.notes() == choice.describe()[:1]
-    assert OnednnChoice.from_json(choice.to_json()) == choice
+    assert from_json(OnednnChoice, json.loads(json.dumps(dataclasses.asdict(choice)))) == choice
     assert OnednnChoice().describe() == [] and OnednnChoice().expert_cost is None
     assert has_bf16_products(["avx2", "avx512_bf16"]) and has_bf16_products(["amx_bf16"])
     assert not has_bf16_products(["avx2", "avx512f", "avx512_vnni", "amx_tile"])
@@ -302,7 +304,7 @@ def test_an_accelerators_calibration_decides_as_well(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "measure_crossover", lambda *_: ALWAYS)
-    monkeypatch.setattr("moe_offload.engine.setup.read_hardware", with_flags("amx_bf16"))
+    monkeypatch.setattr("moe_offload.engine.engine.read_hardware", with_flags("amx_bf16"))
     model = load_model(folder, device="cpu", cache_nblocks=2, cache_nways=2)
     assert limits(model.engine) == ({1}, {1})
     assert model.engine.accelerator.costs.cpu_many is not None

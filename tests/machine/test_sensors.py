@@ -137,15 +137,13 @@ class TestNvml:
         assert reader.read_power_w() == 100.0
         assert reader.note is None
 
-    def test_power_is_integrated_where_there_is_no_counter(self) -> None:
-        nvml = FakeNvml("counter")
-        now_s = 10.0
-        reader = NvmlReader(nvml=nvml, clock=lambda: now_s)
-        assert reader.read_j() == 0.0
-        now_s, nvml.power_mw = 12.0, 300_000
-        assert reader.read_j() == pytest.approx(2 * 200.0)  # trapezium of 100 and 300 W
-        now_s = 13.0
-        assert reader.read_j() == pytest.approx(2 * 200.0 + 300.0)
+    def test_without_a_counter_there_is_power_alone(self) -> None:
+        reader = NvmlReader(nvml=FakeNvml("counter"))
+        assert reader.read_j() is None
+        assert reader.read_power_w() == 100.0
+        assert reader.note == (
+            "GPU energy: this GPU counts none (Not Supported), its columns stay empty"
+        )
 
     def test_neither_counter_nor_power(self) -> None:
         reader = NvmlReader(nvml=FakeNvml("counter", "power"))
@@ -227,8 +225,11 @@ class TestSampler:
         assert first.unix_s <= last.unix_s
         assert (last.busiest_mhz, last.gpu_energy_j, last.gpu_power_w) == (3000.0, 0.0, 100.0)
         assert last.cpu_energy_j is last.cpu_temperature_c is None
-        assert [note.split(":")[0] for note in sampler.notes] == ["CPU energy", "CPU temperature"]
-        assert sampler.stop() == [first, last]  # stopping again adds nothing
+        assert sampler.notes[1:] == [
+            "GPU energy: its counter stands still, its cells stay empty",
+            "CPU temperature: no sensor on this machine, its cells stay empty",
+        ]
+        assert "no powercap RAPL" in sampler.notes[0]
 
     def test_samples_are_taken_all_along(self, tmp_path: Path) -> None:
         source = FakePsutil([3000], [50])
@@ -238,16 +239,16 @@ class TestSampler:
             nonlocal taken
             taken += 1
             if taken > 4:
-                sampler._stopped.set()
+                sampler._left.set()
             return [50.0]
 
         source.cpu_percent = count  # type: ignore[method-assign]
         sampler = SensorSampler(
             1, period_s=0.001, cpu=CpuReader(1, source), rapl=RaplReader(tmp_path)
         )
-        sampler.start()
-        assert sampler._stopped.wait(10)
-        assert len(sampler.stop()) >= 4
+        with sampler:
+            assert sampler._left.wait(10)
+        assert len(sampler.samples) >= 4
 
     def test_a_machine_without_any_sensor_runs_clean(self, tmp_path: Path) -> None:
         with SensorSampler(
@@ -272,3 +273,10 @@ def test_energy_between_samples_is_linear() -> None:
     assert at is not None
     assert at.tolist() == [0.0, 25.0, 50.0, 100.0, 100.0]
     assert energies_at(np.array([10.0]), samples, "gpu_energy_j") is None
+
+
+def test_a_counter_that_stands_still_says_nothing() -> None:
+    """A virtual machine may show one: 0.0 J a token would be a claim."""
+    samples = [Sample(10.0, cpu_energy_j=3.0), Sample(12.0, cpu_energy_j=3.0)]
+    assert energies_at(np.array([11.0]), samples, "cpu_energy_j") is None
+    assert energies_at(np.array([11.0]), samples[:1], "cpu_energy_j") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -129,3 +130,20 @@ def test_a_program_that_closes_nothing_still_ends_well():
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_stream_that_nobody_holds_any_more_ends_its_thread():
+    before = set(threading.enumerate())
+    stream = HostStream("forgotten")
+    other = HostStream("also forgotten")
+    event = HostEvent()
+    event.record(stream)
+    other.wait_event(event)
+    other.synchronize()
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    del stream, other
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=20)
+        assert not thread.is_alive()

@@ -13,6 +13,7 @@ from plotted import is_drawn
 
 from moe_offload.commands import draw
 from moe_offload.errors import UserError
+from moe_offload.report.figures import draw_patterns
 from moe_offload.report.patterns import (
     Reuse,
     analyse,
@@ -144,7 +145,7 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "made up: 3 layers, top-2 of 8 experts, 40 decoded tokens" in printed
     assert sorted(path.name for path in out.iterdir()) == [
-        "patterns.csv", "patterns.pdf", "patterns.png"
+        "patterns.csv", "patterns.pdf", "patterns.png", "patterns.svg"
     ]  # fmt: skip
     assert is_drawn(out / "patterns.png")
     with (out / "patterns.csv").open(newline="") as file:
@@ -187,7 +188,24 @@ def test_a_number_of_experts_that_is_none(capsys: pytest.CaptureFixture[str], nu
     assert capsys.readouterr() == ("", expected)
 
 
+def test_a_number_of_experts_that_no_trace_can_name() -> None:
+    """A figure of a layer's experts takes memory by their number, whatever the trace holds."""
+    with pytest.raises(UserError, match="at most 65536 experts in a layer, found 10000000000"):
+        analyse(trace_of([[(0, 1)]] * 5, n_experts=10**10))
+
+
 def test_a_missing_argument_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert draw.patterns([]) == 2
     expected = "error: the following arguments are required: trace; see --help\n"
     assert capsys.readouterr() == ("", expected)
+
+
+def test_the_figure_has_no_number_that_its_axis_cannot_show() -> None:
+    """With top-8 of 128 two tokens draw the same set by chance in 7e-11% of the pairs."""
+    rng = random.Random(8)
+    tokens = [[rng.sample(range(128), 8) for _ in range(2)] for _ in range(6)]
+    drawn = draw_patterns(analyse(trace_of(tokens, n_experts=128)), "made up")
+    labels = [text.get_text().strip() for text in drawn.figure.axes[0].texts]
+    assert "below 0.01" in labels
+    for label in labels:
+        assert label == "below 0.01" or float(label) == round(float(label), 2)

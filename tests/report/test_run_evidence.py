@@ -8,18 +8,16 @@ import io
 import json
 import re
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from against_transformers import prepared
+from demo_model import demo_prepared
 from plotted import is_drawn
 from recomputed_summary import first_tokens_s, recompute
 from tiny_models import write_mixtral_with_tokenizer
 
-from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.commands import draw, generate
 from moe_offload.simulation.trace_files import read_trace
 
@@ -42,21 +40,11 @@ class Run:
             return list(csv.DictReader(file))
 
 
-def demo_model(folder: Path) -> Path:
-    """The model of `make demo`: as that has left it, else trained here, in half a minute."""
-    made = ROOT / "build" / "demo" / "prepared"
-    if (made / MANIFEST_NAME).exists():
-        return made
-    script = ROOT / "examples" / "train_demo.py"
-    subprocess.run([sys.executable, script, "--output-path", folder / "hub"], check=True)
-    return prepared(folder / "hub", folder / "prepared", "--hf")
-
-
 @pytest.fixture(scope="module", params=["demo, one at a time", "random, batches of 3"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("evidence")
     if request.param.startswith("demo"):
-        model, n_indexes, batch_size = demo_model(folder), 3, 1
+        model, n_indexes, batch_size = demo_prepared(folder), 3, 1
     else:
         source = write_mixtral_with_tokenizer(folder / "hub", max_position_embeddings=256)
         model, n_indexes, batch_size = prepared(source, folder / "prepared", "--hf"), 1, 3

@@ -10,7 +10,7 @@ import pytest
 from recomputed_summary import recompute
 from synthetic_recording import START_UNIX_S, Shape, record_run, sensor_samples
 
-from moe_offload.experts.recorder import NullRecorder, Recorder
+from moe_offload.experts.recorder import LayerEvent, NullRecorder, Recorder
 from moe_offload.machine.sensors import Sample
 from moe_offload.report.files import ReportPaths, RunInfo, write_reports
 from moe_offload.report.summary import HitCounts, format_summary, summarize
@@ -21,21 +21,22 @@ def hand_made_run(recorder: Recorder) -> None:
     recorder.begin_pass("prefill", 3, 0)
     for layer in range(2):
         ids = [[0, 1], [1, 2], [2, 3]]
-        recorder.layer(layer, ids, [0, 0, 0] if layer == 0 else None, 0, 6 * (1 - layer), 2, 0)
+        hits_of_token = [0, 0, 0] if layer == 0 else None
+        recorder.layer(LayerEvent(layer, ids, hits_of_token, misses=6 * (1 - layer), fetches=2))
     recorder.end_pass(0.5)
     recorder.token(0, 0.6, 1000.0)
     for step_s, n_hits, at in ((0.02, 2, 1000.02), (0.03, 1, 1000.05)):
         recorder.begin_pass("decode", 1, 0)
         for layer in range(2):
             hits = n_hits * (1 - layer)
-            recorder.layer(
+            event = LayerEvent(
                 layer,
                 [[2, 3]],
                 [hits] if layer == 0 else None,
                 hits,
                 (2 - hits) * (1 - layer),
-                1,
-                1,
+                fetches=1,
+                evictions=1,
                 attention_us=1000.0,
                 cpu_us=2000.0,
                 gpu_us=500.0,
@@ -44,6 +45,7 @@ def hand_made_run(recorder: Recorder) -> None:
                 waited_bytes=2_000_000,
                 fetch_bytes=3_000_000,
             )
+            recorder.layer(event)
         recorder.end_pass(step_s)
         recorder.token(0, step_s, at)
 
@@ -166,9 +168,19 @@ def test_energy_is_that_of_decode_steps_alone() -> None:
     step_s = summary.generation_s / summary.generated_tokens
     assert summary.cpu_j_per_token == pytest.approx(40.0 * step_s, rel=1e-4)
     assert summary.gpu_j_per_token == pytest.approx(100.0 * step_s, rel=1e-4)
-    before_the_run = [Sample(START_UNIX_S - n, cpu_energy_j=0.0) for n in (2, 1)]
-    assert summarize(recorder, samples=before_the_run).cpu_j_per_token == 0.0
-    assert summarize(recorder, samples=before_the_run[:1]).cpu_j_per_token is None
+
+
+def test_a_counter_that_stands_still_is_no_energy() -> None:
+    """Nothing is printed rather than 0.00 J/token, a claim that nobody measured."""
+    samples = [Sample(START_UNIX_S + s, cpu_energy_j=7.0, gpu_energy_j=100.0 * s) for s in (0, 9)]
+    summary = summarize(record_run(Shape()), samples=samples)
+    assert summary.cpu_j_per_token is None
+    assert summary.gpu_j_per_token is not None
+    (line,) = [one for one in format_summary(summary).splitlines() if one.startswith("Energy")]
+    assert (
+        line == f"Energy: {summary.gpu_j_per_token:.2f} J/token (GPU {summary.gpu_j_per_token:.2f})"
+    )
+    assert summarize(record_run(Shape()), samples=samples[:1]).gpu_j_per_token is None
 
 
 @pytest.mark.parametrize(

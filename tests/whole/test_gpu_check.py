@@ -22,7 +22,7 @@ from moe_offload.engine import calibration
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts import layer as layer_module
-from moe_offload.experts.recorder import Recorder
+from moe_offload.experts.recorder import LayerEvent, Recorder
 from moe_offload.machine import hardware
 from moe_offload.simulation import shapes as shapes_module
 
@@ -224,7 +224,7 @@ def one_step(hits: int) -> Recorder:
     recorder = Recorder()
     recorder.begin_pass("decode", 1, 0)
     for layer in range(2):
-        recorder.layer(layer, [[0, 1]], [hits], hits, 2 - hits, 0, 0, gpu_bytes=2_000_000)
+        recorder.layer(LayerEvent(layer, [[0, 1]], [hits], hits, 2 - hits, gpu_bytes=2_000_000))
     recorder.end_pass(1.0)
     return recorder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -30,7 +31,13 @@ WINGS = {
 }
 
 # What answers before torch is loaded, and what plans and counts without tensors.
-WITHOUT_TORCH = ["commands.generate", "commands.prepare", "commands.simulate", "commands.draw"]
+WITHOUT_TORCH = [
+    "commands.check",
+    "commands.draw",
+    "commands.generate",
+    "commands.prepare",
+    "commands.simulate",
+]
 WITHOUT_TENSORS = ["errors", "experts.cache", "prerequisites"]
 
 # Variables that belong to the user's system or shell. The project has none of its own.
@@ -98,6 +105,14 @@ def test_every_folder_is_a_wing() -> None:
     assert {wing_of(name) for name in MODULES} == set(WINGS)
     folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
     assert folders == set(WINGS) - {""}
+
+
+def test_the_architecture_page_shows_this_house() -> None:
+    page = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    assert re.findall(r"^    (\w+)/ ", page, flags=re.MULTILINE) == list(WINGS)[1:]
+    named = re.findall(rf"`((?:{'|'.join(list(WINGS)[1:])})/[\w/.]+)`", page)
+    assert len(named) > 20
+    assert not [name for name in named if not (PACKAGE / name).exists()]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -41,7 +41,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_answer(installed: Path, tmp_path: Path) -> None:
-    for name in ("moe-run", "moe-prepare", "moe-simulate", "moe-plots", "moe-patterns"):
+    for name in (
+        "moe-run",
+        "moe-prepare",
+        "moe-check",
+        "moe-simulate",
+        "moe-plots",
+        "moe-patterns",
+    ):
         command = [installed / "bin" / name, "--help"]
         assert "usage: " in run(command, tmp_path, PYTHONPATH=str(installed))
 

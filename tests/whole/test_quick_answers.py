@@ -35,6 +35,8 @@ DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
         ("prepare.py --input-path . --output-path out --hf", 2, "it has no config.json"),
         ("simulator.py --help", 0, "usage: simulator.py"),
         ("simulator.py none", 2, "expected a routing trace at none"),
+        ("check.py --help", 0, "usage: check.py"),
+        ("check.py --model-path none", 2, "found nothing"),
         ("plots.py --help", 0, "usage: plots.py"),
         ("patterns.py --help", 0, "usage: patterns.py"),
     ],

@@ -12,21 +12,19 @@ Matrices are row-major in `fp32` and `bf16`; `int8` and `int4` use the packed ti
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
 from moe_offload.checkpoint import quantization
+from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 
-WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"]
 
-WEIGHT_FORMATS: Final = get_args(WeightFormat)
 BLOCK_ALIGNMENT: Final = 4096  # a page: direct file reads and host registration want it
 FIELD_ALIGNMENT: Final = 64  # a cache line: no vector load of a field's start is split
 
@@ -36,7 +34,6 @@ _DTYPES: Final = {
     "float16": torch.float16,
     "uint8": torch.uint8,
 }
-_BITS: Final = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -96,23 +93,6 @@ class BlockLayout:
     def field(self, name: str) -> Field:
         return self._by_name[name]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> BlockLayout:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError for what is no layout."""
-        layout = block_layout(
-            data["weight_format"],
-            data["hidden_size"],
-            data["intermediate_size"],
-            data["has_gate"],
-            data["has_bias"],
-        )
-        if json.dumps(layout.to_json(), sort_keys=True) != json.dumps(data, sort_keys=True):
-            raise ValueError("fields that lie where this format has them")
-        return layout
-
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
@@ -126,19 +106,19 @@ def block_layout(
     has_bias: bool = False,
 ) -> BlockLayout:
     """The layout of a block; a pure function of its arguments."""
+    facts = WEIGHT_FORMATS[weight_format]
     first_rows = (2 if has_gate else 1) * intermediate_size
     arrays: list[tuple[str, str, tuple[int, ...]]] = []
     for name, rows, columns in (
         ("gate_up", first_rows, hidden_size),
         ("down", hidden_size, intermediate_size),
     ):
-        if weight_format in _BITS:
-            packed, scale = quantization.packed_shapes(rows, columns, _BITS[weight_format])
-            arrays.append((name, "uint8", packed))
+        if facts.group:
+            packed, scale = quantization.packed_shapes(rows, columns, facts.bits)
+            arrays.append((name, facts.dtype, packed))
             arrays.append((f"{name}_scale", "float16", scale))
         else:
-            dtype = "float32" if weight_format == "fp32" else "bfloat16"
-            arrays.append((name, dtype, (rows, columns)))
+            arrays.append((name, facts.dtype, (rows, columns)))
         if has_bias:
             arrays.append((f"{name}_bias", "float32", (rows,)))
     fields = []
@@ -164,11 +144,12 @@ def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> 
     `weights` holds `gate_up` [R, H], `down` [H, I] and, with biases, `gate_up_bias` [R] and
     `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included.
     """
+    facts = WEIGHT_FORMATS[layout.weight_format]
     out.zero_()
     for name in ("gate_up", "down"):
         weight = weights[name]
-        if layout.weight_format in _BITS:
-            packed, scale = quantization.quantize(weight, _BITS[layout.weight_format])
+        if facts.group:
+            packed, scale = quantization.quantize(weight, facts.bits)
             layout.field(name).view(out).copy_(packed)
             layout.field(f"{name}_scale").view(out).copy_(scale)
         else:
@@ -179,8 +160,8 @@ def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> 
 
 def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "down"]) -> Tensor:
     """One matrix of a block in its logical shape: a view for fp32 and bf16, fp32 else."""
-    stored = layout.field(name).view(block)
-    if layout.weight_format not in _BITS:
+    stored, facts = layout.field(name).view(block), WEIGHT_FORMATS[layout.weight_format]
+    if not facts.group:
         return stored
     rows, columns = (
         (layout.first_rows, layout.hidden_size)
@@ -188,7 +169,7 @@ def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "
         else (layout.hidden_size, layout.intermediate_size)
     )
     scale = layout.field(f"{name}_scale").view(block)
-    return quantization.dequantize(stored, scale, rows, columns, _BITS[layout.weight_format])
+    return quantization.dequantize(stored, scale, rows, columns, facts.bits)
 
 
 def unpack_block(layout: BlockLayout, block: Tensor) -> dict[str, Tensor]:

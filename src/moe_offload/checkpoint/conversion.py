@@ -1,16 +1,15 @@
-"""From a checkpoint's tensors to the tensors of transformers' module tree, one at a time.
+"""A checkpoint's tensors as those of transformers' module tree, one at a time.
 
-Names and layouts follow transformers' own conversion mapping, the one `from_pretrained` uses;
-there are no name tables here. A plan is made from names and shapes alone (converters run on meta
-tensors), so a missing or misshapen tensor is found before anything is written. Only reading touches
-data.
+First the convention by which transformers describes a layer's experts: from version 5 every MoE
+architecture has an experts module with the flags `has_gate`, `has_bias`, `is_transposed` and
+`is_concatenated` and the parameters `gate_up_proj` (or, gateless, `up_proj`) and `down_proj`, each
+with the experts as first dimension. Whatever has these is supported; there is no list of
+architectures. `ExpertsModule` reads it and brings an expert into the one normal form.
 
-The convention by which transformers describes a layer's experts, and its one normal form.
-
-From transformers 5 every MoE architecture has an experts module with the flags `has_gate`,
-`has_bias`, `is_transposed` and `is_concatenated` and the parameters `gate_up_proj` (or, gateless,
-`up_proj`) and `down_proj`, each with the experts as first dimension. Whatever has these is
-supported; there is no list of architectures.
+Then the plan that leads there. Names and layouts follow transformers' own conversion mapping, the
+one `from_pretrained` uses; there are no name tables here. A plan is made from names and shapes
+alone (converters run on meta tensors), so a missing or misshapen tensor is found before anything is
+written. Only reading touches data.
 """
 
 from __future__ import annotations
@@ -35,9 +34,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moe_offload.checkpoint.block import BlockLayout, block_layout
 from moe_offload.checkpoint.source_files import LazyTensor
+from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 
+_PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLAGS: Final = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -62,6 +64,12 @@ class ExpertsModule:
         if self.has_bias:
             names |= {"gate_up_bias": f"{first}_bias", "down_bias": f"{self.name}.down_proj_bias"}
         return names
+
+    def block_layout(self, weight_format: WeightFormat) -> BlockLayout:
+        """How one expert is stored."""
+        return block_layout(
+            weight_format, self.hidden_size, self.intermediate_size, self.has_gate, self.has_bias
+        )
 
     def normalise(self, field: str, stored: Tensor) -> Tensor:
         """One expert's tensor in normal form, a view where possible.
@@ -135,9 +143,6 @@ def _describe(name: str, module: nn.Module) -> ExpertsModule:
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
-
-
-_PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass

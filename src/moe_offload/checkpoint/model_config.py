@@ -1,4 +1,4 @@
-"""Checks on what a model's configuration says, before anything is built or loaded from it."""
+"""What a model's configuration says, whoever wrote it, checked before anything is built from it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Final
 
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, MixtralConfig, PretrainedConfig
 
 from moe_offload.errors import UserError
+from moe_offload.files import read_json_object
 
-_STOP_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_STOP_IDS: Final = ("eos_token_id", "bos_token_id", "pad_token_id")
+# Of Mistral's params.json.
+_DEFAULT_CONTEXT: Final = 32768  # Mixtral 8x7B; its params.json does not say
+_DEFAULT_ROPE_THETA: Final = 1e6  # likewise
+_REQUIRED: Final = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size", "moe")
+_KNOWN_MOE: Final = {"num_experts", "num_experts_per_tok"}
 
 
 @contextmanager
@@ -50,3 +56,72 @@ def require_generation_config(found: dict[str, Any], path: Path, remedy: str) ->
             )
     with transformers_told(f"use the generation defaults in {path}", remedy):
         GenerationConfig.from_dict(dict(found))
+
+
+def read_hub_config(folder: Path) -> PretrainedConfig:
+    """The config of a Hugging Face folder; UserError for a quantised or an unknown model."""
+    path = folder / "config.json"
+    quantised = read_json_object(path).get("quantization_config")
+    if quantised:
+        known = quantised if isinstance(quantised, dict) else {}
+        method = known.get("quant_method", "an unknown method")
+        raise UserError(
+            f"{folder} is quantised ({method}), expected bf16, fp16 or fp32 weights; download a "
+            "bf16 version, or load it with transformers' from_pretrained(..., "
+            "quantization_config=Mxfp4Config(dequantize=True) or "
+            "FineGrainedFP8Config(dequantize=True)), save_pretrained it and prepare that folder"
+        )
+    with transformers_told(f"use {path}", "install a newer transformers or download it again"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def read_native_config(folder: Path) -> MixtralConfig:
+    """The config that `params.json` describes; UserError when it is not a Mixtral's."""
+    path = folder / "params.json"
+    params = read_json_object(path)
+    if params.get("moe") is None:
+        raise UserError(
+            f"{path} has no 'moe' entry: this is not a Mixture-of-Experts model; run it with "
+            "mistral-inference or transformers"
+        )
+    if not isinstance(params["moe"], dict) or params["moe"].keys() < _KNOWN_MOE:
+        raise UserError(
+            f"expected num_experts and num_experts_per_tok in the 'moe' entry of {path}, found "
+            f"{params['moe']!r}; download it again"
+        )
+    unknown = set(params["moe"]) - _KNOWN_MOE
+    if unknown or "q_lora_rank" in params:
+        raise UserError(
+            f"{path} describes another architecture than Mixtral (it has "
+            f"'{sorted(unknown)[0] if unknown else 'q_lora_rank'}'); use the Hugging Face version "
+            "of the model with --hf"
+        )
+    missing = [key for key in _REQUIRED if key not in params]
+    if missing:
+        raise UserError(f"{path} lacks the entry '{missing[0]}'; download it again")
+    with transformers_told(f"use {path}", "download it again"):
+        config = _mixtral_config(params)
+    config.architectures = ["MixtralForCausalLM"]
+    return config
+
+
+def _mixtral_config(params: dict[str, Any]) -> MixtralConfig:
+    return MixtralConfig(
+        vocab_size=params["vocab_size"],
+        hidden_size=params["dim"],
+        intermediate_size=params["hidden_dim"],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads", params["n_heads"]),
+        head_dim=params.get("head_dim", params["dim"] // params["n_heads"]),
+        rms_norm_eps=params["norm_eps"],
+        max_position_embeddings=params.get("max_seq_len", _DEFAULT_CONTEXT),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(params.get("rope_theta", _DEFAULT_ROPE_THETA)),
+        },
+        sliding_window=params.get("sliding_window"),
+        num_local_experts=params["moe"]["num_experts"],
+        num_experts_per_tok=params["moe"]["num_experts_per_tok"],
+        tie_word_embeddings=False,
+    )

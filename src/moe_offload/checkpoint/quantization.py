@@ -27,9 +27,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
 
-GROUP: Final = 32
+GROUP: Final = WEIGHT_FORMATS["int8"].group
 TILE_ROWS: Final = 16
 
 _RANGE: Final = {8: (-127, 127), 4: (-8, 7)}

@@ -1,9 +1,8 @@
-"""The small files that travel with the weights: configuration, tokenizer, generation defaults.
-
-A checkpoint as users have it, opened for reading in the names and layout of the run time.
+"""A checkpoint as users have it, opened for reading in the names and layout of the run time.
 
 Opening reads configuration, file headers and nothing else: it yields the model on the meta device,
-its experts modules and a conversion plan, or a sentence on why the checkpoint cannot be served.
+its experts modules and a conversion plan, or a sentence on why the checkpoint cannot be served. Its
+small files (configuration, tokenizer, generation defaults) travel with the weights.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
 from moe_offload.checkpoint.folders import require_source
-from moe_offload.checkpoint.mistral import read_native_config, to_hub_tensors
+from moe_offload.checkpoint.mistral import to_hub_tensors
 from moe_offload.checkpoint.model_config import (
+    read_hub_config,
+    read_native_config,
     require_experts_per_token,
     require_generation_config,
     transformers_told,
@@ -30,6 +31,25 @@ from moe_offload.checkpoint.model_config import (
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, write_atomically
+
+_COMPANIONS: Final = (
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tokenizer_config.json",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template*",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
     """
     require_source(folder, hugging_face)
     if hugging_face:
-        config = _read_config(folder)
+        config = read_hub_config(folder)
         files = open_hugging_face(folder)
         tensors = files.tensors
     else:
@@ -108,23 +128,6 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
         ),
         fingerprint=_fingerprint(folder, hugging_face, files.paths),
     )
-
-
-def _read_config(folder: Path) -> PreTrainedConfig:
-    path = folder / "config.json"
-    quantised = read_json_object(path).get("quantization_config")
-    if quantised:
-        known = quantised if isinstance(quantised, dict) else {}
-        method = known.get("quant_method", "an unknown method")
-        raise UserError(
-            f"{folder} is quantised ({method}), expected bf16, fp16 or fp32 weights; download a "
-            "bf16 version, or load it with transformers' from_pretrained(..., "
-            "quantization_config=Mxfp4Config(dequantize=True) or "
-            "FineGrainedFP8Config(dequantize=True)), save_pretrained it and prepare that folder"
-        )
-    remedy = "install a newer transformers or download the file again"
-    with transformers_told(f"use {path}", remedy):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _read_generation_config(folder: Path) -> dict[str, Any] | None:
@@ -159,26 +162,6 @@ def _fingerprint(folder: Path, hugging_face: bool, paths: tuple[Path, ...]) -> s
     return digest.hexdigest()
 
 
-_PATTERNS: Final = (
-    "config.json",
-    "generation_config.json",
-    "params.json",
-    "tokenizer.json",
-    "tokenizer.model*",
-    "tokenizer_config.json",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template*",
-)
-
-
 def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> None:
     """Copy these files into another folder and make sure that there is a `config.json`.
 
@@ -187,7 +170,7 @@ def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> Non
     be read; OSError from the output passes through.
     """
     if not source.samefile(output):
-        for pattern in _PATTERNS:
+        for pattern in _COMPANIONS:
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
                     write_atomically(output / path.name, _read(path))

@@ -3,34 +3,31 @@
 What is finished is recorded in `preparation.json` beside the shards, with checksums. Whenever the
 program dies, the next run keeps each recorded shard whose bytes still match and writes the rest;
 the manifest comes last and the record goes. Memory holds one expert, or one dense tensor, at a
-time.
-
-An output folder between runs: who holds it, what an interrupted run left, what to remove.
-
-What of a model outside its experts goes into the dense shards, in which form and order."""
+time. Top-down: the preparation, the plan of the dense shards, the output folder between runs.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.block import BlockLayout, WeightFormat, block_layout, pack_block
+from moe_offload.checkpoint.block import BlockLayout, pack_block
 from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import (
+    OUR_SHARD,
     DenseShard,
     DenseTensor,
     Manifest,
@@ -38,12 +35,10 @@ from moe_offload.checkpoint.prepared import (
     PackedWeight,
     decode_floats,
     dense_file_name,
-    dense_shard_from_json,
-    dense_shard_to_json,
     experts_file_name,
-    moe_layer_from_json,
-    moe_layer_to_json,
+    locate,
     plan_experts_file,
+    to_json,
     verify_shard,
     write_manifest,
 )
@@ -55,23 +50,210 @@ from moe_offload.checkpoint.safetensors_file import (
     plan_header,
 )
 from moe_offload.checkpoint.source import SourceCheckpoint
+from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import write_atomically
+from moe_offload.files import from_json, write_atomically
 
 SHARD_BYTES: Final = 4 << 30
-BITS: Final = {"int8": 8, "int4": 4}
+RECORD_NAME: Final = "preparation.json"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype."""
+
+    weight_format: WeightFormat
+    dense_format: WeightFormat
+    model_dtype: torch.dtype
+
+
+class Preparation:
+    """One source checkpoint on its way into one output folder; nothing is written before `run`."""
+
+    def __init__(self, source: SourceCheckpoint, output: Path, formats: Formats) -> None:
+        self._source, self._output, self._formats = source, output, formats
+        shards = plan_dense(source, formats.dense_format)
+        self._dense = [
+            _DenseFile(
+                parts,
+                dense_file_name(position, len(shards)),
+                *plan_header([entry for part in parts for entry in part.stored], {"format": "pt"}),
+            )
+            for position, parts in enumerate(shards)
+        ]
+        self._experts = []
+        for position, module in enumerate(source.experts):
+            layout = module.block_layout(formats.weight_format)
+            header, blocks = plan_experts_file(module.n_experts, layout)
+            name = experts_file_name(position)
+            self._experts.append(_ExpertsFile(module, layout, name, header, blocks))
+
+    @property
+    def _files(self) -> list[_DenseFile | _ExpertsFile]:
+        return [*self._dense, *self._experts]
+
+    @property
+    def total_bytes(self) -> int:
+        """The weights of all shards together, as `on_bytes` of `run` hears of them."""
+        return sum(file.n_bytes - len(file.header) for file in self._files)
+
+    @property
+    def _record_key(self) -> dict[str, str]:
+        """What must be equal for two preparations to share shards."""
+        return {
+            "fingerprint": self._source.fingerprint,
+            "weight_format": self._formats.weight_format,
+            "dense_format": self._formats.dense_format,
+        }
+
+    def run(
+        self, created_with: dict[str, str], on_bytes: Callable[[int], None] = lambda _: None
+    ) -> Manifest:
+        """Write everything that a previous run has not; returns the manifest written last.
+
+        `on_bytes` hears of bytes as they are written or found finished. UserError when the disk has
+        too little room; OSError from the disk passes through.
+        """
+        (self._output / MANIFEST_NAME).unlink(missing_ok=True)
+        done = self._keep_finished(on_bytes)
+        self._check_room(done)
+        for file in self._files:
+            if file.name not in done:
+                done[file.name] = file.write(self._source, self._output, on_bytes)
+                self._write_record(done)
+        manifest = self._manifest(done, created_with)
+        write_manifest(manifest)
+        (self._output / RECORD_NAME).unlink()
+        return manifest
+
+    def _keep_finished(self, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+        """The shards of an interrupted run that are still whole; others of ours are removed."""
+        remove_temporary_files(self._output)
+        record = read_record(self._output)
+        found = record.get("shards", {}) if record.get("key") == self._record_key else {}
+        kept: dict[str, Any] = {}
+        for file in self._files:
+            with suppress(UserError, OSError, KeyError, ValueError):
+                shard: Any = locate(self._output, from_json(file.kind, found[file.name]))
+                verify_shard(shard)
+                if shard.bytes == file.n_bytes:
+                    kept[file.name] = shard
+                    on_bytes(file.n_bytes - len(file.header))
+        remove_shards(self._output, record.get("shards", {}).keys() - kept.keys())
+        self._write_record(kept)
+        return kept
+
+    def _write_record(self, done: dict[str, Any]) -> None:
+        data = to_json({"key": self._record_key, "shards": done})
+        write_atomically(self._output / RECORD_NAME, json.dumps(data))
+
+    def _check_room(self, done: dict[str, Any]) -> None:
+        needed = sum(file.n_bytes for file in self._files if file.name not in done)
+        free = shutil.disk_usage(self._output).free
+        if needed > free:
+            raise UserError(
+                f"{self._output} has too little room: {size_text(needed)} still to write, "
+                f"{size_text(free)} free; free some space, choose another --output-path or a "
+                "smaller --expert-dtype"
+            )
+
+    def _manifest(self, done: dict[str, Any], created_with: dict[str, str]) -> Manifest:
+        text = self._source.config.to_json_string(use_diff=False)
+        config = json.loads(text, object_hook=decode_floats)
+        config.pop("_name_or_path", None)  # a path of this machine
+        parts = [part for file in self._dense for part in file.parts]
+        return Manifest(
+            folder=self._output,
+            source=str(self._source.folder.resolve()),
+            source_fingerprint=self._source.fingerprint,
+            created_with=created_with,
+            config=config,
+            generation_config=self._source.generation_config,
+            model_dtype="float32" if self._formats.model_dtype == torch.float32 else "bfloat16",
+            weight_format=self._formats.weight_format,
+            dense_format=self._formats.dense_format,
+            packed_weights=tuple(part.packed for part in parts if part.packed is not None),
+            dense=tuple(done[file.name] for file in self._dense),
+            moe_layers=tuple(done[file.name] for file in self._experts),
+        )
+
+
+@dataclass(frozen=True)
+class _DenseFile:
+    parts: list[DensePart]
+    name: str
+    header: bytes
+    entries: list[TensorEntry]
+    kind: ClassVar[Any] = DenseShard
+
+    @property
+    def n_bytes(self) -> int:
+        return self.entries[-1].offset_bytes + self.entries[-1].n_bytes
+
+    def write(
+        self, source: SourceCheckpoint, output: Path, on_bytes: Callable[[int], None]
+    ) -> DenseShard:
+        entries, tensors = iter(self.entries), []
+        with ShardWriter(output / self.name, self.header, self.n_bytes) as writer:
+            for part in self.parts:
+                for data in part.encode(source.plan.read(part.name)):
+                    entry = next(entries)
+                    crc = writer.write(entry.offset_bytes, data)
+                    dtype = str(entry.dtype).removeprefix("torch.")
+                    tensors.append(
+                        DenseTensor(entry.name, dtype, entry.shape, entry.offset_bytes, crc)
+                    )
+                    on_bytes(entry.n_bytes)
+            writer.commit()
+        return DenseShard(writer.path, self.n_bytes, checksum(self.header), tuple(tensors))
+
+
+@dataclass(frozen=True)
+class _ExpertsFile:
+    module: ExpertsModule
+    layout: BlockLayout
+    name: str
+    header: bytes
+    blocks: TensorEntry
+    kind: ClassVar[Any] = MoeLayer
+
+    @property
+    def n_bytes(self) -> int:
+        return self.blocks.offset_bytes + self.blocks.n_bytes
+
+    def write(
+        self, source: SourceCheckpoint, output: Path, on_bytes: Callable[[int], None]
+    ) -> MoeLayer:
+        layout = self.layout
+        block, checksums = torch.empty(layout.block_bytes, dtype=torch.uint8), []
+        with ShardWriter(output / self.name, self.header, self.n_bytes) as writer:
+            for expert, weights in enumerate(source.iterate_experts(self.module)):
+                pack_block(layout, weights, block)
+                offset = self.blocks.offset_bytes + expert * layout.block_bytes
+                checksums.append(writer.write(offset, block))
+                on_bytes(layout.block_bytes)
+            writer.commit()
+        return MoeLayer(
+            module=self.module.name,
+            file=writer.path,
+            bytes=self.n_bytes,
+            data_offset_bytes=self.blocks.offset_bytes,
+            n_experts=self.module.n_experts,
+            layout=layout,
+            header_checksum=checksum(self.header),
+            block_checksums=tuple(checksums),
+        )
 
 
 @dataclass(frozen=True)
 class DensePart:
     """One tensor of the model and the tensors stored for it: (name, dtype, shape) each.
 
-    With `bits` it is a packed matrix of two stored tensors, `<name>.packed` and `<name>.scale`.
+    A `packed` matrix has two of them, `<name>.packed` and `<name>.scale`.
     """
 
     name: str
-    bits: int | None
-    shape: tuple[int, ...]
+    packed: PackedWeight | None
     stored: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
     @property
@@ -80,32 +262,28 @@ class DensePart:
 
     def encode(self, tensor: Tensor) -> list[Tensor]:
         """The stored tensors, in the order of `stored`, of the source's tensor."""
-        if self.bits is not None:
-            return list(quantization.quantize(tensor, self.bits))
+        if self.packed is not None:
+            return list(quantization.quantize(tensor, self.packed.bits))
         return [tensor.to(self.stored[0][1]).contiguous()]
-
-    def packed_weight(self) -> PackedWeight | None:
-        if self.bits is None:
-            return None
-        return PackedWeight(self.name, self.bits, *self.shape)
 
 
 def plan_dense(source: SourceCheckpoint, dense_format: str) -> list[list[DensePart]]:
     """The dense shards: parts of wider elements first, so that every tensor lies aligned."""
-    packable = _packable(source.model) if dense_format in BITS else set()
+    facts = WEIGHT_FORMATS[dense_format]
+    packable = _packable(source.model) if facts.group else set()
     parts = []
     for name in source.dense_names:
         shape = tuple(source.plan.expected(name).shape)
         if name in packable:
-            bits = BITS[dense_format]
-            packed, scale = quantization.packed_shapes(shape[0], shape[1], bits)
-            stored: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...] = (
+            packed, scale = quantization.packed_shapes(shape[0], shape[1], facts.bits)
+            stored: Any = (
                 (f"{name}.packed", torch.uint8, packed),
                 (f"{name}.scale", torch.float16, scale),
             )
-            parts.append(DensePart(name, bits, shape, stored))
+            weight = PackedWeight(name, 8 if facts.bits == 8 else 4, shape[0], shape[1])
+            parts.append(DensePart(name, weight, stored))
         else:
-            parts.append(DensePart(name, None, shape, ((name, source.dense_dtype(name), shape),)))
+            parts.append(DensePart(name, None, ((name, source.dense_dtype(name), shape),)))
     parts.sort(key=lambda part: -part.stored[0][1].itemsize)
     shards: list[list[DensePart]] = [[]]
     size = 0
@@ -137,10 +315,6 @@ def _packable(model: PreTrainedModel) -> set[str]:
         if module is head and type(head) is nn.Linear and f"{path}.weight" not in tied:
             names.add(f"{path}.weight")
     return names
-
-
-RECORD_NAME: Final = "preparation.json"
-_OUR_SHARD: Final = re.compile(r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors")
 
 
 @contextmanager
@@ -176,7 +350,7 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove what a killed run left half-written."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         name = path.name.removesuffix(TEMPORARY_SUFFIX)
-        if _OUR_SHARD.fullmatch(name) or name in (MANIFEST_NAME, RECORD_NAME):
+        if OUR_SHARD.fullmatch(name) or name in (MANIFEST_NAME, RECORD_NAME):
             path.unlink(missing_ok=True)
 
 
@@ -208,210 +382,8 @@ def remove_prepared(folder: Path) -> None:
 def remove_shards(folder: Path, names: Iterable[str]) -> None:
     """Remove these shards; a name that no shard of ours can have is left alone."""
     for name in names:
-        if _OUR_SHARD.fullmatch(name):
+        if OUR_SHARD.fullmatch(name):
             (folder / name).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Formats:
-    """What to store: experts' `weight_format`, `dense_format` and the model's dtype."""
-
-    weight_format: WeightFormat
-    dense_format: str
-    model_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _DenseFile:
-    parts: list[DensePart]
-    name: str
-    header: bytes
-    entries: list[TensorEntry]
-
-    @property
-    def n_bytes(self) -> int:
-        return self.entries[-1].offset_bytes + self.entries[-1].n_bytes
-
-
-@dataclass(frozen=True)
-class _ExpertsFile:
-    module: ExpertsModule
-    layout: BlockLayout
-    name: str
-    header: bytes
-    blocks: TensorEntry
-
-    @property
-    def n_bytes(self) -> int:
-        return self.blocks.offset_bytes + self.blocks.n_bytes
-
-
-class Preparation:
-    """One source checkpoint on its way into one output folder; nothing is written before `run`."""
-
-    def __init__(self, source: SourceCheckpoint, output: Path, formats: Formats) -> None:
-        self._source, self._output, self._formats = source, output, formats
-        shards = plan_dense(source, formats.dense_format)
-        self._dense = [
-            _DenseFile(
-                parts,
-                dense_file_name(position, len(shards)),
-                *plan_header([entry for part in parts for entry in part.stored], {"format": "pt"}),
-            )
-            for position, parts in enumerate(shards)
-        ]
-        self._experts = []
-        for position, module in enumerate(source.experts):
-            layout = block_layout(
-                formats.weight_format,
-                module.hidden_size,
-                module.intermediate_size,
-                module.has_gate,
-                module.has_bias,
-            )
-            header, blocks = plan_experts_file(module.n_experts, layout)
-            name = experts_file_name(position)
-            self._experts.append(_ExpertsFile(module, layout, name, header, blocks))
-
-    @property
-    def _files(self) -> list[_DenseFile | _ExpertsFile]:
-        return [*self._dense, *self._experts]
-
-    @property
-    def total_bytes(self) -> int:
-        """The weights of all shards together, as `on_bytes` of `run` hears of them."""
-        return sum(f.n_bytes - len(f.header) for f in self._files)
-
-    @property
-    def record_key(self) -> dict[str, str]:
-        """What must be equal for two preparations to share shards."""
-        return {
-            "fingerprint": self._source.fingerprint,
-            "weight_format": self._formats.weight_format,
-            "dense_format": self._formats.dense_format,
-        }
-
-    def run(
-        self,
-        created_with: dict[str, str],
-        on_bytes: Callable[[int], None] = lambda _: None,
-    ) -> Manifest:
-        """Write everything that a previous run has not; returns the manifest written last.
-
-        `on_bytes` hears of bytes as they are written or found finished. UserError when the disk has
-        too little room; OSError from the disk passes through.
-        """
-        (self._output / MANIFEST_NAME).unlink(missing_ok=True)
-        done = self._keep_finished(on_bytes)
-        self._check_room(done)
-        for dense in self._dense:
-            if dense.name not in done:
-                done[dense.name] = dense_shard_to_json(self._write_dense(dense, on_bytes))
-                self._write_record(done)
-        for experts in self._experts:
-            if experts.name not in done:
-                done[experts.name] = moe_layer_to_json(self._write_experts(experts, on_bytes))
-                self._write_record(done)
-        manifest = self._manifest(done, created_with)
-        write_manifest(manifest)
-        (self._output / RECORD_NAME).unlink()
-        return manifest
-
-    def _keep_finished(self, on_bytes: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-        """The shards of an interrupted run that are still whole; others of ours are removed."""
-        remove_temporary_files(self._output)
-        record = read_record(self._output)
-        found = record.get("shards", {}) if record.get("key") == self.record_key else {}
-        kept = {}
-        for file in self._files:
-            with suppress(UserError, OSError, KeyError, TypeError, ValueError):
-                dense = isinstance(file, _DenseFile)
-                read = dense_shard_from_json if dense else moe_layer_from_json
-                shard = read(self._output, found[file.name])
-                verify_shard(shard)
-                if shard.file_bytes != file.n_bytes:
-                    continue
-                kept[file.name] = found[file.name]
-                on_bytes(file.n_bytes - len(file.header))
-        remove_shards(self._output, record.get("shards", {}).keys() - kept.keys())
-        self._write_record(kept)
-        return kept
-
-    def _write_record(self, done: dict[str, dict[str, Any]]) -> None:
-        data = {"key": self.record_key, "shards": done}
-        write_atomically(self._output / RECORD_NAME, json.dumps(data).encode())
-
-    def _check_room(self, done: dict[str, dict[str, Any]]) -> None:
-        needed = sum(f.n_bytes for f in self._files if f.name not in done)
-        free = shutil.disk_usage(self._output).free
-        if needed > free:
-            raise UserError(
-                f"{self._output} has too little room: {size_text(needed)} still to write, "
-                f"{size_text(free)} free; free some space, choose another --output-path or a "
-                "smaller --expert-dtype"
-            )
-
-    def _write_dense(self, file: _DenseFile, on_bytes: Callable[[int], None]) -> DenseShard:
-        entries = iter(file.entries)
-        tensors = []
-        with ShardWriter(self._output / file.name, file.header, file.n_bytes) as writer:
-            for part in file.parts:
-                for data in part.encode(self._source.plan.read(part.name)):
-                    entry = next(entries)
-                    crc = writer.write(entry.offset_bytes, data)
-                    tensors.append(
-                        DenseTensor(entry.name, entry.dtype, entry.shape, entry.offset_bytes, crc)
-                    )
-                    on_bytes(entry.n_bytes)
-            writer.commit()
-        return DenseShard(writer.path, file.n_bytes, checksum(file.header), tuple(tensors))
-
-    def _write_experts(self, file: _ExpertsFile, on_bytes: Callable[[int], None]) -> MoeLayer:
-        layout = file.layout
-        block = torch.empty(layout.block_bytes, dtype=torch.uint8)
-        checksums = []
-        with ShardWriter(self._output / file.name, file.header, file.n_bytes) as writer:
-            for expert, weights in enumerate(self._source.iterate_experts(file.module)):
-                pack_block(layout, weights, block)
-                offset = file.blocks.offset_bytes + expert * layout.block_bytes
-                checksums.append(writer.write(offset, block))
-                on_bytes(layout.block_bytes)
-            writer.commit()
-        return MoeLayer(
-            module=file.module.name,
-            path=writer.path,
-            file_bytes=file.n_bytes,
-            data_offset_bytes=file.blocks.offset_bytes,
-            n_experts=file.module.n_experts,
-            layout=layout,
-            header_checksum=checksum(file.header),
-            block_checksums=tuple(checksums),
-        )
-
-    def _manifest(self, done: dict[str, dict[str, Any]], created_with: dict[str, str]) -> Manifest:
-        parts = [part for file in self._dense for part in file.parts]
-        packed = (part.packed_weight() for part in parts)
-        text = self._source.config.to_json_string(use_diff=False)
-        config = json.loads(text, object_hook=decode_floats)
-        config.pop("_name_or_path", None)  # a path of this machine
-        return Manifest(
-            folder=self._output,
-            source=str(self._source.folder.resolve()),
-            source_fingerprint=self._source.fingerprint,
-            created_with=created_with,
-            config=config,
-            generation_config=self._source.generation_config,
-            model_dtype=str(self._formats.model_dtype).removeprefix("torch."),
-            weight_format=self._formats.weight_format,
-            dense_format=self._formats.dense_format,
-            dense_files=tuple(
-                dense_shard_from_json(self._output, done[file.name]) for file in self._dense
-            ),
-            packed_weights=tuple(weight for weight in packed if weight is not None),
-            moe_layers=tuple(
-                moe_layer_from_json(self._output, done[file.name]) for file in self._experts
-            ),
-        )
 
 
 def size_text(n_bytes: int) -> str:

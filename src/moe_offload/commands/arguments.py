@@ -1,25 +1,27 @@
-"""The command line of `main.py`: flags, their defaults and their help, and nothing else.
+"""The command line that generates text: its flags are the fields of `config`.
 
-Prompts from the command line or a file, one per line.
-
-How every entry point reads its command line: a mistake in it is one sentence."""
+Also how every command reads its own (`ArgumentParser`, `a_path`), and prompts from a file.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Final, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from moe_offload.config import (
-    POLICIES,
     CacheOptions,
     Config,
     GenerationOptions,
     ModelOptions,
+    Option,
     OutputOptions,
     PromptOptions,
+    options_of,
 )
 from moe_offload.errors import UserError
 
@@ -32,10 +34,23 @@ def a_path(text: str) -> Path:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but a mistake raises UserError instead of printing the usage and exiting."""
+    """argparse's, but a mistake raises UserError instead of printing the usage and exiting.
+
+    `prog` is the script that starts the command from a checkout; a command that was installed is
+    called by its own name, moe-run and so on.
+    """
+
+    def __init__(self, prog: str | None = None, **more: Any) -> None:
+        super().__init__(started_as(prog) if prog else None, **more)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def started_as(script: str) -> str:
+    """What the user has started: an installed command, else `script`."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("moe-") else script
 
 
 _LARGEST_FILE_BYTES = 64 << 20  # a million long prompts; more is a wrong file
@@ -91,22 +106,44 @@ _EPILOG = """examples:
 OMP_NUM_THREADS sets the number of CPU kernel threads. M is a folder that
 weights_preprocessor.py has prepared."""
 
+# The groups of --help in their order, and the options whose flags are in them.
+_GROUPS: Final[dict[str, Any]] = {
+    "model": ModelOptions,
+    "prompts (exactly one of the first two)": PromptOptions,
+    "generation": GenerationOptions,
+    "expert cache": CacheOptions,
+    "CPU experts": None,
+    "results": OutputOptions,
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `main.py`; mistakes raise UserError instead of exiting."""
+    """The parser; mistakes raise UserError instead of exiting.
+
+    What it parses has an attribute for each field whose flag was given, and none for the others.
+    """
     parser = ArgumentParser(
         prog="main.py",
         description="Generate text with a Mixture-of-Experts model that does not fit in the GPU.",
-        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_model(parser.add_argument_group("model"))
-    _add_prompts(parser.add_argument_group("prompts (exactly one of the first two)"))
-    _add_generation(parser.add_argument_group("generation"))
-    _add_cache(parser.add_argument_group("expert cache"))
-    _add_cpu(parser.add_argument_group("CPU experts"))
-    _add_output(parser.add_argument_group("results"))
+    parser.epilog = _EPILOG
+    if parser.prog != "main.py":
+        parser.epilog = _EPILOG.replace("python3 src/main.py", parser.prog).replace(
+            "weights_preprocessor.py", "moe-prepare"
+        )
+    groups = {title: parser.add_argument_group(title) for title in _GROUPS}
+    for title, options in _GROUPS.items():
+        for one in options_of(options) if options else ():
+            if one.flag.help:
+                groups[one.flag.group or title].add_argument(
+                    one.flag.name,
+                    dest=one.field,
+                    default=argparse.SUPPRESS,
+                    help=one.flag.help,
+                    **_reading(one),
+                )
     other = parser.add_argument_group("other")
     other.add_argument(
         "--show-calibration",
@@ -119,214 +156,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model-path", type=a_path, metavar="DIR", help="prepared model folder")
-    group.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto",
-        help="where attention runs; auto: the GPU when there is one",
-    )  # fmt: skip
-    group.add_argument(
-        "--attention", choices=("sdpa", "xformers"), default="sdpa", help="attention kernels"
-    )
-    group.add_argument(
-        "--verify", action="store_true", help="check every byte of the folder before loading"
-    )
-    group.add_argument(
-        "--dummy-weights", metavar="SHAPE",
-        help="instead of a folder: random weights of a known model's shape (speed only; "
-        "the text is meaningless)",
-    )  # fmt: skip
-    group.add_argument(
-        "--dummy-layers", type=int, metavar="L", help="fewer layers than the shape has"
-    )
-    group.add_argument(
-        "--dummy-format", choices=("bf16", "int8", "int4"), default="bf16",
-        help="weight format of the random experts (default bf16)",
-    )  # fmt: skip
-    group.add_argument(
-        "--routing-trace", type=a_path, metavar="FILE",
-        help="with --dummy-weights: force the routing recorded in this trace",
-    )  # fmt: skip
-
-
-def _add_prompts(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    group.add_argument("--prompt-path", type=a_path, metavar="FILE", help="prompts, one per line")
-    group.add_argument(
-        "--n-prompts", type=int, metavar="N", help="how many; cycles through the file (default all)"
-    )
-    group.add_argument(
-        "--raw-prompt", action="store_true", help="no chat template around the prompt"
-    )
-
-
-def _add_generation(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-tokens", type=int, metavar="N", help="tokens per prompt (required)")
-    group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)"
-    )
-    group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling mass (default 1)"
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="sampling seed (default 0)")
-    group.add_argument(
-        "--batch-size", type=int, default=1, metavar="B", help="prompts at a time (default 1)"
-    )
-
-
-def _add_cache(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--cache-nblocks", type=int, default=0, metavar="N",
-        help="cache indexes: the first N MoE layers are cached (default 0)",
-    )  # fmt: skip
-    group.add_argument(
-        "--cache-nways", type=int, default=0, metavar="M", help="experts per index (default 0)"
-    )
-    group.add_argument(
-        "--cache-quota", type=int, default=64, metavar="Q",
-        help="most background fetches of one forward pass (default 64)",
-    )  # fmt: skip
-    group.add_argument(
-        "--cache-replace-policy", choices=POLICIES, default="FIFO", type=str.upper,
-        help="which expert gives up its place (default FIFO)",
-    )  # fmt: skip
-    group.add_argument(
-        "--cache-auto", action="store_true", help="choose N and M from free GPU memory and speeds"
-    )
-    group.add_argument(
-        "--cache-memory-gb", type=float, metavar="X", help="with --cache-auto: use at most X GB"
-    )
-    group.add_argument(
-        "--trace",
-        type=a_path,
-        metavar="FILE",
-        help="with --cache-auto: a routing trace to tune on",
-    )
-    group.add_argument(
-        "--miss-policy", choices=("cpu", "fetch", "auto"), default="cpu",
-        help="a miss is computed on the CPU (default), waits for its copy, or whichever "
-        "measures faster",
-    )  # fmt: skip
-    group.add_argument(
-        "--prefetch", choices=("off", "next-layer"), default="off",
-        help="fetch the experts the next layer's router is expected to choose",
-    )  # fmt: skip
-    group.add_argument(
-        "--emulate-pcie-gbps", type=float, metavar="X",
-        help="with --device cpu: slow the emulated accelerator's copies to X GB/s",
-    )  # fmt: skip
-
-
-def _add_cpu(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--cpu-kernel", choices=("auto", "native", "torch"), default="auto",
-        help="own kernels, or plain torch as a reference",
-    )  # fmt: skip
-    group.add_argument(
-        "--cpu-isa", default="auto", metavar="ISA",
-        help="force an instruction set: scalar, avx2, avx512, ... (--version lists this CPU's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--cpu-affinity", metavar="LIST", help="pin kernel threads to CPUs, such as 0-7,16"
-    )
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--breakdown-csv", type=a_path, default=Path("out.csv"), metavar="FILE",
-                       help="time per forward pass (default out.csv)")  # fmt: skip
-    group.add_argument("--cachehit-csv", type=a_path, default=Path("cache.csv"), metavar="FILE",
-                       help="hits per forward pass and layer (default cache.csv)")  # fmt: skip
-    group.add_argument("--output-dir", type=a_path, metavar="DIR", help="put all CSVs there")
-    group.add_argument("--responses-jsonl", type=a_path, metavar="FILE",
-                       help="one line per prompt, written as soon as it is done")  # fmt: skip
-    group.add_argument("--hide-resp", action="store_true", help="do not print responses")
-    group.add_argument("--no-record", action="store_true", help="no events, no CSVs, no hit rates")
-    group.add_argument("--nvtx", action="store_true", help="NVTX ranges for Nsight Systems")
+def _reading(one: Option) -> dict[str, Any]:
+    """How argparse reads the flag."""
+    kind = get_origin(one.kind) or one.kind
+    if kind is bool:
+        return {"action": "store_false" if one.default else "store_true"}
+    if kind is Literal:
+        return {"choices": get_args(one.kind)}
+    if one.flag.choices:
+        return {"choices": one.flag.choices, "type": str.upper}
+    readers = {Path: a_path, tuple: parse_cpu_list}
+    return {"type": readers.get(kind, kind), "metavar": one.flag.usage.split()[1]}
 
 
 def parse_config(arguments: argparse.Namespace) -> Config:
     """The checked configuration; UserError for values that make no sense."""
-    prompt, prompt_path, max_tokens = arguments.prompt, arguments.prompt_path, arguments.max_tokens
-    if prompt is None and prompt_path is None:
-        if arguments.dummy_weights is not None:
-            prompt = "Random weights have nothing to say."
-        elif arguments.show_calibration:
-            prompt = "Nothing is generated."
+    given = dict(vars(arguments))
+    has_prompt, has_model = given.keys() & {"prompt", "path"}, given.keys() & {"model_path"}
     if arguments.show_calibration:
-        max_tokens = max_tokens or 1
-        if arguments.model_path is None and arguments.dummy_weights is None:
-            arguments.dummy_weights = CALIBRATION_SHAPE
-    if max_tokens is None:
+        given.setdefault("max_tokens", 1)
+        if not has_model:
+            given.setdefault("dummy_shape", CALIBRATION_SHAPE)
+    if not has_prompt and (arguments.show_calibration or "dummy_shape" in given):
+        given["prompt"] = "Random weights have nothing to say."
+    if "max_tokens" not in given:
         raise UserError("--max-tokens is missing: say how many tokens to generate per prompt")
-    if arguments.model_path is None and arguments.dummy_weights is None:
-        raise UserError("--model-path is missing: name a folder weights_preprocessor.py prepared")
-    if arguments.routing_trace is not None and arguments.dummy_weights is None:
-        raise UserError("--routing-trace needs --dummy-weights: a real model routes for itself")
-    if arguments.dummy_weights is None:
-        for flag, given in (
-            ("--dummy-layers", arguments.dummy_layers is not None),
-            ("--dummy-format", arguments.dummy_format != "bf16"),
-        ):
-            if given:
-                raise UserError(f"{flag} needs --dummy-weights: a real model has its own shape")
-    if arguments.trace is not None and not arguments.cache_auto:
-        raise UserError("--trace needs --cache-auto, which tunes the cache on it")
-    return Config(
-        model=ModelOptions(
-            model_path=arguments.model_path,
-            device=arguments.device,
-            attention=arguments.attention,
-            cpu_kernel=arguments.cpu_kernel,
-            cpu_isa=arguments.cpu_isa,
-            cpu_affinity=parse_cpu_list(arguments.cpu_affinity),
-            verify=arguments.verify,
-            dummy_shape=arguments.dummy_weights,
-            dummy_layers=arguments.dummy_layers,
-            dummy_format=arguments.dummy_format,
-            routing_trace=arguments.routing_trace,
-        ),
-        cache=CacheOptions(
-            n_indexes=arguments.cache_nblocks,
-            n_ways=arguments.cache_nways,
-            quota=arguments.cache_quota,
-            policy=arguments.cache_replace_policy,
-            auto=arguments.cache_auto,
-            miss_policy=arguments.miss_policy,
-            prefetch=arguments.prefetch,
-            emulate_pcie_gbps=arguments.emulate_pcie_gbps,
-            trace=arguments.trace,
-            memory_gb=arguments.cache_memory_gb,
-            seed=arguments.seed,
-        ),
-        generation=GenerationOptions(
-            max_tokens=max_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-        ),
-        prompts=PromptOptions(
-            prompt=prompt,
-            path=prompt_path,
-            n_prompts=arguments.n_prompts,
-            raw=arguments.raw_prompt,
-        ),
-        output=OutputOptions(
-            breakdown_csv=arguments.breakdown_csv,
-            cachehit_csv=arguments.cachehit_csv,
-            output_dir=arguments.output_dir,
-            responses_jsonl=arguments.responses_jsonl,
-            hide_responses=arguments.hide_resp,
-            record=not arguments.no_record,
-            nvtx=arguments.nvtx,
-        ),
-    )
+    kinds = get_type_hints(Config)
+    return Config(**{part: _built(kind, given) for part, kind in kinds.items()})
 
 
-def parse_cpu_list(text: str | None) -> tuple[int, ...] | None:
+def _built(kind: Any, given: dict[str, Any]) -> Any:
+    return kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given})
+
+
+def parse_cpu_list(text: str) -> tuple[int, ...]:
     """CPU numbers from a list such as `0-7,16`; UserError when it is not one."""
-    if text is None:
-        return None
     cpus: list[int] = []
     try:
         for part in text.split(","):

@@ -13,10 +13,10 @@ from typing import Final
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import require_source
 from moe_offload.commands.arguments import ArgumentParser, a_path
+from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 
 _ANOTHER: Final = "choose another --output-path"
-_DTYPES: Final = ("bf16", "fp32", "int8", "int4")
 
 
 def build_parser() -> ArgumentParser:
@@ -40,17 +40,19 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--expert-dtype",
-        choices=_DTYPES,
+        choices=tuple(WEIGHT_FORMATS),
         default="bf16",
-        help="how the experts are stored: bf16 and fp32 as they are, int8 and int4 in groups of 32 "
-        "(8.5 and 4.5 bits per weight); default bf16",
+        help="how the experts are stored, in bits per weight: "
+        + ", ".join(f"{name} {facts.bits_per_weight:g}" for name, facts in WEIGHT_FORMATS.items())
+        + "; default bf16",
     )
     parser.add_argument(
         "--dense-dtype",
-        choices=("auto", *_DTYPES),
+        choices=("auto", *WEIGHT_FORMATS),
         default="auto",
-        help="how the rest is stored: auto is bf16, or fp32 with --expert-dtype fp32; int8 and "
-        "int4 pack the matrices of attention, shared experts and LM head, for runs without a GPU",
+        help="how the rest is stored: auto is bf16, or fp32 with --expert-dtype fp32; "
+        f"{' and '.join(PACKED_FORMATS)} pack the matrices of attention, shared experts and LM "
+        "head, for runs without a GPU",
     )
     parser.add_argument(
         "--force", action="store_true", help="prepare again although the folder is prepared"
@@ -73,19 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # path need not wait for them, and Ctrl-C while they load is one line as well.
         from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
 
-        print(
-            prepare_model(
-                PrepareOptions(
-                    input_path=options.input_path,
-                    output_path=options.output_path,
-                    hugging_face=options.hf,
-                    expert_dtype=options.expert_dtype,
-                    dense_dtype=options.dense_dtype,
-                    force=options.force,
-                    library_warnings=options.debug,
-                )
-            )
-        )
+        print(prepare_model(PrepareOptions(**vars(options))))
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
         if "--debug" in arguments:

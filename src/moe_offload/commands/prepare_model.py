@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from moe_offload import VERSION
-from moe_offload.checkpoint.block import WeightFormat
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, open_source
@@ -25,6 +24,7 @@ from moe_offload.checkpoint.writer import (
     size_text,
     tidy,
 )
+from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import byte_bar
 from moe_offload.model.tokenization import check_tokenizer
@@ -32,15 +32,18 @@ from moe_offload.model.tokenization import check_tokenizer
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare, and into what; `dense_dtype` auto is bf16, or fp32 with fp32 experts."""
+    """The command line: what to prepare, and into what.
+
+    `dense_dtype` auto is bf16, or fp32 with fp32 experts; `debug` shows the libraries' warnings.
+    """
 
     input_path: Path
     output_path: Path
-    hugging_face: bool = False
+    hf: bool = False
     expert_dtype: WeightFormat = "bf16"
     dense_dtype: WeightFormat | Literal["auto"] = "auto"
     force: bool = False
-    library_warnings: bool = False
+    debug: bool = False
 
 
 def prepare_model(options: PrepareOptions) -> str:
@@ -50,7 +53,7 @@ def prepare_model(options: PrepareOptions) -> str:
     the disk passes through.
     """
     started_s = time.monotonic()
-    if not options.library_warnings:
+    if not options.debug:
         transformers.logging.set_verbosity_error()
     dense_format = options.dense_dtype
     if dense_format == "auto":
@@ -60,7 +63,7 @@ def prepare_model(options: PrepareOptions) -> str:
         dense_format=dense_format,
         model_dtype=torch.float32 if dense_format == "fp32" else torch.bfloat16,
     )
-    source = open_source(options.input_path, options.hugging_face, formats.model_dtype)
+    source = open_source(options.input_path, options.hf, formats.model_dtype)
     check_tokenizer(source.folder, source.config.model_type)
     output = options.output_path
     output.mkdir(parents=True, exist_ok=True)

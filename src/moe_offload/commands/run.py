@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 
 from moe_offload import VERSION
 from moe_offload.config import Config, ModelOptions
-from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.errors import UserError
@@ -296,7 +295,7 @@ def _report(
         seqlens=[conversation.generated.n_prompt_tokens for conversation in conversations],
         samples=sampler.samples,
         cpu_limit_gbps=None if costs is None else costs.read_gbps,
-        predicted_step_us=None if costs is None else predicted_step_us(recorder, costs.model),
+        predicted_step_us=engine.predicted_step_us(recorder),
     )
     notes = [*engine.run_notes(), *_ended_early(conversations)]
     if recorder.enabled:  # else no file has the columns that they speak of

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
+from moe_offload.config import FAST_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
@@ -23,7 +24,6 @@ from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace, write_trace
 from moe_offload.simulation.tuning import (
     BELADY,
-    FORMATS,
     Outcome,
     Setting,
     draw_rows,
@@ -95,7 +95,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
     machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
     machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
-    machine.add_argument("--expert-dtype", choices=FORMATS, default="bf16")
+    machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
         "--sweep", action="store_true", help="N x M x policy to sweep.csv and sweep.png"
@@ -372,7 +372,7 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
             f"expected GPU memory for {shape.name}'s dense weights, found "
             f"{machine.gpu_memory_gb:g} GB; give --memory-gb for the cache alone"
         )
-    costs = {name: machine.cost_model(shape, name) for name in FORMATS}
+    costs = {name: machine.cost_model(shape, name) for name in FAST_FORMATS}
     print(f"on {machine.name}, {machine.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots")
     print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
     points = tune(trace, int(memory_bytes), costs)

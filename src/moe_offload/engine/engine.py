@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,26 +16,28 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_offload.checkpoint.prepared import read_manifest, verify
-from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.calibration import (
     CROSSOVER_TOKENS,
     MachineCosts,
     OnednnChoice,
     has_bf16_products,
     machine_costs,
+    predicted_step_us,
 )
-from moe_offload.engine.memory import kv_cache_bytes, make_budget
+from moe_offload.engine.memory import free_slot_bytes, kv_cache_bytes, make_budget
 from moe_offload.engine.setup import (
-    Workbench,
     build_accelerator,
+    build_slots,
+    chosen_cache,
     fitted_cache,
     gpu_uuid,
 )
-from moe_offload.engine.timing import ROUNDS
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
+from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.hardware import read_hardware
@@ -95,47 +97,59 @@ class Engine:
             torch.cuda.empty_cache()
         self.emulate_pcie_gbps = options.emulate_pcie_gbps
         options = fitted_cache(options, self.source, self.notes)
+        if options.auto:
+            with closing(self._slots(N_STAGING_SLOTS)) as gpu:
+                costs = self._measured(gpu)
+            del gpu  # its slots are free memory again
+            free_bytes = free_slot_bytes(self.device, self.kv_bytes)
+            options = chosen_cache(options, self.source, free_bytes, costs.model, self.notes)
         if options.wants_accelerator:
-            workbench = Workbench(
-                self.source,
-                self.store,
-                self.cpu,
-                self.sites,
-                self.device,
-                self.decode_step,
-                self.notes,
-                distinct_linears(onednn_linears(self.model)),
+            gpu = self._slots(options.n_slots + N_STAGING_SLOTS)
+            costs = self._measured(gpu)
+            self.dispatcher.accelerator = build_accelerator(
+                options, gpu, self.store, self.sites, costs.model, self.notes
             )
-            self.dispatcher.accelerator, self.costs = build_accelerator(
-                workbench, options, self.kv_bytes
-            )
-            self.use_onednn(self.costs.onednn)
 
-    def calibrate(self, again: bool = False, rounds: int = ROUNDS) -> None:
-        """Know the machine's costs: measured once, then from disk; `again` measures anew.
+    def calibrate(self, again: bool = False) -> None:
+        """Know the machine's costs: measured once, then from disk; `again` measures anew."""
+        accelerator = self.accelerator
+        if self.costs is not None and not again:
+            return
+        if accelerator is None:
+            self._measured(None, again)
+            return
+        with accelerator.lending_slots():  # the measurement computes from them and copies into them
+            accelerator.costs = self._measured(accelerator.gpu, again).model
 
-        `rounds`: how often it measures what slows what, of which it takes the median.
+    def _slots(self, n_slots: int) -> GpuExperts:
+        return build_slots(n_slots, self.source, self.sites[0], self.device)
+
+    def _measured(self, gpu: GpuExperts | None, again: bool = False) -> MachineCosts:
+        """The costs with `gpu`, which are the engine's from now on."""
+        self.costs = machine_costs(
+            self.store,
+            self.cpu,
+            gpu,
+            self.decode_step,
+            read_hardware(gpu_uuid=self.gpu_uuid),
+            dtype=self.source.dtype,
+            dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+            linears=distinct_linears(onednn_linears(self.model)),
+            emulate_pcie_gbps=self.emulate_pcie_gbps,
+            again=again,
+        )
+        self.use_onednn(self.costs.onednn)
+        return self.costs
+
+    def predicted_step_us(self, recorder: Recorder) -> float | None:
+        """What the costs predict for the mean decode step that was recorded.
+
+        None without one, without costs, and where the accelerator is emulated: it is for trying
+        the mechanism, and computes on the cores whose costs are known without it.
         """
-        if self.costs is None or again:
-            accelerator = self.accelerator
-            # The measurement computes from the slots and copies into them.
-            with nullcontext() if accelerator is None else accelerator.lending_slots():
-                self.costs = machine_costs(
-                    self.store,
-                    self.cpu,
-                    None if accelerator is None else accelerator.gpu,
-                    self.decode_step,
-                    read_hardware(gpu_uuid=self.gpu_uuid),
-                    dtype=self.source.dtype,
-                    dense=f"{self.source.dense_format} {self.source.dense_bytes}",
-                    linears=distinct_linears(onednn_linears(self.model)),
-                    emulate_pcie_gbps=self.emulate_pcie_gbps,
-                    remeasure=again,
-                    rounds=rounds,
-                )
-            if accelerator is not None and accelerator.costs is not None:
-                accelerator.costs = self.costs.model  # what its plans go by
-            self.use_onednn(self.costs.onednn)
+        if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
+            return None
+        return predicted_step_us(recorder, self.costs.model)
 
     def calibrate_for(self, prompt_tokens: int) -> None:
         """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
@@ -229,7 +243,7 @@ def load_engine(
     device = choose_device(options.device)
     if options.attention == attention.NAME:
         attention.register_xformers(device)
-    if device.type == "cuda" and source.dense_format in ("int8", "int4"):
+    if device.type == "cuda" and source.dense_format in PACKED_FORMATS:
         raise UserError(
             f"the dense weights of {source.name} are prepared as {source.dense_format}, which "
             "only the CPU serves: use --device cpu, or prepare with --dense-dtype bf16"
@@ -327,7 +341,7 @@ def open_prepared(options: ModelOptions) -> PreparedModel:
     assert options.model_path is not None
     manifest = read_manifest(options.model_path)
     if options.verify:
-        total_bytes = sum(shard.file_bytes for shard in manifest.shards)
+        total_bytes = sum(shard.bytes for shard in manifest.shards)
         with byte_bar("verifying", total_bytes) as advance:
             verify(manifest, advance)
     return PreparedModel(manifest)

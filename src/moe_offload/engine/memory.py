@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from moe_offload.config import smaller_format
 from moe_offload.errors import UserError
 from moe_offload.machine.hardware import available_bytes
 from moe_offload.machine.streams import is_out_of_memory
@@ -85,7 +86,7 @@ class Budget:
             remedies.append("use a smaller cache and a smaller --max-tokens")
         if memory == "gpu":
             return [*remedies, "use --device cpu"]
-        smaller = {"fp32": "bf16", "bf16": "int8", "int8": "int4"}.get(weight_format)
+        smaller = smaller_format(weight_format)
         if dummy:
             remedies.append("use fewer --dummy-layers")
         if smaller is not None:

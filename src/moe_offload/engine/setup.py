@@ -1,70 +1,24 @@
-"""Builds the accelerator of a run: how many slots, how fast this machine is, what stands where."""
+"""A run's expert cache: which one the model and the memory allow, and the accelerator behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moe_offload.config import CacheOptions
-from moe_offload.engine.calibration import MachineCosts, machine_costs
-from moe_offload.engine.memory import free_slot_bytes
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router, find_router
 from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.costs import CostModel
 from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
-from moe_offload.kernels.cpu_experts import CpuExperts
-from moe_offload.kernels.cpu_linear import CpuLinear
-from moe_offload.machine.hardware import read_hardware
 from moe_offload.model.loader import ModelSource, MoeSite
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
-
-
-@dataclass(frozen=True)
-class Workbench:
-    """A loaded model, as far as its accelerator is built from it.
-
-    `decode_step` runs one decode step with every expert left out; `notes` collects lines for the
-    user; `linears` are one layer's that oneDNN may compute.
-    """
-
-    source: ModelSource
-    store: ExpertStore
-    cpu: CpuExperts
-    sites: list[MoeSite]
-    device: torch.device
-    decode_step: Callable[[], None]
-    notes: list[str]
-    linears: list[CpuLinear]
-
-    def gpu_experts(self, n_slots: int) -> GpuExperts:
-        site = self.sites[0]
-        return GpuExperts(
-            self.store.layouts[0],
-            site.activation,
-            n_slots,
-            self.device,
-            act_module=site.act_module,
-            dtype=self.source.dtype,
-        )
-
-    def costs(self, gpu: GpuExperts, emulate_pcie_gbps: float | None) -> MachineCosts:
-        return machine_costs(
-            self.store,
-            self.cpu,
-            gpu,
-            self.decode_step,
-            read_hardware(gpu_uuid=gpu_uuid(self.device)),
-            dtype=self.source.dtype,
-            dense=f"{self.source.dense_format} {self.source.dense_bytes}",
-            linears=self.linears,
-            emulate_pcie_gbps=emulate_pcie_gbps,
-        )
 
 
 def gpu_uuid(device: torch.device) -> str | None:
@@ -95,69 +49,24 @@ def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> 
     return fitted
 
 
-def build_accelerator(
-    workbench: Workbench, options: CacheOptions, kv_bytes: int
-) -> tuple[Accelerator | None, MachineCosts]:
-    """Allocate the slots, calibrate, and wire cache, copies and computation together.
+def chosen_cache(
+    options: CacheOptions, source: ModelSource, free_bytes: int, costs: CostModel, notes: list[str]
+) -> CacheOptions:
+    """`--cache-auto`: N, M and policy for `free_bytes` of slots, by this machine's speeds.
 
-    `kv_bytes` is what the KV cache will still take. No accelerator when `--cache-auto` finds that
-    none is worth its memory. UserError when not even one expert fits.
+    No cache where none is worth its memory.
     """
-    notes = workbench.notes
-    if options.auto:
-        options, costs = _chosen_cache(workbench, options, kv_bytes)
-        if not options.wants_accelerator:
-            return None, costs
-    gpu = workbench.gpu_experts(options.n_slots + N_STAGING_SLOTS)
-    notes.extend(gpu.notices)
-    options = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
-    if workbench.device.type == "cpu":
-        link = options.emulate_pcie_gbps
-        notes.append(
-            "the accelerator is emulated: a CPU thread stands in for the GPU"
-            + (f", copies run at {link:g} GB/s" if link else "")
-        )
-    costs = workbench.costs(gpu, options.emulate_pcie_gbps)
-    routers = []
-    if options.prefetch == "next-layer":
-        routers = [_router(workbench, site) for site in workbench.sites]
-    cache = ExpertCache(
-        options.n_indexes, options.n_ways, make_policy(options.policy, options.seed)
-    )
-    accelerator = Accelerator(
-        store=workbench.store,
-        cache=cache,
-        gpu=gpu,
-        fetcher=make_fetcher(workbench.device, gpu.slots, options.emulate_pcie_gbps),
-        quota=options.quota,
-        miss_policy=options.miss_policy,
-        costs=costs.model,
-        routers=routers,
-    )
-    return accelerator, costs
-
-
-def _chosen_cache(
-    workbench: Workbench, options: CacheOptions, kv_bytes: int
-) -> tuple[CacheOptions, MachineCosts]:
-    """N, M and policy for the memory that is left, by this machine's measured speeds."""
-    gpu = workbench.gpu_experts(N_STAGING_SLOTS)
-    costs = workbench.costs(gpu, options.emulate_pcie_gbps)
-    gpu.close()
-    del gpu  # its slots are free memory again
-    store = workbench.store
-    block_bytes = store.layouts[0].block_bytes
-    text_config: Any = workbench.source.config.get_text_config()
-    free_bytes = free_slot_bytes(workbench.device, kv_bytes)
+    block_bytes = source.layouts[0].block_bytes
+    text_config: Any = source.config.get_text_config()
     if options.memory_gb is not None:
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
     choice = choose_cache(
         max(0, free_bytes - N_STAGING_SLOTS * block_bytes),
         block_bytes,
-        store.n_layers,
-        store.n_experts[0],
+        len(source.layouts),
+        source.n_experts[0],
         int(getattr(text_config, "num_experts_per_tok", 2)),
-        costs.model,
+        costs,
         None if options.trace is None else read_trace(options.trace),
     )
     chosen = replace(
@@ -171,8 +80,8 @@ def _chosen_cache(
         miss_policy=options.miss_policy if choice.n_indexes else "cpu",
         emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,
     )
-    workbench.notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
-    return chosen, costs
+    notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
+    return chosen
 
 
 def _flags(options: CacheOptions) -> str:
@@ -193,8 +102,55 @@ def _flags(options: CacheOptions) -> str:
     return flags
 
 
-def _router(workbench: Workbench, site: MoeSite) -> Router:
-    store = workbench.store
+def build_slots(
+    n_slots: int, source: ModelSource, site: MoeSite, device: torch.device
+) -> GpuExperts:
+    """`n_slots` for the experts of `source`, or as many of them as fit."""
+    return GpuExperts(
+        source.layouts[0],
+        site.activation,
+        n_slots,
+        device,
+        act_module=site.act_module,
+        dtype=source.dtype,
+    )
+
+
+def build_accelerator(
+    options: CacheOptions,
+    gpu: GpuExperts,
+    store: ExpertStore,
+    sites: Sequence[MoeSite],
+    costs: CostModel,
+    notes: list[str],
+) -> Accelerator:
+    """Wire the cache, copies and computation together over the slots there are.
+
+    UserError when not even one expert fits, or where routers cannot be asked ahead.
+    """
+    notes.extend(gpu.notices)
+    options, n_slots = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
+    if gpu.device.type == "cpu":
+        link = options.emulate_pcie_gbps
+        notes.append(
+            "the accelerator is emulated: a CPU thread stands in for the GPU"
+            + (f", copies run at {link:g} GB/s" if link else "")
+        )
+    ahead = sites if options.prefetch == "next-layer" else ()
+    policy = make_policy(options.policy, options.seed)
+    return Accelerator(
+        store=store,
+        cache=ExpertCache(options.n_indexes, options.n_ways, policy, n_slots),
+        gpu=gpu,
+        fetcher=make_fetcher(gpu.device, gpu.slots, options.emulate_pcie_gbps),
+        quota=options.quota,
+        miss_policy=options.miss_policy,
+        costs=costs,
+        routers=[_router(store, site) for site in ahead],
+    )
+
+
+def _router(store: ExpertStore, site: MoeSite) -> Router:
     router = find_router(
         site.block, store.n_experts[site.layer], store.layouts[site.layer].hidden_size
     )
@@ -206,15 +162,23 @@ def _router(workbench: Workbench, site: MoeSite) -> Router:
     return router
 
 
-def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:
-    """The cache cut to `n_slots`: fewer ways first, then fewer indexes."""
+def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> tuple[CacheOptions, int]:
+    """The cache cut to `n_slots`, and how many of them it uses: fewer ways first, then indexes.
+
+    Where only the last index falls short, it alone has fewer ways.
+    """
     if n_slots >= options.n_slots:
-        return options
+        return options, options.n_slots
     if n_slots < 1:
         raise UserError(
             "not even one expert fits beside the model on the accelerator: use --cache-nblocks 0"
         )
     n_indexes = min(options.n_indexes, n_slots)
-    fitted = replace(options, n_indexes=n_indexes, n_ways=n_slots // n_indexes)
-    notes.append(f"the cache is {fitted.n_indexes} x {fitted.n_ways} for lack of memory")
-    return fitted
+    n_ways = -(-n_slots // n_indexes)
+    short = n_indexes * n_ways - n_slots
+    if short >= n_ways:
+        n_ways, short = n_slots // n_indexes, 0
+    fitted = replace(options, n_indexes=n_indexes, n_ways=n_ways)
+    cut = f", cut to {n_slots} slots," if short else ""
+    notes.append(f"the cache is {n_indexes} x {n_ways}{cut} for lack of memory")
+    return fitted, n_indexes * n_ways - short

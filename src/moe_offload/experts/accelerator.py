@@ -1,16 +1,14 @@
 """The GPU's side of a run, real or emulated: slots, their directory, and the copies into them.
 
-Guesses the next layer's experts from this layer's hidden state.
-
-The residual stream changes little from layer to layer, so the next layer's own router, given
-this layer's input, names most of the experts it will choose. The guess is only ever used for
-fetching ahead; it never changes a result.
+With next-layer prefetch it also guesses: the residual stream changes little from layer to layer, so
+the next layer's own router, given this layer's input, names most of the experts it will choose. A
+guess is only ever used for fetching ahead; it never changes a result.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,93 +24,6 @@ from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 
 Router = Callable[[Tensor], Tensor]
-
-
-def find_router(block: nn.Module, n_experts: int, hidden_size: int) -> Router | None:
-    """The router of an MoE block as hidden [T, H] -> ids int64 [T, K], or None.
-
-    A router is a direct child module that maps [T, H] to a tuple whose last tensor of integers
-    is [T, K]: transformers' convention, found by trying rather than by name.
-    """
-    for name, child in block.named_children():
-        if name == "experts":
-            continue
-        parameter = next(child.parameters(), None)
-        if parameter is None or n_experts not in parameter.shape:
-            continue
-        probe = torch.zeros(1, hidden_size, dtype=parameter.dtype, device=parameter.device)
-        try:
-            with torch.no_grad():
-                ids = _integer_output(child(probe))
-        except (RuntimeError, TypeError, ValueError):
-            continue
-        if ids is not None:
-            return _IdsOnly(child)
-    return None
-
-
-@dataclass(frozen=True)
-class _IdsOnly:
-    router: nn.Module
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        ids = _integer_output(self.router(hidden))
-        assert ids is not None  # it gave some for the probe
-        return ids
-
-
-def _integer_output(output: Any) -> Tensor | None:
-    if isinstance(output, tuple):
-        for value in reversed(output):
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 2:
-                return value
-    return None
-
-
-@dataclass
-class PrefetchStats:
-    """What fetching ahead was worth.
-
-    `recalled` of `chosen` experts had been guessed; `wasted_bytes` were copied for a guess and
-    evicted, or left at the end, without one hit.
-    """
-
-    chosen: int = 0
-    recalled: int = 0
-    fetched: int = 0
-    used: int = 0
-    block_bytes: int = 0
-    _unused_slots: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _guessed: dict[int, frozenset[int]] = field(default_factory=dict)
-
-    @property
-    def recall(self) -> float:
-        """Share of chosen experts that had been guessed; 0 when none was chosen."""
-        return self.recalled / self.chosen if self.chosen else 0.0
-
-    @property
-    def wasted_bytes(self) -> int:
-        return (self.fetched - self.used) * self.block_bytes
-
-    def guess(self, layer: int, experts: Iterable[int]) -> None:
-        self._guessed[layer] = frozenset(experts)
-
-    def fetch(self, slot: int, layer: int, expert: int) -> None:
-        """A guessed expert's copy into `slot` began."""
-        self.fetched += 1
-        self._unused_slots[slot] = (layer, expert)
-
-    def observe(self, layer: int, slots: dict[int, int], chosen: Iterable[int]) -> None:
-        """The layer's real choice: `slots` maps those that hit to their slots."""
-        guessed = self._guessed.pop(layer, None)
-        if guessed is not None:
-            chosen = list(chosen)
-            self.chosen += len(chosen)
-            self.recalled += len(guessed.intersection(chosen))
-        for expert, slot in slots.items():
-            if self._unused_slots.get(slot) == (layer, expert):
-                self.used += 1
-                del self._unused_slots[slot]
 
 
 N_STAGING_SLOTS = 2  # one is computed while the other is filled
@@ -143,7 +54,6 @@ class Accelerator:
         self.trial = MissTrial() if self.miss_policy == "auto" else None
         self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
         self.failed_copies = 0
-        self.layers_out_of_memory = 0
         self._next_staging = 0
 
     @property
@@ -180,23 +90,21 @@ class Accelerator:
                 if held is not None and self.cache.state(slot) is SlotState.READY:
                     self.gpu.slots[slot].copy_(self.store.block(*held))
 
-    def _collect(self, completions: Sequence[Completion]) -> None:
-        for completion in completions:
-            if completion.error is not None:
-                self._warn(completion.error)
-            if completion.slot >= self.cache.n_slots:
-                continue
-            if completion.error is None:
-                self.cache.mark_ready(completion.slot)
-            else:
-                self.cache.cancel(completion.slot)
-
     def fetch_background(self, layer: int, experts: Sequence[int], quota: int) -> int:
         """Start copying missed experts for the tokens to come; returns how many."""
-        pairs = self.cache.start_fetches(layer, experts, quota)
+        pairs = self.cache.start_fetches(layer, experts, self.background_quota(layer, quota))
         for expert, slot in pairs:
             self.fetch(layer, expert, slot)
         return len(pairs)
+
+    def background_quota(self, layer: int, quota: int) -> int:
+        """What `layer` may spend of `quota`: nothing where its memory could not be pinned.
+
+        CUDA copies from pageable memory on the calling thread, before the CPU's experts could
+        start. What a layer waits for anyway still comes that way.
+        """
+        is_free = self.gpu.device.type == "cpu" or self.store.is_pinned(layer)
+        return quota if is_free else 0
 
     def fetch(self, layer: int, expert: int, slot: int) -> None:
         """Start copying one expert into a slot that is its own or a staging slot."""
@@ -238,6 +146,7 @@ class Accelerator:
         """
         self.prefetch.guess(layer, guessed)
         self.collect_copies()  # one that has ended since keeps nobody from the bus
+        quota = self.background_quota(layer, quota)
         if self.fetcher.in_flight or quota <= 0:
             return 0
         self.cache.protect(layer, guessed)
@@ -261,11 +170,6 @@ class Accelerator:
             )
         if self.failed_copies:
             lines.append(f"{self.failed_copies} copies failed; the CPU computed those experts")
-        if self.layers_out_of_memory:
-            lines.append(
-                f"the GPU was out of memory in {self.layers_out_of_memory} layers; the CPU "
-                "computed their experts"
-            )
         return lines
 
     def close(self) -> None:
@@ -273,15 +177,16 @@ class Accelerator:
         self.fetcher.close()
         self.gpu.close()
 
-    def warn_out_of_memory(self) -> None:
-        """The GPU had no room for a layer's scratch, and the CPU has computed its experts."""
-        if self.layers_out_of_memory == 0:
-            print(
-                "warning: the GPU is out of memory for computing experts; the CPU computes them "
-                "instead, results are not affected: use fewer cache slots to avoid it",
-                file=sys.stderr,
-            )
-        self.layers_out_of_memory += 1
+    def _collect(self, completions: Sequence[Completion]) -> None:
+        for completion in completions:
+            if completion.error is not None:
+                self._warn(completion.error)
+            if completion.slot >= self.cache.n_slots:
+                continue
+            if completion.error is None:
+                self.cache.mark_ready(completion.slot)
+            else:
+                self.cache.cancel(completion.slot)
 
     def _warn(self, error: Exception) -> None:
         if self.failed_copies == 0:
@@ -291,3 +196,90 @@ class Accelerator:
                 file=sys.stderr,
             )
         self.failed_copies += 1
+
+
+@dataclass
+class PrefetchStats:
+    """What fetching ahead was worth.
+
+    `recalled` of `chosen` experts had been guessed; `wasted_bytes` were copied for a guess and
+    evicted, or left at the end, without one hit.
+    """
+
+    chosen: int = 0
+    recalled: int = 0
+    fetched: int = 0
+    used: int = 0
+    block_bytes: int = 0
+    _unused_slots: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _guessed: dict[int, frozenset[int]] = field(default_factory=dict)
+
+    @property
+    def recall(self) -> float:
+        """Share of chosen experts that had been guessed; 0 when none was chosen."""
+        return self.recalled / self.chosen if self.chosen else 0.0
+
+    @property
+    def wasted_bytes(self) -> int:
+        return (self.fetched - self.used) * self.block_bytes
+
+    def guess(self, layer: int, experts: Iterable[int]) -> None:
+        self._guessed[layer] = frozenset(experts)
+
+    def fetch(self, slot: int, layer: int, expert: int) -> None:
+        """A guessed expert's copy into `slot` began."""
+        self.fetched += 1
+        self._unused_slots[slot] = (layer, expert)
+
+    def observe(self, layer: int, slots: Mapping[int, int], chosen: Iterable[int]) -> None:
+        """The layer's real choice: `slots` maps those that hit to their slots."""
+        guessed = self._guessed.pop(layer, None)
+        if guessed is not None:
+            chosen = list(chosen)
+            self.chosen += len(chosen)
+            self.recalled += len(guessed.intersection(chosen))
+        for expert, slot in slots.items():
+            if self._unused_slots.get(slot) == (layer, expert):
+                self.used += 1
+                del self._unused_slots[slot]
+
+
+def find_router(block: nn.Module, n_experts: int, hidden_size: int) -> Router | None:
+    """The router of an MoE block as hidden [T, H] -> ids int64 [T, K], or None.
+
+    A router is a direct child module that maps [T, H] to a tuple whose last tensor of integers
+    is [T, K]: transformers' convention, found by trying rather than by name.
+    """
+    for name, child in block.named_children():
+        if name == "experts":
+            continue
+        parameter = next(child.parameters(), None)
+        if parameter is None or n_experts not in parameter.shape:
+            continue
+        probe = torch.zeros(1, hidden_size, dtype=parameter.dtype, device=parameter.device)
+        try:
+            with torch.no_grad():
+                ids = _integer_output(child(probe))
+        except (RuntimeError, TypeError, ValueError):
+            continue
+        if ids is not None:
+            return _IdsOnly(child)
+    return None
+
+
+@dataclass(frozen=True)
+class _IdsOnly:
+    router: nn.Module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        ids = _integer_output(self.router(hidden))
+        assert ids is not None  # it gave some for the probe
+        return ids
+
+
+def _integer_output(output: Any) -> Tensor | None:
+    if isinstance(output, tuple):
+        for value in reversed(output):
+            if isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 2:
+                return value
+    return None

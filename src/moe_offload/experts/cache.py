@@ -1,21 +1,18 @@
-"""The directory of the GPU expert cache: N indexes x M ways of tags and slot states, no tensors.
+"""The directory of the GPU expert cache, and the policies that choose who leaves it; no tensors.
 
-Layer l maps to index l when l < N; layers at or beyond N are not cached. Slot ids count through
-the indexes: slot = index * M + way. A slot is empty, in flight (its copy has begun) or ready.
-Every operation is O(M). Not thread-safe: one thread drives a forward pass and owns the directory.
+N indexes x M ways of tags and slot states. Layer l maps to index l when l < N; layers at or beyond
+N are not cached. Slot ids count through the indexes: slot = index * M + way. A slot is empty, in
+flight (its copy has begun) or ready. Every operation is O(M). Not thread-safe: one thread drives a
+forward pass and owns the directory and its policy.
 
-Replacement policies: which ready way of a cache index gives up its place.
-
-A policy sees three things happen to slots and answers one question. To try a new idea, subclass
+A policy sees three things happen to slots and answers one question: which ready slot of an index
+gives up its place. Only slots of one index are ever compared. To try a new idea, subclass
 `ReplacementPolicy`, override what the idea needs (fewer than 30 lines), and add the class to
 `POLICIES`: the command line, the simulator's sweeps and the tuner then know it by its name.
 
     class MostRecentlyUsed(LRU):
         def victim(self, candidates: Sequence[int]) -> int:
             return max(candidates, key=self._last_use.__getitem__)
-
-Slots of one index are neighbours (slot = index * n_ways + way) and only slots of one index are
-ever compared with each other. Policies are called from one thread.
 """
 
 from __future__ import annotations
@@ -174,9 +171,6 @@ def make_policy(name: str, seed: int = 0) -> ReplacementPolicy:
     return Random(seed) if policy is Random else policy()
 
 
-__all__ = ["ExpertCache", "SlotState", "make_policy"]
-
-
 class SlotState(IntEnum):
     EMPTY = 0
     IN_FLIGHT = 1
@@ -193,13 +187,18 @@ class ExpertCache:
     `admissions` (copies begun), `evictions` (ready experts that gave up their place),
     `cancellations` (copies that failed) and `refusals` (admissions that found every way of the
     index in use or in flight).
+
+    With `n_slots`, where memory has no room for all, the last index has fewer ways.
     """
 
-    def __init__(self, n_indexes: int, n_ways: int, policy: ReplacementPolicy) -> None:
+    def __init__(
+        self, n_indexes: int, n_ways: int, policy: ReplacementPolicy, n_slots: int | None = None
+    ) -> None:
         assert n_indexes >= 0 and n_ways >= 0, (n_indexes, n_ways)
         self.n_indexes = n_indexes if n_ways else 0
         self.n_ways = n_ways
-        self.n_slots = self.n_indexes * n_ways
+        self.n_slots = self.n_indexes * n_ways if n_slots is None else n_slots
+        assert 0 <= self.n_indexes * n_ways - self.n_slots < max(1, n_ways), n_slots
         self.policy = policy
         policy.start(self.n_indexes, n_ways)
         self._slots: list[dict[int, int]] = [{} for _ in range(self.n_indexes)]  # expert -> slot
@@ -253,8 +252,8 @@ class ExpertCache:
         if expert in slot_of:
             return None
         first = layer * self.n_ways
-        end = first + self.n_ways
-        if len(slot_of) < self.n_ways:
+        end = min(first + self.n_ways, self.n_slots)
+        if len(slot_of) < end - first:
             slot = self._state.find(_EMPTY, first, end)
         else:
             state, used, step = self._state, self._used_in_step, self._step[layer]
@@ -350,12 +349,13 @@ class ExpertCache:
         if layer >= self.n_indexes:
             return []
         slot_of = self._slots[layer]
+        n_ways = min(self.n_ways, self.n_slots - layer * self.n_ways)
         wanted: dict[int, None] = {}
         for token in reversed(ids):
             for expert in token:
-                if len(wanted) < self.n_ways:
+                if len(wanted) < n_ways:
                     wanted.setdefault(expert)
-            if len(wanted) == self.n_ways:
+            if len(wanted) == n_ways:
                 break
         self.protect(layer, list(wanted))  # no admission below may evict one of them
         share = self.share(layer, quota)

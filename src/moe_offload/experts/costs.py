@@ -7,13 +7,9 @@ sides as the dispatcher does: hits on the GPU, misses on the CPU and copies on t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
-
-from moe_offload.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -81,13 +77,6 @@ class CostModel:
     longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
     `dense_us_per_layer` everything of a decode layer that is not experts.
 
-    The other factors (>= 1) are 1 for a GPU; an emulated one computes, and copies, on the CPU's
-    own cores. `compute_shared_factor` is how many times longer CPU and GPU each take while both
-    compute; `gpu_shared_factor` and `dense_shared_factor` how many times longer the GPU's experts
-    and the dense part take while a copy runs. While CPU, GPU and a copy all run, either side takes
-    `both_shared_factor` times what it does without the copy: less than the two factors say, for
-    there is no third core to lose; None: each side's own factor, as with a GPU.
-
     `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
     another way to compute it is faster from there on; None where there is none.
     """
@@ -100,18 +89,12 @@ class CostModel:
     cpu_shared_factor: float
     block_bytes: int
     dense_us_per_layer: float
-    compute_shared_factor: float = 1.0
-    gpu_shared_factor: float = 1.0
-    dense_shared_factor: float = 1.0
-    both_shared_factor: float | None = None
     cpu_many: SideCost | None = None
     cpu_many_tokens: int = 0
 
     def __post_init__(self) -> None:
         assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
-        assert self.cpu_shared_factor >= 1 and self.compute_shared_factor >= 1, self
-        assert self.gpu_shared_factor >= 1 and self.dense_shared_factor >= 1, self
-        assert self.both_shared_factor is None or self.both_shared_factor >= 1, self
+        assert self.cpu_shared_factor >= 1, self
         assert self.block_bytes > 0, self
 
     def cpu_us(self, counts: Sequence[int]) -> float:
@@ -154,27 +137,6 @@ class CostModel:
         left = (copies_us - slow_us) / self.copy_us(shared=True)
         return slow_us, slow_us + left * self.copy_us(shared=False)
 
-    def compute_us(self, cpu_us: float, gpu_us: float) -> tuple[float, float]:
-        """Return when CPU and GPU work that begin together each end, in us, alone so long."""
-        extra_us = (self.compute_shared_factor - 1) * min(cpu_us, gpu_us)
-        return cpu_us + extra_us, gpu_us + extra_us
-
-    @property
-    def together_factors(self) -> tuple[float, float]:
-        """How many times longer CPU and GPU take beside a copy while both compute."""
-        both = self.both_shared_factor
-        return (self.cpu_shared_factor, self.gpu_shared_factor) if both is None else (both, both)
-
-    def beside_copies_us(self, cpu_us: float, gpu_us: float) -> float:
-        """Return when CPU and GPU work that begin together have both ended while copies run.
-
-        The times are those of `compute_us`, without a copy.
-        """
-        cpu_factor, gpu_factor = self.together_factors
-        both_us = min(cpu_us * cpu_factor, gpu_us * gpu_factor)
-        cpu_left, gpu_left = cpu_us - both_us / cpu_factor, gpu_us - both_us / gpu_factor
-        return both_us + cpu_left * self.cpu_shared_factor + gpu_left * self.gpu_shared_factor
-
     def decode_layer_us(
         self, n_hits: int, n_misses: int, copying: bool, n_waited: int = 0
     ) -> float:
@@ -185,14 +147,12 @@ class CostModel:
         """
         cpu_us, copies_us = self.cpu.us(n_misses, n_misses), 0.0
         gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
-        dense_us = self.dense_us_per_layer * (self.dense_shared_factor if copying else 1.0)
         if n_waited:
             cpu_us, copies_us = self.overlap_us(cpu_us, n_waited)
             copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
-            gpu_us *= self.gpu_shared_factor if copying else 1.0
         elif copying:
-            return dense_us + self.beside_copies_us(*self.compute_us(cpu_us, gpu_us))
-        return dense_us + max(*self.compute_us(cpu_us, gpu_us), copies_us)
+            cpu_us *= self.cpu_shared_factor
+        return self.dense_us_per_layer + max(cpu_us, gpu_us, copies_us)
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
         """Return one decode step in us from the number of chosen experts that hit in each layer."""
@@ -247,7 +207,6 @@ class CostModel:
                 gpu_us_of_experts += self.gpu.one_us(last)
             cpu_us, copies_us = self.overlap_us(left_us[n], backlog + n)
             gpu_us = self.gpu.call_us + gpu_us_of_experts if held or n else 0.0
-            cpu_us, gpu_us = self.compute_us(cpu_us, gpu_us)
             if n:  # double-buffered: only the last copy's arithmetic is not hidden
                 gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
             if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
@@ -260,30 +219,3 @@ class CostModel:
             gpu_us=best_gpu_us,
             cpu_us=best_cpu_us,
         )
-
-    def to_json(self) -> str:
-        """Return the costs as a JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> CostModel:
-        """Read back what `to_json` wrote.
-
-        Raises UserError for a text that is not such an object, so that a stale or damaged
-        calibration is measured anew instead of trusted.
-        """
-        try:
-            fields = json.loads(text)
-            sides = [side for side in ("cpu", "gpu", "cpu_many") if fields.get(side) is not None]
-            fields.update({side: _side_from_json(fields[side]) for side in sides})
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-            raise UserError(
-                f"expected a calibration as a JSON object of costs, found one that does not "
-                f"fit ({type(error).__name__}: {error}); delete it and calibrate again"
-            ) from None
-
-
-def _side_from_json(fields: dict[str, Any]) -> SideCost:
-    few = tuple((int(tokens), float(us)) for tokens, us in fields["few"])
-    return SideCost(**{**fields, "few": few})

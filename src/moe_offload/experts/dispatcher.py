@@ -11,19 +11,21 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
-from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Phase, Recorder
+from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
 from moe_offload.experts.slots import Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
+from moe_offload.machine.streams import is_out_of_memory
 
 
 class RoutingChoice(Protocol):
@@ -160,126 +162,96 @@ class MoeDispatcher:
             return torch.zeros_like(hidden)
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)
-        routing = [index.long(), weights.float()]
+        try:
+            return self._run(layer, hidden, index, weights)
+        except RuntimeError as error:
+            if self.accelerator is None or not is_out_of_memory(error):
+                raise
+            first_line = str(error).splitlines()[0]
+            raise UserError(
+                f"expected room on the accelerator to compute the experts of layer {layer} for "
+                f"{len(hidden)} tokens, found none left ({first_line}): use fewer cache slots, "
+                "a smaller batch or a shorter prompt"
+            ) from error
+
+    def _run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        accelerator = self.accelerator
         guess = None
-        if self.accelerator is not None and self._decode:
-            guess = self.accelerator.guess(layer + 1, hidden)
-        if guess is not None:
-            routing.append(guess)
-        host_hidden, host_index, host_weights, *guessed = self._handoff.to_host(hidden, *routing)
+        if accelerator is not None and self._decode:
+            guess = accelerator.guess(layer + 1, hidden)
         step = LayerStep(
-            store=self.store,
-            cpu=self.cpu[layer],
-            handoff=self._handoff,
-            layer=layer,
-            hidden=hidden,
-            index=routing[0],
-            weights=routing[1],
-            host_hidden=host_hidden,
-            host_index=host_index,
-            host_weights=host_weights,
-            pairs=host_index.tolist(),
+            self.store, self.cpu[layer], self._handoff, layer, hidden, index, weights, guess
         )
         routed_s = time.perf_counter()
         self._ranges.part(layer, "plan")
-        evictions = 0 if self.accelerator is None else self.accelerator.cache.evictions
-        if self.accelerator is None:
-            plan = Plan({}, (), tuple(_counts(step.pairs)), ())
+        evictions = 0 if accelerator is None else accelerator.cache.evictions
+        if accelerator is None:
+            plan = Plan({}, (), tuple(_counts(step.ids)), ())
         elif self._decode:
-            plan = self._start_decode(self.accelerator, step)
-            if guessed:
-                self._fetch_ahead(self.accelerator, step, guessed[0])
+            plan = self._start_decode(accelerator, step)
+            if guess is not None:
+                self._spend(
+                    step, accelerator.fetch_ahead(layer + 1, step.guessed, self._quota_left)
+                )
         else:
-            plan = self._start_prefill(self.accelerator, step)
-        started_s = time.perf_counter()
+            plan = self._start_prefill(accelerator, step)
+        planned_s = time.perf_counter()
         self._ranges.part(layer, "cpu experts")
         cpu_out = step.compute_on_cpu(plan.cpu)
         computed_s = time.perf_counter()
         self._ranges.part(layer, "combine")
         step.wait()
-        if step.out_of_memory and self.accelerator is not None:
-            self.accelerator.warn_out_of_memory()
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
-        end_s = time.perf_counter()
+        ended_s = time.perf_counter()
         if self.recorder.enabled:
-            self.recorder.at_end(
-                self._record, layer, plan, step.pairs, step.launches, step.n_fetches,
-                self._evictions() - evictions, self._last_end_s, self._block_started_s,
-                routed_s, started_s, computed_s, waited_s, end_s,
-            )  # fmt: skip
-        self._last_end_s = end_s
+            done = _DoneLayer(
+                layer=layer,
+                is_cached=accelerator is not None and layer < accelerator.cache.n_indexes,
+                is_decode=self._decode,
+                block_bytes=self.store.layouts[layer].block_bytes,
+                ids=step.ids,
+                plan=plan,
+                launches=[pending for pending, _ in step.launches],
+                fetches=step.n_fetches,
+                evictions=0 if accelerator is None else accelerator.cache.evictions - evictions,
+                began_s=self._last_end_s,
+                block_began_s=self._block_started_s,
+                routed_s=routed_s,
+                planned_s=planned_s,
+                computed_s=computed_s,
+                waited_s=waited_s,
+                ended_s=ended_s,
+            )
+            self.recorder.at_end(done.event)
+        self._last_end_s = ended_s
         self._next_layer = layer + 1
         is_last = self._next_layer == self.store.n_layers
         self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
-    def _record(
-        self,
-        layer: int,
-        plan: Plan,
-        pairs: list[list[int]],
-        launches: list[tuple[Pending, tuple[int, ...]]],
-        fetches: int,
-        evictions: int,
-        *ends_s: float,
-    ) -> None:
-        """Record a layer of the pass that has ended; its parts lie between two of `ends_s`."""
-        block_bytes = self.store.layouts[layer].block_bytes
-        if self._token_mask is not None:
-            pairs = [token for token in pairs if token[0] >= 0]  # the others are padding
-        cached = self._is_cached(layer)
-        hits = plan.hits
-        hits_of_token = [sum(e in hits for e in token) for token in pairs] if cached else None
-        n_hits = sum(hits_of_token or ())
-        attention_us, router_us, plan_us, cpu_us, copy_wait_us, combine_us = (
-            (end_s - start_s) * 1e6 for start_s, end_s in pairwise(ends_s)
-        )
-        self.recorder.layer(
-            layer,
-            pairs,
-            hits_of_token,
-            hits=n_hits,
-            misses=sum(map(len, pairs)) - n_hits if cached else 0,
-            fetches=fetches,
-            evictions=evictions,
-            attention_us=attention_us,
-            router_us=router_us,
-            plan_us=plan_us,
-            cpu_us=cpu_us,
-            gpu_us=sum(pending.resolve() for pending, _ in launches),
-            copy_wait_us=copy_wait_us,
-            combine_us=combine_us,
-            cpu_bytes=len(plan.cpu) * block_bytes,
-            gpu_bytes=(len(hits) + len(plan.waited)) * block_bytes,
-            waited_bytes=len(plan.waited) * block_bytes,
-            fetch_bytes=fetches * block_bytes,
-            waited=() if self._decode else plan.waited,
-        )
-
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a decode step's layer, launch its hits and start its copies."""
-        counts = _counts(step.pairs)
+        counts = _counts(step.ids)
         accelerator.collect_copies()
         slots = accelerator.cache.lookup(step.layer, list(counts))
         plan = plan_decode(
             counts, slots, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, dict(plan.hits))
+            step.launch(accelerator, plan.hits)
             step.launch_waited(accelerator, plan.waited)
-        fetched = accelerator.fetch_background(step.layer, plan.background, self._quota_left)
+        self._spend(
+            step, accelerator.fetch_background(step.layer, plan.background, self._quota_left)
+        )
         accelerator.cache.end_step(step.layer)
-        self._quota_left -= fetched
-        step.n_fetches += fetched
-        accelerator.prefetch.observe(step.layer, dict(plan.hits), counts)
+        accelerator.prefetch.observe(step.layer, plan.hits, counts)
         return plan
 
-    def _fetch_ahead(self, accelerator: Accelerator, step: LayerStep, guess: Tensor) -> None:
-        experts = list(dict.fromkeys(guess.flatten().tolist()))
-        started = accelerator.fetch_ahead(step.layer + 1, experts, self._quota_left)
-        self._quota_left -= started
-        step.n_fetches += started
+    def _spend(self, step: LayerStep, fetches: int) -> None:
+        """Count what `step` fetched in the background."""
+        self._quota_left -= fetches
+        step.n_fetches += fetches
 
     def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a prompt's layer, launch its accelerator part, and warm the decode cache.
@@ -293,9 +265,10 @@ class MoeDispatcher:
             step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, dict(plan.hits))
-            tokens = [token for token in step.pairs if token[0] >= 0]
-            warmed = accelerator.cache.warm(step.layer, tokens, self._quota_left, plan.waited)
+            step.launch(accelerator, plan.hits)
+            tokens = [token for token in step.ids if token[0] >= 0]
+            quota = accelerator.background_quota(step.layer, self._quota_left)
+            warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
             self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
             step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
@@ -304,11 +277,55 @@ class MoeDispatcher:
                     accelerator.fetch(step.layer, expert, slot)
         return plan
 
-    def _is_cached(self, layer: int) -> bool:
-        return self.accelerator is not None and layer < self.accelerator.cache.n_indexes
 
-    def _evictions(self) -> int:
-        return 0 if self.accelerator is None else self.accelerator.cache.evictions
+@dataclass(slots=True)
+class _DoneLayer:
+    """What is kept of a layer until its pass has ended: no tensor, no arithmetic yet."""
+
+    layer: int
+    is_cached: bool
+    is_decode: bool
+    block_bytes: int
+    ids: list[list[int]]
+    plan: Plan
+    launches: list[Pending]
+    fetches: int
+    evictions: int
+    began_s: float
+    block_began_s: float
+    routed_s: float
+    planned_s: float
+    computed_s: float
+    waited_s: float
+    ended_s: float
+
+    def event(self) -> LayerEvent:
+        """What is recorded of it; waits for what the accelerator times."""
+        hits, waited = self.plan.hits, self.plan.waited
+        ids = [token for token in self.ids if token[0] >= 0]  # the others are padding
+        hits_of_token = [sum(e in hits for e in token) for token in ids] if self.is_cached else None
+        n_hits = sum(hits_of_token or ())
+        return LayerEvent(
+            layer=self.layer,
+            ids=ids,
+            n_hits_of_token=hits_of_token,
+            hits=n_hits,
+            misses=sum(map(len, ids)) - n_hits if self.is_cached else 0,
+            fetches=self.fetches,
+            evictions=self.evictions,
+            attention_us=(self.block_began_s - self.began_s) * 1e6,
+            router_us=(self.routed_s - self.block_began_s) * 1e6,
+            plan_us=(self.planned_s - self.routed_s) * 1e6,
+            cpu_us=(self.computed_s - self.planned_s) * 1e6,
+            gpu_us=sum(pending.resolve() for pending in self.launches),
+            copy_wait_us=(self.waited_s - self.computed_s) * 1e6,
+            combine_us=(self.ended_s - self.waited_s) * 1e6,
+            cpu_bytes=len(self.plan.cpu) * self.block_bytes,
+            gpu_bytes=(len(hits) + len(waited)) * self.block_bytes,
+            waited_bytes=len(waited) * self.block_bytes,
+            fetch_bytes=self.fetches * self.block_bytes,
+            waited=() if self.is_decode else waited,
+        )
 
 
 def _counts(pairs: list[list[int]]) -> dict[int, int]:

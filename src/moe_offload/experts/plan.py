@@ -1,16 +1,12 @@
-"""Checks the cost model's choices against the plain policy, end to end, and keeps the faster.
+"""Who computes what in one layer: a pure decision, before any tensor moves.
 
-A split that looks better in a microbenchmark can lose in the run (fixed costs, DRAM shared by
-copies, the value of leaving an expert in the cache). So the first decode steps alternate.
-
-Who computes what in one layer: a pure decision, before any tensor moves.
-
-Decide, then act: the dispatcher carries out a `Plan` and decides nothing itself.
+Decide, then act: the dispatcher carries out a `Plan` and decides nothing itself. `MissTrial` tries
+out in the run itself which way of treating misses is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -80,17 +76,13 @@ def plan_prefill(
     """
     chosen = [e for e, n in enumerate(counts) if n]
     if mode != "fetch" and costs is not None:
-        split = costs.split_prefill(counts, _ready_and_chosen(ready, counts), backlog_us)
+        split = costs.split_prefill(counts, {e for e in ready if counts[e]}, backlog_us)
         hits = {e: ready[e] for e in split.gpu_experts if e in ready}
         waited = tuple(e for e in split.gpu_experts if e not in ready)
         return Plan(hits, waited, split.cpu_experts, ())
     hits = {e: ready[e] for e in chosen if e in ready}
     missed = tuple(e for e in chosen if e not in ready)
     return Plan(hits, missed, (), ()) if mode == "fetch" else Plan(hits, (), missed, ())
-
-
-def _ready_and_chosen(ready: Mapping[int, int], counts: Sequence[int]) -> Collection[int]:
-    return {e for e in ready if counts[e]}
 
 
 _WARM_UP_STEPS = 4  # the cache is still filling
@@ -100,7 +92,12 @@ TRIAL_STEPS = _WARM_UP_STEPS + 2 * _ROUNDS * _ROUND_STEPS  # until the verdict
 
 
 class MissTrial:
-    """Decides between waiting for copies by cost (`costs`) and never waiting (`cpu`)."""
+    """Decides between waiting for copies by cost (`costs`) and never waiting (`cpu`).
+
+    A split that looks better in a microbenchmark can lose in the run (fixed costs, DRAM shared by
+    copies, the value of leaving an expert in the cache). So the first decode steps alternate, and
+    the faster is kept.
+    """
 
     def __init__(self) -> None:
         self._steps = 0

@@ -1,20 +1,13 @@
-"""What happened in a run: typed events appended on the hot path, read after it.
+"""What happened in a run: one event per MoE layer, kept on the hot path and read after it.
 
 Appending does no I/O and never waits for a device. Between two layers the CPU's caches hold
-weights and every line of Python is slow, so only a call with its arguments is put on a list there
-(`at_end`). When the pass has ended, on the device too, these calls ask for what the device timed
-and put the events together, packed: 96 bytes, expert ids two bytes each. A night of prompts (a
-million layer events) stays under 150 MB and leaves the garbage collector nothing to walk.
+weights and every line of Python is slow, so a layer only leaves something that can tell its event
+there (`at_end`). When the pass has ended, on the device too, the events are asked for and packed:
+96 bytes, expert ids two bytes each. A night of prompts (a million layer events) stays under 150 MB
+and leaves the garbage collector nothing to walk.
 
-The seven durations of a layer:
-  attention, router, plan, cpu, copy_wait, combine  are disjoint spans of one clock, in this order;
-      with what a pass spends outside its layers they add up to the pass's duration.
-      `router` includes the copy of routing and hidden state to the host, `copy_wait` is time stood
-      still for an expert's copy, `combine` ends when the layer's output is ready: it includes what
-      the accelerator still needed after the CPU had finished.
-  gpu  is the accelerator's own time for the layer's hits. It runs beside the others.
-
-NVTX ranges for Nsight Systems: named spans per forward pass and per layer, free when off."""
+`NvtxRanges` shows the same spans to Nsight Systems.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -31,81 +25,64 @@ import numpy as np
 import numpy.typing as npt
 import nvtx
 
-_OFF: AbstractContextManager[None] = nullcontext()
-
-
-class NvtxRanges:
-    """Named ranges on the calling thread when `enabled`; else every call returns at once.
-
-    `library` is the nvtx module or a stand-in.
-    """
-
-    def __init__(self, enabled: bool, library: ModuleType | Any = nvtx) -> None:
-        self.enabled = enabled
-        self._library: Any = library
-        self._n_open = 0
-
-    def begin_pass(self, phase: str) -> None:
-        """A forward pass of `phase` starts; it lasts until end_pass()."""
-        if self.enabled:
-            self.end_pass()  # one that an error cut short
-            self._library.push_range(phase)
-            self._n_open = 1
-
-    def part(self, layer: int, part: str) -> None:
-        """The next part of the pass starts, such as `layer 3 router`; the one before it ends."""
-        if self.enabled and self._n_open:
-            if self._n_open == 2:
-                self._library.pop_range()
-            self._library.push_range(f"layer {layer} {part}")
-            self._n_open = 2
-
-    def end_pass(self) -> None:
-        """The forward pass begun last is done, and its last part."""
-        while self._n_open:
-            self._library.pop_range()
-            self._n_open -= 1
-
-    def layer(self, layer: int, part: str) -> AbstractContextManager[Any]:
-        """A range inside a part, such as `layer 3 launch`."""
-        if not self.enabled:
-            return _OFF
-        annotation: AbstractContextManager[Any] = self._library.annotate(f"layer {layer} {part}")
-        return annotation
-
-
 Phase = Literal["prefill", "decode"]
 Table = npt.NDArray[Any]
 
 
-DURATIONS = (
-    "attention_us",
-    "router_us",
-    "plan_us",
-    "cpu_us",
-    "gpu_us",
-    "copy_wait_us",
-    "combine_us",
-)
-_COUNTS = (
-    "pass_index",
-    "layer",
-    "n_tokens",
-    "top_k",
-    "cached",
-    "hits",
-    "misses",
-    "fetches",
-    "evictions",
-)
-BYTES = ("cpu_bytes", "gpu_bytes", "waited_bytes", "fetch_bytes")
+class LayerEvent(NamedTuple):
+    """One MoE layer of one forward pass. A field's name ends in its unit; the others count.
+
+    `ids` is [T][K] and `n_hits_of_token` [T], or None where the layer is not cached; padding is no
+    token and left out. `hits` and `misses` count (token, expert) pairs: together T * K on a cached
+    layer. `fetches` are the copies to the accelerator that the layer started.
+
+    `attention`, `router`, `plan`, `cpu`, `copy_wait` and `combine` are disjoint spans of one clock,
+    in this order; with what a pass spends outside its layers they add up to the pass's duration.
+    `router` includes the copy of routing and hidden state to the host, `copy_wait` is time stood
+    still for an expert's copy, `combine` ends when the layer's output is ready: it includes what
+    the accelerator still needed after the CPU had finished. `gpu` is the accelerator's own time for
+    the layer's experts, beside the others.
+
+    `cpu_bytes` and `gpu_bytes` are the expert bytes that each side read (each expert once);
+    `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.
+    `waited` are the experts that a prompt copied to be computed there. `pass_index` is the
+    recorder's.
+    """
+
+    layer: int
+    ids: Sequence[Sequence[int]]
+    n_hits_of_token: Sequence[int] | None
+    hits: int = 0
+    misses: int = 0
+    fetches: int = 0
+    evictions: int = 0
+    attention_us: float = 0.0
+    router_us: float = 0.0
+    plan_us: float = 0.0
+    cpu_us: float = 0.0
+    gpu_us: float = 0.0
+    copy_wait_us: float = 0.0
+    combine_us: float = 0.0
+    cpu_bytes: int = 0
+    gpu_bytes: int = 0
+    waited_bytes: int = 0
+    fetch_bytes: int = 0
+    waited: tuple[int, ...] = ()
+    pass_index: int = 0
+
+
+DURATIONS = tuple(name for name in LayerEvent._fields if name.endswith("_us"))
+BYTES = tuple(name for name in LayerEvent._fields if name.endswith("_bytes"))
+_SHAPE = ("pass_index", "layer", "n_tokens", "top_k", "cached")
+_COUNTS = ("hits", "misses", "fetches", "evictions")
+_packed = attrgetter(*_COUNTS, *DURATIONS, *BYTES)
 
 LAYER_DTYPE = np.dtype(
-    [(name, "<i4") for name in _COUNTS]
+    [(name, "<i4") for name in (*_SHAPE, *_COUNTS)]
     + [(name, "<f4") for name in DURATIONS]
     + [(name, "<i8") for name in BYTES]
 )
-_LAYER_ROW = struct.Struct(f"<{len(_COUNTS)}i{len(DURATIONS)}f{len(BYTES)}q")
+_LAYER_ROW = struct.Struct(f"<{len(_SHAPE + _COUNTS)}i{len(DURATIONS)}f{len(BYTES)}q")
 _CHUNK_ROWS = 4096  # read so many at a time: as Python objects a row takes 700 bytes
 
 PASS_DTYPE = np.dtype(
@@ -123,35 +100,6 @@ TOKEN_DTYPE = np.dtype(
 )
 
 
-class LayerEvent(NamedTuple):
-    """One MoE layer of one forward pass; the fields are those of `Recorder.layer`.
-
-    `ids` and `n_hits_of_token` have one entry per token; `n_hits_of_token` is None where the layer
-    is not cached; `waited` are the experts that a prompt copied to the accelerator to compute.
-    """
-
-    pass_index: int
-    layer: int
-    ids: list[list[int]]
-    n_hits_of_token: list[int] | None
-    hits: int
-    misses: int
-    fetches: int
-    evictions: int
-    attention_us: float
-    router_us: float
-    plan_us: float
-    cpu_us: float
-    gpu_us: float
-    copy_wait_us: float
-    combine_us: float
-    cpu_bytes: int
-    gpu_bytes: int
-    waited_bytes: int
-    fetch_bytes: int
-    waited: tuple[int, ...] = ()
-
-
 class Recorder:
     """Append-only record of one run. Written by the inference thread alone, read after the run."""
 
@@ -165,7 +113,7 @@ class Recorder:
         self._n_hits_of_token = array("h")
         self._waited: dict[int, int] = {}  # row -> a bit per expert
         self._open_pass: tuple[bool, int, int, int] | None = None
-        self._at_end: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._at_end: list[Callable[[], LayerEvent]] = []
         self._begun = (-1, 0, 0, 0)  # the pass begun last; rows, ids, hits before it
 
     def begin_pass(self, phase: Phase, n_tokens: int, prompt: int, n_sequences: int = 1) -> None:
@@ -180,58 +128,23 @@ class Recorder:
         self._begun = (len(self._passes), n_rows, len(self._ids), len(self._n_hits_of_token))
         self._open_pass = (phase == "decode", n_tokens, prompt, n_sequences)
 
-    def at_end(self, record: Callable[..., None], *arguments: Any) -> None:
-        """Call `record`, which calls `layer`, when the pass has ended; they run in their order."""
-        self._at_end.append((record, arguments))
+    def at_end(self, event: Callable[[], LayerEvent]) -> None:
+        """Record what `event` tells when the pass has ended; they are asked in their order."""
+        self._at_end.append(event)
 
-    def layer(
-        self,
-        layer: int,
-        ids: Sequence[Sequence[int]],
-        n_hits_of_token: Sequence[int] | None,
-        hits: int,
-        misses: int,
-        fetches: int,
-        evictions: int,
-        attention_us: float = 0.0,
-        router_us: float = 0.0,
-        plan_us: float = 0.0,
-        cpu_us: float = 0.0,
-        gpu_us: float = 0.0,
-        copy_wait_us: float = 0.0,
-        combine_us: float = 0.0,
-        cpu_bytes: int = 0,
-        gpu_bytes: int = 0,
-        waited_bytes: int = 0,
-        fetch_bytes: int = 0,
-        waited: Sequence[int] = (),
-    ) -> None:
-        """One MoE layer is done: `ids` [T][K], `n_hits_of_token` [T] or None (layer not cached).
-
-        Padding is no token: it is left out.
-
-        `hits` and `misses` count (token, expert) pairs: together T * K on a cached layer.
-        `cpu_bytes` and `gpu_bytes` are the expert bytes each side read (each expert once);
-        `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.
-        `fetch_bytes` are those whose copy to the accelerator this layer started. `waited` are the
-        experts that a prompt copied to be computed there.
-        """
-        if waited:
+    def layer(self, event: LayerEvent) -> None:
+        """One MoE layer of the pass begun last is done."""
+        ids, hits_of_token = event.ids, event.n_hits_of_token
+        if event.waited:
             row = len(self._layers) // _LAYER_ROW.size
-            self._waited[row] = sum(1 << expert for expert in waited)
+            self._waited[row] = sum(1 << expert for expert in event.waited)
         n_tokens = len(ids)
-        if n_tokens == 1:
-            self._ids.extend(ids[0])
-        else:
-            self._ids.extend(chain.from_iterable(ids))
-        if n_hits_of_token is not None:
-            self._n_hits_of_token.extend(n_hits_of_token)
-        self._layers += _LAYER_ROW.pack(
-            *(len(self._passes), layer, n_tokens, len(ids[0]) if n_tokens else 0),
-            *(n_hits_of_token is not None, hits, misses, fetches, evictions),
-            *(attention_us, router_us, plan_us, cpu_us, gpu_us, copy_wait_us, combine_us),
-            *(cpu_bytes, gpu_bytes, waited_bytes, fetch_bytes),
-        )
+        self._ids.extend(ids[0] if n_tokens == 1 else chain.from_iterable(ids))
+        if hits_of_token is not None:
+            self._n_hits_of_token.extend(hits_of_token)
+        top_k = len(ids[0]) if n_tokens else 0
+        shape = (len(self._passes), event.layer, n_tokens, top_k, hits_of_token is not None)
+        self._layers += _LAYER_ROW.pack(*shape, *_packed(event))
 
     def end_pass(self, duration_s: float, unix_s: float | None = None) -> None:
         """The pass begun last is done, by default now; `duration_s` is its wall-clock time."""
@@ -239,8 +152,8 @@ class Recorder:
             raise ValueError("end_pass without begin_pass")
         decode, n_tokens, prompt, n_sequences = self._open_pass
         now_s = time.time() if unix_s is None else unix_s
-        for record, arguments in self._at_end:
-            record(*arguments)
+        for event in self._at_end:
+            self.layer(event())
         self._at_end.clear()
         # Only this makes the pass one: a Ctrl-C before it leaves the others as they were.
         self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
@@ -331,7 +244,8 @@ class Recorder:
                     hits_start, hits_end = hits_end, hits_end + n_tokens
                     n_hits_of_token = all_hits[hits_start:hits_end].tolist()
                 waited = self.waited_experts(number)
-                yield LayerEvent._make((pass_index, layer, ids, n_hits_of_token, *rest, waited))
+                numbers = (layer, ids, n_hits_of_token, *rest, waited, pass_index)
+                yield LayerEvent._make(numbers)
 
 
 class NullRecorder(Recorder):
@@ -339,5 +253,48 @@ class NullRecorder(Recorder):
 
     enabled = False
 
-    def layer(self, *event: object, **fields: object) -> None:
+    def layer(self, event: LayerEvent) -> None:
         """Nothing is kept."""
+
+
+_OFF: AbstractContextManager[None] = nullcontext()
+
+
+class NvtxRanges:
+    """Named ranges on the calling thread when `enabled`; else every call returns at once.
+
+    `library` is the nvtx module or a stand-in.
+    """
+
+    def __init__(self, enabled: bool, library: ModuleType | Any = nvtx) -> None:
+        self.enabled = enabled
+        self._library: Any = library
+        self._n_open = 0
+
+    def begin_pass(self, phase: str) -> None:
+        """A forward pass of `phase` starts; it lasts until end_pass()."""
+        if self.enabled:
+            self.end_pass()  # one that an error cut short
+            self._library.push_range(phase)
+            self._n_open = 1
+
+    def part(self, layer: int, part: str) -> None:
+        """The next part of the pass starts, such as `layer 3 router`; the one before it ends."""
+        if self.enabled and self._n_open:
+            if self._n_open == 2:
+                self._library.pop_range()
+            self._library.push_range(f"layer {layer} {part}")
+            self._n_open = 2
+
+    def end_pass(self) -> None:
+        """The forward pass begun last is done, and its last part."""
+        while self._n_open:
+            self._library.pop_range()
+            self._n_open -= 1
+
+    def layer(self, layer: int, part: str) -> AbstractContextManager[Any]:
+        """A range inside a part, such as `layer 3 launch`."""
+        if not self.enabled:
+            return _OFF
+        annotation: AbstractContextManager[Any] = self._library.annotate(f"layer {layer} {part}")
+        return annotation

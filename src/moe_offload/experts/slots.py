@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.experts.fetcher import Copy, ExpertFetcher
 from moe_offload.kernels.oracle import ActivationModule, expert_ffn
 from moe_offload.machine.streams import HostEvent, HostStream, is_out_of_memory
+
+if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
+    from moe_offload.kernels.triton_experts import TritonExperts
 
 Allocator = Callable[[int, int, torch.device], Tensor]
 
@@ -24,32 +28,12 @@ Allocator = Callable[[int, int, torch.device], Tensor]
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
 _TOKENS_PER_SLOT_FOR_GEMM = 4
-# The most pairs that a launch names one by one, in a table of slots; above, they are to be sorted
-# by expert on the device. The grouped kernels' scratch is fp32 for every pair, hit or not.
+# The most pairs that a launch names one by one; above, they are to be sorted by expert on the
+# device. The grouped kernels' scratch is fp32 for every pair, hit or not.
 PAIRS_FOR_TABLE = 512
-# Of 8 pairs a loop finds the hits in 1.3 us and torch in 6; of 16384, mostly misses, in 330 and 21.
-_PAIRS_WORTH_FILTERING = 64
 # What computing one expert takes beside the slots: at most the larger matrix of Mixtral's in bf16,
 # unpacked, of 235 MB. Slots that leave less on a GPU are too many.
 _SCRATCH_BYTES = 256 << 20
-
-
-class SlotOrder(Protocol):
-    """What orders computation against copies into the slots: `expert_fetcher.ExpertFetcher`."""
-
-    def wait_ready(self, slots: list[int], stream: Any) -> list[Any]: ...
-
-    def mark_released(self, slots: list[int], stream: Any) -> None: ...
-
-
-class GroupedKernels(Protocol):
-    """All pairs of a layer in a few launches: `triton_experts.TritonExperts`."""
-
-    def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor: ...
-
-    def warm_up(self, dtype: torch.dtype) -> None: ...
-
-    def expert(self, slot: int, x: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -60,7 +44,7 @@ class Pending:
     """
 
     _out: Tensor | None
-    _copies: list[Any]
+    _copies: list[Copy]
     start: Any
     end: Any
     _error: Exception | None = None
@@ -69,11 +53,6 @@ class Pending:
     def copy_failed(self) -> bool:
         """Whether a copy that the work needed failed; final once `result` has raised."""
         return any(copy.error is not None for copy in self._copies)
-
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether the device had no room for the work's scratch; its output is untouched then."""
-        return is_out_of_memory(self._error)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
@@ -84,9 +63,9 @@ class Pending:
         """
         if isinstance(self.end, HostEvent):
             self.end.synchronize()
-        error = self._error or _first_error(self._copies)
-        if error is not None:
-            raise error
+        for error in (self._error, *(copy.error for copy in self._copies)):
+            if error is not None:
+                raise error
         out, self._out = self._out, None  # timings outlive the run's outputs
         assert out is not None, "result() hands over once"
         return out
@@ -100,8 +79,9 @@ class Pending:
 class GpuExperts:
     """`n_slots` blocks on `device` and the expert FFN that reads them.
 
-    `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it the
-    number is halved until it fits; `n_slots` is what it came to and `notices` says so. `kernels` is
+    `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it, as
+    many as fit: `n_slots` is what it came to and `notices` says so. What computing an expert needs
+    beside them is reserved with them. `kernels` is
     "triton", "torch" or "auto": Triton on CUDA where it runs, else torch, with a notice. What a run
     in `dtype` will launch is compiled here, so that nothing is compiled while decoding.
     `before_compute` is called with the number of hits on the emulated accelerator's thread before
@@ -141,24 +121,27 @@ class GpuExperts:
     def launch(
         self,
         hidden: Tensor,
-        slot_of_pair: Tensor,
+        slot_of_pair: Sequence[int],
         top_k_weights: Tensor,
-        order: SlotOrder,
+        fetcher: ExpertFetcher,
         out: Tensor | None = None,
     ) -> Pending:
         """Start computing the pairs that hit.
 
-        `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` int64 [T, K] on the CPU, a slot
-        or -1 for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for
-        copies into its slots in its stream, not on the host, and later copies wait for it. None of
-        the arguments may be written before `result`. With `out`, fp32 [T, H] on the device, the
-        result is added to it and is it: several launches share one tensor.
+        `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` has T * K entries, a slot or -1
+        for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for copies
+        into its slots in its stream, not on the host, and later copies wait for it. None of the
+        arguments may be written before `result`. With `out`, fp32 [T, H] on the device, the result
+        is added to it and is it: several launches share one tensor.
         """
-        pairs = _pairs_of_slot(slot_of_pair)
+        pairs: dict[int, list[int]] = {}  # slot -> its pairs, as t * K + k
+        for pair, slot in enumerate(slot_of_pair):
+            if slot >= 0:
+                pairs.setdefault(slot, []).append(pair)
         return self._start(
             list(pairs),
             sum(map(len, pairs.values())),
-            order,
+            fetcher,
             lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs, out),
         )
 
@@ -168,7 +151,7 @@ class GpuExperts:
         slot: int,
         pairs: Tensor,
         top_k_weights: Tensor,
-        order: SlotOrder,
+        fetcher: ExpertFetcher,
         out: Tensor,
     ) -> Pending:
         """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
@@ -181,14 +164,14 @@ class GpuExperts:
             self._add_expert(hidden, slot, pairs, top_k_weights, out)
             return out
 
-        return self._start([slot], len(pairs), order, forward)
+        return self._start([slot], len(pairs), fetcher, forward)
 
     def _start(
-        self, slots: list[int], n_pairs: int, order: SlotOrder, forward: Callable[[], Tensor]
+        self, slots: list[int], n_pairs: int, fetcher: ExpertFetcher, forward: Callable[[], Tensor]
     ) -> Pending:
         """`forward` in the stream, behind copies into `slots` and before later ones."""
         stream: Any = self._thread or torch.cuda.current_stream(self.device)
-        copies = order.wait_ready(slots, stream)
+        copies = fetcher.wait_ready(slots, stream)
         pending = Pending(None, copies, *self._new_events())
         # The mode belongs to a thread. The caller's, so that it may use the result as its own.
         inference = torch.is_inference_mode_enabled()
@@ -206,7 +189,7 @@ class GpuExperts:
         else:
             self._thread.submit(lambda: _run_keeping_error(work, pending))
         pending.end.record(stream)
-        order.mark_released(slots, stream)
+        fetcher.mark_released(slots, stream)
         return pending
 
     def close(self) -> None:
@@ -225,13 +208,13 @@ class GpuExperts:
     def _forward(
         self,
         hidden: Tensor,
-        slot_of_pair: Tensor,
+        slot_of_pair: Sequence[int],
         top_k_weights: Tensor,
         pairs: dict[int, list[int]],
         out: Tensor | None,
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
-        few = slot_of_pair.numel() <= PAIRS_FOR_TABLE
+        few = len(slot_of_pair) <= PAIRS_FOR_TABLE
         if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
             result = self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
             return result if out is None else out.add_(result)
@@ -265,36 +248,38 @@ class GpuExperts:
             return self._kernels.expert(slot, x)
         return expert_ffn(self.layout, self.slots[slot], x, self.activation, self.act_module)
 
-    def _allocate(self, n_slots: int, allocate: Allocator) -> Tensor:
-        wanted = n_slots
-        while True:
+    def _allocate(self, wanted: int, allocate: Allocator) -> Tensor:
+        """As many of `wanted` slots as fit, by bisection."""
+        slots = None
+        fit, too_many, n_slots = 0, wanted + 1, wanted
+        while fit + 1 < too_many or slots is None:
+            slots = None  # the smaller allocation makes room for the larger
             try:
                 slots = allocate(n_slots, self.layout.block_bytes, self.device)
+                fit = n_slots
             except RuntimeError as error:
                 if n_slots == 0 or not is_out_of_memory(error):
                     raise
-                n_slots //= 2
-                continue
-            if n_slots < wanted:
-                self.notices.append(
-                    f"out of memory on {self.device}: {n_slots} of {wanted} cache slots "
-                    f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
-                )
-            return slots
+                too_many, fit = n_slots, min(fit, n_slots - 1)
+            n_slots = fit if fit + 1 == too_many else (fit + too_many) // 2
+        if fit < wanted:
+            self.notices.append(
+                f"out of memory on {self.device}: {fit} of {wanted} cache slots "
+                f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
+            )
+        return slots
 
-    def _load_kernels(self, kernels: str, dtype: torch.dtype) -> GroupedKernels | None:
+    def _load_kernels(self, kernels: str, dtype: torch.dtype) -> TritonExperts | None:
         if kernels == "torch" or (kernels == "auto" and self._thread is not None):
             return None
         return self._triton() if kernels == "triton" else self._triton_if_it_runs(dtype)
 
-    def _triton(self) -> GroupedKernels:
-        from moe_offload.kernels.triton_experts import (
-            TritonExperts,  # slow to import, and absent on many machines
-        )
+    def _triton(self) -> TritonExperts:
+        from moe_offload.kernels.triton_experts import TritonExperts
 
         return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
 
-    def _triton_if_it_runs(self, dtype: torch.dtype) -> GroupedKernels | None:
+    def _triton_if_it_runs(self, dtype: torch.dtype) -> TritonExperts | None:
         """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
         try:
             triton = self._triton()
@@ -328,24 +313,4 @@ def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
     try:
         work()
     except Exception as error:  # raised again by result()
-        if is_out_of_memory(error):
-            error.__traceback__ = None  # its frames hold scratch, and there is no room
         pending._error = error
-
-
-def _first_error(copies: list[Any]) -> Exception | None:
-    return next((copy.error for copy in copies if copy.error is not None), None)
-
-
-def _pairs_of_slot(slot_of_pair: Tensor) -> dict[int, list[int]]:
-    """slot -> its pairs, as t * K + k."""
-    flat = slot_of_pair.reshape(-1)
-    hits: Sequence[int] = range(flat.numel())
-    if flat.numel() > _PAIRS_WORTH_FILTERING:
-        there = (flat >= 0).nonzero()[:, 0]
-        hits, flat = there.tolist(), flat[there]
-    pairs: dict[int, list[int]] = {}
-    for pair, slot in zip(hits, flat.tolist(), strict=True):
-        if slot >= 0:
-            pairs.setdefault(slot, []).append(pair)
-    return pairs

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.prepared import MoeLayer, read_block
 
 _READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
+_ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 
 class ExpertStore:
@@ -21,8 +25,9 @@ class ExpertStore:
 
     One anonymous, page-aligned mapping per layer, touched once: by the read that fills it. With
     `pin`, each mapping is registered with CUDA where it lies (torch's own pinned allocations
-    round up to a power of two); a refused registration leaves the memory pageable, and `pinned`
-    tells whether all of it is. Not thread-safe while filling; read-only after.
+    round up to a power of two) and unregistered by `close` or, at the latest, when nobody holds it
+    any more: pages left registered would be read in the place of what lies there next. A refused
+    registration leaves the memory pageable. Not thread-safe while filling; read-only after.
 
     With `n_stored`, only so many layers, all of one shape, have memory of their own, and the others
     use it again in turn: a model of random weights is then as deep as the real one in a part of its
@@ -37,14 +42,18 @@ class ExpertStore:
     ) -> None:
         self.layouts = tuple(layouts)
         self.n_experts = tuple(n_experts)
-        self.pinned = False
-        self._registered: list[int] = []
+        self._registered: dict[int, weakref.finalize[..., Any]] = {}  # by position in _stored
         shapes = list(zip(self.layouts, self.n_experts, strict=True))
         self.n_stored = len(shapes) if n_stored is None else n_stored
         assert self.n_stored == len(shapes) or len(set(shapes)) == 1
         self._stored: list[Tensor] = []
+        self._memory: list[ctypes.Array[ctypes.c_uint8]] = []
         for layout, count in shapes[: self.n_stored]:
-            blocks = torch.frombuffer(_mapping(layout.block_bytes * count), dtype=torch.uint8)
+            n_bytes = layout.block_bytes * count
+            # Unlike the mapping, an array on it tells of its end before the memory is gone.
+            memory = (ctypes.c_uint8 * n_bytes).from_buffer(_mapping(n_bytes))
+            self._memory.append(memory)
+            blocks = torch.frombuffer(memory, dtype=torch.uint8)
             self._stored.append(blocks.view(count, layout.block_bytes))
         self._blocks = [self._stored[layer % self.n_stored] for layer in range(len(shapes))]
         self._pointers = [
@@ -57,6 +66,15 @@ class ExpertStore:
     @property
     def n_layers(self) -> int:
         return len(self.layouts)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether all of it is."""
+        return len(self._registered) == self.n_stored
+
+    def is_pinned(self, layer: int) -> bool:
+        """Whether a GPU copies this layer's blocks without the host's help."""
+        return layer % self.n_stored in self._registered
 
     @property
     def total_bytes(self) -> int:
@@ -106,27 +124,33 @@ class ExpertStore:
         """
         runtime = torch.cuda.cudart()
         pinned_bytes = 0
-        for blocks in self._stored:
-            code = runtime.cudaHostRegister(blocks.data_ptr(), blocks.numel(), 0)
-            if int(code) != 0:
+        for position, (memory, blocks) in enumerate(zip(self._memory, self._stored, strict=True)):
+            pointer, n_bytes = blocks.data_ptr(), blocks.numel()
+            code = int(runtime.cudaHostRegister(pointer, n_bytes, 0))
+            if code != 0:
                 _forget_cuda_error()
+                remedy = (
+                    "close what this program loaded before"
+                    if code == _ALREADY_REGISTERED
+                    else "free memory or raise the locked-memory limit (ulimit -l)"
+                )
                 return (
                     f"pinning experts was refused after {pinned_bytes / 1e9:.1f} of "
-                    f"{self.total_bytes / 1e9:.1f} GB (CUDA error {int(code)}): copies of the "
-                    "others use pageable memory, are slower and hold the CPU up; raise the "
-                    "locked-memory limit (ulimit -l) to avoid it"
+                    f"{self.total_bytes / 1e9:.1f} GB (CUDA error {code}): layers from {position} "
+                    "on use pageable memory, whose copies are slower and hold the CPU up, so "
+                    f"none of them is started in the background; {remedy} to avoid it"
                 )
-            self._registered.append(blocks.data_ptr())
-            pinned_bytes += blocks.numel()
-        self.pinned = True
+            end = weakref.finalize(memory, runtime.cudaHostUnregister, pointer)
+            end.atexit = False  # the process gives all up at once
+            self._registered[position] = end
+            pinned_bytes += n_bytes
         return None
 
     def close(self) -> None:
         """Unregister pinned memory; the views stay readable."""
-        for pointer in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(pointer)
+        for unregister in self._registered.values():
+            unregister()
         self._registered.clear()
-        self.pinned = False
 
 
 def _mapping(n_bytes: int) -> mmap.mmap:

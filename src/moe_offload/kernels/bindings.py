@@ -1,9 +1,4 @@
-"""The small operations of a decode step as calls of the compiled kernels: norm, router, heads.
-
-Each takes torch half a dozen operations. What they cost is not arithmetic: a step streams its
-weights through the same caches, so each operation's own code and data come from memory again.
-
-The compiled CPU kernels as Python calls: one instruction set of the library, and threads.
+"""The compiled CPU kernels as Python calls: one instruction set of the library, and threads.
 
 ctypes releases the GIL for the length of a call. The library's OpenMP symbols resolve to the
 runtime that torch loaded, so kernels and torch share one pool of threads and never spin against
@@ -25,9 +20,11 @@ from torch import Tensor
 
 from moe_offload.errors import UserError
 from moe_offload.kernels.library import (
+    MOST_THREADS,
     AttentionArguments,
-    LayerArguments,
-    MatrixArguments,
+    HeadsArguments,
+    NormArguments,
+    RouterArguments,
     TokenArguments,
     default_threads,
     describe,
@@ -36,9 +33,27 @@ from moe_offload.kernels.library import (
     supported_isas,
 )
 
+__all__ = (
+    "AttentionArguments",
+    "CpuKernels",
+    "DecodeKernels",
+    "HeadsArguments",
+    "KernelChoice",
+    "NormArguments",
+    "RouterArguments",
+    "is_plain",
+    "load_kernels",
+    "supported_isas",
+)
+
 KernelChoice = Literal["auto", "native", "torch"]
 
-_ERRORS: Final = {1: "out of memory for scratch", 2: "instruction set not supported here"}
+# What a code of api.h stands for.
+_ERRORS: Final[dict[int, tuple[type[Exception], str]]] = {
+    1: (MemoryError, "out of memory for scratch"),
+    2: (RuntimeError, "instruction set not supported here"),
+    3: (ValueError, "a size, format, number of threads or missing array that cannot be"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,110 +72,53 @@ class CpuKernels:
     def description(self) -> str:
         return describe(self.isa, self.threads)
 
-    def run(self, layer: LayerArguments, tokens: TokenArguments, out: Tensor) -> None:
-        self.check(
-            self.library.cpux_run(layer, tokens, self.isa_code, self.threads, out.data_ptr())
-        )
+    def call(self, name: str, *arguments: object) -> None:
+        """`cpux_<name>` of api.h with these arguments; a tensor goes as its address.
+
+        Whether dtypes and shapes fit is the caller's to check. Tensors must be contiguous and on
+        the CPU: ValueError else, as for what the library refuses.
+        """
+        values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
+        code = getattr(self.library, f"cpux_{name}")(self.isa_code, self.threads, *values)
+        if code != 0:
+            error, text = _ERRORS[code]
+            raise error(f"CPU kernels, {name}: {text}")
 
     def count_pairs(self, tokens: TokenArguments) -> int:
         return int(self.library.cpux_count_pairs(tokens))
 
-    def first(self, layer: LayerArguments, tokens: TokenArguments, first: Tensor) -> None:
-        self.check(
-            self.library.cpux_first(layer, tokens, self.isa_code, self.threads, first.data_ptr())
-        )
-
-    def second(
-        self, layer: LayerArguments, tokens: TokenArguments, middle: Tensor, out: Tensor
-    ) -> None:
-        self.check(
-            self.library.cpux_second(
-                layer, tokens, self.isa_code, self.threads, middle.data_ptr(), out.data_ptr()
-            )
-        )
-
-    def activate(self, layer: LayerArguments, block: int, first: Tensor, middle: Tensor) -> None:
-        """`middle` bf16 [n, I] from `first` bf16 [n, R] and the biases of the block at `block`."""
-        self.check(
-            self.library.cpux_activate(
-                layer,
-                block,
-                first.data_ptr(),
-                first.shape[0],
-                self.isa_code,
-                self.threads,
-                middle.data_ptr(),
-            )
-        )
-
-    def add(
-        self,
-        layer: LayerArguments,
-        block: int,
-        y: Tensor,
-        token: Tensor,
-        weight: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Add `weight` fp32 [n] * (`y` bf16 [n, H] + bias) to rows `token` int64 [n] of `out`."""
-        self.check(
-            self.library.cpux_add(
-                layer,
-                block,
-                y.data_ptr(),
-                token.data_ptr(),
-                weight.data_ptr(),
-                y.shape[0],
-                self.isa_code,
-                self.threads,
-                out.data_ptr(),
-            )
-        )
-
-    def linear(self, matrix: MatrixArguments, x: Tensor, n_tokens: int, y: Tensor) -> None:
-        self.check(
-            self.library.cpux_linear(
-                matrix,
-                x.data_ptr(),
-                x.dtype == torch.bfloat16,
-                n_tokens,
-                self.isa_code,
-                self.threads,
-                y.data_ptr(),
-            )
-        )
-
     def attend(self, attention: AttentionArguments, out: Tensor) -> None:
-        self.check(self.library.cpux_attend(attention, self.isa_code, self.threads, out.data_ptr()))
+        self.call("attend", attention, out)
 
     def read_gbps(self, data: Tensor) -> float:
         """Bandwidth of one plain read of `data` (contiguous, much larger than the caches), GB/s."""
-        seconds = self.library.cpux_read_seconds(
-            data.data_ptr(), data.nbytes, self.isa_code, self.threads
-        )
-        return data.nbytes / float(seconds) / 1e9
+        seconds = ctypes.c_double()
+        self.call("read", data, data.nbytes, seconds)
+        return data.nbytes / seconds.value / 1e9
 
     def fma_gflops(self, seconds: float = 0.2) -> float:
         """Peak of independent fp32 multiply-adds, GFLOP/s (two per multiply-add)."""
-        rate = self.library.cpux_fma_flops_per_s(self.isa_code, self.threads, seconds)
-        return float(rate) / 1e9
+        flops_per_s = ctypes.c_double()
+        self.call("multiply_add", seconds, flops_per_s)
+        return flops_per_s.value / 1e9
 
     def pin(self, cpus: Sequence[int]) -> None:
         """Bind worker i to cpus[i], the calling thread to all of them; UserError when refused."""
         numbers = (ctypes.c_int32 * len(cpus))(*cpus)
-        if self.library.cpux_pin_threads(numbers, len(cpus)) != 0:
+        if len(cpus) > MOST_THREADS or self.library.cpux_pin_threads(numbers, len(cpus)) != 0:
             raise UserError(
                 f"expected --cpu-affinity to list CPUs this process may use "
                 f"({_span(sorted(os.sched_getaffinity(0)))}), found {_span(cpus)}"
             )
 
-    @staticmethod
-    def check(code: int) -> None:
-        """Raise what a code of api.h stands for."""
-        if code == 1:
-            raise MemoryError(f"CPU kernels: {_ERRORS[code]}")
-        if code != 0:
-            raise RuntimeError(f"CPU kernels: {_ERRORS[code]}")
+
+def _address(tensor: Tensor) -> int:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous tensor on the CPU, found strides {tensor.stride()} "
+            f"on {tensor.device}"
+        )
+    return tensor.data_ptr()
 
 
 @functools.cache
@@ -173,6 +131,7 @@ def load_kernels(
     raises UserError there, as does an `isa` this CPU lacks. `affinity` lists the CPUs for the
     threads, one each; by default there are `OMP_NUM_THREADS` or one per physical core.
     """
+    n_threads = len(affinity) if affinity else default_threads()
     if kernel == "torch":
         return None
     try:
@@ -188,9 +147,7 @@ def load_kernels(
             f"expected --cpu-isa to be auto or one of {', '.join(names)} on this CPU, found {isa!r}"
         )
     name = names[-1] if isa == "auto" else isa
-    kernels = CpuKernels(
-        library, name, isa_code(library, name), len(affinity) if affinity else default_threads()
-    )
+    kernels = CpuKernels(library, name, isa_code(library, name), n_threads)
     if affinity:
         kernels.pin(affinity)
     return kernels
@@ -207,56 +164,6 @@ def _span(cpus: Sequence[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
-class NormArguments(ctypes.Structure):
-    """`cpux_norm` of api.h."""
-
-    _fields_ = (
-        ("form", ctypes.c_int32),
-        ("weight_is_bf16", ctypes.c_int32),
-        ("epsilon", ctypes.c_float),
-        ("width", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-    )
-
-
-class RouterArguments(ctypes.Structure):
-    """`cpux_router` of api.h."""
-
-    _fields_ = (
-        ("matrix", MatrixArguments),
-        ("is_bf16", ctypes.c_int32),
-        ("scores_are_bf16", ctypes.c_int32),
-        ("normalise", ctypes.c_int32),
-        ("top_k", ctypes.c_int64),
-    )
-
-
-class HeadsArguments(ctypes.Structure):
-    """`cpux_heads` of api.h."""
-
-    _fields_ = (
-        ("is_bf16", ctypes.c_int32),
-        ("n_batch", ctypes.c_int64),
-        ("n_heads", ctypes.c_int64),
-        ("n_kv_heads", ctypes.c_int64),
-        ("key_size", ctypes.c_int64),
-        ("value_size", ctypes.c_int64),
-        ("rotary_size", ctypes.c_int64),
-        ("q", ctypes.POINTER(MatrixArguments)),
-        ("k", ctypes.POINTER(MatrixArguments)),
-        ("v", ctypes.POINTER(MatrixArguments)),
-        ("q_norm", ctypes.POINTER(NormArguments)),
-        ("k_norm", ctypes.POINTER(NormArguments)),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("rotary_stride", ctypes.c_int64),
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("key_strides", ctypes.c_int64 * 2),
-        ("value_strides", ctypes.c_int64 * 2),
-    )
-
-
 def is_plain(x: Tensor) -> bool:
     """Whether the kernels read `x` as it lies: contiguous bf16 on the CPU, no gradient asked."""
     return (
@@ -267,36 +174,18 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
-_POINTER: Final = ctypes.c_void_p
-_INT: Final = ctypes.c_int
-_LONG: Final = ctypes.c_int64
-_SIGNATURES: Final = {
-    "cpux_rms_norm": (ctypes.POINTER(NormArguments), _POINTER, _INT, _LONG, _POINTER),
-    "cpux_route": (
-        *(ctypes.POINTER(RouterArguments), _POINTER, _LONG, _INT, _INT),
-        *(_POINTER, _POINTER, _POINTER),
-    ),
-    "cpux_project": (ctypes.POINTER(HeadsArguments), _POINTER, _INT, _INT, _POINTER),
-}
-
-
 class DecodeKernels:
-    """The calls, bound to the library, instruction set and threads of `kernels`.
+    """The small operations of a decode step in one call each; see api.h for shapes.
 
-    All tensors are contiguous and on the CPU; see api.h for shapes.
+    Each takes torch half a dozen operations. What they cost is not arithmetic: a step streams its
+    weights through the same caches, so each operation's own code and data come from memory again.
     """
 
     def __init__(self, kernels: CpuKernels) -> None:
         self.kernels = kernels
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(kernels.library, name)
-            function.restype, function.argtypes = _INT, arguments
-        self._norm = kernels.library.cpux_rms_norm
-        self._route = kernels.library.cpux_route
-        self._project = kernels.library.cpux_project
 
     def norm(self, norm: NormArguments, x: Tensor, is_bf16: bool, n_rows: int, y: Tensor) -> None:
-        self.kernels.check(self._norm(norm, x.data_ptr(), is_bf16, n_rows, y.data_ptr()))
+        self.kernels.call("rms_norm", norm, x, is_bf16, n_rows, y)
 
     def route(
         self,
@@ -307,24 +196,7 @@ class DecodeKernels:
         scores: Tensor,
         index: Tensor,
     ) -> None:
-        kernels = self.kernels
-        kernels.check(
-            self._route(
-                router,
-                x.data_ptr(),
-                n_tokens,
-                kernels.isa_code,
-                kernels.threads,
-                logits.data_ptr(),
-                scores.data_ptr(),
-                index.data_ptr(),
-            )
-        )
+        self.kernels.call("route", router, x, n_tokens, logits, scores, index)
 
     def project(self, heads: HeadsArguments, x: Tensor, projected: Tensor) -> None:
-        kernels = self.kernels
-        kernels.check(
-            self._project(
-                heads, x.data_ptr(), kernels.isa_code, kernels.threads, projected.data_ptr()
-            )
-        )
+        self.kernels.call("project", heads, x, projected)

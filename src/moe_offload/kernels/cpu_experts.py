@@ -1,13 +1,11 @@
 """One layer's experts on the CPU: our kernels over the blocks as they lie in memory, or torch.
 
-The kernels (`cpu_experts/`) read every block once for all tokens of a call: a pass over gate and up
-rows with the activation, one barrier, a pass over down rows with the routing weights. Experts with
-many tokens may go to oneDNN instead (`onednn_experts.py`).
+The kernels (`cpp/`) read every block once for all tokens of a call: a pass over gate and up rows
+with the activation, one barrier, a pass over down rows with the routing weights.
 
-Experts with many tokens: bf16 products by torch's oneDNN, the steps around them by our kernels.
-
-Where a CPU has AMX, or AVX512-BF16, oneDNN may multiply faster than our kernels from some number of
-tokens on; how many is measured (`machine_costs.py`). The blocks are read in place.
+Experts with many tokens may go to torch's oneDNN instead, which multiplies bf16 faster than our
+kernels where a CPU has AMX or AVX512-BF16, from some number of tokens on; how many is measured
+(`engine/calibration.py`). The blocks are read in place, and the steps around the products are ours.
 """
 
 from __future__ import annotations
@@ -15,7 +13,9 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -33,93 +33,72 @@ from moe_offload.kernels.oracle import experts_forward
 
 # What one expert's products give for so many tokens stays small beside its weights, which are read
 # again for the next so many.
-_CHUNK_TOKENS = 512
+_CHUNK_TOKENS: Final = 512
 
 
 @dataclass(frozen=True)
-class Crowd:
-    """The experts with many tokens: `pairs` int64 lists the pairs t * K + k by expert, and those
-    of expert e are `pairs[first:end]` with `first, end = bounds[e]`."""
+class Routed:
+    """T tokens, what the router chose for them, and where the E experts of the layer are.
 
-    bounds: dict[int, tuple[int, int]]
-    pairs: Tensor
-
-
-def find_crowd(top_k_index: Tensor, on_cpu: Tensor, n_tokens: int) -> Crowd:
-    """The experts on the CPU (`on_cpu` uint8 [E]) that `top_k_index` [T, K] gives `n_tokens` or
-    more."""
-    chosen, pairs = top_k_index.flatten().sort(stable=True)
-    cuts = torch.searchsorted(chosen, torch.arange(len(on_cpu) + 1)).tolist()
-    bounds = {
-        expert: (first, end)
-        for expert, (first, end, here) in enumerate(
-            zip(cuts[:-1], cuts[1:], on_cpu.tolist(), strict=True)
-        )
-        if here and end - first >= n_tokens
-    }
-    return Crowd(bounds, pairs)
-
-
-class OnednnExperts:
-    """One layer's experts in bf16, each for all of its tokens.
-
-    A product's sums are fp32 inside; what it gives is rounded to bf16, so gate and up, the middle
-    and the output each err by half a unit of 2^-8, as in the model itself. Bias, activation and the
-    weighted sum are fp32. The same bits for the same arguments and number of threads. `act_module`
-    is the model's own gate, or None where the kernels compute it.
+    All contiguous, on the CPU.
     """
 
-    def __init__(
-        self,
-        layout: BlockLayout,
-        arguments: LayerArguments,
-        act_module: Callable[[Tensor], Tensor] | None,
-        kernels: CpuKernels,
-    ) -> None:
-        self._layout = layout
-        self._arguments = arguments
-        self._act_module = act_module
-        self._kernels = kernels
+    hidden: Tensor  # [T, H], fp32 or bf16
+    block_pointers: Tensor  # int64 [E], addresses of the experts' blocks
+    on_cpu: Tensor  # uint8 [E], 0 leaves an expert out
+    top_k_index: Tensor  # int64 [T, K]; what is outside 0..E-1 is left out
+    top_k_weights: Tensor  # fp32 [T, K]
 
-    def add(
-        self,
-        crowd: Crowd,
-        hidden: Tensor,
-        block_pointers: Tensor,
-        top_k_weights: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Add the weighted outputs of the crowd's experts, ascending, to `out` fp32 [T, H].
+    def check(self, layout: BlockLayout, out: Tensor) -> None:
+        """ValueError for a shape or dtype that the kernels, which see addresses, would misread."""
+        n_tokens, n_experts = len(self.hidden), len(self.block_pointers)
+        pairs = (n_tokens, *self.top_k_index.shape[1:2])
+        expected = {
+            "hidden": ((n_tokens, layout.hidden_size), (torch.bfloat16, torch.float32)),
+            "block_pointers": ((n_experts,), (torch.int64,)),
+            "on_cpu": ((n_experts,), (torch.uint8,)),
+            "top_k_index": (pairs, (torch.int64,)),
+            "top_k_weights": (pairs, (torch.float32,)),
+            "out": ((n_tokens, layout.hidden_size), (torch.float32,)),
+        }
+        for name, (shape, dtypes) in expected.items():
+            found: Tensor = out if name == "out" else getattr(self, name)
+            if (
+                found.shape != shape
+                or found.dtype not in dtypes
+                or not found.is_contiguous()
+                or found.device.type != "cpu"
+            ):
+                raise ValueError(
+                    f"expected {name} to be {list(shape)} of {' or '.join(map(str, dtypes))}, "
+                    f"contiguous, on the CPU; found {list(found.shape)} of {found.dtype}, "
+                    f"strides {found.stride()}, on {found.device}"
+                )
 
-        `hidden` is bf16 [T, H], the others are as in `CpuExperts.run`.
-        """
-        tokens = crowd.pairs // top_k_weights.shape[1]
-        weights = top_k_weights.flatten().index_select(0, crowd.pairs)
-        for expert, (first, end) in crowd.bounds.items():
-            address = int(block_pointers[expert])
-            for start in range(first, end, _CHUNK_TOKENS):
-                part = slice(start, min(start + _CHUNK_TOKENS, end))
-                y = self._outputs(address, hidden.index_select(0, tokens[part]))
-                self._kernels.add(self._arguments, address, y, tokens[part], weights[part], out)
+    def arguments(self) -> TokenArguments:
+        """The same for the kernels: addresses, valid as long as these tensors."""
+        return TokenArguments(
+            hidden=self.hidden.data_ptr(),
+            hidden_is_bf16=self.hidden.dtype == torch.bfloat16,
+            n_tokens=self.hidden.shape[0],
+            top_k=self.top_k_index.shape[1],
+            n_experts=self.block_pointers.shape[0],
+            index=self.top_k_index.data_ptr(),
+            weight=self.top_k_weights.data_ptr(),
+            blocks=self.block_pointers.data_ptr(),
+            on_cpu=self.on_cpu.data_ptr(),
+        )
 
-    def _outputs(self, address: int, x: Tensor) -> Tensor:
-        """bf16 [n, H], without the last bias, for `x` bf16 [n, H]."""
-        block = block_at(address, self._layout.block_bytes)
-        first = functional.linear(x, unpack_matrix(self._layout, block, "gate_up"))
-        if self._act_module is None:
-            middle = x.new_empty(len(x), self._layout.intermediate_size)
-            self._kernels.activate(self._arguments, address, first, middle)
-        else:
-            exact = first.float()
-            if self._layout.has_bias:
-                exact += self._layout.field("gate_up_bias").view(block)
-            middle = self._act_module(exact).to(torch.bfloat16)
-        return functional.linear(middle, unpack_matrix(self._layout, block, "down")).contiguous()
-
-
-def block_at(address: int, block_bytes: int) -> Tensor:
-    """A view of the block's memory, which the caller keeps alive."""
-    return torch.frombuffer((ctypes.c_uint8 * block_bytes).from_address(address), dtype=torch.uint8)
+    def crowds(self, n_tokens: int) -> dict[int, Tensor]:
+        """The experts on the CPU that have `n_tokens` or more -> their pairs t * K + k, int64."""
+        chosen, pairs = self.top_k_index.flatten().sort(stable=True)
+        cuts = torch.searchsorted(chosen, torch.arange(len(self.on_cpu) + 1)).tolist()
+        bounds = zip(pairwise(cuts), self.on_cpu.tolist(), strict=True)
+        return {
+            expert: pairs[first:end]
+            for expert, ((first, end), here) in enumerate(bounds)
+            if here and end - first >= n_tokens
+        }
 
 
 class CpuExperts:
@@ -131,7 +110,10 @@ class CpuExperts:
     are thread-safe and release the GIL while they compute.
 
     `onednn_tokens`: an expert with so many tokens or more goes through oneDNN; None, as at first,
-    for none. Set it only where `suits_onednn`, to what a measurement found.
+    for none. Set it only where `suits_onednn`, to what a measurement found. A product's sums are
+    fp32 inside; what it gives is rounded to bf16, so gate and up, the middle and the output each
+    err by half a unit of 2^-8, as in the model itself. The same bits for the same arguments and
+    number of threads.
     """
 
     def __init__(
@@ -148,7 +130,7 @@ class CpuExperts:
             raise ValueError("activation 'module' needs the model's own callable")
         self.layout = layout
         self.activation = activation
-        self.act_module = act_module
+        self.act_module = act_module if activation.kind == "module" else None
         self.kernels = load_kernels(kernel, isa, affinity)
         self.onednn_tokens: int | None = None
         self._layer = _layer_arguments(layout, activation)
@@ -187,89 +169,97 @@ class CpuExperts:
     ) -> None:
         """Overwrite `out` fp32 [T, H] with the weighted sum over the experts on the CPU.
 
-        `hidden` [T, H] fp32 or bf16; `block_pointers` int64 [E], addresses of the experts' blocks;
-        `on_cpu` uint8 [E], 0 leaves an expert out; `top_k_index` int64 [T, K], indexes outside
-        0..E-1 are left out; `top_k_weights` fp32 [T, K]. All contiguous, on the CPU.
+        The others are as in `Routed`; ValueError where they are not.
         """
-        _check_arguments(
-            self.layout, hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out
-        )
+        routed = Routed(hidden, block_pointers, on_cpu, top_k_index, top_k_weights)
+        routed.check(self.layout, out)
         if self.kernels is None:
-            self._run_torch(hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out)
+            self._run_torch(routed, out)
             return
-        # fp32 activations keep the kernels' exact product.
         limit = self.onednn_tokens
+        # fp32 activations keep the kernels' exact product.
         if limit is None or hidden.dtype != torch.bfloat16 or top_k_index.numel() < limit:
-            self._run_kernels(hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out)
+            self._run_kernels(self.kernels, routed, out)
             return
-        crowd = find_crowd(top_k_index, on_cpu, limit)
-        if crowd.bounds:
-            on_cpu = on_cpu.clone()
-            on_cpu[list(crowd.bounds)] = 0
-        self._run_kernels(hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out)
-        assert self.kernels is not None
-        module = self.act_module if self.activation.kind == "module" else None
-        OnednnExperts(self.layout, self._layer, module, self.kernels).add(
-            crowd, hidden, block_pointers, top_k_weights, out
-        )
+        crowds = routed.crowds(limit)
+        others = on_cpu.clone()
+        others[list(crowds)] = 0
+        self._run_kernels(self.kernels, replace(routed, on_cpu=others), out)
+        self._add_onednn(self.kernels, crowds, routed, out)
 
-    def _run_kernels(
-        self,
-        hidden: Tensor,
-        block_pointers: Tensor,
-        on_cpu: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        out: Tensor,
-    ) -> None:
-        assert self.kernels is not None
-        tokens = TokenArguments(
-            hidden=hidden.data_ptr(),
-            hidden_is_bf16=hidden.dtype == torch.bfloat16,
-            n_tokens=hidden.shape[0],
-            top_k=top_k_index.shape[1],
-            n_experts=block_pointers.shape[0],
-            index=top_k_index.data_ptr(),
-            weight=top_k_weights.data_ptr(),
-            blocks=block_pointers.data_ptr(),
-            on_cpu=on_cpu.data_ptr(),
-        )
-        if self.act_module is None or self.activation.kind != "module":
-            self.kernels.run(self._layer, tokens, out)
+    def _run_kernels(self, kernels: CpuKernels, routed: Routed, out: Tensor) -> None:
+        tokens = routed.arguments()
+        if self.act_module is None:
+            kernels.call("run", self._layer, tokens, out)
             return
-        first = torch.empty(self.kernels.count_pairs(tokens), self.layout.first_rows)
-        self.kernels.first(self._layer, tokens, first)
-        middle = self.act_module(first).float().contiguous()
-        self.kernels.second(self._layer, tokens, middle, out)
+        first = torch.empty(kernels.count_pairs(tokens), self.layout.first_rows)
+        kernels.call("first", self._layer, tokens, first)
+        middle = self._own_middle(first).float()
+        kernels.call("second", self._layer, tokens, middle.contiguous(), out)
 
-    def _run_torch(
-        self,
-        hidden: Tensor,
-        block_pointers: Tensor,
-        on_cpu: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        out: Tensor,
+    def _add_onednn(
+        self, kernels: CpuKernels, crowds: dict[int, Tensor], routed: Routed, out: Tensor
     ) -> None:
-        chosen = set(top_k_index.flatten().tolist())
+        """Add the weighted outputs of the experts in `crowds`, ascending, to `out`."""
+        top_k = routed.top_k_index.shape[1]
+        weights = routed.top_k_weights.flatten()
+        for expert, pairs in crowds.items():
+            block = int(routed.block_pointers[expert])
+            for part in pairs.split(_CHUNK_TOKENS):
+                token = part // top_k
+                y = self._onednn_outputs(kernels, block, routed.hidden.index_select(0, token))
+                weight = weights.index_select(0, part)
+                kernels.call("add", self._layer, block, y, token, weight, len(part), out)
+
+    def _onednn_outputs(self, kernels: CpuKernels, address: int, x: Tensor) -> Tensor:
+        """bf16 [n, H], without the last bias, of the expert at `address` for `x` bf16 [n, H]."""
+        block = block_at(address, self.layout.block_bytes)
+        first = functional.linear(x, unpack_matrix(self.layout, block, "gate_up"))
+        if self.act_module is None:
+            middle = x.new_empty(len(x), self.layout.intermediate_size)
+            kernels.call("activate", self._layer, address, first, len(x), middle)
+        else:
+            exact = first.float()
+            if self.layout.has_bias:
+                exact += self.layout.field("gate_up_bias").view(block)
+            middle = self._own_middle(exact).to(torch.bfloat16)
+        return functional.linear(middle, unpack_matrix(self.layout, block, "down")).contiguous()
+
+    def _own_middle(self, first: Tensor) -> Tensor:
+        """[n, I] from the model's own gate; ValueError for any other shape."""
+        assert self.act_module is not None
+        middle = self.act_module(first)
+        if middle.shape != (len(first), self.layout.intermediate_size):
+            raise ValueError(
+                f"expected {[len(first), self.layout.intermediate_size]} from the model's own "
+                f"activation, found {list(middle.shape)}"
+            )
+        return middle
+
+    def _run_torch(self, routed: Routed, out: Tensor) -> None:
+        chosen = set(routed.top_k_index.flatten().tolist())
+        where = zip(routed.block_pointers.tolist(), routed.on_cpu.tolist(), strict=True)
         blocks = {
             expert: block_at(pointer, self.layout.block_bytes)
-            for expert, (pointer, here) in enumerate(
-                zip(block_pointers.tolist(), on_cpu.tolist(), strict=True)
-            )
+            for expert, (pointer, here) in enumerate(where)
             if here and expert in chosen
         }
         out.copy_(
             experts_forward(
                 self.layout,
                 blocks,
-                hidden,
-                top_k_index,
-                top_k_weights,
+                routed.hidden,
+                routed.top_k_index,
+                routed.top_k_weights,
                 self.activation,
                 self.act_module,
             )
         )
+
+
+def block_at(address: int, block_bytes: int) -> Tensor:
+    """A view of the block's memory, which the caller keeps alive."""
+    return torch.frombuffer((ctypes.c_uint8 * block_bytes).from_address(address), dtype=torch.uint8)
 
 
 def _layer_arguments(layout: BlockLayout, activation: Activation) -> LayerArguments:
@@ -287,25 +277,3 @@ def _layer_arguments(layout: BlockLayout, activation: Activation) -> LayerArgume
         intermediate_size=layout.intermediate_size,
         **{name: offsets.get(name, -1) for name in arrays},
     )
-
-
-def _check_arguments(
-    layout: BlockLayout,
-    hidden: Tensor,
-    block_pointers: Tensor,
-    on_cpu: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    out: Tensor,
-) -> None:
-    """The kernels see raw addresses: a wrong shape or dtype must stop here."""
-    n_tokens, width = hidden.shape
-    assert width == layout.hidden_size
-    assert hidden.dtype in (torch.float32, torch.bfloat16)
-    assert block_pointers.dtype == torch.int64 and on_cpu.dtype == torch.uint8
-    assert block_pointers.shape == on_cpu.shape
-    assert top_k_index.dtype == torch.int64 and top_k_weights.dtype == torch.float32
-    assert top_k_index.shape == top_k_weights.shape and top_k_index.shape[0] == n_tokens
-    assert out.dtype == torch.float32 and out.shape == hidden.shape
-    for tensor in (hidden, block_pointers, on_cpu, top_k_index, top_k_weights, out):
-        assert tensor.is_contiguous() and tensor.device.type == "cpu"

@@ -32,27 +32,24 @@ class CpuLinear(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        *,
-        weight: nn.Parameter | None,
-        packed: Tensor | None,
-        scale: Tensor | None,
-        bits: int | None,
-        bias: nn.Parameter | None,
+        linear: nn.Linear,
         kernels: CpuKernels | None,
+        *,
+        packed: Tensor | None = None,
+        scale: Tensor | None = None,
+        bits: int | None = None,
         suits_onednn: bool = False,
     ) -> None:
         super().__init__()
-        self.suits_onednn = suits_onednn
-        self.onednn_tokens: int | None = None
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.bits = bits
         self.kernels = kernels
-        self._arguments: MatrixArguments | None = None
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        self.suits_onednn = suits_onednn
+        self.onednn_tokens: int | None = None
+        self._arguments = MatrixArguments()
+        self.register_parameter("weight", _parameter(linear.weight) if bits is None else None)
+        self.register_parameter("bias", None if linear.bias is None else _parameter(linear.bias))
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
@@ -66,22 +63,13 @@ class CpuLinear(nn.Module):
                 f"expected a contiguous bf16 or fp32 weight, got {linear.weight.dtype}"
             )
         kernels = load_kernels(kernel, isa)
-        return CpuLinear(
-            linear.in_features,
-            linear.out_features,
-            weight=_parameter(linear.weight),
-            packed=None,
-            scale=None,
-            bits=None,
-            bias=None if linear.bias is None else _parameter(linear.bias),
-            kernels=kernels,
-            suits_onednn=(
-                (kernel, isa) == ("auto", "auto")
-                and kernels is not None
-                and linear.weight.dtype == torch.bfloat16
-                and torch.get_num_threads() == kernels.threads
-            ),
+        suits_onednn = (
+            (kernel, isa) == ("auto", "auto")
+            and kernels is not None
+            and linear.weight.dtype == torch.bfloat16
+            and torch.get_num_threads() == kernels.threads
         )
+        return CpuLinear(linear, kernels, suits_onednn=suits_onednn)
 
     @staticmethod
     def from_packed(
@@ -100,14 +88,11 @@ class CpuLinear(nn.Module):
                 f"expected packed shapes {expected}, got {packed.shape}, {scale.shape}"
             )
         return CpuLinear(
-            linear.in_features,
-            linear.out_features,
-            weight=None,
+            linear,
+            load_kernels(kernel, isa),
             packed=packed.contiguous(),
             scale=scale.contiguous(),
             bits=bits,
-            bias=None if linear.bias is None else _parameter(linear.bias),
-            kernels=load_kernels(kernel, isa),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,23 +104,55 @@ class CpuLinear(nn.Module):
         ):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self._dense_weight(x.dtype), bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected rows of {self.in_features}, found {list(x.shape)}")
         x = x.contiguous()
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        self.kernels.linear(self.arguments(), x, x.numel() // self.in_features, y)
+        is_bf16, n_rows = x.dtype == torch.bfloat16, x.numel() // self.in_features
+        self.kernels.call("linear", self.arguments(), x, is_bf16, n_rows, y)
         return y
 
     def arguments(self) -> MatrixArguments:
         """What the kernels need, with the addresses of now: moving the layer may change them."""
-        weight = self._parameters["weight"] if self.bits is None else self._buffers["packed"]
-        assert weight is not None
-        arguments = self._arguments
-        if arguments is None or arguments.weight != weight.data_ptr():
-            arguments = self._arguments = self._matrix(None)
+        matrix, scale = self._matrix(), self._buffers["scale"]
+        addresses = (matrix.data_ptr(), None if scale is None else scale.data_ptr())
+        if addresses != (self._arguments.weight, self._arguments.scale):
+            self._arguments = self._checked(matrix, scale)
         bias = self._parameters["bias"]
         if bias is None:
-            return arguments
+            return self._arguments
         # The kernels take an fp32 bias; the parameter keeps the model's own dtype.
-        return self._matrix(bias.detach().float().contiguous())
+        arguments = MatrixArguments.from_buffer_copy(self._arguments)
+        arguments.fp32_bias = bias.detach().float().contiguous()  # kept as long as its address
+        arguments.bias = arguments.fp32_bias.data_ptr()
+        return arguments
+
+    def _matrix(self) -> Tensor:
+        matrix = self._parameters["weight"] if self.bits is None else self._buffers["packed"]
+        assert matrix is not None
+        return matrix
+
+    def _checked(self, matrix: Tensor, scale: Tensor | None) -> MatrixArguments:
+        """ValueError where a conversion of the module left what the kernels cannot read."""
+        shapes: list[tuple[int, ...]] = [(self.out_features, self.in_features)]
+        if self.bits is None:
+            name = _FORMAT_OF_DTYPE.get(matrix.dtype)
+        else:
+            right = matrix.dtype == torch.uint8 and scale is not None and scale.dtype == torch.half
+            name = f"int{self.bits}" if right else None
+            shapes = [*quantization.packed_shapes(self.out_features, self.in_features, self.bits)]
+        parts = [matrix] if scale is None else [matrix, scale]
+        if (
+            name is None
+            or [tuple(part.shape) for part in parts] != shapes
+            or not all(part.is_contiguous() and part.device.type == "cpu" for part in parts)
+        ):
+            found = [(list(part.shape), part.dtype, part.device) for part in parts]
+            raise ValueError(f"expected {self.extra_repr()} as it was made, found {found}")
+        address = None if scale is None else scale.data_ptr()
+        return MatrixArguments(
+            FORMAT_CODES[name], self.out_features, self.in_features, matrix.data_ptr(), address
+        )
 
     def _is_for_onednn(self, x: Tensor) -> bool:
         if self.onednn_tokens is None or x.dtype != torch.bfloat16:
@@ -143,33 +160,16 @@ class CpuLinear(nn.Module):
         return x.numel() >= self.onednn_tokens * self.in_features
 
     def extra_repr(self) -> str:
-        kind = f"int{self.bits}" if self.bits else str(self._plain_weight().dtype)
+        kind = f"int{self.bits}" if self.bits else str(self._matrix().dtype)
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
 
-    def _plain_weight(self) -> nn.Parameter:
-        assert self.weight is not None
-        return self.weight
-
-    def _matrix(self, fp32_bias: Tensor | None) -> MatrixArguments:
-        bias = None if fp32_bias is None else fp32_bias.data_ptr()
-        if self.packed is None:
-            weight = self._plain_weight()
-            code = FORMAT_CODES[_FORMAT_OF_DTYPE[weight.dtype]]
-            address, scale = weight.data_ptr(), None
-        else:
-            assert self.scale is not None and self.scale.dtype == torch.float16
-            code = FORMAT_CODES[f"int{self.bits}"]
-            address, scale = self.packed.data_ptr(), self.scale.data_ptr()
-        matrix = MatrixArguments(code, self.out_features, self.in_features, address, scale, bias)
-        matrix.fp32_bias = fp32_bias  # kept as long as its address
-        return matrix
-
     def _dense_weight(self, dtype: torch.dtype) -> Tensor:
-        if self.packed is None:
-            return self._plain_weight().to(dtype)
-        assert self.scale is not None and self.bits is not None
+        matrix = self._matrix()
+        if self.bits is None:
+            return matrix.to(dtype)
+        assert self.scale is not None
         shape = (self.out_features, self.in_features)
-        return quantization.dequantize(self.packed, self.scale, *shape, self.bits).to(dtype)
+        return quantization.dequantize(matrix, self.scale, *shape, self.bits).to(dtype)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

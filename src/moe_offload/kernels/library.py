@@ -1,20 +1,22 @@
-"""The compiled CPU kernels' library: its C interface (`cpu_experts/api.h`), its instruction sets.
+"""The compiled CPU kernels' library: its C interface (`cpp/api.h`), its instruction sets.
 
-Needs no torch. What computes with it goes through `cpu_kernels`, for the threads' sake.
+Needs no torch. What computes with it goes through `bindings.py`, for the threads' sake.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from typing import Final
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any, Final
 
 import psutil
 
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.kernels import build as build_module
 
-FORMAT_CODES: Final = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+FORMAT_CODES: Final = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
 ACTIVATION_CODES: Final = {
     "silu": 0,
     "gelu": 1,
@@ -24,25 +26,22 @@ ACTIVATION_CODES: Final = {
     "clamped_swiglu": 5,
     "module": -1,
 }
+# More than any machine has cores for; GCC's OpenMP runtime dies of tens of thousands.
+MOST_THREADS: Final = 1024
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
 
 
 class LayerArguments(ctypes.Structure):
     """`cpux_layer` of api.h."""
 
     _fields_ = (
-        ("weight_format", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("has_gate", ctypes.c_int32),
-        ("alpha", ctypes.c_float),
-        ("limit", ctypes.c_float),
-        ("hidden_size", ctypes.c_int64),
-        ("intermediate_size", ctypes.c_int64),
-        ("gate_up", ctypes.c_int64),
-        ("gate_up_scale", ctypes.c_int64),
-        ("gate_up_bias", ctypes.c_int64),
-        ("down", ctypes.c_int64),
-        ("down_scale", ctypes.c_int64),
-        ("down_bias", ctypes.c_int64),
+        *_fields(c_int32, "weight_format activation has_gate"),
+        *_fields(c_float, "alpha limit"),
+        *_fields(c_int64, "hidden_size intermediate_size gate_up gate_up_scale gate_up_bias"),
+        *_fields(c_int64, "down down_scale down_bias"),
     )
 
 
@@ -50,15 +49,10 @@ class TokenArguments(ctypes.Structure):
     """`cpux_tokens` of api.h."""
 
     _fields_ = (
-        ("hidden", ctypes.c_void_p),
-        ("hidden_is_bf16", ctypes.c_int32),
-        ("n_tokens", ctypes.c_int64),
-        ("top_k", ctypes.c_int64),
-        ("n_experts", ctypes.c_int64),
-        ("index", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("on_cpu", ctypes.c_void_p),
+        *_fields(c_void_p, "hidden"),
+        *_fields(c_int32, "hidden_is_bf16"),
+        *_fields(c_int64, "n_tokens top_k n_experts"),
+        *_fields(c_void_p, "index weight blocks on_cpu"),
     )
 
 
@@ -66,12 +60,9 @@ class MatrixArguments(ctypes.Structure):
     """`cpux_matrix` of api.h."""
 
     _fields_ = (
-        ("weight_format", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        *_fields(c_int32, "weight_format"),
+        *_fields(c_int64, "rows cols"),
+        *_fields(c_void_p, "weight scale bias"),
     )
 
 
@@ -79,49 +70,79 @@ class AttentionArguments(ctypes.Structure):
     """`cpux_attention` of api.h."""
 
     _fields_ = (
-        ("is_bf16", ctypes.c_int32),
-        ("n_batch", ctypes.c_int64),
-        ("n_heads", ctypes.c_int64),
-        ("n_kv_heads", ctypes.c_int64),
-        ("n_keys", ctypes.c_int64),
-        ("key_size", ctypes.c_int64),
-        ("value_size", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("query", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("key_strides", ctypes.c_int64 * 2),
-        ("value_strides", ctypes.c_int64 * 2),
-        ("mask", ctypes.c_void_p),
+        *_fields(c_int32, "is_bf16"),
+        *_fields(c_int64, "n_batch n_heads n_kv_heads n_keys key_size value_size"),
+        *_fields(c_float, "scale"),
+        *_fields(c_void_p, "query keys values"),
+        *_fields(c_int64 * 2, "key_strides value_strides"),
+        *_fields(c_void_p, "mask"),
     )
 
 
-_POINTER: Final = ctypes.c_void_p
-_INT: Final = ctypes.c_int
-_LONG: Final = ctypes.c_int64
+class NormArguments(ctypes.Structure):
+    """`cpux_norm` of api.h."""
+
+    _fields_ = (
+        *_fields(c_int32, "form weight_is_bf16"),
+        *_fields(c_float, "epsilon"),
+        *_fields(c_int64, "width"),
+        *_fields(c_void_p, "weight"),
+    )
+
+
+class RouterArguments(ctypes.Structure):
+    """`cpux_router` of api.h."""
+
+    _fields_ = (
+        *_fields(MatrixArguments, "matrix"),
+        *_fields(c_int32, "is_bf16 scores_are_bf16 normalise"),
+        *_fields(c_int64, "top_k"),
+    )
+
+
+class HeadsArguments(ctypes.Structure):
+    """`cpux_heads` of api.h."""
+
+    _fields_ = (
+        *_fields(c_int32, "is_bf16"),
+        *_fields(c_int64, "n_batch n_heads n_kv_heads key_size value_size rotary_size"),
+        *_fields(ctypes.POINTER(MatrixArguments), "q k v"),
+        *_fields(ctypes.POINTER(NormArguments), "q_norm k_norm"),
+        *_fields(c_void_p, "cos sin"),
+        *_fields(c_int64, "rotary_stride"),
+        *_fields(c_void_p, "key value"),
+        *_fields(c_int64 * 2, "key_strides value_strides"),
+    )
+
+
 _LAYER: Final = ctypes.POINTER(LayerArguments)
 _TOKENS: Final = ctypes.POINTER(TokenArguments)
-_SIGNATURES: Final = {
-    "cpux_run": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER)),
-    "cpux_count_pairs": (_LONG, (_TOKENS,)),
-    "cpux_first": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER)),
-    "cpux_second": (_INT, (_LAYER, _TOKENS, _INT, _INT, _POINTER, _POINTER)),
-    "cpux_activate": (_INT, (_LAYER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER)),
-    "cpux_add": (
-        _INT,
-        (_LAYER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER),
+# Functions that take an instruction set and a number of threads, then these, and give a code.
+_COMPUTING: Final = {
+    "run": (_LAYER, _TOKENS, c_void_p),
+    "first": (_LAYER, _TOKENS, c_void_p),
+    "second": (_LAYER, _TOKENS, c_void_p, c_void_p),
+    "activate": (_LAYER, c_void_p, c_void_p, c_int64, c_void_p),
+    "add": (_LAYER, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
+    "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
+    "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
+    "route": (
+        *(ctypes.POINTER(RouterArguments), c_void_p, c_int64),
+        *(c_void_p, c_void_p, c_void_p),
     ),
-    "cpux_linear": (
-        _INT,
-        (ctypes.POINTER(MatrixArguments), _POINTER, _INT, _LONG, _INT, _INT, _POINTER),
-    ),
-    "cpux_attend": (_INT, (ctypes.POINTER(AttentionArguments), _INT, _INT, _POINTER)),
-    "cpux_n_isas": (_INT, ()),
-    "cpux_isa_name": (ctypes.c_char_p, (_INT,)),
-    "cpux_isa_supported": (_INT, (_INT,)),
-    "cpux_pin_threads": (_INT, (ctypes.POINTER(ctypes.c_int32), _INT)),
-    "cpux_read_seconds": (ctypes.c_double, (_POINTER, _LONG, _INT, _INT)),
-    "cpux_fma_flops_per_s": (ctypes.c_double, (_INT, _INT, ctypes.c_double)),
+    "project": (ctypes.POINTER(HeadsArguments), c_void_p, c_void_p),
+    "read": (c_void_p, c_int64, ctypes.POINTER(c_double)),
+    "multiply_add": (c_double, ctypes.POINTER(c_double)),
+}
+# Name -> what a function gives and takes.
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    **{name: (c_int, (c_int, c_int, *rest)) for name, rest in _COMPUTING.items()},
+    "count_pairs": (c_int64, (_TOKENS,)),
+    "n_isas": (c_int, ()),
+    "isa_name": (c_char_p, (c_int,)),
+    "isa_supported": (c_int, (c_int,)),
+    "pin_threads": (c_int, (ctypes.POINTER(c_int32), c_int)),
 }
 
 
@@ -135,31 +156,41 @@ def open_library() -> ctypes.CDLL:
     except OSError as error:
         raise UserError(f"expected the compiled kernels {path} to load, but {error}") from None
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, f"cpux_{name}")
         function.restype, function.argtypes = result, arguments
     return library
 
 
+def _isa_names(library: ctypes.CDLL) -> list[str]:
+    return [library.cpux_isa_name(code).decode() for code in range(library.cpux_n_isas())]
+
+
 def supported_isas(library: ctypes.CDLL) -> list[str]:
     """Instruction sets that the library was built with and this CPU has, slowest first."""
-    count = library.cpux_n_isas()
-    codes = [code for code in range(count) if library.cpux_isa_supported(code)]
-    return [library.cpux_isa_name(code).decode() for code in codes]
-
-
-def default_threads() -> int:
-    """`OMP_NUM_THREADS`, else one thread per physical core this process may run on."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    usable = len(os.sched_getaffinity(0))
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    names = enumerate(_isa_names(library))
+    return [name for code, name in names if library.cpux_isa_supported(code)]
 
 
 def isa_code(library: ctypes.CDLL, name: str) -> int:
     """The number by which the library knows an instruction set."""
-    names = [library.cpux_isa_name(code).decode() for code in range(library.cpux_n_isas())]
-    return names.index(name)
+    return _isa_names(library).index(name)
+
+
+def default_threads() -> int:
+    """`OMP_NUM_THREADS`, else one thread per physical core this process may run on.
+
+    UserError for a number that no machine has cores for.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked) > 0:
+        if int(asked) > MOST_THREADS:
+            raise UserError(
+                f"expected OMP_NUM_THREADS to be at most {MOST_THREADS}, found {asked:.20}: "
+                "one thread per physical core is fastest"
+            )
+        return int(asked)
+    usable = len(os.sched_getaffinity(0))
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 def describe(isa: str, n_threads: int) -> str:
@@ -170,9 +201,7 @@ def describe(isa: str, n_threads: int) -> str:
 def describe_kernels() -> list[str]:
     """Lines for `--version`: what computes experts on this CPU, and what else it could use."""
     try:
-        names = supported_isas(open_library())
+        names, n_threads = supported_isas(open_library()), default_threads()
     except UserError as error:
         return [f"CPU kernels: torch ({error})"]
-    return [
-        f"CPU kernels: {describe(names[-1], default_threads())} (this CPU runs: {', '.join(names)})"
-    ]
+    return [f"CPU kernels: {describe(names[-1], n_threads)} (this CPU runs: {', '.join(names)})"]

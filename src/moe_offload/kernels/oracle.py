@@ -1,14 +1,15 @@
-"""Finds out which fused activation, if any, a model's experts module computes.
+"""The expert FFN in plain torch: the oracle of every kernel, and the fallback where none runs.
 
-The kernels fuse a handful of activations. Rather than listing model names, the module's own gate
-is run on probe values and compared with each formula; anything else stays the module's own code.
-
-The expert FFN in plain torch: the oracle of every kernel, and the fallback where none runs."""
+And which activation a model's experts module computes: the kernels fuse a handful of them. Rather
+than listing model names, the module's own gate is run on probe values and compared with each
+formula here; anything else stays the module's own code.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from torch.nn import functional
 from moe_offload.checkpoint.block import Activation, ActivationKind, BlockLayout, unpack_matrix
 
 ActivationModule = Callable[[Tensor], Tensor]
+# What is applied to the gate, then multiplied by up where there is one.
+_FUNCTIONS: Final[dict[ActivationKind, ActivationModule]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda gate: functional.relu(gate).square(),
+}
 
 
 def apply_activation(
@@ -36,18 +45,11 @@ def apply_activation(
         gate = gate.clamp(max=activation.limit)
         up = up.clamp(min=-activation.limit, max=activation.limit)
         return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
-    gate = first.chunk(2, dim=-1)[0] if has_gate else first
-    if activation.kind == "silu":
-        value = functional.silu(gate)
-    elif activation.kind == "gelu":
-        value = functional.gelu(gate)
-    elif activation.kind == "gelu_tanh":
-        value = functional.gelu(gate, approximate="tanh")
-    elif activation.kind == "relu":
-        value = functional.relu(gate)
-    else:
-        value = functional.relu(gate).square()
-    return value * first.chunk(2, dim=-1)[1] if has_gate else value
+    function = _FUNCTIONS[activation.kind]
+    if not has_gate:
+        return function(first)
+    gate, up = first.chunk(2, dim=-1)
+    return function(gate) * up
 
 
 def expert_ffn(
@@ -67,8 +69,10 @@ def expert_ffn(
     return _linear(layout, block, "down", middle.to(x.dtype))
 
 
-def _linear(layout: BlockLayout, block: Tensor, name: str, x: Tensor) -> Tensor:
-    weight = unpack_matrix(layout, block, "gate_up" if name == "gate_up" else "down").to(x.dtype)
+def _linear(
+    layout: BlockLayout, block: Tensor, name: Literal["gate_up", "down"], x: Tensor
+) -> Tensor:
+    weight = unpack_matrix(layout, block, name).to(x.dtype)
     bias = layout.field(f"{name}_bias").view(block).to(x.dtype) if layout.has_bias else None
     return functional.linear(x, weight, bias)
 
@@ -98,10 +102,7 @@ def experts_forward(
     return out
 
 
-_SIMPLE: tuple[ActivationKind, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-
-
-def probe_activation(experts: nn.Module) -> tuple[Activation, Callable[[Tensor], Tensor]]:
+def probe_activation(experts: nn.Module) -> tuple[Activation, ActivationModule]:
     """The activation of a transformers experts module, and its own code as a callable.
 
     The callable takes the first matrix's output [n, R] in the normal form (gate columns, then
@@ -118,7 +119,7 @@ def probe_activation(experts: nn.Module) -> tuple[Activation, Callable[[Tensor],
         probe = values[None, :]
     expected = own(probe)
     alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
-    candidates = [Activation(kind) for kind in _SIMPLE]
+    candidates = [Activation(kind) for kind in _FUNCTIONS]
     if has_gate and isinstance(alpha, (int, float)) and isinstance(limit, (int, float)):
         candidates.append(Activation("clamped_swiglu", float(alpha), float(limit)))
     for candidate in candidates:
@@ -127,7 +128,7 @@ def probe_activation(experts: nn.Module) -> tuple[Activation, Callable[[Tensor],
     return Activation("module"), own
 
 
-def _own_gate(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+def _own_gate(experts: nn.Module) -> ActivationModule:
     module: Any = experts
     if not getattr(experts, "has_gate", True):
         return lambda first: module.act_fn(first)

@@ -1,26 +1,23 @@
-"""The expert FFN from slot memory by the Triton kernels, for all hits of a layer together.
+"""The expert FFN from slot memory by Triton kernels, for all hits of a layer together.
 
 Two launches compute every (token, expert) pair of a layer: rows of `gate_up` with the activation,
-then rows of `down` with the routing weight. A third sums each token's pairs. Programs of one row
-tile and different pairs run side by side, so tokens that share an expert share its bytes in the L2
-cache.
+then rows of `down` with the routing weight. A third sums each token's pairs. A program computes one
+tile of rows of one pair; programs of one row tile and different pairs run side by side, so tokens
+that share an expert share its bytes in the L2 cache. Packed int8 and int4 are read as int32 words,
+which lie contiguously as [row block, word, 16 rows], and are dequantised in registers. Products and
+sums are fp32.
 
 In decode the pairs' slots travel as arguments of the launch, not in memory: a step's layer then
 sends the GPU nothing but the CPU's result.
 
 Import this only where Triton is installed. Without a GPU it runs in Triton's interpreter, which is
 how it was tested; its speed on a GPU is not measured yet.
-
-The expert FFN's Triton kernels: rows of the packed or plain matrices in slots times a vector.
-
-A program computes one tile of rows for one (token, expert) pair. Packed int8 and int4 are read as
-int32 words, which lie contiguously as [row block, word, 16 rows], and are dequantised in registers.
-Products and sums are fp32. `triton_experts` launches them.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -29,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.kernels.oracle import ActivationModule, apply_activation
 
 ROWS: Final = 16  # of a tile: one row block of the packed layout
@@ -115,7 +113,7 @@ def _dot(matrix, scales, rows, valid, x, n_columns, BITS: tl.constexpr, STEP: tl
 
 @triton.jit
 def _activate(gate, up, alpha, limit, KIND: tl.constexpr, HAS_GATE: tl.constexpr):
-    """`torch_experts.apply_activation`; comparisons are written so that NaN stays NaN."""
+    """`oracle.apply_activation`; comparisons are written so that NaN stays NaN."""
     if KIND == "clamped_swiglu":
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
@@ -292,7 +290,7 @@ class TritonExperts:
         self._layout = layout
         self._activation = activation
         self._act_module = act_module
-        self._bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[layout.weight_format]
+        self._bits = WEIGHT_FORMATS[layout.weight_format].bits
         self._slots = slots
         element = torch.bfloat16 if self._bits == 16 else torch.float32
         self._matrix = slots.view(torch.int32 if self._bits < 16 else element)
@@ -307,21 +305,17 @@ class TritonExperts:
         layout, device = self._layout, self._slots.device
         hidden = torch.zeros(2, layout.hidden_size, dtype=dtype, device=device)
         for n_pairs in (1, _PAIRS_IN_WORDS + 1):  # slots in words, slots in memory
-            self.grouped(
-                hidden[:1],
-                torch.full((1, n_pairs), -1),
-                torch.zeros(1, n_pairs, device=device),
-            )
+            self.grouped(hidden[:1], [-1] * n_pairs, torch.zeros(1, n_pairs, device=device))
         if len(self._slots):
             self.expert(0, hidden)
 
-    def grouped(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor:
+    def grouped(self, hidden: Tensor, slot_of_pair: Sequence[int], weights: Tensor) -> Tensor:
         """fp32 [T, H] for `hidden` [T, H] and `weights` [T, K] on the slots' device.
 
-        `slot_of_pair` int64 [T, K] is on the CPU, -1 for a pair that is left out.
+        `slot_of_pair` has T * K entries, -1 for a pair that is left out.
         """
         layout, activation = self._layout, self._activation
-        n_tokens, top_k = slot_of_pair.shape
+        n_tokens, top_k = weights.shape
         n_pairs, width = n_tokens * top_k, layout.intermediate_size
         raw = activation.kind == "module"
         middle = torch.empty(n_pairs, layout.first_rows if raw else width, device=hidden.device)
@@ -400,18 +394,18 @@ class TritonExperts:
         )
         return torch.nn.functional.linear(x, weight, bias)
 
-    def _slot_arguments(self, slot_of_pair: Tensor) -> tuple[bool, tuple[Tensor | int, ...]]:
+    def _slot_arguments(self, slot_of_pair: Sequence[int]) -> tuple[bool, tuple[Tensor | int, ...]]:
         """Whether the slots are in the words, and the kernels' five arguments that hold them."""
-        n_pairs = slot_of_pair.numel()
-        if n_pairs <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
+        if len(slot_of_pair) <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
             words = [_WORD_MARK] * N_SLOT_WORDS
-            for pair, slot in enumerate(slot_of_pair.flatten().tolist()):
+            for pair, slot in enumerate(slot_of_pair):
                 word, place = divmod(pair, SLOTS_PER_WORD)
                 words[word] |= (slot + 1) << (SLOT_BITS * place)
             return True, (self._no_slots, *words)
         # At most 2 KiB: CUDA takes so little from pageable memory without holding the host up.
-        table = slot_of_pair.to(torch.int32).to(self._slots.device, non_blocking=True)
-        return False, (table.contiguous(), *[_WORD_MARK] * N_SLOT_WORDS)
+        table = torch.tensor(slot_of_pair, dtype=torch.int32)
+        table = table.to(self._slots.device, non_blocking=True)
+        return False, (table, *[_WORD_MARK] * N_SLOT_WORDS)
 
     def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._matrix, self._scales, self._biases

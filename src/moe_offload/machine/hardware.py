@@ -1,14 +1,14 @@
-"""Host memory that this process may still use: the machine's, or less inside a limited cgroup.
+"""What this machine is (CPU, caches, NUMA, memory, GPU) and how much memory a process may use.
 
-Containers and batch systems limit a process by its cgroup; /proc/meminfo goes on showing the whole
-machine. Who loads by that is killed half-way.
-
-What this machine is: CPU, caches, NUMA, memory, GPU. What it can do is in calibration.py."""
+Containers and batch systems limit a process by its cgroup, while /proc/meminfo goes on showing the
+whole machine: who loads by that is killed half-way. What a machine can do is engine/timing.py's.
+"""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,10 @@ import pynvml
 
 PROC_ROOT = Path("/proc")
 SYS_ROOT = Path("/sys/devices/system")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Page cache and kernel memory, in memory.stat, that the kernel takes back when memory is needed.
+_RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+_GIB = 2**30
 
 # Of a CPU's many flags, those that decide which expert kernels run (x86, then Arm).
 _ISA = (
@@ -73,7 +77,7 @@ class Hardware:
         """The facts that a calibration depends on (memory in GiB: kernels reserve a little)."""
         facts = self.to_json()
         del facts["memory_limit_bytes"]
-        facts["memory_bytes"] = round(self.memory_bytes / 2**30) * 2**30
+        facts["memory_bytes"] = round(self.memory_bytes / _GIB) * _GIB
         if facts["gpu"]:
             del facts["gpu"]["driver"]
         return facts
@@ -86,31 +90,29 @@ class Hardware:
 
     def describe(self) -> list[str]:
         """The facts as lines for people."""
-        gib = 2**30
         limit = ""
         if self.memory_limit_bytes is not None:
-            limit = f", limited to {self.memory_limit_bytes / gib:.1f} GiB by a cgroup"
+            limit = f", limited to {self.memory_limit_bytes / _GIB:.1f} GiB by a cgroup"
         lines = [
             f"CPU: {self.cpu}, {self.n_cores} cores ({self.n_threads} threads), "
             f"{len(self.numa_nodes) or 1} NUMA node(s), "
-            f"{self.memory_bytes / gib:.1f} GiB memory{limit}",
+            f"{self.memory_bytes / _GIB:.1f} GiB memory{limit}",
             f"ISA: {' '.join(self.isa) or 'not reported'}",
         ]
-        if self.caches:
-            sizes = (
-                f"L{c.level} {c.kind.lower()} {c.n_instances} x {c.size_bytes // 1024} KiB"
-                for c in self.caches
-            )
+        sizes = [
+            f"L{c.level} {c.kind.lower()} {c.n_instances} x {c.size_bytes // 1024} KiB"
+            for c in self.caches
+        ]
+        if sizes:
             lines.append(f"Caches: {', '.join(sizes)}")
-        if self.gpu is None:
-            lines.append("GPU: none found")
-        else:
-            lines.append(
-                f"GPU: {self.gpu.name}, {self.gpu.memory_bytes / gib:.1f} GiB, "
+        gpu = "none found"
+        if self.gpu is not None:
+            gpu = (
+                f"{self.gpu.name}, {self.gpu.memory_bytes / _GIB:.1f} GiB, "
                 f"PCIe {self.gpu.pcie_generation or '?'} x{self.gpu.pcie_width or '?'}, "
                 f"driver {self.gpu.driver}"
             )
-        return lines
+        return [*lines, f"GPU: {gpu}"]
 
 
 def read_hardware(
@@ -174,70 +176,68 @@ def _numa_nodes(node_root: Path) -> tuple[str, ...]:
 
 
 def _text(path: Path) -> str:
+    """What the file says; nothing where it cannot be read."""
     try:
         return path.read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return ""
+
+
+def gpu_handle(nvml: ModuleType | Any, uuid: str | None) -> Any:
+    """NVML's handle of the GPU called `uuid`, by default its first; NVMLError without one."""
+    nvml.nvmlInit()
+    by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
+    return by_index(0) if uuid is None else by_uuid(uuid)
 
 
 def _gpu(nvml: ModuleType | Any, uuid: str | None) -> Gpu | None:
     try:
-        nvml.nvmlInit()
-        by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
-        handle = by_index(0) if uuid is None else by_uuid(uuid)
+        handle = gpu_handle(nvml, uuid)
         name, driver = nvml.nvmlDeviceGetName(handle), nvml.nvmlSystemGetDriverVersion()
         memory_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
     except nvml.NVMLError:
         return None
-    try:
+    generation = width = None
+    with suppress(nvml.NVMLError):
         generation = int(nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle))
         width = int(nvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
-    except nvml.NVMLError:
-        return Gpu(str(name), memory_bytes, str(driver), None, None)
     return Gpu(str(name), memory_bytes, str(driver), generation, width)
 
 
-PROC_CGROUP = Path("/proc/self/cgroup")
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-# Of a cgroup's page cache and kernel memory, what the kernel takes back when memory is needed.
-_RECLAIMABLE_V1 = ("total_inactive_file", "total_active_file")
-_RECLAIMABLE_V2 = ("inactive_file", "active_file", "slab_reclaimable")
-
-
-def available_bytes(proc_cgroup: Path = PROC_CGROUP, cgroup_root: Path = CGROUP_ROOT) -> int:
+def available_bytes(proc_root: Path = PROC_ROOT, cgroup_root: Path = CGROUP_ROOT) -> int:
     """Bytes that can be allocated without swapping or being killed.
 
-    `proc_cgroup` is /proc/self/cgroup and `cgroup_root` where cgroups are mounted, or stand-ins.
+    `proc_root` is /proc and `cgroup_root` where cgroups are mounted, or stand-ins for them.
     """
-    rooms = [limit - used for limit, used in _limits(proc_cgroup, cgroup_root)]
+    rooms = [limit - used for limit, used in _limits(proc_root, cgroup_root)]
     return max(0, min([int(psutil.virtual_memory().available), *rooms]))
 
 
-def limit_bytes(proc_cgroup: Path = PROC_CGROUP, cgroup_root: Path = CGROUP_ROOT) -> int | None:
+def limit_bytes(proc_root: Path = PROC_ROOT, cgroup_root: Path = CGROUP_ROOT) -> int | None:
     """The tightest cgroup limit on this process's memory; None where there is none."""
     physical = int(psutil.virtual_memory().total)
-    limits = [limit for limit, _ in _limits(proc_cgroup, cgroup_root) if limit < physical]
+    limits = [limit for limit, _ in _limits(proc_root, cgroup_root) if limit < physical]
     return min(limits, default=None)
 
 
-def _limits(proc_cgroup: Path, cgroup_root: Path) -> Iterator[tuple[int, int]]:
+def _limits(proc_root: Path, cgroup_root: Path) -> Iterator[tuple[int, int]]:
     """(limit, used) in bytes of this process's cgroup and every one around it, v1 and v2."""
-    for line in _text(proc_cgroup).splitlines():
+    for line in _text(proc_root / "self" / "cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:
-            for folder in _upwards(cgroup_root, path):
-                limits = [_number(folder / name) for name in ("memory.max", "memory.high")]
-                known = [limit for limit in limits if limit is not None]
-                used = _number(folder / "memory.current")
-                if known and used is not None:
-                    yield min(known), used - _reclaimable(folder, _RECLAIMABLE_V2)
+            root, of_subgroups = cgroup_root, ""  # v2 adds them in
+            limit_files, use_file = ["memory.max", "memory.high"], "memory.current"
         elif "memory" in controllers.split(","):
-            for folder in _upwards(cgroup_root / "memory", path):
-                limit = _number(folder / "memory.limit_in_bytes")
-                used = _number(folder / "memory.usage_in_bytes")
-                if limit is not None and used is not None:
-                    yield limit, used - _reclaimable(folder, _RECLAIMABLE_V1)
+            root, of_subgroups = cgroup_root / "memory", "total_"
+            limit_files, use_file = ["memory.limit_in_bytes"], "memory.usage_in_bytes"
+        else:
+            continue
+        for folder in _upwards(root, path):
+            limits = [n for name in limit_files if (n := _number(folder / name)) is not None]
+            used = _number(folder / use_file)
+            if limits and used is not None:
+                yield min(limits), used - _reclaimable(folder, of_subgroups)
 
 
 def _upwards(root: Path, path: str) -> Iterator[Path]:
@@ -254,10 +254,12 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
     yield root
 
 
-def _reclaimable(folder: Path, names: tuple[str, ...]) -> int:
+def _reclaimable(folder: Path, prefix: str) -> int:
     fields = (line.split() for line in _text(folder / "memory.stat").splitlines())
-    known = (field for field in fields if len(field) == 2 and field[1].isdecimal())
-    return sum(int(field[1]) for field in known if field[0] in names)
+    known = {
+        field[0]: int(field[1]) for field in fields if len(field) == 2 and field[1].isdecimal()
+    }
+    return sum(known.get(prefix + name, 0) for name in _RECLAIMABLE)
 
 
 def _number(path: Path) -> int | None:

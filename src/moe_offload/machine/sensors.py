@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pynvml
+
+from moe_offload.machine.hardware import gpu_handle
 
 POWERCAP_ROOT = Path("/sys/class/powercap")
 # Names under which psutil lists CPU package sensors (Intel, AMD, Arm boards), best first.
@@ -45,10 +48,7 @@ class RaplReader:
     def __init__(self, root: Path = POWERCAP_ROOT) -> None:
         self.note: str | None = None
         self._counters: list[_WrappingCounter] = []
-        packages = sorted(zone for zone in root.glob("intel-rapl:*") if _is_package(zone))
-        if not packages:
-            self.note = "CPU energy: no powercap RAPL on this machine, energy columns stay empty"
-            return
+        packages = sorted(filter(_is_package, root.glob("intel-rapl:*")))
         try:
             self._counters = [_WrappingCounter(zone) for zone in packages]
         except PermissionError:
@@ -58,6 +58,8 @@ class RaplReader:
             )
         except (OSError, ValueError) as error:
             self.note = f"CPU energy: {packages[0]} cannot be read ({error})"
+        if not packages:
+            self.note = "CPU energy: no powercap RAPL on this machine, energy columns stay empty"
 
     def read_j(self) -> float | None:
         """Joules since this reader was made, or None."""
@@ -95,64 +97,44 @@ class _WrappingCounter:
 
 
 class NvmlReader:
-    """Energy and power of one NVIDIA GPU through NVML.
+    """Power of one NVIDIA GPU and, where it counts it (Volta and later), energy, through NVML.
 
-    The total-energy counter is used where the GPU has one (Volta and later), else power samples are
-    integrated over time. `uuid` names the GPU, by default NVML's first. `nvml` is the pynvml module
-    (nvidia-ml-py) or a stand-in.
+    `uuid` names the GPU, by default NVML's first. `nvml` is the pynvml module (nvidia-ml-py) or a
+    stand-in. `note` says why there is no energy, or is None.
     """
 
-    def __init__(
-        self,
-        uuid: str | None = None,
-        nvml: ModuleType | Any = pynvml,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, uuid: str | None = None, nvml: ModuleType | Any = pynvml) -> None:
         self.note: str | None = None
-        self._handle: Any = None
-        self._clock = clock
-        self._sampled_j = 0.0
-        self._last: tuple[float, float] | None = None
         self._nvml: Any = nvml
+        self._handle: Any = None
+        self._start_mj: int | None = None
         try:
-            nvml.nvmlInit()
-            by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
-            self._handle = by_index(0) if uuid is None else by_uuid(uuid)
+            self._handle = gpu_handle(nvml, uuid)
+            self._start_mj = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except nvml.NVMLError as error:
-            self.note = f"GPU energy: NVML is not available ({error}), its columns stay empty"
-            return
-        self._start_mj = self._counter_mj()
+            missing = "NVML is not available" if self._handle is None else "this GPU counts none"
+            self.note = f"GPU energy: {missing} ({error}), its columns stay empty"
 
-    def _counter_mj(self) -> int | None:
+    def _read(self, call: str) -> int | None:
+        """What NVML's `call` says of the GPU, in thousandths; None where it cannot say."""
+        if self._handle is None:
+            return None
         try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+            return int(getattr(self._nvml, call)(self._handle))
         except self._nvml.NVMLError:
             return None
 
     def read_power_w(self) -> float | None:
         """The GPU's power draw now, W, or None."""
-        if self._handle is None:
-            return None
-        try:
-            return int(self._nvml.nvmlDeviceGetPowerUsage(self._handle)) / 1e3
-        except self._nvml.NVMLError:
-            return None
+        now_mw = self._read("nvmlDeviceGetPowerUsage")
+        return None if now_mw is None else now_mw / 1e3
 
     def read_j(self) -> float | None:
         """Joules since this reader was made, or None."""
-        if self._handle is None:
+        now_mj = self._read("nvmlDeviceGetTotalEnergyConsumption")
+        if now_mj is None or self._start_mj is None:
             return None
-        if self._start_mj is not None:
-            now_mj = self._counter_mj()
-            return None if now_mj is None else (now_mj - self._start_mj) / 1e3
-        power_w, now_s = self.read_power_w(), self._clock()
-        if power_w is None:
-            return None
-        if self._last is not None:
-            last_s, last_w = self._last
-            self._sampled_j += (now_s - last_s) * (power_w + last_w) / 2
-        self._last = (now_s, power_w)
-        return self._sampled_j
+        return (now_mj - self._start_mj) / 1e3
 
 
 class CpuReader:
@@ -164,10 +146,9 @@ class CpuReader:
         self._utilisation()  # psutil reports use since the previous call
 
     def _utilisation(self) -> list[float]:
-        try:
+        with suppress(OSError, NotImplementedError):
             return list(self._source.cpu_percent(percpu=True))
-        except (OSError, NotImplementedError):
-            return []
+        return []
 
     def read_mhz(self) -> float | None:
         """Mean MHz of the `n_busiest` cores with the highest use since the last call, or None."""
@@ -176,13 +157,10 @@ class CpuReader:
             mhz = [core.current for core in self._source.cpu_freq(percpu=True) or []]
         except (AttributeError, OSError, NotImplementedError):
             return None
-        if not mhz:
-            return None
-        if len(mhz) == len(use):
+        if len(mhz) == len(use):  # else one figure stands for all cores
             mhz = [mhz[core] for core in sorted(range(len(use)), key=use.__getitem__, reverse=True)]
         busiest = mhz[: self._n_busiest]
-        mean = sum(busiest) / len(busiest)
-        return mean if mean > 0 else None
+        return sum(busiest) / len(busiest) if any(busiest) else None
 
     def read_temperature_c(self) -> float | None:
         """The CPU's temperature in degrees Celsius (hottest of its sensors), or None."""
@@ -198,10 +176,10 @@ class CpuReader:
 
 
 class SensorSampler:
-    """Reads all sensors once per `period_s` on a thread of its own, from start() to stop().
+    """While entered, reads all sensors once per `period_s` on a thread of its own.
 
-    A context manager. `samples` is complete after stop(): the first is taken by start(), the last
-    by stop(), so that even a run shorter than the period has two.
+    The first of `samples` is taken on entering and the last on leaving, so that even a run shorter
+    than the period has two.
     """
 
     def __init__(
@@ -217,13 +195,12 @@ class SensorSampler:
         self._cpu = cpu or CpuReader(n_busiest)
         self._rapl = rapl or RaplReader()
         self._gpu = gpu
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._last: Sample | None = None
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="sensors", daemon=True)
         self.samples: list[Sample] = []
 
     def _read(self) -> None:
-        self._last = Sample(
+        sample = Sample(
             unix_s=time.time(),
             busiest_mhz=self._cpu.read_mhz(),
             cpu_temperature_c=self._cpu.read_temperature_c(),
@@ -231,43 +208,35 @@ class SensorSampler:
             gpu_energy_j=self._gpu.read_j() if self._gpu else None,
             gpu_power_w=self._gpu.read_power_w() if self._gpu else None,
         )
-        self.samples.append(self._last)
+        self.samples.append(sample)
 
     def _loop(self) -> None:
-        while not self._stopped.wait(self._period_s):
+        while not self._left.wait(self._period_s):
             self._read()
-
-    def start(self) -> None:
-        """Take the first sample and keep sampling until stop()."""
-        self._read()
-        self._thread = threading.Thread(target=self._loop, name="sensors", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> Sequence[Sample]:
-        """Take the last sample and end the thread; returns all samples. May be called again."""
-        if self._thread is not None:
-            self._stopped.set()
-            self._thread.join()
-            self._thread = None
-            self._read()
-        return self.samples
 
     def __enter__(self) -> SensorSampler:
-        self.start()
+        self._read()
+        self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+        self._left.set()
+        self._thread.join()
+        self._read()
 
     @property
     def notes(self) -> list[str]:
-        """One line for each sensor that is missing, known once a sample was taken."""
+        """One line for each sensor that is missing, known once the samples are taken."""
         notes = [reader.note for reader in (self._rapl, self._gpu) if reader and reader.note]
-        last = self._last
-        if last is not None and last.cpu_temperature_c is None:
-            notes.append("CPU temperature: no sensor on this machine, its cells stay empty")
-        if last is not None and last.busiest_mhz is None:
-            notes.append("CPU frequency: not reported on this machine, its cells stay empty")
+        if self.samples:
+            last = self.samples[-1]
+            for side, energy_j in (("CPU", last.cpu_energy_j), ("GPU", last.gpu_energy_j)):
+                if energy_j == 0:  # as in virtual machines
+                    notes.append(f"{side} energy: its counter stands still, its cells stay empty")
+            if last.cpu_temperature_c is None:
+                notes.append("CPU temperature: no sensor on this machine, its cells stay empty")
+            if last.busiest_mhz is None:
+                notes.append("CPU frequency: not reported on this machine, its cells stay empty")
         return notes
 
 
@@ -276,14 +245,13 @@ def energies_at(
 ) -> npt.NDArray[np.float64] | None:
     """Joules that `sensor` (`cpu_energy_j` or `gpu_energy_j`) had counted by each moment.
 
-    Linear between samples, flat before the first and after the last; None without two samples.
+    Linear between samples, flat before the first and after the last; None where the samples do not
+    say, as of a counter that stands still.
     """
     known = [(s.unix_s, getattr(s, sensor)) for s in samples if getattr(s, sensor) is not None]
-    if len(known) < 2:
+    if not known or known[-1][1] <= known[0][1]:
         return None
-    at_s, joules = zip(*known, strict=True)
+    at_s, joules = np.array(known).T
     start_s = at_s[0]  # small numbers keep the precision that unix time would eat
-    counted_j: npt.NDArray[np.float64] = np.interp(
-        unix_s - start_s, np.array(at_s) - start_s, joules
-    )
+    counted_j: npt.NDArray[np.float64] = np.interp(unix_s - start_s, at_s - start_s, joules)
     return counted_j

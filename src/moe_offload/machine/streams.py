@@ -1,10 +1,9 @@
-"""Tells a device that is out of memory from any other failure.
-
-CUDA's streams and events, emulated by threads for a machine without a GPU.
+"""CUDA's streams and events, emulated by threads for a machine without a GPU.
 
 A stream runs the work submitted to it in order, on its own thread. An event marks a point in a
 stream; other streams and the host can wait for it. Names and meanings are `torch.cuda`'s, so that
-one piece of code orders copies and compute on both.
+one piece of code orders copies and compute on both. And on both `is_out_of_memory` tells a device
+without room from any other failure.
 """
 
 from __future__ import annotations
@@ -12,12 +11,16 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Final
 
 import torch
 
 _IDLE_S: Final = 0.2  # how soon an idle thread notices that the program is over
+
+
+_Work = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class _Point:
@@ -37,15 +40,18 @@ class HostStream:
 
     Any thread may submit. `cancelled` turns true when the stream is closed with `cancel`: waits
     end at once, and work that can be skipped should look at it. A stream that nobody closed ends
-    with the program. (A daemon thread would be killed inside torch then, which aborts the process.)
+    when nobody holds it any more, or with the program. (A daemon thread would be killed inside
+    torch then, which aborts the process.)
     """
 
     def __init__(self, name: str) -> None:
         self.cancelled = threading.Event()
         self._closed = False
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name)
+        self._work: _Work = queue.SimpleQueue()
+        # The thread holds its queue, not the stream: else no stream would ever be given up.
+        self._thread = threading.Thread(target=_run, args=(self._work,), name=name)
         self._thread.start()
+        weakref.finalize(self, self._work.put, None)
 
     def submit(self, work: Callable[[], None]) -> None:
         if self._closed:
@@ -79,17 +85,19 @@ class HostStream:
             if self.cancelled.is_set() or _program_is_over():
                 return
 
-    def _run(self) -> None:
-        while True:
-            try:
-                work = self._work.get(timeout=_IDLE_S)
-            except queue.Empty:
-                if _program_is_over():
-                    return
-                continue
-            if work is None:
+
+def _run(queued: _Work) -> None:
+    while True:
+        try:
+            work = queued.get(timeout=_IDLE_S)
+        except queue.Empty:
+            if _program_is_over():
                 return
-            work()
+            continue
+        if work is None:
+            return
+        work()
+        del work  # it may be the last to hold the stream
 
 
 def _program_is_over() -> bool:

@@ -1,8 +1,8 @@
-"""How far a run has come, on stderr: only on a terminal, and not in the first second.
+"""Everything between a program and the person at the terminal.
 
-Ctrl-C, a polite kill and a closed terminal: each ends a run in order, none tears a report.
-
-Text for a person, whose terminal may be closed while the run goes on."""
+Text that is always shown, whatever the terminal can take; signals that end a run in order; and how
+far a run has come, on stderr: only on a terminal, and not in the first second.
+"""
 
 from __future__ import annotations
 
@@ -13,48 +13,101 @@ import stat
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import Timer
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from tqdm import tqdm
 
+from moe_offload.errors import UserError
+
 if TYPE_CHECKING:
     from torch import nn
+
+EXIT_USER_ERROR: Final = 2
+_LONGEST_LINE: Final = 2000  # characters of a message's line; an error may quote a whole file
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def plain(line: str) -> str:
+    """`line` without escapes that a terminal obeys, and its middle cut out if it is too long."""
+    if len(line) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        line = f"{line[:half]} ... {len(line) - 2 * half} characters ... {line[-half:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
     """Print to `file`, stdout unless given, at once.
 
-    What goes to a terminal that was closed is dropped, from then on: a run that its SIGHUP ends
-    has results to write yet, and one that ignores it goes on. OSError for all else that cannot be
-    written, such as a pipe without a reader.
+    A character that `file` cannot encode is written as its escape: a terminal in ASCII loses no
+    answer. What goes to a terminal that was closed is dropped, from then on: a run that its SIGHUP
+    ends has results to write yet, and one that ignores it goes on. OSError for all else that cannot
+    be written, such as a pipe without a reader.
     """
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    whole = (text + end).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(text, end=end, file=file, flush=True)
+        file.write(whole)
+        file.flush()
     except OSError as error:
-        descriptor = (sys.stdout if file is None else file).fileno()
-        if error.errno != errno.EIO or not _was_terminal(descriptor):
-            raise
+        descriptor = file.fileno()
+        was_terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)  # the flush at exit would fail too, and change the exit code
         os.close(nowhere)
+        if error.errno != errno.EIO or not was_terminal:
+            error.filename = getattr(file, "name", None)
+            raise
 
 
-def say(line: str) -> None:
-    """A line for the user on stderr; that nobody reads it, such as a closed pipe, is no error."""
+def say(text: str) -> None:
+    """Lines for the user on stderr; that nobody reads them, such as a closed pipe, is no error."""
     with suppress(OSError):
-        show(line, file=sys.stderr)
+        show("\n".join(map(plain, text.split("\n"))), file=sys.stderr)
 
 
-def _was_terminal(descriptor: int) -> bool:
-    """Whether it is a terminal that was closed: a device still, but none to talk to."""
-    return stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+def complain(error: object) -> None:
+    """The one sentence of an error, on stderr."""
+    say("error: " + " ".join(str(error).split()))
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def open_closed_streams() -> None:
+    """Stands /dev/null in for a standard stream that was closed before the start (`>&-`).
+
+    Else the next file that is opened would take its number, and receive what is printed.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:  # in the order of the numbers that they take, which are the lowest free
+        setattr(
+            sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w")
+        )
+    if "stdout" in closed:
+        say("standard output is closed: what this program prints is lost")
+
+
+def answer(work: Callable[[], int], debug: bool) -> int:
+    """The exit code of `work`; what ends it early is told in one sentence.
+
+    A mistake that a person can mend gives 2, Ctrl-C what a shell expects. A reader that has seen
+    enough, as `| head`, is no mistake.
+    """
+    open_closed_streams()
+    try:
+        return work()
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 128 + signal.SIGINT
+    except (UserError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        complain(error)
+        return EXIT_USER_ERROR
 
 
 class Interruption:
@@ -68,7 +121,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the first that came
         self.drops_signals = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -80,9 +133,8 @@ class Interruption:
     @property
     def name(self) -> str:
         """How the user knows it: `Ctrl-C`, or the signal's name."""
-        if self.signal in (None, signal.SIGINT):
-            return "Ctrl-C"
-        return str(self.signal.name) if self.signal is not None else ""
+        number = self.signal or signal.SIGINT
+        return "Ctrl-C" if number == signal.SIGINT else number.name
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -110,9 +162,9 @@ def told_if_slow(line: str, *, file: TextIO | None = None, delay_s: float = 1.0)
 
     def tell() -> None:
         with suppress(OSError):  # a closed terminal
-            print(line, file=where, flush=True)
+            show(line, file=where)
 
-    timer = Timer(delay_s, tell)
+    timer = threading.Timer(delay_s, tell)
     timer.daemon = True
     if where.isatty():
         timer.start()
@@ -128,13 +180,9 @@ def byte_bar(what: str, total_bytes: int, leave: bool = False) -> Iterator[Calla
 
     `leave`: the full bar stays on the terminal.
     """
+    silent = not sys.stderr.isatty()
     with tqdm(
-        total=total_bytes,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=leave,
+        total=total_bytes, desc=what, unit="B", unit_scale=True, disable=silent, leave=leave
     ) as bar:
 
         def advance(n_bytes: int) -> None:
@@ -170,28 +218,24 @@ class RunProgress:
         self._by_prompt = n_prompts > 1
         self._n_tokens = 0
         self._started_s = time.perf_counter()
-        what = (
-            ("prompts", "prompt", n_prompts) if self._by_prompt else ("tokens", "tok", max_tokens)
-        )
-        self._bar: Any = self._new_bar(*what, disable=streamed or not self._shown)
+        shown = self._shown and not streamed
+        if self._by_prompt:
+            self._bar = self._new_bar("prompts", "prompt", n_prompts, shown)
+        else:
+            self._bar = self._new_bar("tokens", "tok", max_tokens, shown)
 
-    def _new_bar(self, what: str, unit: str, total: int, disable: bool) -> Any:
+    def _new_bar(self, what: str, unit: str, total: int, shown: bool) -> Any:
         return tqdm(
-            total=total,
-            desc=what,
-            unit=unit,
-            file=self._file,
-            disable=disable,
-            leave=False,
+            total=total, desc=what, unit=unit, file=self._file, disable=not shown, leave=False,
             delay=self._delay_s,
-        )
+        )  # fmt: skip
 
     def evaluate(self, n_prompts: int) -> None:
         """A forward pass over `n_prompts` prompts is about to start."""
         if not self._shown:
             return
         what = "evaluating " + ("the prompt" if n_prompts == 1 else f"{n_prompts} prompts")
-        self._evaluation = self._new_bar(what, "layer", len(self._blocks), disable=False)
+        self._evaluation = self._new_bar(what, "layer", len(self._blocks), shown=True)
         self._hooks = [block.register_forward_hook(self._layer_done) for block in self._blocks]
 
     def _layer_done(self, *_: object) -> None:

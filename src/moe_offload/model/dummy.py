@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from moe_offload.checkpoint.block import BlockLayout, WeightFormat, block_layout, pack_block
+from moe_offload.checkpoint.block import BlockLayout, block_layout, pack_block
 from moe_offload.checkpoint.conversion import find_experts
-from moe_offload.config import ModelOptions
+from moe_offload.config import ModelOptions, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.model.loader import Progress, assign, build_skeleton, finish_model

@@ -1,17 +1,13 @@
-"""Writes a run's files: five CSVs, run.json and the routing, together and atomically.
+"""A run's files: where they go, and how they are written, together and atomically.
 
-A run's routing as a trace: what its simulation starts from.
-
-expert_choices.csv has no place for prompts, as the reference's has none; routing.jsonl holds every
-token's choices, and which experts a prompt copied to the GPU.
-
-What a run was made with: versions and git state, so that it can be repeated.
-
-Where a run's files go, by name."""
+Five CSVs (tables.py has their rows); run.json, with what repeating the run needs; and the routing
+as a trace, which a simulation starts from: it holds every token's choices, the prompts' too, which
+have no place in expert_choices.csv, and which experts a prompt copied to the GPU.
+"""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import errno
 import json
 import os
@@ -98,42 +94,50 @@ class ReportPaths:
         return paths
 
 
+def same_file_as(path: Path, others: Iterable[Path]) -> Path | None:
+    """The file of `others` that writing `path` would replace or change, under whatever name.
+
+    Of a folder among `others` that is every file below it. Files are told apart by what they are,
+    so that symbolic and hard links count; a `path` that is not there yet is none of them.
+    """
+    try:
+        own = path.stat()
+    except OSError:
+        return None
+    for other in others:
+        for file in other.rglob("*") if other.is_dir() else [other]:
+            with contextlib.suppress(OSError):  # a link to nothing
+                if file.is_file() and os.path.samestat(own, file.stat()):
+                    return file
+    return None
+
+
 _PACKAGES = ("torch", "transformers", "safetensors", "mistral-common", "numpy", "psutil")
 
 
 def versions() -> dict[str, str | None]:
     """Python's version and those of the packages a run depends on; None where not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        found[package] = None
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def git_state(folder: Path) -> dict[str, str | bool] | None:
     """The commit checked out around `folder` and whether files differ from it; None outside git."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    if commit is None or changes is None:
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", folder, *command],
+                capture_output=True, text=True, timeout=10, check=True,
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     return {"commit": commit, "modified": bool(changes)}
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *command],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Trace:
@@ -228,31 +232,37 @@ def write_reports(
         paths = replace(paths, routing=None)
     if info.status != "completed":
         paths = paths.beside_others()
-    tables = {
-        paths.breakdown: breakdown_rows(recorder),
-        paths.cachehit: cachehit_rows(recorder),
-        paths.expert_choices: expert_choice_rows(recorder),
-        paths.token_gen_time: token_rows(recorder, info.samples),
-        paths.cpu_freq_avg: frequency_rows(info.samples),
+    lines: dict[Path, Iterable[str]] = {
+        paths.breakdown: _csv_lines(breakdown_rows(recorder)),
+        paths.cachehit: _csv_lines(cachehit_rows(recorder)),
+        paths.expert_choices: _csv_lines(expert_choice_rows(recorder)),
+        paths.token_gen_time: _csv_lines(token_rows(recorder, info.samples)),
+        paths.cpu_freq_avg: _csv_lines(frequency_rows(info.samples)),
     }
-    lines: dict[Path, Iterable[str]] = {path: _csv_lines(rows) for path, rows in tables.items()}
     if paths.routing is not None and routing is not None:
         lines[paths.routing] = routing
     document = _finite(_run_document(paths, info, summary))
     lines[paths.run_json] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
-    _write_together(lines)
+    try:
+        write_together(lines)
+    except OSError as error:
+        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
+        raise UserError(
+            f"expected to write {error.filename}, but found: {error.strerror}: {make_room}send the "
+            "run's files elsewhere with --output-dir"
+        ) from error
     return list(lines)
 
 
 def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
-    started = info.started_unix_s
+    started, folder = info.started_unix_s, paths.run_json.parent
+    files = {name: os.path.relpath(path, folder) for name, path in paths.by_name().items()}
+    del files["run_json"]
     return {
         "format_version": 1,
         "status": info.status,
-        "started": None
-        if started is None
-        else datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": None if started is None else _utc(datetime.fromtimestamp(started, timezone.utc)),
+        "written": _utc(datetime.now(timezone.utc)),
         "command": list(info.command),
         "settings": dict(info.settings),
         "versions": {"tool": info.tool_version, **versions()},
@@ -264,12 +274,12 @@ def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dic
         "calibration": None if info.calibration is None else _measured(info.calibration),
         "summary": summary.to_json(),
         "notes": list(info.notes),
-        "files": {
-            name: os.path.relpath(path, paths.run_json.parent)
-            for name, path in paths.by_name().items()
-            if name != "run_json"
-        },
+        "files": files,
     }
+
+
+def _utc(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
 
 
 def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,29 +302,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-class _Echo:
-    """A file for csv.writer that hands the line back: no table is held as text."""
-
-    def write(self, line: str) -> str:
-        return line
-
-
 def _csv_lines(rows: Iterable[Row]) -> Iterator[str]:
-    writer = csv.writer(_Echo(), lineterminator="\n")
-    for row in rows:
-        yield writer.writerow([_cell(value) for value in row])
+    """One line at a time: no table is held as text. No cell has a comma in it."""
+    return (",".join(map(_cell, row)) + "\n" for row in rows)
 
 
-def _cell(value: object) -> object:
-    return f"{value:.9g}" if isinstance(value, float) else value
-
-
-def _write_together(lines: Mapping[Path, Iterable[str]]) -> None:
-    try:
-        write_together(lines)
-    except OSError as error:
-        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
-        raise UserError(
-            f"expected to write {error.filename}, but found: {error.strerror}: {make_room}send the "
-            "run's files elsewhere with --output-dir"
-        ) from error
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.9g}" if isinstance(value, float) else str(value)

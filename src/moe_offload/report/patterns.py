@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_offload.errors import UserError
-from moe_offload.simulation.traces import Trace
+from moe_offload.simulation.traces import N_IDS, Trace
 
 Members = npt.NDArray[np.bool_]
-_Compare = Callable[[Members], npt.NDArray[Any]]
+_Compare = Callable[[Members], Any]
 
 
 @dataclass(frozen=True)
@@ -107,49 +107,56 @@ def _rows(sequence: list[Members]) -> Iterator[Members]:
 def analyse(trace: Trace, n_lags: int = 16) -> Patterns:
     """Reuse across consecutive layers and tokens of a trace's decoded tokens.
 
-    Raises UserError for a trace with fewer than four consecutive decoded tokens, or whose layers
-    differ in K.
+    Raises UserError for a trace with fewer than four consecutive decoded tokens, and for more
+    experts than a trace can name.
     """
-    sequences = list(token_sequences(trace))
     E, K, L = trace.n_experts, trace.info.top_k, trace.n_layers
-    if max(len(sequence) for sequence in sequences) < 4:
+    if E > N_IDS:
+        raise UserError(f"expected at most {N_IDS} experts in a layer, found {E}")
+    sequences = list(token_sequences(trace))
+    longest = max(len(sequence) for sequence in sequences)
+    if longest < 4:
         raise UserError(
             "expected a trace of at least 4 consecutive decoded tokens, found at most "
-            f"{max(len(sequence) for sequence in sequences)}: record a longer run"
+            f"{longest}: record a longer run"
         )
     one, every = chance_share_one(E, K), chance_share_all(E, K)
-    reuses = [
-        _reuse("next layer: identical set", sequences, _next_layer_all, every),
-        _reuse("next layer: at least one same index", sequences, _next_layer_one, one),
-        _reuse("previous token: at least one", sequences, lambda s: _shared(s, 1) >= 1, one),
-        _reuse("previous token: all", sequences, lambda s: _shared(s, 1) == K, every),
-        _reuse(
+    kinds: list[tuple[str, _Compare, float]] = [
+        ("next layer: identical set", lambda s: (s[:, 1:] == s[:, :-1]).all(axis=2), every),
+        (
+            "next layer: at least one same index",
+            lambda s: (s[:, 1:] & s[:, :-1]).any(axis=2),
+            one,
+        ),
+        ("previous token: at least one", lambda s: _shared(s, 1) >= 1, one),
+        ("previous token: all", lambda s: _shared(s, 1) == K, every),
+        (
             "each of the two previous tokens: at least one",
-            sequences,
             lambda s: (_shared(s, 1)[1:] >= 1) & (_shared(s, 2) >= 1),
             one**2,
         ),
-        _reuse(
+        (
             "one expert in common with the two previous tokens",
-            sequences,
             lambda s: _common(s, 3),
             chance_common_expert(E, K, 3),
         ),
-        _reuse(
+        (
             "one expert in common with the three previous tokens or more",
-            sequences,
             lambda s: _common(s, 4),
             chance_common_expert(E, K, 4),
         ),
     ]
-    longest = max(len(sequence) for sequence in sequences)
-    lags = [
-        _reuse(f"lag {lag}", sequences, partial(_shared_part, lag=lag, top_k=K), K / E)
-        for lag in range(1, min(n_lags, longest - 1) + 1)
-    ]
+    lags = range(1, min(n_lags, longest - 1) + 1)
     n_tokens = sum(len(sequence) for sequence in sequences)
-    popularity = np.sum([sequence.sum(axis=0) for sequence in sequences], axis=0) / n_tokens
-    return Patterns(L, E, K, n_tokens, tuple(reuses), tuple(lags), popularity)
+    return Patterns(
+        *(L, E, K, n_tokens),
+        reuses=tuple(_reuse(name, sequences, how, chance) for name, how, chance in kinds),
+        lags=tuple(
+            _reuse(f"lag {lag}", sequences, partial(_shared_part, lag=lag, top_k=K), K / E)
+            for lag in lags
+        ),
+        popularity=np.sum([sequence.sum(axis=0) for sequence in sequences], axis=0) / n_tokens,
+    )
 
 
 def _reuse(name: str, sequences: list[Members], compare: _Compare, chance: float) -> Reuse:
@@ -158,15 +165,6 @@ def _reuse(name: str, sequences: list[Members], compare: _Compare, chance: float
     if not found.size:  # one layer has no next
         return Reuse(name, float("nan"), chance, 0, ())
     return Reuse(name, float(found.mean()), chance, found.size, tuple(found.mean(axis=0).tolist()))
-
-
-def _next_layer_all(sequence: Members) -> npt.NDArray[np.bool_]:
-    same = np.all(sequence[:, 1:] == sequence[:, :-1], axis=2)
-    return np.asarray(same)
-
-
-def _next_layer_one(sequence: Members) -> npt.NDArray[np.bool_]:
-    return np.asarray((sequence[:, 1:] & sequence[:, :-1]).any(axis=2))
 
 
 def _shared(sequence: Members, lag: int) -> npt.NDArray[np.int64]:
@@ -182,7 +180,5 @@ def _shared_part(sequence: Members, lag: int, top_k: int) -> npt.NDArray[np.floa
 def _common(sequence: Members, n_sets: int) -> npt.NDArray[np.bool_]:
     """[T - n_sets + 1, L]: whether some expert is in each of `n_sets` consecutive tokens."""
     n_tokens = max(len(sequence) - n_sets + 1, 0)
-    both = np.ones((n_tokens, *sequence.shape[1:]), dtype=bool)
-    for offset in range(n_sets):
-        both &= sequence[offset : offset + n_tokens]
-    return np.asarray(both.any(axis=2))
+    windows = [sequence[offset : offset + n_tokens] for offset in range(n_sets)]
+    return np.asarray(np.logical_and.reduce(windows).any(axis=2))

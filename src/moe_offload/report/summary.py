@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -218,7 +218,7 @@ def format_summary(
     `conversations` are (prompt, response) pairs, empty to hide them; `notes` are lines such as
     those of missing sensors.
     """
-    mean_length = sum(summary.seqlens) / len(summary.seqlens) if summary.seqlens else 0
+    mean_length = sum(summary.seqlens) / max(len(summary.seqlens), 1)
     lines = [
         _RULE,
         "PERFORMANCE BREAKDOWN",
@@ -245,59 +245,48 @@ def format_summary(
             f" Cache hit 2: {summary.decode_hits.at_least_two_percent:.1f}",
             "",
         ]
-    lines += [
-        *_own_lines(summary),
-        *notes,
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_own_lines(summary), *notes])
 
 
-def _own_lines(summary: RunSummary) -> list[str]:
-    lines = []
+def _own_lines(summary: RunSummary) -> Iterator[str]:
     if summary.ttft_s:
-        lines.append(f"TTFT: median {_ms(float(np.median(summary.ttft_s)))}")
+        yield f"TTFT: median {_ms(float(np.median(summary.ttft_s)))}"
     if summary.tpot_median_s is not None and summary.tpot_p95_s is not None:
-        lines.append(f"TPOT: median {_ms(summary.tpot_median_s)}, p95 {_ms(summary.tpot_p95_s)}")
+        yield f"TPOT: median {_ms(summary.tpot_median_s)}, p95 {_ms(summary.tpot_p95_s)}"
     for phase, hits in (("decode", summary.decode_hits), ("prefill", summary.prefill_hits)):
         if hits.pairs and (phase == "decode" or hits.hits):  # a first prompt finds nothing
-            lines.append(
+            yield (
                 f"Hit rate, {phase}: {hits.at_least_one_percent:.2f}% at least one, "
                 f"{hits.at_least_two_percent:.2f}% at least two, "
                 f"{hits.per_expert_percent:.2f}% per expert "
                 f"({hits.hits} of {hits.hits + hits.misses} on cached layers)"
             )
     if summary.fetches or summary.saved_bytes:
-        lines.append(
+        yield (
             f"Expert bytes: {_gb(summary.fetched_bytes)} fetched in {summary.fetches} copies "
             f"({summary.evictions} evictions), {_gb(summary.saved_bytes)} saved by decode hits"
         )
     if summary.cpu_read_gbps is not None and summary.cpu_read_bytes:
-        share = summary.cpu_share_of_limit
-        of_limit = (
-            f", {100 * share:.0f}% of this machine's {summary.cpu_limit_gbps:.1f} GB/s"
-            if share is not None
-            else ""
-        )
-        lines.append(
+        share, of_limit = summary.cpu_share_of_limit, ""
+        if share is not None:
+            of_limit = f", {100 * share:.0f}% of this machine's {summary.cpu_limit_gbps:.1f} GB/s"
+        yield (
             f"CPU experts: read {_gb(summary.cpu_read_bytes)} in decode "
             f"at {summary.cpu_read_gbps:.1f} GB/s{of_limit}"
         )
     if summary.parts_ms and summary.step_ms is not None:
-        parts = ", ".join(
-            f"{name.replace('_', ' ')} {ms:.2f}" for name, ms in summary.parts_ms.items()
-        )
-        lines.append(f"Decode step: {summary.step_ms:.2f} ms = {parts}")
+        parts = [f"{name.replace('_', ' ')} {ms:.2f}" for name, ms in summary.parts_ms.items()]
+        yield f"Decode step: {summary.step_ms:.2f} ms = {', '.join(parts)}"
     if summary.predicted_step_ms is not None and summary.step_ms:
         off = 100 * (summary.predicted_step_ms / summary.step_ms - 1)
-        lines.append(
+        yield (
             f"Predicted decode step, of one short sequence: {summary.predicted_step_ms:.2f} ms, "
             f"measured {summary.step_ms:.2f} ms ({off:+.0f}%)"
         )
     if summary.j_per_token is not None:
-        sides = [("CPU", summary.cpu_j_per_token), ("GPU", summary.gpu_j_per_token)]
+        sides = (("CPU", summary.cpu_j_per_token), ("GPU", summary.gpu_j_per_token))
         detail = ", ".join(f"{name} {j:.2f}" for name, j in sides if j is not None)
-        lines.append(f"Energy: {summary.j_per_token:.2f} J/token ({detail})")
-    return lines
+        yield f"Energy: {summary.j_per_token:.2f} J/token ({detail})"
 
 
 def _ms(seconds: float) -> str:

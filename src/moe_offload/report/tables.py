@@ -27,37 +27,21 @@ from moe_offload.report.summary import step_times_s, token_energies_j
 
 Row = Sequence[object]
 
-BREAKDOWN_HEADER = ("Index", "attn", "ffn_compute", "ffn_comm")
-BREAKDOWN_MORE = (
-    "phase",
-    "tokens",
-    "step_ms",
-    "rest_ms",
+BREAKDOWN_HEADER = (
+    *("Index", "attn", "ffn_compute", "ffn_comm"),
+    *("phase", "tokens", "step_ms", "rest_ms"),
     *(name.removesuffix("_us") for name in DURATIONS),
     *BYTES,
 )
 CACHEHIT_MORE = (
-    "Phase",
-    "Tokens",
-    "Hits",
-    "Misses",
-    "Pairs",
-    "At Least One",
-    "At Least Two",
-    "Fetches",
-    "Evictions",
+    *("Phase", "Tokens", "Hits", "Misses", "Pairs", "At Least One", "At Least Two"),
+    *("Fetches", "Evictions"),
 )
 TOKEN_HEADER = (
-    "Index",
-    "Time",
-    "Timestamp",
-    "Accumulated Generation Throughput (tokens/s)",
-    "CPU Frequency",
-    "CPU Temperature",
+    *("Index", "Time", "Timestamp", "Accumulated Generation Throughput (tokens/s)"),
+    *("CPU Frequency", "CPU Temperature", "CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)"),
 )
-TOKEN_MORE = ("CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)")
-FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0")
-FREQUENCY_MORE = ("CPU Power (W)", "GPU Power (W)")
+FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0", "CPU Power (W)", "GPU Power (W)")
 _CHUNK_PASSES = 256  # rows made at a time: a long run's are never all in memory
 _EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
 
@@ -71,67 +55,58 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     """
     passes, layers = recorder.pass_table(), recorder.layer_table()
     prompts = _PromptColumn(recorder)
-    yield (*BREAKDOWN_HEADER, *BREAKDOWN_MORE, *prompts.header)
-    n_layers = np.bincount(layers["pass_index"], minlength=len(passes))
-    mean_ms = {
-        name: _sums(layers[name], layers["pass_index"], len(passes)) / np.maximum(n_layers, 1) / 1e3
-        for name in DURATIONS
-    }
+    n_layers = np.maximum(np.bincount(layers["pass_index"], minlength=len(passes)), 1)
+
+    def mean_ms(us: Table) -> Table:
+        mean: Table = _sums(us, layers, passes) / n_layers / 1e3
+        return mean
+
+    of_part = {name: mean_ms(layers[name]) for name in DURATIONS}
     expert_us = np.sum([layers[name].astype(np.float64) for name in _EXPERT_PARTS], axis=0)
     compute_us = np.minimum(np.maximum(layers["cpu_us"], layers["gpu_us"]), expert_us)
-    compute_ms, expert_ms = (
-        _sums(us, layers["pass_index"], len(passes)) / np.maximum(n_layers, 1) / 1e3
-        for us in (compute_us, expert_us)
-    )
-    parts_ms = sum(mean_ms[name] for name in DURATIONS if name != "gpu_us")
+    compute_ms = mean_ms(compute_us)
+    parts_ms = sum(ms for name, ms in of_part.items() if name != "gpu_us")  # the gpu's are beside
     step_ms = passes["duration_s"] * 1e3
-    columns = [
-        mean_ms["attention_us"],
+    yield (*BREAKDOWN_HEADER, *prompts.header)
+    yield from _numbered(
+        of_part["attention_us"],
         compute_ms,
-        expert_ms - compute_ms,
+        mean_ms(expert_us) - compute_ms,
         _phases(passes),
         passes["n_tokens"],
         step_ms,
         step_ms - parts_ms * n_layers,
-        *mean_ms.values(),
-        *(
-            _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
-            for name in BYTES
-        ),
+        *of_part.values(),
+        *(_sums(layers[name], layers, passes).astype(np.int64) for name in BYTES),
         *prompts.columns(passes),
-    ]
-    yield from _numbered(columns)
+    )
 
 
 def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
     """Rows of cache.csv; `Pairs` are the (token, cached layer) pairs of the pass."""
     passes, layers = recorder.pass_table(), recorder.layer_table()
-    n_layers = _n_layers(layers)
-    hits = np.zeros((len(passes), n_layers), dtype=np.int64)
+    hits = np.zeros((len(passes), _n_layers(layers)), dtype=np.int64)
     hits[layers["pass_index"], layers["layer"]] = layers["hits"]
     cached = layers[layers["cached"] == 1]
     pass_of_pair = np.repeat(cached["pass_index"], cached["n_tokens"])
     n_hits_of_pair = recorder.hits_of_tokens()
     prompts = _PromptColumn(recorder)
-    columns = [
+    yield ("Index", *(f"Block_{n}" for n in range(hits.shape[1])), *CACHEHIT_MORE, *prompts.header)
+    yield from _numbered(
         *hits.T,
         _phases(passes),
         passes["n_tokens"],
+        *(_sums(cached[name], cached, passes).astype(np.int64) for name in ("hits", "misses")),
         *(
-            _sums(cached[name], cached["pass_index"], len(passes)).astype(np.int64)
-            for name in ("hits", "misses")
+            np.bincount(pass_of_pair[n_hits_of_pair >= least], minlength=len(passes))
+            for least in (0, 1, 2)
         ),
-        np.bincount(pass_of_pair, minlength=len(passes)),
-        np.bincount(pass_of_pair[n_hits_of_pair >= 1], minlength=len(passes)),
-        np.bincount(pass_of_pair[n_hits_of_pair >= 2], minlength=len(passes)),
         *(
-            _sums(layers[name], layers["pass_index"], len(passes)).astype(np.int64)
+            _sums(layers[name], layers, passes).astype(np.int64)
             for name in ("fetches", "evictions")
         ),
         *prompts.columns(passes),
-    ]
-    yield ("Index", *(f"Block_{n}" for n in range(n_layers)), *CACHEHIT_MORE, *prompts.header)
-    yield from _numbered(columns)
+    )
 
 
 def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
@@ -205,7 +180,7 @@ def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
     passes, tokens = recorder.pass_table(), recorder.token_table()
     tokens = tokens[tokens["pass_index"] < len(passes)]
     prompts = _PromptColumn(recorder)
-    yield (*TOKEN_HEADER, *TOKEN_MORE, *prompts.header)
+    yield (*TOKEN_HEADER, *prompts.header)
     tokens = tokens[passes["decode"][tokens["pass_index"]]]
     pass_indexes, times_s = step_times_s(tokens)
     elapsed_s = np.cumsum(times_s)[np.searchsorted(pass_indexes, tokens["pass_index"])]
@@ -234,7 +209,7 @@ def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
 
 def frequency_rows(samples: Sequence[Sample]) -> Iterable[Row]:
     """Rows of cpu_freq_avg.csv: the last sample of each second; powers since the row before."""
-    yield (*FREQUENCY_HEADER, *FREQUENCY_MORE)
+    yield FREQUENCY_HEADER
     by_second = {int(sample.unix_s): sample for sample in samples}
     before: Sample | None = None
     for second, sample in by_second.items():
@@ -261,7 +236,7 @@ class _PromptColumn:
         return (passes["prompt"],) if self._present else ()
 
 
-def _numbered(columns: Sequence[npt.NDArray[Any] | list[str]]) -> Iterable[Row]:
+def _numbered(*columns: npt.NDArray[Any] | list[str]) -> Iterable[Row]:
     plain = [c if isinstance(c, list) else c.tolist() for c in columns]
     return ((index, *row) for index, row in enumerate(zip(*plain, strict=True)))
 
@@ -271,19 +246,17 @@ def _phases(passes: Table) -> list[str]:
 
 
 def _n_layers(layers: Table) -> int:
-    return int(layers["layer"].max()) + 1 if len(layers) else 0
+    return int(layers["layer"].max(initial=-1)) + 1
 
 
-def _sums(values: Table, pass_index: Table, n_passes: int) -> npt.NDArray[np.float64]:
-    sums: npt.NDArray[np.float64] = np.zeros(n_passes)
-    sums += np.bincount(pass_index, weights=values, minlength=n_passes)  # int zeros without rows
-    return sums
+def _sums(values: Table, layers: Table, passes: Table) -> Table:
+    """The sum over each pass of what `values` has for every row of `layers`."""
+    sums = np.bincount(layers["pass_index"], weights=values, minlength=len(passes))
+    return sums.astype(np.float64)  # without rows it is of int
 
 
 def _mean_power_w(before: Sample | None, sample: Sample, sensor: str) -> float | None:
-    if before is None:
-        return None
-    start_j, end_j = getattr(before, sensor), getattr(sample, sensor)
-    if start_j is None or end_j is None or sample.unix_s <= before.unix_s:
+    start_j, end_j = getattr(before, sensor, None), getattr(sample, sensor)
+    if before is None or start_j is None or end_j is None or sample.unix_s <= before.unix_s:
         return None
     return float((end_j - start_j) / (sample.unix_s - before.unix_s))

@@ -27,8 +27,7 @@ class Machine:
     arithmetic on experts with many tokens. `bus_gbps` is by PCIe generation. While CPU and copies
     run at once the CPU takes `cpu_shared_factor` times as long and a copy runs at `bus_shared`
     of its speed. `layer_us` is the host's fixed time for a layer's dense part, besides reading
-    its weights. Powers: the whole machine idle, and what each busy part adds. The last four are
-    for an emulated accelerator alone, as in `CostModel`.
+    its weights. Powers: the whole machine idle, and what each busy part adds.
     """
 
     name: str
@@ -51,10 +50,6 @@ class Machine:
     core_watts: float
     bus_watts: float
     gpu_watts: float
-    compute_shared_factor: float = 1.0
-    gpu_shared_factor: float = 1.0
-    dense_shared_factor: float = 1.0
-    both_shared_factor: float | None = None
 
     @property
     def cpu_gbps(self) -> float:
@@ -93,10 +88,6 @@ class Machine:
             cpu_shared_factor=self.cpu_shared_factor,
             block_bytes=block_bytes,
             dense_us_per_layer=self.layer_us + dense_us,
-            compute_shared_factor=self.compute_shared_factor,
-            gpu_shared_factor=self.gpu_shared_factor,
-            dense_shared_factor=self.dense_shared_factor,
-            both_shared_factor=self.both_shared_factor,
         )
 
     def joules(self, us: float, cpu_us: float, copy_us: float, gpu_us: float) -> float:
@@ -116,13 +107,7 @@ _PLACES = {
     "gpu_call_us": "gpu.call_us", "layer_us": "layer_us",
     "idle_watts": "watts.idle", "core_watts": "watts.core",
     "bus_watts": "watts.bus", "gpu_watts": "watts.gpu",
-    "compute_shared_factor": "emulated.compute_shared_factor",
-    "gpu_shared_factor": "emulated.gpu_shared_factor",
-    "dense_shared_factor": "emulated.dense_shared_factor",
-    "both_shared_factor": "emulated.both_shared_factor",
 }  # fmt: skip
-_EMULATED = "emulated"  # a section that only a machine without a GPU has
-_OPTIONAL = "both_shared_factor"
 _INTEGERS = ("cores", "pcie")
 _MAY_BE_ZERO = ("_us", "_watts")
 
@@ -140,10 +125,6 @@ def load_machine(path: Path) -> Machine:
         ) from None
     fields: dict[str, Any] = {}
     for name, place in _PLACES.items():
-        if place.startswith(_EMULATED) and not (isinstance(data, dict) and _EMULATED in data):
-            continue
-        if name == _OPTIONAL and name not in data[_EMULATED]:
-            continue
         fields[name] = _number(path, data, place, name.endswith(_MAY_BE_ZERO))
         if name.endswith("_factor") and fields[name] < 1:
             raise UserError(
@@ -172,18 +153,12 @@ def load_machine(path: Path) -> Machine:
 def write_machine(path: Path, machine: Machine, comment: str) -> None:
     """Write a hardware file; `comment` says where its numbers come from, on its first lines."""
     tree: dict[str, Any] = {"name": machine.name}
-    emulated = {name for name, place in _PLACES.items() if place.startswith(_EMULATED)}
-    on_gpu = all(getattr(machine, name) in (1, None) for name in emulated)
     for name, place in _PLACES.items():
-        if on_gpu and name in emulated:
-            continue
         *groups, leaf = place.split(".")
         node = tree
         for group in groups:
             node = node.setdefault(group, {})
         value = getattr(machine, name)
-        if value is None:
-            continue
         node[leaf] = value if isinstance(value, int) else float(f"{value:.5g}")
     tree["bus"]["gbps"] = {g: float(f"{gbps:.5g}") for g, gbps in machine.bus_gbps.items()}
     text = "".join(f"# {line}\n" for line in comment.splitlines())
@@ -233,10 +208,6 @@ def calibrated_machine(
         core_watts=0.0,
         bus_watts=0.0,
         gpu_watts=0.0,
-        compute_shared_factor=costs.compute_shared_factor,
-        gpu_shared_factor=costs.gpu_shared_factor,
-        dense_shared_factor=costs.dense_shared_factor,
-        both_shared_factor=costs.both_shared_factor,
     )
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import yaml
 
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
 
 SHAPES_FILE = Path(__file__).resolve().with_name("shapes.yaml")
-# Bits per expert weight, group scales included; the same as expert_format's blocks.
-BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}
 _PAGE_BYTES = 4096
 
 
@@ -42,7 +41,7 @@ class ModelShape:
 
     def block_bytes(self, weight_format: str) -> int:
         """One expert's bytes in a weight format, up to biases and the padding of odd shapes."""
-        n_bytes = self.expert_weights * BITS[weight_format] / 8
+        n_bytes = self.expert_weights * WEIGHT_FORMATS[weight_format].bits_per_weight / 8
         return -(-int(n_bytes) // _PAGE_BYTES) * _PAGE_BYTES
 
     def dense_bytes(self) -> int:
@@ -79,6 +78,12 @@ def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
     fields = dict(shapes[name])
     if n_layers is not None:
         most = fields["num_hidden_layers"]
+        n_dense = fields.get("first_k_dense_replace") or 0
+        if n_layers <= n_dense:
+            raise UserError(
+                f"expected --dummy-layers from {n_dense + 1} to {most}, for {name} has experts "
+                f"from layer {n_dense + 1} on, found {n_layers}"
+            )
         if n_layers > most:
             raise UserError(
                 f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"

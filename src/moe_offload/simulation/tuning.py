@@ -210,7 +210,6 @@ SEARCH_TOKENS = 64
 PROMPT_TOKENS = 16
 POLICIES_TRIED = ("LRU", "FIFO", "LFRU", "LFU")  # earlier ones win ties
 WORTHWHILE = 1.005  # less gain than this is noise of the routing
-FORMATS = ("bf16", "int8", "int4")
 
 _Key = TypeVar("_Key")
 

@@ -1,14 +1,16 @@
-// The C ABI that kernel_library.py declares: raw pointers, no torch headers, one build for every torch.
+// The C ABI that library.py declares: raw pointers, no torch headers, one build for every torch.
 //
-// Functions that return int: 0, or one of the codes below. They are thread-safe; each calling thread
-// keeps its own scratch memory. Arrays are contiguous, in C order.
+// Functions that take an instruction set and a number of threads return 0, or one of the codes
+// below; what a code says about sizes, formats and null pointers is checked, what a pointer points
+// to is not. They are thread-safe: each calling thread keeps its own scratch memory, and a pool of
+// threads of its own. Arrays are contiguous, in C order.
 #pragma once
 
 #include <cstdint>
 
 #define CPUX_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum { CPUX_OK = 0, CPUX_NO_MEMORY = 1, CPUX_UNKNOWN_ISA = 2 };
+enum { CPUX_OK = 0, CPUX_NO_MEMORY = 1, CPUX_UNKNOWN_ISA = 2, CPUX_BAD_ARGUMENT = 3 };
 
 // One layer's experts; field offsets are in bytes from a block's start, -1 where there is none.
 struct cpux_layer {
@@ -34,27 +36,27 @@ struct cpux_tokens {
 
 // out [T, H] fp32 = sum over the pairs (t, k) on the CPU of weight * expert(hidden). The same
 // bits for the same arguments and instruction set.
-CPUX_EXPORT int cpux_run(const cpux_layer* layer, const cpux_tokens* tokens, int isa, int threads,
+CPUX_EXPORT int cpux_run(int isa, int threads, const cpux_layer* layer, const cpux_tokens* tokens,
                          float* out);
 
 // The two passes apart, for an activation that is computed by the caller. Pairs are ordered by
 // expert, then token, then position; n_pairs = cpux_count_pairs().
 CPUX_EXPORT int64_t cpux_count_pairs(const cpux_tokens* tokens);
 // first [n_pairs, R] fp32 = gate_up @ hidden + bias
-CPUX_EXPORT int cpux_first(const cpux_layer* layer, const cpux_tokens* tokens, int isa, int threads,
-                           float* first);
+CPUX_EXPORT int cpux_first(int isa, int threads, const cpux_layer* layer,
+                           const cpux_tokens* tokens, float* first);
 // out [T, H] = weighted sum of down @ middle + bias; middle [n_pairs, I] fp32
-CPUX_EXPORT int cpux_second(const cpux_layer* layer, const cpux_tokens* tokens, int isa,
-                            int threads, const float* middle, float* out);
+CPUX_EXPORT int cpux_second(int isa, int threads, const cpux_layer* layer,
+                            const cpux_tokens* tokens, const float* middle, float* out);
 
-// The steps around one expert's products, for a caller that multiplies in bf16 itself; n tokens of
-// the expert whose block is given. Biases and activation are in fp32.
+// The steps around one expert's products, for a caller that multiplies in bf16 itself (uint16_t is
+// bf16); n tokens of the expert whose block is given. Biases and activation are in fp32.
 // middle [n, I] bf16 = activation of first + bias; first [n, R] bf16 = gate_up @ hidden
-CPUX_EXPORT int cpux_activate(const cpux_layer* layer, const void* block, const void* first,
-                              int64_t n, int isa, int threads, void* middle);
+CPUX_EXPORT int cpux_activate(int isa, int threads, const cpux_layer* layer, const void* block,
+                              const uint16_t* first, int64_t n, uint16_t* middle);
 // out [T, H] fp32: row token[i] += weight[i] * (y[i] + bias); y [n, H] bf16 = down @ middle
-CPUX_EXPORT int cpux_add(const cpux_layer* layer, const void* block, const void* y,
-                         const int64_t* token, const float* weight, int64_t n, int isa, int threads,
+CPUX_EXPORT int cpux_add(int isa, int threads, const cpux_layer* layer, const void* block,
+                         const uint16_t* y, const int64_t* token, const float* weight, int64_t n,
                          float* out);
 
 // One matrix: y [T, rows] = x [T, cols] @ w^T + bias, x and y both bf16 or both fp32; bias fp32
@@ -66,8 +68,8 @@ struct cpux_matrix {
   const uint16_t* scale;
   const float* bias;
 };
-CPUX_EXPORT int cpux_linear(const cpux_matrix* matrix, const void* x, int is_bf16, int64_t n_tokens,
-                            int isa, int threads, void* y);
+CPUX_EXPORT int cpux_linear(int isa, int threads, const cpux_matrix* matrix, const void* x,
+                            int is_bf16, int64_t n_tokens, void* y);
 
 // Attention of one new token per sequence: out [B, heads, Dv] = softmax(scale q k^T) v over its S
 // keys. Heads share keys in groups of heads / kv_heads; query, keys, values and out are all bf16 or
@@ -82,9 +84,9 @@ struct cpux_attention {
   int64_t key_strides[2], value_strides[2];  // elements from one sequence, and one head, to the next
   const uint8_t* mask;    // [B, S]; 0 leaves a key out; or null
 };
-CPUX_EXPORT int cpux_attend(const cpux_attention* attention, int isa, int threads, void* out);
+CPUX_EXPORT int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out);
 
-// RMSNorm of [n_rows, width]: x and y both bf16 or both fp32.
+// RMSNorm of [n_rows, width]: x and y both bf16 or both fp32. Computed by the calling thread.
 struct cpux_norm {
   int32_t form;  // NormForm of norm.h
   int32_t weight_is_bf16;  // else fp32
@@ -92,8 +94,8 @@ struct cpux_norm {
   int64_t width;
   const void* weight;  // [width]
 };
-CPUX_EXPORT int cpux_rms_norm(const cpux_norm* norm, const void* x, int is_bf16, int64_t n_rows,
-                              void* y);
+CPUX_EXPORT int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x,
+                              int is_bf16, int64_t n_rows, void* y);
 
 // A router: logits [T, E] = x @ w^T + bias in x's type, the k largest of their softmax in order, and
 // with `normalise` divided by their sum. scores [T, k], index [T, k].
@@ -104,8 +106,8 @@ struct cpux_router {
   int32_t normalise;
   int64_t top_k;
 };
-CPUX_EXPORT int cpux_route(const cpux_router* router, const void* x, int64_t n_tokens, int isa,
-                           int threads, void* logits, void* scores, int64_t* index);
+CPUX_EXPORT int cpux_route(int isa, int threads, const cpux_router* router, const void* x,
+                           int64_t n_tokens, void* logits, void* scores, int64_t* index);
 
 // Query, key and value of one new token per sequence from x [B, H]: the projections, an RMSNorm of
 // q and k over norm->width elements at a time where there is one, and rotary positions (halves, not
@@ -121,7 +123,7 @@ struct cpux_heads {
   int64_t key_strides[2], value_strides[2];  // elements from one sequence, and one head, to the next
 };
 // projected: scratch of all three results; query [B, heads, Dk] is left at its start.
-CPUX_EXPORT int cpux_project(const cpux_heads* heads, const void* x, int isa, int threads,
+CPUX_EXPORT int cpux_project(int isa, int threads, const cpux_heads* heads, const void* x,
                              void* projected);
 
 // Instruction sets of this build, from scalar (0) upwards.
@@ -133,6 +135,6 @@ CPUX_EXPORT int cpux_isa_supported(int isa);
 CPUX_EXPORT int cpux_pin_threads(const int32_t* cpus, int n_cpus);
 
 // What the machine can do: seconds to read `bytes` from `data` once, in chunks that the threads
-// take as they come; flop/s of independent multiply-adds in registers.
-CPUX_EXPORT double cpux_read_seconds(const void* data, int64_t bytes, int isa, int threads);
-CPUX_EXPORT double cpux_fma_flops_per_s(int isa, int threads, double seconds);
+// take as they come; flop/s of independent multiply-adds in registers, never 0.
+CPUX_EXPORT int cpux_read(int isa, int threads, const void* data, int64_t bytes, double* seconds);
+CPUX_EXPORT int cpux_multiply_add(int isa, int threads, double seconds, double* flops_per_s);

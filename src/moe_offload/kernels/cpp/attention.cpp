@@ -1,17 +1,16 @@
 // Attention of one new token per sequence over the keys and values as the cache holds them.
 //
-// The keys of a sequence and head are cut into chunks, so that a long context is shared by all threads:
-// each chunk computes its scores, their exponentials and its part of the weighted sum of values for
-// the heads that share the keys, four at a time while the chunk stays in the second-level cache. A second pass adds the
-// chunks in order, so the result has the same bits whichever thread took which chunk.
-#include <omp.h>
-
+// The keys of a sequence and head are cut into chunks, so that a long context is shared by all
+// threads: each chunk computes its scores, their exponentials and its part of the weighted sum of
+// values for the heads that share the keys, four at a time while the chunk stays in the second-level
+// cache. A second pass adds the chunks in order, so the result has the same bits whichever thread
+// took which chunk. Sums are fp32.
 #include <algorithm>
 #include <cmath>
 
-#include "layer.h"
+#include "entry_points.h"
 #include "product.h"
-#include "share.h"
+#include "team.h"
 
 namespace cpux {
 
@@ -21,7 +20,7 @@ constexpr int64_t kChunkKeys = 256;  // 64 KiB of keys of 128 bf16: they stay in
 
 class Attention {
  public:
-  Attention(const Kernels& kernels, const cpux_attention& a, int threads, Arena& arena);
+  Attention(const Kernels& kernels, int threads, const cpux_attention& a, Arena& arena);
   void run(void* out);
 
  private:
@@ -40,7 +39,7 @@ class Attention {
   float** sum_;     // per thread [Dv]
 };
 
-Attention::Attention(const Kernels& kernels, const cpux_attention& a, int threads, Arena& arena)
+Attention::Attention(const Kernels& kernels, int threads, const cpux_attention& a, Arena& arena)
     : kernels_(kernels),
       a_(a),
       threads_(threads),
@@ -126,23 +125,28 @@ void Attention::combine(int64_t row, float* sum, void* out) {
 }
 
 void Attention::run(void* out) {
-  const int64_t n_items = a_.n_batch * a_.n_kv_heads * n_chunks_;
-  int64_t next = 0;
-#pragma omp parallel num_threads(threads_)
-  {
-    const int thread = omp_get_thread_num();
-    share_items(&next, n_items, threads_, [&](int64_t item) { chunk(item, scores_[thread]); });
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < n_rows_; ++row) combine(row, sum_[thread], out);
-  }
+  Team team(threads_);
+  team.run([&](int thread) {
+    team.share(0, a_.n_batch * a_.n_kv_heads * n_chunks_,
+               [&](int64_t item) { chunk(item, scores_[thread]); });
+    team.share(1, n_rows_, [&](int64_t row) { combine(row, sum_[thread], out); });
+  });
+}
+
+bool is_valid(const cpux_attention& a) {
+  return a.n_batch >= 0 && a.n_heads > 0 && a.n_kv_heads > 0 && a.n_heads % a.n_kv_heads == 0 &&
+         a.n_keys >= 0 && a.key_size > 0 && a.value_size > 0 &&
+         (a.n_batch == 0 || a.query != nullptr) &&
+         (a.n_batch == 0 || a.n_keys == 0 || (a.keys != nullptr && a.values != nullptr));
 }
 
 }  // namespace
 
-void run_attention(const Kernels& kernels, const cpux_attention& attention, int threads,
-                   void* out) {
-  Attention(kernels, attention, threads, fresh_arena()).run(out);
-}
-
 }  // namespace cpux
+
+int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out) {
+  const bool valid = cpux::is_valid(*attention) && (attention->n_batch == 0 || out != nullptr);
+  return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels& kernels) {
+    cpux::Attention(kernels, threads, *attention, cpux::fresh_arena()).run(out);
+  });
+}

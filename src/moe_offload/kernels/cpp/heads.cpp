@@ -3,8 +3,9 @@
 #include <algorithm>
 
 #include "elementwise.h"
-#include "layer.h"
+#include "entry_points.h"
 #include "norm.h"
+#include "scratch.h"
 
 namespace cpux {
 
@@ -81,23 +82,36 @@ void Heads::finish(const void* x, int64_t n_heads, int64_t size, const cpux_norm
   }
 }
 
-}  // namespace
-
-void run_heads(const Kernels& kernels, const cpux_heads& a, const void* x, int threads,
-               void* projected) {
-  const bool is_bf16 = a.is_bf16 != 0;
-  const int64_t element = is_bf16 ? 2 : 4;
-  char* q = static_cast<char*>(projected);
-  char* k = q + a.n_batch * a.n_heads * a.key_size * element;
-  char* v = k + a.n_batch * a.n_kv_heads * a.key_size * element;
-  run_linear(kernels, *a.q, x, is_bf16, a.n_batch, threads, q);
-  run_linear(kernels, *a.k, x, is_bf16, a.n_batch, threads, k);
-  run_linear(kernels, *a.v, x, is_bf16, a.n_batch, threads, v);
-  Heads heads(a, fresh_arena());
-  const int64_t query_strides[2] = {a.n_heads * a.key_size, a.key_size};
-  heads.finish(q, a.n_heads, a.key_size, a.q_norm, true, q, query_strides);
-  heads.finish(k, a.n_kv_heads, a.key_size, a.k_norm, true, a.key, a.key_strides);
-  heads.finish(v, a.n_kv_heads, a.value_size, nullptr, false, a.value, a.value_strides);
+bool is_valid(const cpux_heads& a) {
+  return a.n_batch >= 0 && a.n_heads > 0 && a.n_kv_heads > 0 && a.key_size > 0 &&
+         a.value_size > 0 && a.rotary_size >= 0 && a.rotary_size <= a.key_size &&
+         a.q != nullptr && a.k != nullptr && a.v != nullptr && is_valid_matrix(*a.q) &&
+         is_valid_matrix(*a.k) && is_valid_matrix(*a.v) && a.q->rows == a.n_heads * a.key_size &&
+         a.k->rows == a.n_kv_heads * a.key_size && a.v->rows == a.n_kv_heads * a.value_size &&
+         (a.q_norm == nullptr || is_valid_norm(*a.q_norm)) &&
+         (a.k_norm == nullptr || is_valid_norm(*a.k_norm));
 }
 
+}  // namespace
+
 }  // namespace cpux
+
+int cpux_project(int isa, int threads, const cpux_heads* heads, const void* x, void* projected) {
+  using namespace cpux;
+  const cpux_heads& a = *heads;
+  return guarded(isa, threads, is_valid(a), [&](const Kernels& kernels) {
+    const bool is_bf16 = a.is_bf16 != 0;
+    const int64_t element = is_bf16 ? 2 : 4;
+    char* q = static_cast<char*>(projected);
+    char* k = q + a.n_batch * a.n_heads * a.key_size * element;
+    char* v = k + a.n_batch * a.n_kv_heads * a.key_size * element;
+    run_linear(kernels, threads, *a.q, x, is_bf16, a.n_batch, q);
+    run_linear(kernels, threads, *a.k, x, is_bf16, a.n_batch, k);
+    run_linear(kernels, threads, *a.v, x, is_bf16, a.n_batch, v);
+    Heads rows(a, fresh_arena());
+    const int64_t query_strides[2] = {a.n_heads * a.key_size, a.key_size};
+    rows.finish(q, a.n_heads, a.key_size, a.q_norm, true, q, query_strides);
+    rows.finish(k, a.n_kv_heads, a.key_size, a.k_norm, true, a.key, a.key_strides);
+    rows.finish(v, a.n_kv_heads, a.value_size, nullptr, false, a.value, a.value_strides);
+  });
+}

@@ -3,15 +3,12 @@
 // Pass 1 computes tiles of gate and up rows and their activation; pass 2 tiles of output rows. A tile
 // of pass 2 owns its rows of the output and adds the experts in a fixed order: no atomics on floats,
 // so the result has the same bits whichever thread takes which tile.
-#include "layer.h"
-
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
-#include "plan.h"
-#include "share.h"
+#include "entry_points.h"
+#include "grouping.h"
+#include "team.h"
 
 namespace cpux {
 
@@ -22,11 +19,20 @@ constexpr int64_t kSerialTokens = 4;
 // Scratch for the tokens of one chunk; a longer prompt is cut and streams the weights once a chunk.
 constexpr int64_t kChunkBytes = 192 << 20;
 
-struct Scratch {
-  float* gate;
-  float* up;
-  void* slice;
-};
+bool is_valid(const cpux_layer& layer) {
+  const bool quantised = is_quantised(layer.weight_format);
+  return layer.weight_format >= kFp32 && layer.weight_format <= kInt4 && layer.hidden_size > 0 &&
+         layer.intermediate_size > 0 && layer.gate_up >= 0 && layer.down >= 0 &&
+         quantised == (layer.gate_up_scale >= 0) && quantised == (layer.down_scale >= 0);
+}
+
+bool is_valid(const cpux_tokens& tokens) {
+  const bool any = tokens.n_tokens > 0;
+  return tokens.n_tokens >= 0 && tokens.top_k >= 0 && tokens.n_experts >= 0 &&
+         (!any || tokens.hidden != nullptr) &&
+         (!any || tokens.top_k == 0 || (tokens.index != nullptr && tokens.weight != nullptr)) &&
+         (tokens.n_experts == 0 || (tokens.blocks != nullptr && tokens.on_cpu != nullptr));
+}
 
 template <class T>
 const T* field(const uint8_t* block, int64_t offset) {
@@ -35,8 +41,8 @@ const T* field(const uint8_t* block, int64_t offset) {
 
 class Chunk {
  public:
-  Chunk(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens, int64_t t0,
-        int64_t t1, int threads, Arena& arena);
+  Chunk(const Kernels& kernels, int threads, const cpux_layer& layer, const cpux_tokens& tokens,
+        int64_t t0, int64_t t1);
   void run(float* out);
   void first(float* first);
   void second(const float* middle, float* out);
@@ -53,10 +59,14 @@ class Chunk {
     return choose_form(kernels_, layer_.weight_format, e.n_pairs, tokens_.hidden_is_bf16 == 0);
   }
 
-  // Every Chunk::allocate_* runs on the calling thread, before the parallel region.
+  // Every Chunk::allocate_* runs on the calling thread, before the team starts.
   void allocate_inputs();
   void allocate_middle();
+  void add_gathers(Expert& e, const Activations& a);
 
+  // The experts' inputs, by a team, in the returned number of stages, or by the calling thread.
+  int prepare(Team& team);
+  void prepare_alone();
   void convert_token(int64_t t);
   void gather(const Item& item);
   void gather_middle(const Item& item, const float* middle);
@@ -68,13 +78,6 @@ class Chunk {
 
   int64_t tiles(int64_t rows) const { return (rows + tile_ - 1) / tile_; }
 
-  // Runs work(item, scratch) for items [0, n), taken by the threads of a region as they come.
-  template <class F>
-  void share(int64_t* counter, int64_t n, F work) {
-    const Scratch& s = scratch_[omp_get_thread_num()];
-    share_items(counter, n, threads_, [&](int64_t item) { work(item, s); });
-  }
-
   const Kernels& kernels_;
   const cpux_layer& layer_;
   const cpux_tokens& tokens_;
@@ -82,8 +85,8 @@ class Chunk {
   const int threads_;
   Arena& arena_;
   const bool quantised_;
-  Plan plan_;
-  int64_t tile_, ld_;
+  const Grouping groups_;
+  int64_t tile_;
   Scratch* scratch_;
   float* x_ = nullptr;              // fp32 rows of the chunk
   Activations* x_token_ = nullptr;  // quantised rows of the chunk, one token each
@@ -91,27 +94,21 @@ class Chunk {
   int64_t n_gathers_ = 0;
 };
 
-Chunk::Chunk(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens, int64_t t0,
-             int64_t t1, int threads, Arena& arena)
+Chunk::Chunk(const Kernels& kernels, int threads, const cpux_layer& layer,
+             const cpux_tokens& tokens, int64_t t0, int64_t t1)
     : kernels_(kernels),
       layer_(layer),
       tokens_(tokens),
       t0_(t0),
       n_tokens_(t1 - t0),
       threads_(threads),
-      arena_(arena),
-      quantised_(layer.weight_format == kInt8 || layer.weight_format == kInt4),
-      plan_(make_plan(tokens, t0, t1, arena)) {
+      arena_(fresh_arena()),
+      quantised_(is_quantised(layer.weight_format)),
+      groups_(group_pairs(tokens, t0, t1, arena_)) {
   bool panels = false;
-  for (int64_t e = 0; e < plan_.n_experts; ++e)
-    panels |= !quantised_ && form_of(plan_.experts[e]) != Form::kDot;
+  for (const Expert& e : groups_) panels |= is_panels(form_of(e));
   tile_ = panels ? kPanelTile : kDotTile;
-  ld_ = round_up(tile_, kTileRows) + kTileRows;
-  scratch_ = arena_.take<Scratch>(threads_);
-  for (int i = 0; i < threads_; ++i)
-    scratch_[i] = {arena_.take<float>(product_floats(plan_.most_pairs, tile_)),
-                   arena_.take<float>(product_floats(plan_.most_pairs, tile_)),
-                   arena_.take<uint8_t>(slice_bytes())};
+  scratch_ = allocate_scratch(threads, groups_.most_pairs, tile_, arena_);
 }
 
 Matrix Chunk::gate_up(const Expert& e) const {
@@ -140,32 +137,37 @@ void Chunk::allocate_inputs() {
     for (int64_t t = 0; t < n_tokens_; ++t)
       x_token_[t] = allocate(kernels_, Form::kQuantised, layer_.weight_format, 1, h, arena_);
   }
-  gathers_ = arena_.take<Item>(plan_.n_pairs);
-  for (Expert* e = plan_.experts; e < plan_.experts + plan_.n_experts; ++e) {
-    const Form form = form_of(*e);
-    if (quantised_ && e->n_pairs == 1) {
-      e->x = x_token_[e->pairs[0].token - t0_];
+  gathers_ = arena_.take<Item>(groups_.n_pairs);
+  for (Expert& e : groups_) {
+    const Form form = form_of(e);
+    if (quantised_ && e.n_pairs == 1) {
+      e.x = x_token_[e.pairs[0].token - t0_];
       continue;
     }
-    e->x = allocate(kernels_, form, layer_.weight_format, e->n_pairs, h, arena_);
+    e.x = allocate(kernels_, form, layer_.weight_format, e.n_pairs, h, arena_);
     if (form == Form::kDot) {
-      for (int64_t p = 0; p < e->n_pairs; ++p)
-        e->x.rows[p] = x_ + (e->pairs[p].token - t0_) * h;
+      for (int64_t p = 0; p < e.n_pairs; ++p)
+        e.x.rows[p] = x_ + (e.pairs[p].token - t0_) * h;
       continue;
     }
-    const int64_t n = quantised_ ? e->n_pairs : n_panels(kernels_, e->x);
-    for (int64_t i = 0; i < n; ++i) gathers_[n_gathers_++] = {e, i};
+    add_gathers(e, e.x);
   }
 }
 
+// One item for each panel, or token, of what is to be gathered for an expert.
+void Chunk::add_gathers(Expert& e, const Activations& a) {
+  const int64_t n = is_panels(a.form) ? n_panels(kernels_, a) : a.n;
+  for (int64_t i = 0; i < n; ++i) gathers_[n_gathers_++] = {&e, i};
+}
+
 void Chunk::allocate_middle() {
-  for (Expert* e = plan_.experts; e < plan_.experts + plan_.n_experts; ++e) {
-    e->middle = allocate(kernels_, form_of(*e), layer_.weight_format, e->n_pairs,
+  for (Expert& e : groups_) {
+    e.middle = allocate(kernels_, form_of(e), layer_.weight_format, e.n_pairs,
                          layer_.intermediate_size, arena_);
-    if (e->middle.form != Form::kDot) continue;
-    float* rows = arena_.take<float>(e->n_pairs * layer_.intermediate_size);
-    for (int64_t p = 0; p < e->n_pairs; ++p)
-      e->middle.rows[p] = rows + p * layer_.intermediate_size;
+    if (e.middle.form != Form::kDot) continue;
+    float* rows = arena_.take<float>(e.n_pairs * layer_.intermediate_size);
+    for (int64_t p = 0; p < e.n_pairs; ++p)
+      e.middle.rows[p] = rows + p * layer_.intermediate_size;
   }
 }
 
@@ -175,6 +177,17 @@ void Chunk::convert_token(int64_t t) {
                        (t0_ + t) * h * (tokens_.hidden_is_bf16 != 0 ? 2 : 4);
   kernels_.to_float(source, tokens_.hidden_is_bf16 != 0, h, x_ + t * h);
   if (quantised_) quantise(kernels_, x_token_[t], 0, 0, h, x_ + t * h);
+}
+
+int Chunk::prepare(Team& team) {
+  team.share(0, n_tokens_, [&](int64_t t) { convert_token(t); });
+  team.share(1, n_gathers_, [&](int64_t i) { gather(gathers_[i]); });
+  return 2;
+}
+
+void Chunk::prepare_alone() {
+  for (int64_t t = 0; t < n_tokens_; ++t) convert_token(t);
+  for (int64_t i = 0; i < n_gathers_; ++i) gather(gathers_[i]);
 }
 
 void Chunk::gather(const Item& item) {
@@ -191,15 +204,15 @@ void Chunk::gather(const Item& item) {
 // The tile of gate and up rows, activated, as part of the expert's middle.
 void Chunk::gate_tile(int64_t tile, const Scratch& s) {
   const int64_t per_expert = tiles(layer_.intermediate_size);
-  const Expert& e = plan_.experts[tile / per_expert];
+  const Expert& e = groups_.experts[tile / per_expert];
   const int64_t i0 = tile % per_expert * tile_;
   const int64_t i1 = std::min(i0 + tile_, layer_.intermediate_size);
   const Matrix m = gate_up(e);
-  const int gate_offset = product(kernels_, m, e.x, i0, i1, s.gate, ld_, s.slice);
+  const int gate_offset = product(kernels_, m, e.x, i0, i1, s.c, s);
   int up_offset = 0;
   if (layer_.has_gate != 0)
     up_offset = product(kernels_, m, e.x, layer_.intermediate_size + i0,
-                        layer_.intermediate_size + i1, s.up, ld_, s.slice);
+                        layer_.intermediate_size + i1, s.other, s);
   store_middle(e, i0, i1, gate_offset, up_offset, s);
 }
 
@@ -207,14 +220,14 @@ void Chunk::store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offse
                          const Scratch& s) {
   const int64_t rows = i1 - i0;
   const auto activate = [&](int64_t gate_at, int64_t up_at, int64_t n, float* out) {
-    kernels_.activate(layer_.activation, layer_.alpha, layer_.limit, s.gate + gate_at,
-                      layer_.has_gate != 0 ? s.up + up_at : nullptr, n, out);
+    kernels_.activate(layer_.activation, layer_.alpha, layer_.limit, s.c + gate_at,
+                      layer_.has_gate != 0 ? s.other + up_at : nullptr, n, out);
   };
-  if (e.middle.form == Form::kDot || e.middle.form == Form::kQuantised) {
+  if (!is_panels(e.middle.form)) {
     for (int64_t t = 0; t < e.n_pairs; ++t) {
-      const int64_t at = t * ld_;
+      const int64_t at = t * s.stride;
       const bool dot = e.middle.form == Form::kDot;
-      float* out = dot ? const_cast<float*>(e.middle.rows[t]) + i0 : s.gate + at + gate_offset;
+      float* out = dot ? const_cast<float*>(e.middle.rows[t]) + i0 : s.c + at + gate_offset;
       activate(at + gate_offset, at + up_offset, rows, out);
       if (!dot) quantise(kernels_, e.middle, t, i0, rows, out);
     }
@@ -222,7 +235,7 @@ void Chunk::store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offse
   }
   for (int64_t p = 0; p < n_panels(kernels_, e.middle); ++p) {
     const Panel panel = panel_of(kernels_, e.middle, p);
-    float* value = s.gate + panel.first * rows;
+    float* value = s.c + panel.first * rows;
     activate(panel.first * rows, panel.first * rows, rows * panel.width, value);
     store_panel_rows(kernels_, e.middle, p, i0, rows, value);
   }
@@ -230,17 +243,16 @@ void Chunk::store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offse
 
 // The tile of gate_up rows as they are, for an activation that the caller computes.
 void Chunk::raw_tile(int64_t tile, const Scratch& s, float* first) {
-  const int64_t per_expert = tiles(gate_up(plan_.experts[0]).rows);
-  const Expert& e = plan_.experts[tile / per_expert];
+  const int64_t per_expert = tiles(gate_up(groups_.experts[0]).rows);
+  const Expert& e = groups_.experts[tile / per_expert];
   const Matrix m = gate_up(e);
   const int64_t r0 = tile % per_expert * tile_;
   const int64_t r1 = std::min(r0 + tile_, m.rows);
-  const int offset = product(kernels_, m, e.x, r0, r1, s.gate, ld_, s.slice);
+  const int offset = product(kernels_, m, e.x, r0, r1, s.c, s);
   float* base = first + e.first_pair * m.rows + r0;
-  for_each_token(kernels_, e.x, r1 - r0, s.gate + offset, ld_, s.up,
-                 [&](int64_t t, const float* y) {
-                   memcpy(base + t * m.rows, y, static_cast<size_t>(r1 - r0) * sizeof(float));
-                 });
+  for_each_token(kernels_, e.x, r1 - r0, offset, s, [&](int64_t t, const float* y) {
+    memcpy(base + t * m.rows, y, static_cast<size_t>(r1 - r0) * sizeof(float));
+  });
 }
 
 void Chunk::gather_middle(const Item& item, const float* middle) {
@@ -265,13 +277,11 @@ void Chunk::down_tile(int64_t tile, const Scratch& s, float* out) {
   const int64_t r0 = tile * tile_;
   const int64_t r1 = std::min(r0 + tile_, h);
   for (int64_t t = t0_; t < t0_ + n_tokens_; ++t) std::fill(out + t * h + r0, out + t * h + r1, 0.f);
-  for (int64_t i = 0; i < plan_.n_experts; ++i) {
-    const Expert& e = plan_.experts[i];
-    const int offset = product(kernels_, down(e), e.middle, r0, r1, s.gate, ld_, s.slice);
-    for_each_token(kernels_, e.middle, r1 - r0, s.gate + offset, ld_, s.up,
-                   [&](int64_t t, const float* y) {
-                     kernels_.axpy(e.pairs[t].weight, y, r1 - r0, out + e.pairs[t].token * h + r0);
-                   });
+  for (const Expert& e : groups_) {
+    const int offset = product(kernels_, down(e), e.middle, r0, r1, s.c, s);
+    for_each_token(kernels_, e.middle, r1 - r0, offset, s, [&](int64_t t, const float* y) {
+      kernels_.axpy(e.pairs[t].weight, y, r1 - r0, out + e.pairs[t].token * h + r0);
+    });
   }
 }
 
@@ -279,60 +289,40 @@ void Chunk::run(float* out) {
   allocate_inputs();
   allocate_middle();
   const bool serial = n_tokens_ <= kSerialTokens;
-  if (serial) {
-    for (int64_t t = 0; t < n_tokens_; ++t) convert_token(t);
-    for (int64_t i = 0; i < n_gathers_; ++i) gather(gathers_[i]);
-  }
-  const int64_t n_gate = plan_.n_experts * tiles(layer_.intermediate_size);
-  int64_t counters[4] = {};
-#pragma omp parallel num_threads(threads_)
-  {
-    if (!serial) {
-      share(&counters[0], n_tokens_, [&](int64_t i, const Scratch&) { convert_token(i); });
-#pragma omp barrier
-      share(&counters[1], n_gathers_, [&](int64_t i, const Scratch&) { gather(gathers_[i]); });
-#pragma omp barrier
-    }
-    share(&counters[2], n_gate, [&](int64_t i, const Scratch& s) { gate_tile(i, s); });
-#pragma omp barrier
-    share(&counters[3], tiles(layer_.hidden_size),
-          [&](int64_t i, const Scratch& s) { down_tile(i, s, out); });
-  }
+  if (serial) prepare_alone();
+  Team team(threads_);
+  team.run([&](int thread) {
+    const Scratch& s = scratch_[thread];
+    const int stage = serial ? 0 : prepare(team);
+    team.share(stage, groups_.n_experts * tiles(layer_.intermediate_size),
+               [&](int64_t i) { gate_tile(i, s); });
+    team.share(stage + 1, tiles(layer_.hidden_size), [&](int64_t i) { down_tile(i, s, out); });
+  });
 }
 
 void Chunk::first(float* first) {
-  if (plan_.n_experts == 0) return;
+  if (groups_.n_experts == 0) return;
   allocate_inputs();
-  int64_t counters[3] = {};
-  const int64_t n_raw = plan_.n_experts * tiles(gate_up(plan_.experts[0]).rows);
-#pragma omp parallel num_threads(threads_)
-  {
-    share(&counters[0], n_tokens_, [&](int64_t i, const Scratch&) { convert_token(i); });
-#pragma omp barrier
-    share(&counters[1], n_gathers_, [&](int64_t i, const Scratch&) { gather(gathers_[i]); });
-#pragma omp barrier
-    share(&counters[2], n_raw, [&](int64_t i, const Scratch& s) { raw_tile(i, s, first); });
-  }
+  const int64_t n_raw = groups_.n_experts * tiles(gate_up(groups_.experts[0]).rows);
+  Team team(threads_);
+  team.run([&](int thread) {
+    team.share(prepare(team), n_raw, [&](int64_t i) { raw_tile(i, scratch_[thread], first); });
+  });
 }
 
 void Chunk::second(const float* middle, float* out) {
-  gathers_ = arena_.take<Item>(plan_.n_pairs);
-  for (Expert* e = plan_.experts; e < plan_.experts + plan_.n_experts; ++e) {
-    e->middle = allocate(kernels_, form_of(*e), layer_.weight_format, e->n_pairs,
-                         layer_.intermediate_size, arena_);
-    const bool panels = e->middle.form == Form::kPanels || e->middle.form == Form::kBf16Panels;
-    const int64_t n = panels ? n_panels(kernels_, e->middle) : e->n_pairs;
-    for (int64_t i = 0; i < n; ++i) gathers_[n_gathers_++] = {e, i};
+  gathers_ = arena_.take<Item>(groups_.n_pairs);
+  for (Expert& e : groups_) {
+    e.middle = allocate(kernels_, form_of(e), layer_.weight_format, e.n_pairs,
+                        layer_.intermediate_size, arena_);
+    add_gathers(e, e.middle);
   }
-  int64_t counters[2] = {};
-#pragma omp parallel num_threads(threads_)
-  {
-    share(&counters[0], n_gathers_,
-          [&](int64_t i, const Scratch&) { gather_middle(gathers_[i], middle); });
-#pragma omp barrier
-    share(&counters[1], tiles(layer_.hidden_size),
-          [&](int64_t i, const Scratch& s) { down_tile(i, s, out); });
-  }
+  Team team(threads_);
+  team.run([&](int thread) {
+    team.share(0, n_gathers_, [&](int64_t i) { gather_middle(gathers_[i], middle); });
+    team.share(1, tiles(layer_.hidden_size),
+               [&](int64_t i) { down_tile(i, scratch_[thread], out); });
+  });
 }
 
 int64_t chunk_tokens(const cpux_layer& layer, const cpux_tokens& tokens) {
@@ -341,25 +331,42 @@ int64_t chunk_tokens(const cpux_layer& layer, const cpux_tokens& tokens) {
   return std::max<int64_t>(1, pairs / std::max<int64_t>(1, tokens.top_k));
 }
 
+// work(Chunk) for one chunk of all tokens; `between` [n_pairs, ...] lies between the passes.
+template <class F>
+int with_chunk(int isa, int threads, const cpux_layer& layer, const cpux_tokens& tokens,
+               const float* between, F work) {
+  const bool valid = is_valid(layer) && is_valid(tokens) &&
+                     (between != nullptr || cpux_count_pairs(&tokens) == 0);
+  return guarded(isa, threads, valid, [&](const Kernels& kernels) {
+    Chunk chunk(kernels, threads, layer, tokens, 0, tokens.n_tokens);
+    work(chunk);
+  });
+}
+
 }  // namespace
 
-void run_layer(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
-               int threads, float* out) {
-  const int64_t step = chunk_tokens(layer, tokens);
-  for (int64_t t = 0; t < tokens.n_tokens; t += step) {
-    const int64_t end = std::min(t + step, tokens.n_tokens);
-    Chunk(kernels, layer, tokens, t, end, threads, fresh_arena()).run(out);
-  }
-}
-
-void run_first(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
-               int threads, float* first) {
-  Chunk(kernels, layer, tokens, 0, tokens.n_tokens, threads, fresh_arena()).first(first);
-}
-
-void run_second(const Kernels& kernels, const cpux_layer& layer, const cpux_tokens& tokens,
-                int threads, const float* middle, float* out) {
-  Chunk(kernels, layer, tokens, 0, tokens.n_tokens, threads, fresh_arena()).second(middle, out);
-}
-
 }  // namespace cpux
+
+int cpux_run(int isa, int threads, const cpux_layer* layer, const cpux_tokens* tokens,
+             float* out) {
+  using namespace cpux;
+  const bool valid = is_valid(*layer) && layer->activation >= kSilu &&
+                     layer->activation <= kClampedSwiglu && is_valid(*tokens);
+  return guarded(isa, threads, valid, [&](const Kernels& kernels) {
+    const int64_t step = chunk_tokens(*layer, *tokens);
+    for (int64_t t = 0; t < tokens->n_tokens; t += step)
+      Chunk(kernels, threads, *layer, *tokens, t, std::min(t + step, tokens->n_tokens)).run(out);
+  });
+}
+
+int cpux_first(int isa, int threads, const cpux_layer* layer, const cpux_tokens* tokens,
+               float* first) {
+  return cpux::with_chunk(isa, threads, *layer, *tokens, first,
+                          [&](cpux::Chunk& chunk) { chunk.first(first); });
+}
+
+int cpux_second(int isa, int threads, const cpux_layer* layer, const cpux_tokens* tokens,
+                const float* middle, float* out) {
+  return cpux::with_chunk(isa, threads, *layer, *tokens, middle,
+                          [&](cpux::Chunk& chunk) { chunk.second(middle, out); });
+}

@@ -1,10 +1,13 @@
-// RMSNorm of a few rows, as a model's own module rounds it. Serial: a row is 16 KiB at most.
+// RMSNorm of a few rows, as a model's own module rounds it. Serial: a row is 16 KiB at most. Every
+// instruction set computes the same: fp32, the sum of squares in 16 chains that are added in fp64.
 #include "norm.h"
 
 #include <cmath>
 #include <cstring>
 
 #include "elementwise.h"
+#include "entry_points.h"
+#include "scratch.h"
 
 namespace cpux {
 
@@ -48,15 +51,25 @@ void norm_row(const cpux_norm& norm, bool is_bf16, const float* x, float* scratc
   }
 }
 
-void run_norm(const cpux_norm& norm, const void* x, bool is_bf16, int64_t n_rows, void* y) {
-  Arena& arena = fresh_arena();
-  float* row = arena.take<float>(norm.width);
-  float* scratch = arena.take<float>(norm.width);
-  const int64_t row_bytes = norm.width * (is_bf16 ? 2 : 4);
-  for (int64_t r = 0; r < n_rows; ++r) {
-    to_float(static_cast<const char*>(x) + r * row_bytes, is_bf16, norm.width, row);
-    norm_row(norm, is_bf16, row, scratch, static_cast<char*>(y) + r * row_bytes);
-  }
+bool is_valid_norm(const cpux_norm& norm) {
+  return norm.form >= kRoundThenWeight && norm.form <= kOnePlusWeight && norm.width > 0 &&
+         norm.weight != nullptr;
 }
 
 }  // namespace cpux
+
+int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x, int is_bf16,
+                  int64_t n_rows, void* y) {
+  const bool valid = cpux::is_valid_norm(*norm) && n_rows >= 0 &&
+                     (n_rows == 0 || (x != nullptr && y != nullptr));
+  return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels&) {
+    cpux::Arena& arena = cpux::fresh_arena();
+    float* row = arena.take<float>(norm->width);
+    float* scratch = arena.take<float>(norm->width);
+    const int64_t row_bytes = norm->width * (is_bf16 != 0 ? 2 : 4);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      cpux::to_float(static_cast<const char*>(x) + r * row_bytes, is_bf16 != 0, norm->width, row);
+      cpux::norm_row(*norm, is_bf16 != 0, row, scratch, static_cast<char*>(y) + r * row_bytes);
+    }
+  });
+}

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "api.h"
-#include "product.h"
 
 namespace cpux {
 
@@ -12,6 +11,9 @@ enum NormForm : int32_t {
   kWeightThenRound = 1,  // round(weight * h)
   kOnePlusWeight = 2,    // round((1 + weight) * h): Gemma
 };
+
+// Whether a norm can be computed as it is described.
+bool is_valid_norm(const cpux_norm& norm);
 
 // One row: x fp32 [width], y [width]; scratch [width], may not be x. y may lie over x when fp32.
 void norm_row(const cpux_norm& norm, bool is_bf16, const float* x, float* scratch, void* y);

@@ -3,20 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "elementwise.h"
+
 namespace cpux {
 
 namespace {
 
-constexpr int64_t kAlignment = 64;
-constexpr int64_t kSmallestChunk = 1 << 20;
-
-// fp32 to bf16, nearest even, NaN kept.
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+// Groups of int8 and int4 weights that stay in the cache while all tokens meet them.
+constexpr int64_t kQuantSliceGroups = 32;
 
 int64_t padded_cols(const Gemm& gemm, const Activations& a) {
   return round_up(a.cols, gemm.k_step);
@@ -42,8 +36,24 @@ int64_t panel_offset(const Gemm& gemm, const Activations& a, const Panel& panel,
   return (k / gemm.k_step * panel.width + t) * gemm.k_step + k % gemm.k_step;
 }
 
+// One element of a panel, in the panel's type.
+void store_element(const Gemm& gemm, uint8_t* data, int64_t at, float value) {
+  if (gemm.element_bytes == 4)
+    reinterpret_cast<float*>(data)[at] = value;
+  else
+    reinterpret_cast<uint16_t*>(data)[at] = bf16_of_float(value);
+}
+
+// Where the group of 32 columns `g` of token `t` lies, in groups: blocks of tokens that one product
+// takes, each with the block's tokens side by side.
+int64_t group_at(const QuantFormat& format, const Activations& a, int64_t t, int64_t g) {
+  const int64_t first = t / format.block_tokens * format.block_tokens;
+  const int64_t tokens = std::min<int64_t>(format.block_tokens, a.n - first);
+  return first * a.groups() + g * tokens + (t - first);
+}
+
 int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
-                int64_t r1, float* c, int64_t ld) {
+                int64_t r1, float* c, int64_t stride) {
   const int64_t element = m.format == kBf16 ? 2 : 4;
   // More tokens than one call takes: few rows at a time, so that they stay in the first-level cache.
   const int64_t step = a.n <= kMaxDotTokens ? r1 - r0 : 2;
@@ -52,13 +62,13 @@ int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, i
     for (int64_t t = 0; t < a.n; t += kMaxDotTokens)
       kernels.dot_rows(m.w + r * m.cols * element, m.format, m.cols, rows, a.rows + t,
                        static_cast<int>(std::min<int64_t>(kMaxDotTokens, a.n - t)),
-                       c + t * ld + (r - r0), ld);
+                       c + t * stride + (r - r0), stride);
   }
   return 0;
 }
 
 int product_quantised(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
-                      int64_t r1, float* c, int64_t ld) {
+                      int64_t r1, float* c, int64_t stride) {
   const int64_t groups = a.groups();
   const QuantFormat format = kernels.quant[m.format - kInt8];
   const int64_t first_block = r0 / kTileRows;
@@ -73,7 +83,7 @@ int product_quantised(const Kernels& kernels, const Matrix& m, const Activations
                            m.scale + b * groups * kTileRows, g, std::min(groups, g + step),
                            a.values + t * groups * format.value_bytes, a.scales + t * groups,
                            a.starts + t * groups, n, g > 0,
-                           c + t * ld + (b - first_block) * kTileRows, ld);
+                           c + t * stride + (b - first_block) * kTileRows, stride);
     }
   }
   return static_cast<int>(r0 - first_block * kTileRows);
@@ -125,10 +135,10 @@ void product_panels(const Kernels& kernels, const Matrix& m, const Activations& 
 }
 
 void add_bias(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
-              int offset, float* c, int64_t ld) {
+              int offset, float* c, int64_t stride) {
   const float* bias = m.bias + r0;
-  if (a.form == Form::kDot || a.form == Form::kQuantised) {
-    for (int64_t t = 0; t < a.n; ++t) kernels.axpy(1.0f, bias, r1 - r0, c + t * ld + offset);
+  if (!is_panels(a.form)) {
+    for (int64_t t = 0; t < a.n; ++t) kernels.axpy(1.0f, bias, r1 - r0, c + t * stride + offset);
     return;
   }
   for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
@@ -140,42 +150,6 @@ void add_bias(const Kernels& kernels, const Matrix& m, const Activations& a, int
 }
 
 }  // namespace
-
-void* Arena::bytes(int64_t size) {
-  size = round_up(std::max<int64_t>(size, 1), kAlignment);
-  if (chunks_.empty() || used_ + size > chunks_.back().size) {
-    const int64_t chunk = std::max(size, kSmallestChunk);
-    chunks_.reserve(chunks_.size() + 1);
-    void* data = std::aligned_alloc(kAlignment, static_cast<size_t>(chunk));
-    if (data == nullptr) throw std::bad_alloc();
-    chunks_.push_back({static_cast<char*>(data), chunk});
-    used_ = 0;
-  }
-  void* result = chunks_.back().data + used_;
-  used_ += size;
-  return result;
-}
-
-void Arena::reset() {
-  if (chunks_.size() > 1) {  // next time, one chunk holds it all
-    int64_t total = 0;
-    for (const Chunk& chunk : chunks_) total += chunk.size;
-    release();
-    bytes(total);
-  }
-  used_ = 0;
-}
-
-void Arena::release() {
-  for (const Chunk& chunk : chunks_) std::free(chunk.data);
-  chunks_.clear();
-}
-
-Arena& fresh_arena() {
-  static thread_local Arena arena;
-  arena.reset();
-  return arena;
-}
 
 Form choose_form(const Kernels& kernels, int format, int64_t n_tokens, bool exact_fp32) {
   if (format == kInt8 || format == kInt4) return Form::kQuantised;
@@ -242,11 +216,7 @@ void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
     for (int64_t t = 0; t < panel.width; ++t) {
       for (int64_t k = k0; k < k1; ++k) {
         const float value = t < panel.tokens && k < a.cols ? x[t][k] : 0.0f;
-        const int64_t at = panel_offset(gemm, a, panel, t, k);
-        if (gemm.element_bytes == 4)
-          reinterpret_cast<float*>(data)[at] = value;
-        else
-          reinterpret_cast<uint16_t*>(data)[at] = to_bf16(value);
+        store_element(gemm, data, panel_offset(gemm, a, panel, t, k), value);
       }
     }
   }
@@ -266,22 +236,15 @@ void store_panel_rows(const Kernels& kernels, const Activations& a, int64_t inde
   for (int64_t r = 0; r < round_up(rows, gemm.k_step); ++r)
     for (int64_t t = 0; t < width; ++t) {
       const float v = r < rows ? value[r * width + t] : 0.0f;
-      const int64_t at = panel_offset(gemm, a, panel, t, from + r);
-      if (gemm.element_bytes == 4)
-        reinterpret_cast<float*>(data)[at] = v;
-      else
-        reinterpret_cast<uint16_t*>(data)[at] = to_bf16(v);
+      store_element(gemm, data, panel_offset(gemm, a, panel, t, from + r), v);
     }
 }
 
 void quantise(const Kernels& kernels, const Activations& a, int64_t t, int64_t from, int64_t count,
               const float* x) {
   const QuantFormat format = kernels.quant[a.format - kInt8];
-  const int64_t block_first = t / format.block_tokens * format.block_tokens;
-  const int64_t block_tokens = std::min<int64_t>(format.block_tokens, a.n - block_first);
   for (int64_t k = 0; k < count; k += kGroup) {
-    const int64_t at = block_first * a.groups() + (from + k) / kGroup * block_tokens +
-                       (t - block_first);
+    const int64_t at = group_at(format, a, t, (from + k) / kGroup);
     kernels.quantize_group(x + k, static_cast<int>(std::min<int64_t>(kGroup, count - k)), a.format,
                            a.values + at * format.value_bytes, a.scales + at, a.starts + at);
   }
@@ -290,10 +253,8 @@ void quantise(const Kernels& kernels, const Activations& a, int64_t t, int64_t f
 void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
                     const Activations& source) {
   const QuantFormat format = kernels.quant[a.format - kInt8];
-  const int64_t block_first = t / format.block_tokens * format.block_tokens;
-  const int64_t block_tokens = std::min<int64_t>(format.block_tokens, a.n - block_first);
   for (int64_t g = 0; g < a.groups(); ++g) {
-    const int64_t at = block_first * a.groups() + g * block_tokens + (t - block_first);
+    const int64_t at = group_at(format, a, t, g);
     memcpy(a.values + at * format.value_bytes, source.values + g * format.value_bytes,
            static_cast<size_t>(format.value_bytes));
     a.scales[at] = source.scales[g];
@@ -302,20 +263,26 @@ void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
 }
 
 int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
-            float* c, int64_t ld, void* slice) {
+            float* c, const Scratch& s) {
   int offset = 0;
   if (a.form == Form::kDot)
-    offset = product_dot(kernels, m, a, r0, r1, c, ld);
+    offset = product_dot(kernels, m, a, r0, r1, c, s.stride);
   else if (a.form == Form::kQuantised)
-    offset = product_quantised(kernels, m, a, r0, r1, c, ld);
+    offset = product_quantised(kernels, m, a, r0, r1, c, s.stride);
   else
-    product_panels(kernels, m, a, r0, r1, c, slice);
-  if (m.bias != nullptr) add_bias(kernels, m, a, r0, r1, offset, c, ld);
+    product_panels(kernels, m, a, r0, r1, c, s.slice);
+  if (m.bias != nullptr) add_bias(kernels, m, a, r0, r1, offset, c, s.stride);
   return offset;
 }
 
-int64_t product_floats(int64_t n, int64_t tile) {
-  return round_up(n, kMaxPanelTokens) * (round_up(tile, kTileRows) + kTileRows);
+Scratch* allocate_scratch(int threads, int64_t n_tokens, int64_t tile, Arena& arena) {
+  const int64_t stride = round_up(tile, kTileRows) + kTileRows;
+  const int64_t floats = round_up(n_tokens, kMaxPanelTokens) * stride;
+  Scratch* scratch = arena.take<Scratch>(threads);
+  for (int i = 0; i < threads; ++i)
+    scratch[i] = {arena.take<float>(floats), arena.take<float>(floats),
+                  arena.take<uint8_t>(kSliceRows * kSliceBytes), stride};
+  return scratch;
 }
 
 }  // namespace cpux

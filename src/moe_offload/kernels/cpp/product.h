@@ -5,15 +5,13 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
-#include <vector>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace cpux {
 
-// Rows that one tile covers: a multiple of 16 (quantised row blocks), of 32 in gate_up (groups of
+// Rows that one tile of a product covers: a multiple of 16 (quantised row blocks), of 32 in gate_up (groups of
 // the next product) and of 12 (weight panels).
 constexpr int kDotTile = 32;
 constexpr int kPanelTile = 48;
@@ -22,11 +20,6 @@ constexpr int kPanelTile = 48;
 // 48 rows of 1 KiB 1.06x the time).
 constexpr int kSliceRows = 12;
 constexpr int kSliceBytes = 4096;
-constexpr int64_t kQuantSliceGroups = 32;
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 struct Matrix {
   int format;
@@ -37,6 +30,8 @@ struct Matrix {
 };
 
 enum class Form { kDot, kPanels, kBf16Panels, kQuantised };
+
+inline bool is_panels(Form form) { return form == Form::kPanels || form == Form::kBf16Panels; }
 
 // `exact_fp32`: the tokens carry fp32 that bf16 panels would round.
 Form choose_form(const Kernels& kernels, int format, int64_t n_tokens, bool exact_fp32);
@@ -54,31 +49,6 @@ struct Activations {
 
   int64_t groups() const { return (cols + kGroup - 1) / kGroup; }
 };
-
-// Grow-only memory for one calling thread; pointers live until reset().
-class Arena {
- public:
-  ~Arena() { release(); }
-  // 64-byte aligned, uninitialised; throws std::bad_alloc.
-  template <class T>
-  T* take(int64_t count) {
-    return static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));
-  }
-  void reset();
-
- private:
-  void* bytes(int64_t size);
-  void release();
-  struct Chunk {
-    char* data;
-    int64_t size;
-  };
-  std::vector<Chunk> chunks_;
-  int64_t used_ = 0;  // of the last chunk
-};
-
-// The calling thread's arena, emptied.
-Arena& fresh_arena();
 
 // Memory for the activations; what is in it must be written by the functions below.
 Activations allocate(const Kernels& kernels, Form form, int format, int64_t n, int64_t cols,
@@ -107,31 +77,39 @@ void quantise(const Kernels& kernels, const Activations& a, int64_t t, int64_t f
 void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
                     const Activations& source);
 
-// Product of rows [r0, r1), bias included.
-//   kDot, kQuantised: value of (t, r) at c[t * ld + r - r0 + offset]; returns offset < 16
+// What one thread needs for tiles of products.
+struct Scratch {
+  float* c;        // one tile's product
+  float* other;    // a second tile's, or one token's row
+  void* slice;     // a weight panel
+  int64_t stride;  // from one token to the next in `c`, where the form has tokens
+};
+// One for each thread, for products of at most so many tokens and tiles of so many rows.
+Scratch* allocate_scratch(int threads, int64_t n_tokens, int64_t tile, Arena& arena);
+
+// Product of rows [r0, r1), a tile, with bias.
+//   kDot, kQuantised: value of (t, r) at c[t * s.stride + r - r0 + offset]; returns offset < 16
 //   panels:           panel p at c + first * (r1 - r0), fp32 [r1 - r0][width]
-// `ld` >= round_up(r1 - r0, 16) + 16. `slice`: slice_bytes() of scratch for panels, 64-byte aligned.
+// `c` is s.c or s.other.
 int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
-            float* c, int64_t ld, void* slice);
-constexpr int64_t slice_bytes() { return kSliceRows * kSliceBytes; }
-// Calls f(t, y) for each token of a product of `rows` rows, y [rows] contiguous; `row`: scratch.
+            float* c, const Scratch& s);
+
+// Calls f(t, y) for each token of a product of `rows` rows at s.c + offset, y [rows] contiguous.
 template <class F>
-void for_each_token(const Kernels& kernels, const Activations& a, int64_t rows, const float* c,
-                    int64_t ld, float* row, F f) {
-  if (a.form == Form::kDot || a.form == Form::kQuantised) {
-    for (int64_t t = 0; t < a.n; ++t) f(t, c + t * ld);
+void for_each_token(const Kernels& kernels, const Activations& a, int64_t rows, int offset,
+                    const Scratch& s, F f) {
+  const float* c = s.c + offset;
+  if (!is_panels(a.form)) {
+    for (int64_t t = 0; t < a.n; ++t) f(t, c + t * s.stride);
     return;
   }
   for (int64_t p = 0; p < n_panels(kernels, a); ++p) {
     const Panel panel = panel_of(kernels, a, p);
     for (int64_t t = 0; t < panel.tokens; ++t) {
       const float* column = c + panel.first * rows + t;
-      for (int64_t r = 0; r < rows; ++r) row[r] = column[r * panel.width];
-      f(panel.first + t, static_cast<const float*>(row));
+      for (int64_t r = 0; r < rows; ++r) s.other[r] = column[r * panel.width];
+      f(panel.first + t, static_cast<const float*>(s.other));
     }
   }
 }
-// Floats that `c` needs for n tokens and tiles of at most `tile` rows.
-int64_t product_floats(int64_t n, int64_t tile);
-
 }  // namespace cpux

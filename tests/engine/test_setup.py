@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands.arguments import parse, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import setup
+from moe_offload.engine import engine as engine_module
 from moe_offload.engine.calibration import MachineCosts
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.timing import Steadiness
@@ -45,7 +45,7 @@ def test_the_line_chooses_the_same_cache_again(
         model = CostModel(cpu, gpu, 0.0, gbps, gbps, 1.0, block_bytes, 10.0)
         return MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
 
-    monkeypatch.setattr(setup, "machine_costs", costs)
+    monkeypatch.setattr(engine_module, "machine_costs", costs)
     options = CacheOptions(
         auto=True,
         memory_gb=0.0001,

@@ -1,4 +1,4 @@
-"""Cost lines are fitted exactly to exact timings, and calibrations are kept until they expire."""
+"""Exact timings give exact cost lines; noise and busy machines are told; calibrations are kept."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import json
 import random
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe_offload.engine import timing
 from moe_offload.engine.timing import (
+    MAX_OTHER_LOAD,
+    MAX_SPREAD,
     SIDE_CALLS,
     CalibrationCache,
+    QuietWatch,
+    Steadiness,
     calibrate_copy,
-    calibrate_sharing,
     calibrate_side,
     fit_side,
-    measure_read_gbps,
     median_us,
     slowdown,
 )
@@ -116,30 +120,6 @@ def test_copies_are_measured_alone_and_beside_the_cpu() -> None:
     assert cost.copy_call_us >= 0.0
 
 
-def test_copies_are_slowed_by_a_whole_step_where_one_is_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compared: list[tuple[str, str]] = []
-    names: dict[Callable[[], object], str] = {}
-
-    def ratio(work: Callable[[], object], beside: Callable[[], object], *_: float) -> float:
-        compared.append((names.get(work, "copy"), names.get(beside, "copy")))
-        return 2.0 if names.get(beside) == "step" else 1.5
-
-    def cpu_work() -> None: ...
-
-    def step() -> None: ...
-
-    names.update({cpu_work: "cpu", step: "step"})
-    monkeypatch.setattr(timing, "slowdown", ratio)
-    for given in (None, step):
-        cost = calibrate_copy(lambda n_bytes: None, 4096, cpu_work, budget_s=0.0, step=given)
-        factor = 2.0 if given else 1.5
-        assert cost.copy_gbps / cost.copy_gbps_shared == pytest.approx(factor)
-        assert cost.cpu_shared_factor == 1.5
-    assert compared == [("copy", "cpu"), ("cpu", "copy"), ("copy", "step"), ("cpu", "copy")]
-
-
 def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,24 +154,6 @@ def test_a_slowdown_is_the_median_of_rounds_and_leaves_out_a_disturbed_one(
     assert slowdown(work, other, budget_s=8.0) == pytest.approx(1.5)
 
 
-def test_sharing_is_what_both_together_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    durations_s = {"cpu": 4.0, "gpu": 10.0, "both": 12.0}
-    now_s = 0.0
-
-    def worker(name: str) -> Callable[[], None]:
-        def work() -> None:
-            nonlocal now_s
-            now_s += durations_s[name]
-
-        return work
-
-    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
-    workers = [worker(name) for name in durations_s]
-    assert calibrate_sharing(*workers) == pytest.approx(1 + (12 - 10) / 4)
-    durations_s["both"] = 9.0  # noise: never faster than the longer alone
-    assert calibrate_sharing(*workers) == 1.0
-
-
 def test_a_copy_that_fails_is_not_waited_for() -> None:
     calls = 0
 
@@ -203,15 +165,6 @@ def test_a_copy_that_fails_is_not_waited_for() -> None:
 
     with pytest.raises(RuntimeError, match="the device is gone"):
         calibrate_copy(copy, 4096, lambda: None, budget_s=0.0)
-
-
-def test_read_bandwidth_is_bytes_over_time() -> None:
-    def read() -> int:
-        time.sleep(0.01)
-        return 10_000_000  # in 10 ms or more: at most 1 GB/s
-
-    assert 0.01 < measure_read_gbps(read, budget_s=0.02) <= 1.0
-    assert measure_read_gbps(buffer_bytes=2**22, budget_s=0.01) > 0.01
 
 
 def test_a_calibration_is_kept_per_hardware_and_shape(tmp_path: Path) -> None:
@@ -260,3 +213,91 @@ def test_a_calibration_that_does_not_last_is_this_processes_alone(tmp_path, monk
     assert cache.load({"cpu": "x"}, {"layers": 2}) == {"a": 1.5}
     monkeypatch.setattr("moe_offload.engine.timing._this_process", lambda: [1, 0.0])
     assert cache.load({"cpu": "x"}, {"layers": 2}) is None
+
+
+CpuTimes = namedtuple("CpuTimes", "user nice system idle iowait steal guest")
+
+
+class Machine:
+    """Two CPUs; each probe takes the next of `probe_s`, of which this process works all."""
+
+    def __init__(self, probe_s: list[float], others: float, monkeypatch: pytest.MonkeyPatch):
+        self.now_s = 0.0
+        self.own_s = 0.0
+        self.others = others
+        self.probe_s = probe_s
+        self.calls = 0
+        monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: self.now_s)
+
+    def probe(self) -> None:
+        step_s = self.probe_s[self.calls % len(self.probe_s)]
+        self.calls += 1
+        self.now_s += step_s
+        self.own_s += 2 * step_s * (1 - self.others)
+
+    def cpu_count(self) -> int:
+        return 2
+
+    def cpu_times(self) -> CpuTimes:
+        others_s = 2 * self.now_s * self.others
+        return CpuTimes(self.own_s + others_s / 2, 0.0, 0.0, 7.0, 9.0, others_s / 2, 3.0)
+
+    def Process(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            cpu_times=lambda: SimpleNamespace(user=self.own_s * 0.75, system=self.own_s * 0.25)
+        )
+
+
+def watched(machine: Machine, n_bursts: int = 3) -> Steadiness:
+    watch = QuietWatch(machine.probe, machine)
+    for _ in range(n_bursts):
+        watch.burst()
+    return watch.result()
+
+
+def test_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(Machine([0.010, 0.0101], 0.0, monkeypatch))
+    assert seen.spread == pytest.approx(0.01, rel=0.1)
+    assert seen.other_load == pytest.approx(0.0, abs=1e-9)
+    assert seen.is_quiet
+
+
+def test_other_programs_and_stolen_time_are_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(Machine([0.010], 0.4, monkeypatch))
+    # Steadily slow: the spread alone would not show it.
+    assert seen.spread == pytest.approx(0.0, abs=1e-9)
+    assert seen.other_load == pytest.approx(0.4)
+    assert not seen.is_quiet
+
+
+def test_uneven_timings_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = watched(Machine([0.010, 0.020], 0.0, monkeypatch))
+    assert 0.5 <= seen.spread <= 1.0  # half of the calls take twice as long
+    assert not seen.is_quiet
+
+
+def test_short_probes_are_timed_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread's wake-up doubles every second call of 50 us; the sums of seventy hardly differ."""
+    assert watched(Machine([50e-6, 100e-6], 0.0, monkeypatch)).is_quiet
+
+
+def test_one_outlier_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    times_s = [0.010] * 200
+    times_s[50] = 0.300
+    assert watched(Machine(times_s, 0.0, monkeypatch)).is_quiet
+
+
+def test_the_limits_are_inclusive() -> None:
+    assert Steadiness(MAX_SPREAD, MAX_OTHER_LOAD).is_quiet
+    assert not Steadiness(MAX_SPREAD + 0.01, 0.0).is_quiet
+    assert str(Steadiness(0.1234, 0.5)) == (
+        "timings spread 12%, other programs used 50% of the CPUs"
+    )
+
+
+def test_the_real_machine_answers() -> None:
+    watch = QuietWatch(lambda: sum(range(2000)))
+    watch.burst()
+    seen = watch.result()
+    assert seen.spread >= 0
+    assert 0 <= seen.other_load <= 1

@@ -14,7 +14,13 @@ from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.sensors import Sample
-from moe_offload.report.files import ReportPaths, RunInfo, Status, write_reports
+from moe_offload.report.files import (
+    ReportPaths,
+    RunInfo,
+    Status,
+    same_file_as,
+    write_reports,
+)
 from moe_offload.report.read_back import read_run
 from moe_offload.report.summary import RunSummary, summarize
 
@@ -256,3 +262,21 @@ def test_a_failed_write_leaves_the_old_files_whole(
     ):
         write(tmp_path, BATCH)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_result_under_another_name_of_a_models_file_is_found(tmp_path: Path) -> None:
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    for folder in (model / "below", elsewhere):
+        folder.mkdir(parents=True)
+    manifest, shard, prompts = model / "manifest.json", model / "below/0.bin", tmp_path / "prompts"
+    for file in (manifest, shard, prompts, elsewhere / "old.csv"):
+        file.write_text("same")
+    (model / "broken").symlink_to(tmp_path / "none")
+    (elsewhere / "hard").hardlink_to(shard)
+    (elsewhere / "soft").symlink_to(manifest)
+    (elsewhere / "prompts").hardlink_to(prompts)
+    for name, file in (("hard", shard), ("soft", manifest), ("prompts", prompts)):
+        assert same_file_as(elsewhere / name, [prompts, model]) == file
+    assert same_file_as(model / ".." / "model" / "manifest.json", [model]) is not None
+    for name in ("old.csv", "new.csv"):
+        assert same_file_as(elsewhere / name, [prompts, model, tmp_path / "missing"]) is None

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "grouping.h"
 
 #include <algorithm>
 
@@ -12,41 +12,41 @@ bool on_cpu(const cpux_tokens& tokens, int64_t expert) {
 
 }  // namespace
 
-Plan make_plan(const cpux_tokens& tokens, int64_t t0, int64_t t1, Arena& arena) {
+Grouping group_pairs(const cpux_tokens& tokens, int64_t t0, int64_t t1, Arena& arena) {
   const int64_t top_k = tokens.top_k;
   int64_t* end = arena.take<int64_t>(tokens.n_experts);  // counts, then where each expert's go
   std::fill(end, end + tokens.n_experts, 0);
-  Plan plan{};
+  Grouping groups{};
   for (int64_t p = t0 * top_k; p < t1 * top_k; ++p) {
     const int64_t expert = tokens.index[p];
     if (!on_cpu(tokens, expert)) continue;
-    plan.n_experts += end[expert]++ == 0;
-    ++plan.n_pairs;
+    groups.n_experts += end[expert]++ == 0;
+    ++groups.n_pairs;
   }
-  Pair* pairs = arena.take<Pair>(plan.n_pairs);
-  plan.experts = arena.take<Expert>(plan.n_experts);
+  Pair* pairs = arena.take<Pair>(groups.n_pairs);
+  groups.experts = arena.take<Expert>(groups.n_experts);
   int64_t first = 0;
-  Expert* next = plan.experts;
+  Expert* next = groups.experts;
   for (int64_t e = 0; e < tokens.n_experts; ++e) {
     const int64_t n = end[e];
     end[e] = first;
     if (n == 0) continue;
     *next++ = {reinterpret_cast<const uint8_t*>(tokens.blocks[e]), n, pairs + first, first, {}, {}};
-    plan.most_pairs = std::max(plan.most_pairs, n);
+    groups.most_pairs = std::max(groups.most_pairs, n);
     first += n;
   }
   for (int64_t p = t0 * top_k; p < t1 * top_k; ++p) {
     const int64_t expert = tokens.index[p];
     if (on_cpu(tokens, expert)) pairs[end[expert]++] = {p / top_k, tokens.weight[p]};
   }
-  return plan;
-}
-
-int64_t count_pairs(const cpux_tokens& tokens) {
-  int64_t n = 0;
-  for (int64_t p = 0; p < tokens.n_tokens * tokens.top_k; ++p)
-    n += on_cpu(tokens, tokens.index[p]);
-  return n;
+  return groups;
 }
 
 }  // namespace cpux
+
+int64_t cpux_count_pairs(const cpux_tokens* tokens) {
+  int64_t n = 0;
+  for (int64_t p = 0; p < tokens->n_tokens * tokens->top_k; ++p)
+    n += cpux::on_cpu(*tokens, tokens->index[p]);
+  return n;
+}

@@ -43,7 +43,7 @@ def test_native_is_the_twin_of_the_hub_folder(layout: str, tmp_path: Path) -> No
     found = prepare_folder(native, tmp_path / "out", "--expert-dtype", "fp32")
     twin = prepare_folder(hub, tmp_path / "hub-out", "--hf", "--expert-dtype", "fp32")
     for mine, theirs in zip(found.shards, twin.shards, strict=True):
-        assert mine.path.read_bytes() == theirs.path.read_bytes(), mine.path.name
+        assert mine.file.read_bytes() == theirs.file.read_bytes(), mine.file.name
     ignored = {"transformers_version", "pad_token_id", "architectures"}
     assert {key: value for key, value in found.config.items() if key not in ignored} == {
         key: value for key, value in twin.config.items() if key not in ignored

@@ -15,6 +15,7 @@ import pytest
 ENTRY_POINTS = (
     "src/main.py",
     "weights_preprocessor.py",
+    "src/check.py",
     "src/simulator.py",
     "src/plots.py",
     "src/patterns.py",

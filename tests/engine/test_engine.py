@@ -163,6 +163,7 @@ def test_counts_and_bytes_are_conserved(
         block_bytes = engine.store.layouts[0].block_bytes
         assert engine.costs is not None
         predicted_us = predicted_step_us(recorder, engine.costs.model)
+        assert engine.predicted_step_us(recorder) is None  # an emulated accelerator's
     table = recorder.layer_table()
     decode = table[recorder.pass_table()["decode"][table["pass_index"]]]
     cached = decode[decode["layer"] < 3]

@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
-import shutil
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 from plotted import is_drawn
+from run_folders import LAYERS, run_dir
 
 from moe_offload.commands import draw as draw_module
-
-GOLDEN = Path(__file__).parent / "golden"
-LAYERS = 3  # of golden/single
-
-
-def run_dir(
-    folder: Path,
-    case: str = "single",
-    threads: int = 2,
-    cache: tuple[int, int] = (2, 4),
-    throughput: float = 10.0,
-) -> Path:
-    """A run's folder: the golden CSVs and the part of run.json that figures read."""
-    shutil.copytree(GOLDEN / case, folder)
-    document = {
-        "n_threads": threads,
-        "model": {"cache_nblocks": cache[0], "cache_nways": cache[1], "n_experts": [8] * LAYERS},
-        "summary": {"generation_throughput": throughput},
-        "files": {
-            "breakdown": "out.csv",
-            "cachehit": "cache.csv",
-            "expert_choices": "expert_choices.csv",
-            "token_gen_time": "token_gen_time.csv",
-        },
-    }
-    (folder / "run.json").write_text(json.dumps(document))
-    return folder
+from moe_offload.report.figures import (
+    Drawing,
+    draw_breakdown,
+    draw_cache_sizes,
+    draw_cores,
+    draw_policies,
+    house_style,
+)
+from moe_offload.report.read_back import RunFiles, read_runs
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -63,6 +46,7 @@ def test_every_figure_of_a_run_is_drawn(single: Path, name: str) -> None:
     figures = single / "figures"
     assert is_drawn(figures / f"{name}.png")
     assert (figures / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
+    assert "<svg" in (figures / f"{name}.svg").read_text()
     assert len(read(figures / f"{name}.csv")) > 0
 
 
@@ -127,41 +111,127 @@ def test_the_numbers_of_the_energy(single: Path) -> None:
 
 
 def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    speeds = {(1, (2, 4)): 5.0, (2, (2, 4)): 9.0, (2, (3, 2)): 8.0}
-    folders = [
-        run_dir(tmp_path / f"run{number}", threads=threads, cache=cache, throughput=speed)
-        for number, ((threads, cache), speed) in enumerate(speeds.items())
+    folders = [run_dir(tmp_path / policy, policy=policy) for policy in ("LRU", "FIFO")]
+    assert draw(*folders, "--output-dir", tmp_path / "out") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "left out" in line] == [
+        "left out: throughput over cache sizes (no two comparable runs differ in cache size)",
+        "left out: throughput over cores (the runs have one number of threads)",
     ]
-    assert draw(*folders, "--output-dir", tmp_path / "out") == 0
-    assert "left out" not in capsys.readouterr().out
-    for name in ("breakdown", "energy", "throughput_cache", "throughput_cores", "run0-tokens"):
+    for name in ("breakdown", "energy", "policies", "LRU-tokens", "FIFO-experts"):
         assert is_drawn(tmp_path / f"out/{name}.png")
-    cores = {
-        (row["Cache"], int(row["Threads"])): float(row["Throughput (tokens/s)"])
-        for row in read(tmp_path / "out/throughput_cores.csv")
-    }
-    assert cores == {
-        (f"cache {n} x {m}", threads): speed for (threads, (n, m)), speed in speeds.items()
-    }
-    sizes = {
-        (int(row["Cache Indexes N"]), int(row["Ways M"])): float(row["Throughput (tokens/s)"])
-        for row in read(tmp_path / "out/throughput_cache.csv")
-    }
-    assert sizes == {(2, 4): 9.0, (3, 2): 8.0}  # of the runs on two threads
 
 
-def test_cache_sizes_are_compared_at_one_batch_size(tmp_path: Path) -> None:
-    folders = []
-    for number, (batch, cache, speed) in enumerate(
-        [(1, (2, 4), 5.0), (4, (3, 2), 30.0), (1, (3, 2), 6.0), (1, (3, 2), 8.0)]
+def drawing(function: Callable[[Sequence[RunFiles]], Drawing | None], *folders: Path) -> Drawing:
+    with house_style():
+        found = function(read_runs(folders))
+    assert found is not None
+    return found
+
+
+def texts(of: Drawing) -> set[str]:
+    """Everything written in the figure."""
+    of.figure.draw_without_rendering()
+    return {text.get_text() for text in of.figure.findobj(Text) if text.get_visible()}
+
+
+def test_threads_are_compared_for_each_cache(tmp_path: Path) -> None:
+    speeds = {(1, "LRU"): 5.0, (2, "LRU"): 9.0, (2, "FIFO"): 8.0}
+    folders = [
+        run_dir(tmp_path / f"run{number}", threads=threads, policy=policy, throughput=speed)
+        for number, ((threads, policy), speed) in enumerate(speeds.items())
+    ]
+    assert drawing(draw_cores, *folders).rows == [
+        ("cache 2 x 4 FIFO", 2, 8.0, 1),
+        ("cache 2 x 4 LRU", 1, 5.0, 1),
+        ("cache 2 x 4 LRU", 2, 9.0, 1),
+    ]
+    (line,) = {row[0] for row in drawing(draw_cores, *folders[:2]).rows}
+    assert line == "cache 2 x 4"
+
+
+def sized_runs(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
+    """Runs of these cache sizes, each with a tenth of its slots as tokens/s."""
+    return [
+        run_dir(folder / f"{n}x{m}", threads=1, cache=(n, m), throughput=1 + n * m / 10)
+        for n, m in sizes
+    ]
+
+
+def test_cache_sizes_are_a_heat_map_where_all_were_run(tmp_path: Path) -> None:
+    folders = sized_runs(tmp_path, (2, 2), (2, 4), (3, 2), (3, 4), (0, 0))
+    drawn = drawing(draw_cache_sizes, *folders)
+    (image,) = drawn.figure.axes[0].images
+    assert image.get_array().tolist() == [[1.4, 1.6], [1.8, 2.2]]  # type: ignore[union-attr]
+    assert "Generation throughput by cache size (no cache: 1)" in texts(drawn)
+    assert "a model on a CPU, 1 thread, LRU" in texts(drawn)
+    assert drawn.rows[:2] == [(0, 0, 1.0, 1), (2, 2, 1.4, 1)]
+
+
+def test_cache_sizes_are_bars_where_a_heat_map_would_have_holes(tmp_path: Path) -> None:
+    drawn = drawing(draw_cache_sizes, *sized_runs(tmp_path, (3, 2), (2, 4), (0, 0)))
+    assert not drawn.figure.axes[0].images
+    assert {"no cache", "2 x 4", "3 x 2", " 1.8", " 1.6", " 1"} <= texts(drawn)
+    assert drawn.rows == [(0, 0, 1.0, 1), (2, 4, 1.8, 1), (3, 2, 1.6, 1)]
+
+
+def test_cache_sizes_are_compared_at_one_batch_size_and_policy(tmp_path: Path) -> None:
+    settings = (
+        *((1, (2, 4), "LRU", 5.0), (4, (3, 2), "LRU", 30.0), (1, (3, 2), "LRU", 6.0)),
+        *((1, (3, 2), "LRU", 8.0), (1, (3, 2), "FIFO", 70.0)),
+    )
+    folders = [
+        run_dir(tmp_path / f"run{n}", cache=cache, policy=policy, throughput=speed, batch=batch)
+        for n, (batch, cache, policy, speed) in enumerate(settings)
+    ]
+    assert drawing(draw_cache_sizes, *folders).rows == [(2, 4, 5.0, 1), (3, 2, 7.0, 2)]
+
+
+def test_policies_are_compared_at_each_cache_size(tmp_path: Path) -> None:
+    """The hit rates are those of the golden run; the last run has another number of threads."""
+    settings = (
+        *((2, (2, 4), "LRU", 5.0), (2, (2, 4), "FIFO", 4.0), (2, (2, 4), "LRU", 8.0)),
+        *((2, (3, 2), "FIFO", 3.0), (2, (3, 2), "LRU", 2.0), (2, (9, 9), "LRU", 9.0)),
+        *((2, (0, 0), "FIFO", 1.0), (7, (2, 4), "RANDOM", 1.0)),
+    )
+    folders = [
+        run_dir(tmp_path / f"run{n}", threads=threads, cache=cache, policy=policy, throughput=speed)
+        for n, (threads, cache, policy, speed) in enumerate(settings)
+    ]
+    drawn = drawing(draw_policies, *folders)
+    decode = [row for row in read(folders[0] / "cache.csv") if row["Phase"] == "decode"]
+    hits = 100 * sum(int(row["Hits"]) for row in decode) / (4 * len(decode))
+    assert drawn.rows == [
+        ("FIFO", 2, 4, hits, 4.0, 1),
+        ("FIFO", 3, 2, hits, 3.0, 1),
+        ("LRU", 2, 4, hits, 6.5, 2),
+        ("LRU", 3, 2, hits, 2.0, 1),
+    ]
+    assert {"FIFO", "LRU", "2 x 4", "3 x 2"} <= texts(drawn)
+    assert "RANDOM" not in texts(drawn)
+    # No point lies on another policy's: FIFO and LRU hit equally often here.
+    at = [line.get_xdata()[0] for line in drawn.figure.axes[0].lines]  # type: ignore[index]
+    assert len(set(at)) == len(at) == 4
+
+
+def test_the_breakdown_says_of_what_it_is_and_names_nothing_that_it_does_not_show(
+    tmp_path: Path,
+) -> None:
+    with_cache, without = run_dir(tmp_path / "cached"), run_dir(tmp_path / "plain", cache=(0, 0))
+    lines = [line.split(",") for line in (without / "out.csv").read_text().splitlines()]
+    silent = [lines[0].index(part) for part in ("gpu", "copy_wait")]
+    for line in lines[1:]:
+        for column in silent:
+            line[column] = "0"
+    (without / "out.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    both = {"attention", "router", "plan", "cpu", "combine", "rest"}
+    for folder, named in (
+        (without, both),
+        (with_cache, both | {"copy wait", "accelerator (beside)"}),
     ):
-        folders.append(run_dir(tmp_path / f"run{number}", cache=cache, throughput=speed))
-        document = json.loads((folders[-1] / "run.json").read_text())
-        document["settings"] = {"generation": {"batch_size": batch}}
-        (folders[-1] / "run.json").write_text(json.dumps(document))
-    assert draw(*folders, "--output-dir", tmp_path / "out") == 0
-    sizes = [tuple(row.values()) for row in read(tmp_path / "out/throughput_cache.csv")]
-    assert sizes == [("2", "4", "5", "1"), ("3", "2", "7", "2")]
+        drawn = drawing(draw_breakdown, folder)
+        (legend,) = drawn.figure.legends
+        assert {text.get_text() for text in legend.get_texts()} == named
+        assert "a model on a CPU" in texts(drawn)
 
 
 def test_a_batched_run_is_drawn(tmp_path: Path) -> None:
@@ -186,80 +256,6 @@ def test_what_there_is_no_data_for_is_left_out_and_said(
     assert "left out: cache hits (the run had no cache)" in out
     assert is_drawn(folder / "figures/tokens.png")
     assert not (folder / "figures/hits.png").exists()
-
-
-def damage(folder: Path, name: str, old: str, new: str) -> None:
-    path = folder / name
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-def test_wrong_arguments_are_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for arguments, sentence in (
-        ((), "the following arguments are required: RUN_DIR; see --help"),
-        ((tmp_path / "run.partial.json",), "run.partial.json: expected the JSON that a run writes"),
-    ):
-        assert draw(*arguments) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert sentence in err
-        assert err.count("\n") == 1
-        assert "Errno" not in err
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new", "sentence"),
-    [
-        ("out.csv", "decode,1,1.504", "decode,1,fast", "out.csv, line 3: expected a number in"),
-        ("out.csv", "decode,1,1.504", "decode,1", "out.csv, line 3: expected 19 cells, found 18"),
-        ("out.csv", "step_ms", "steps", "out.csv, line 1: expected the columns step_ms, found"),
-        ("cache.csv", "5,2,0,0,decode,1,2,2,2,1,1,2,2\n", "", "of one run, found 6 and 5 forward"),
-        ("run.json", '"summary"', '"other"', "run.json: expected the JSON that a run writes"),
-        ("run.json", "{", "{{", "run.json: expected the JSON that a run writes"),
-        ("run.json", '"breakdown"', '"else"', "run.json: expected the names of the run's files"),
-    ],
-)
-def test_damaged_files_are_one_sentence(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    old: str,
-    new: str,
-    sentence: str,
-) -> None:
-    folder = run_dir(tmp_path / "run")
-    damage(folder, name, old, new)
-    assert draw(folder) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert sentence in err
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["run.json", "out.csv", "token_gen_time.csv", "expert_choices.csv"]
-)
-def test_missing_files_are_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    folder = run_dir(tmp_path / "run")
-    (folder / name).unlink()
-    assert draw(folder) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert name in err
-    assert err.count("\n") == 1
-
-
-def test_the_files_of_an_interrupted_run_are_read(tmp_path: Path) -> None:
-    folder = run_dir(tmp_path / "run")
-    (folder / "run.json").rename(folder / "run.partial.json")
-    assert draw(folder) == 0
 
 
 def test_a_folder_that_cannot_be_written(

@@ -20,14 +20,15 @@ struct Expert {
   Activations middle;  // between its two matrices
 };
 
-struct Plan {
+struct Grouping {
   Expert* experts;
   int64_t n_experts, n_pairs, most_pairs;  // most_pairs: of one expert
+
+  Expert* begin() const { return experts; }
+  Expert* end() const { return experts + n_experts; }
 };
 
 // Pairs of tokens [t0, t1) whose expert is on the CPU, grouped by ascending expert.
-Plan make_plan(const cpux_tokens& tokens, int64_t t0, int64_t t1, Arena& arena);
-
-int64_t count_pairs(const cpux_tokens& tokens);
+Grouping group_pairs(const cpux_tokens& tokens, int64_t t0, int64_t t1, Arena& arena);
 
 }  // namespace cpux
