@@ -1,6 +1,4 @@
-"""Replays a routing trace through the expert cache: which cache, on which hardware, how fast?
-
-The command line of `simulator.py`: flags, defaults and help, and the cache they ask for."""
+"""The simulator's command line: which cache, on which hardware, how fast?"""
 
 from __future__ import annotations
 
@@ -26,13 +24,11 @@ from moe_offload.simulation.tuning import (
     BELADY,
     Outcome,
     Setting,
-    draw_rows,
     grid,
     run_setting,
     share_one_index,
     sweep,
     tune,
-    write_rows,
 )
 from moe_offload.simulation.workload import typical_workload
 
@@ -98,7 +94,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
-        "--sweep", action="store_true", help="N x M x policy to sweep.csv and sweep.png"
+        "--sweep", action="store_true", help="N x M x policy: sweep.csv, .png, .pdf and .svg"
     )
     tasks.add_argument("--tune", action="store_true", help="the fastest cache and its Pareto front")
     tasks.add_argument("--memory-gb", type=float, help="for --tune; default: the GPU's free memory")
@@ -205,7 +201,6 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        shape = shape.with_layers(trace.n_layers)
         costs = machine.cost_model(shape, options.expert_dtype)
     elif options.expert_dtype != "bf16" and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
@@ -214,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
         _tune(options, trace, machine, shape)
     elif options.sweep:
-        _sweep(options, trace, costs)
+        _sweep(options, trace, machine, shape, costs)
     elif options.cache_nways or not options.write_trace:
         _one_setting(options, trace, machine, shape, costs)
 
@@ -232,12 +227,25 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
     if options.synthetic is not None:
         raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
     trace = read_trace(options.trace, shape.n_experts if shape is not None else None)
-    if shape is not None and trace.n_experts > shape.n_experts:
-        raise UserError(
-            f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
-            f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
-        )
+    if shape is not None:
+        _check_shape(trace, shape)
     return trace
+
+
+def _check_shape(trace: Trace, shape: ModelShape) -> None:
+    """UserError for a trace of another model; a trace that keeps fewer choices is told of."""
+    n_layers, top_k = trace.n_layers, trace.info.top_k
+    if n_layers != shape.n_layers or trace.n_experts > shape.n_experts or top_k > shape.top_k:
+        raise UserError(
+            f"expected a trace of {shape.name}, which has {shape.n_layers} MoE layers, top-"
+            f"{shape.top_k} of {shape.n_experts} experts, found one of {trace.info.model} with "
+            f"{n_layers}, top-{top_k} of {trace.n_experts}; correct --model or the trace"
+        )
+    if top_k < shape.top_k:
+        print(
+            f"note: the trace holds {top_k} of each token's {shape.top_k} experts in "
+            f"{shape.name}: it computes and reads fewer than the model"
+        )
 
 
 def _print_trace(trace: Trace) -> None:
@@ -285,10 +293,12 @@ def _one_setting(
     expert_bytes = trace.info.expert_bytes
     if shape is not None:
         expert_bytes = shape.block_bytes(options.expert_dtype)
+    if machine is not None and shape is not None:
+        _check_memory(setting, machine, shape, options.expert_dtype)
     outcome = run_setting(trace, setting, costs)
     _print_hits(trace, setting, outcome, expert_bytes)
     if machine is not None and costs is not None:
-        _print_times(outcome, machine)
+        _print_times(outcome, machine, trace.n_layers)
 
 
 def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: int | None) -> None:
@@ -324,7 +334,35 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
         )
 
 
-def _print_times(outcome: Outcome, machine: Machine) -> None:
+def _cache_bytes(machine: Machine, shape: ModelShape) -> float:
+    """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
+    return machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+
+
+def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: str) -> None:
+    block_bytes, free_bytes = shape.block_bytes(dtype), _cache_bytes(machine, shape)
+    n_slots = setting.n_indexes * setting.n_ways
+    if n_slots * block_bytes > free_bytes:
+        raise UserError(
+            f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
+            f"{shape.name}'s dense weights in the {machine.gpu_memory_gb:g} GB of {machine.name}, "
+            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache, "
+            "or leave --hardware out for the hits alone"
+        )
+
+
+def _host_limit(machine: Machine, n_layers: int) -> str:
+    """What no cache can change: the time of the host in each layer's dense part."""
+    step_ms = n_layers * machine.layer_us / 1e3
+    if not step_ms:
+        return "the hardware file's layer_us is 0: the host's own time is left out"
+    return (
+        f"the hardware file's layer_us of {machine.layer_us:g} is {step_ms:.1f} ms a token: with "
+        f"any cache at most {1e3 / step_ms:.1f} tokens/s"
+    )
+
+
+def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
     result, busy = outcome.replay, outcome.busy
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
@@ -339,15 +377,32 @@ def _print_times(outcome: Outcome, machine: Machine) -> None:
         f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
         f"reached {100 * result.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
     )
+    print(f"  {_host_limit(machine, n_layers)}")
 
 
-def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -> None:
+def _sweep(
+    options: argparse.Namespace,
+    trace: Trace,
+    machine: Machine | None,
+    shape: ModelShape | None,
+    costs: CostModel | None,
+) -> None:
+    from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
+    from moe_offload.report.sweep_figure import draw_sweep
+
     _make_folder(options.output_dir)
-    rows = sweep(trace, grid(trace), costs, options.processes)
-    table, figure = options.output_dir / "sweep.csv", options.output_dir / "sweep.png"
-    write_rows(table, rows)
+    free_bytes = _cache_bytes(machine, shape) if machine and shape else 0.0
+    rows = sweep(trace, grid(trace), costs, options.processes, free_bytes)
+    if costs is not None and not any(row.fits for row in rows):
+        raise UserError(
+            f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
+            f"{free_bytes / 1e9:.1f} GB left; sweep without --hardware, or for a larger GPU"
+        )
+    where = f" on {machine.name}, {machine.cores} cores" if machine else ""
     kind = " (synthetic routing)" if trace.info.synthetic else ""
-    draw_rows(figure, rows, f"{trace.info.model}{kind}")
+    with house_style():
+        drawing = draw_sweep(rows, f"{trace.info.model}{kind}{where}")
+    paths = save_drawing(drawing, options.output_dir)
     print(
         f"{'N':>4} {'M':>4} {'policy':<7}{'slots':>6}{'>=1':>7}{'>=2':>7}{'expert':>8}"
         f"{'bound':>7}{'tok/s':>8}"
@@ -357,12 +412,16 @@ def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -
         print(
             f"{row.n_indexes:>4} {row.n_ways:>4} {row.policy:<7}{row.slots:>6}{row.hit_one:7.1f}"
             f"{row.hit_two:7.1f}{row.hit_expert:8.1f}{row.bound_bypass:7.1f}{speed}"
+            + "  does not fit"
+            * (row.fits is False)
         )
-    print(f"{len(rows)} settings: wrote {table} and {figure}")
+    if machine is not None:
+        print(_host_limit(machine, trace.n_layers))
+    print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
 def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
-    memory_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+    memory_bytes = _cache_bytes(machine, shape)
     if options.memory_gb is not None:
         memory_bytes = options.memory_gb * 1e9
         if memory_bytes < 0:
@@ -382,6 +441,7 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
             f"{point.weight_format:<7}{point.n_indexes:>4}{point.n_ways:>5} {point.policy:<7}"
             f"{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
         )
+    print(_host_limit(machine, trace.n_layers))
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"

@@ -7,12 +7,10 @@ expert format is fastest depends on the routing, the CPU and the bus at once.
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from moe_offload.errors import UserError
@@ -31,8 +29,6 @@ from moe_offload.simulation.traces import N_IDS, Routing, RoutingPass, Trace
 from moe_offload.simulation.workload import typical_workload
 
 BELADY = "BELADY"
-# Okabe and Ito's palette, told apart with every kind of colour vision.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,8 @@ class SweepRow:
 
     `hit_expert` and `bound_bypass`, the rate that no policy can exceed, count an expert once in a
     pass, however many tokens of a batch chose it; so does `all_hits`, in percent of every layer's
-    experts, cached or not. Times are 0 without a cost model.
+    experts, cached or not. `fits` says whether the GPU holds so many slots. The speeds are None
+    where it does not, and all three without a machine.
     """
 
     n_indexes: int
@@ -65,9 +62,10 @@ class SweepRow:
     all_hits: float
     fetches: int
     evictions: int
-    tokens_per_s: float
-    bound_tokens_per_s: float
+    tokens_per_s: float | None
+    bound_tokens_per_s: float | None
     synthetic: bool
+    fits: bool | None
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,17 @@ def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) 
 
 
 def sweep(
-    trace: Trace, settings: Sequence[Setting], costs: CostModel | None = None, processes: int = 1
+    trace: Trace,
+    settings: Sequence[Setting],
+    costs: CostModel | None = None,
+    processes: int = 1,
+    cache_bytes: float = 0.0,
 ) -> list[SweepRow]:
-    """Run every setting, on so many processes; the rows keep the settings' order."""
-    row = partial(_row, trace, costs)
+    """Run every setting, on so many processes; the rows keep the settings' order.
+
+    `cache_bytes` is what the GPU has for slots, where `costs` are given.
+    """
+    row = partial(_row, trace, costs, cache_bytes)
     if processes <= 1 or len(settings) < 2 * processes:
         return [row(setting) for setting in settings]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -114,45 +119,6 @@ def grid(trace: Trace, policies: Iterable[str] = ()) -> list[Setting]:
         for m in _doubling(trace.n_experts, 5)
         for policy in names
     ]
-
-
-def write_rows(path: Path, rows: Sequence[SweepRow]) -> None:
-    """Write a sweep as CSV; raises UserError where the file cannot be written."""
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in fields(SweepRow)])
-            for row in rows:
-                values = (f"{v:.4f}" if isinstance(v, float) else v for v in astuple(row))
-                writer.writerow(values)
-    except OSError as error:
-        raise UserError(f"expected to write {path}, found {error}; choose another folder") from None
-
-
-def draw_rows(path: Path, rows: Sequence[SweepRow], title: str) -> None:
-    """Draw hit rate over ways, one line for each policy, at the sweep's largest N."""
-    import matplotlib  # a second of import that only figures need
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    widest = max(row.n_indexes for row in rows)
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    shown = [row for row in rows if row.n_indexes == widest]
-    policies = dict.fromkeys(row.policy for row in shown)
-    for policy, marker, colour in zip(policies, "os^Dvx*", _COLOURS, strict=False):
-        points = sorted((row.n_ways, row.hit_expert) for row in shown if row.policy == policy)
-        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=policy)
-    bound = sorted({(row.n_ways, row.bound_bypass) for row in shown})
-    axes.plot(*zip(*bound, strict=True), "k--", label="optimum with bypass")
-    axes.set_xscale("log", base=2)
-    ways = [row.n_ways for row in shown]
-    axes.set_xticks(sorted(set(ways)), [str(n) for n in sorted(set(ways))])
-    axes.set(xlabel="ways M", ylabel="experts hit in decode (%)", ylim=(0, 100), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def share_one_index(trace: Trace) -> Trace:
@@ -180,14 +146,16 @@ def _policy(name: str, trace: Trace) -> ReplacementPolicy:
     return Belady(trace.passes) if name == BELADY else make_policy(name)
 
 
-def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:
+def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Setting) -> SweepRow:
+    slots = setting.n_indexes * setting.n_ways
+    fits = None if costs is None else slots * costs.block_bytes <= cache_bytes
     outcome = run_setting(trace, setting, costs)
     result = outcome.replay
     return SweepRow(
         setting.n_indexes,
         setting.n_ways,
         setting.policy,
-        slots=setting.n_indexes * setting.n_ways,
+        slots=slots,
         hit_one=result.decode.at_least_one_percent,
         hit_two=result.decode.at_least_two_percent,
         hit_expert=result.found_percent,
@@ -195,9 +163,10 @@ def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:
         all_hits=100 * result.found / trace.n_chosen,
         fetches=result.fetches,
         evictions=result.evictions,
-        tokens_per_s=result.tokens_per_s,
-        bound_tokens_per_s=outcome.bound_tokens_per_s,
+        tokens_per_s=result.tokens_per_s if fits else None,
+        bound_tokens_per_s=outcome.bound_tokens_per_s if fits else None,
         synthetic=trace.info.synthetic,
+        fits=fits,
     )
 
 
