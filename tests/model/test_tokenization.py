@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from moe_offload.errors import UserError
+from moe_offload.model import tokenization
 from moe_offload.model.tokenization import (
     CheckpointTokenizer,
     MistralTokenizer,
@@ -93,6 +97,139 @@ def test_no_tokenizer_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
     with pytest.raises(UserError, match="copy the model's tokenizer files"):
         load_tokenizer(tmp_path, "olmoe")
+
+
+EVIL = """open({marker!r}, "w").write("ran")
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+class EvilConfig(PreTrainedConfig):
+    model_type = "evil"
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | changes))
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+@pytest.mark.parametrize("has_own", [False, True])
+def test_code_of_the_folder_never_runs_and_nobody_is_asked(
+    in_config: bool, has_own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a yes waits on standard input; a tokenizer.json beside it serves all the
+    same."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    folder.mkdir()
+    if has_own:
+        write_byte_tokenizer(folder, PHI_TEMPLATE)
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    edit_json(
+        folder / "tokenizer_config.json",
+        tokenizer_class="EvilTokenizer",
+        auto_map={"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]},
+    )
+    if in_config:
+        edit_json(
+            folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"}
+        )
+    if has_own:
+        tokenizer = load_tokenizer(folder, "evil")
+        assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
+    else:
+        with pytest.raises(UserError, match="code of its own") as refused:
+            load_tokenizer(folder, "evil")
+        assert "copy a tokenizer.json there" in str(refused.value)
+    assert not marker.exists()
+
+
+def write_own_twin(folder: Path, template: str) -> None:
+    """What the hub has beside `tokenizer.model`: the same tokens as transformers keeps them."""
+    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def test_mistrals_own_checkpoint_stays_with_mistral_common(mixtral_folder: Path) -> None:
+    write_own_twin(mixtral_folder, "[INST] {{ messages[0]['content'] }} [/INST]")
+    assert (mixtral_folder / "tokenizer.json").is_file()
+    assert isinstance(load_tokenizer(mixtral_folder, "mixtral"), MistralTokenizer)
+
+
+@pytest.mark.parametrize("template", [PHI_TEMPLATE, None, "[INST] {{ messages[0]['content'] }}"])
+@pytest.mark.parametrize("leftover", ["tekken.json", "tokenizer.model", "tokenizer.model.v3"])
+def test_a_leftover_file_of_mistrals_does_not_beat_the_checkpoints_own(
+    leftover: str, template: str | None, tmp_path: Path
+) -> None:
+    source = {
+        "tekken.json": "tekken_240911.json",
+        "tokenizer.model": "tokenizer.model.v1",
+        "tokenizer.model.v3": "mistral_instruct_tokenizer_240323.model.v3",
+    }[leftover]
+    (tmp_path / leftover).write_bytes((DATA / source).read_bytes())
+    write_byte_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(tmp_path, "mixtral")
+    assert isinstance(tokenizer, CheckpointTokenizer)
+    assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
+
+
+def test_tokens_that_a_fine_tune_added_are_its_own(mixtral_folder: Path) -> None:
+    added = {"<|im_end|>": 32000, "<|im_start|>": 32001}
+    (mixtral_folder / "added_tokens.json").write_text(json.dumps(added))
+    entries = {
+        str(number): {"content": text, "special": False, "normalized": False}
+        | dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        for text, number in added.items()
+    }
+    edit_json(
+        mixtral_folder / "tokenizer_config.json",
+        tokenizer_class="LlamaTokenizer",
+        added_tokens_decoder=entries,
+    )
+    tokenizer = load_tokenizer(mixtral_folder, "mixtral")
+    assert tokenizer.decode([32001]) == "<|im_start|>"
+    assert 32001 in tokenizer.encode("<|im_start|>user", raw=True)
+
+
+def test_ids_beyond_mistrals_vocabulary_have_no_text(mixtral_folder: Path) -> None:
+    tokenizer = load_tokenizer(mixtral_folder, "mixtral")
+    ids = tokenizer.encode("Hello there", raw=True)
+    assert tokenizer.decode([*ids, 32001, 32767]) == tokenizer.decode(ids)
+
+
+def test_a_processors_template_is_used(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, None)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": PHI_TEMPLATE}))
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    assert tokenizer.decode(tokenizer.encode("Hi", raw=False)).startswith("<|user|>\nHi")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 9000000000 }}",
+        "{{ 'x' * 9000000 }}",
+    ],
+)
+def test_a_template_without_end_or_measure_is_a_sentence(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "_TEMPLATE_S", 0.3)
+    write_byte_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="mend it there, or use --raw-prompt"):
+        tokenizer.encode("Hi", raw=False)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limit
+
+
+def test_what_ends_in_time_is_left_alone() -> None:
+    with tokenization.bounded(0.05, 1 << 30):
+        pass
+    time.sleep(0.1)  # no exception comes late
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -10,7 +10,7 @@ from torch import nn
 from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.engine.memory import Budget, Need, free_slot_bytes, make_budget
 from moe_offload.errors import UserError
-from moe_offload.experts.accelerator import PrefetchStats, find_router
+from moe_offload.experts.accelerator import PrefetchStats
 from moe_offload.experts.layer import HostHandoff
 from moe_offload.experts.plan import MissTrial
 from moe_offload.kernels.oracle import apply_activation, probe_activation
@@ -32,21 +32,6 @@ def test_an_unfinished_trial_says_so() -> None:
     trial = MissTrial()
     trial.record(1.0)
     assert "undecided after 1" in trial.line
-
-
-@pytest.mark.parametrize("name", ["mixtral", "phimoe", "qwen2_moe", "olmoe", "gpt_oss"])
-def test_a_router_is_found_and_asked(name: str) -> None:
-    model = build_model(CONFIGS[name]())
-    found = find_experts(model)[0]
-    block = model.get_submodule(found.name.rpartition(".")[0])
-    router = find_router(block, found.n_experts, found.hidden_size)
-    assert router is not None
-    hidden = torch.randn(5, found.hidden_size)
-    asked = []
-    experts = model.get_submodule(found.name)
-    experts.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[1]))
-    block(hidden[None])
-    assert torch.equal(router(hidden), asked[0])
 
 
 def test_prefetch_statistics() -> None:

@@ -25,7 +25,15 @@ from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.sensors import NvmlReader, SensorSampler
 from moe_offload.machine.terminal import Interruption, RunProgress, say, show, told_if_slow
 from moe_offload.model.dummy import DummyModel, DummyTokenizer, dummy_routing
-from moe_offload.model.generation import Generated, generate_batch, make_sampler, stop_ids
+from moe_offload.model.generation import (
+    Generated,
+    context_length,
+    generate_batch,
+    make_sampler,
+    require_fitting,
+    stop_ids,
+    unused_suggestions,
+)
 from moe_offload.model.loader import PreparedModel
 from moe_offload.model.tokenization import StreamingDetokenizer, Tokenizer, load_tokenizer
 from moe_offload.report.files import ReportPaths, RunInfo, Status, routing_lines, write_reports
@@ -44,19 +52,11 @@ class Conversation:
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str], raw: bool, config: PretrainedConfig
 ) -> list[list[int]]:
-    """Token ids of every prompt; UserError for one that is longer than the model's context."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Token ids of every prompt; UserError for one that the model cannot take."""
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
-        ids = tokenizer.encode(prompt, raw)
-        if limit and len(ids) >= limit:
-            raise UserError(
-                f"prompt {number} has {len(ids)} tokens, but the model's context holds {limit}: "
-                "shorten it"
-            )
-        if not ids:
-            raise UserError(f"prompt {number} has no tokens: give it some text")
-        encoded.append(ids)
+        encoded.append(tokenizer.encode(prompt, raw))
+        require_fitting(encoded[-1], config, f"prompt {number}")
     return encoded
 
 
@@ -193,8 +193,7 @@ def run(
     source, tokenizer = _open_model(config.model)
     prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
     longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    longest = min(longest, limit or longest)
+    longest = min(longest, context_length(source.config) or longest)
     recorder = Recorder() if config.output.record else NullRecorder()
     routing = None
     if isinstance(source, DummyModel):  # before minutes of loading: the trace may not fit
@@ -216,6 +215,14 @@ def run(
             engine.notes.extend(routing.notes)
         if config.output.nvtx and engine.device.type == "cpu":
             engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
+        if isinstance(source, PreparedModel):
+            options = config.generation
+            suggested = source.manifest.generation_config or {}
+            engine.notes += unused_suggestions(suggested, options.temperature, options.top_p)
+            if not stop_ids(engine.model, tokenizer.eos_ids):
+                engine.notes.append(
+                    "the model names no token that ends a text: every answer has --max-tokens"
+                )
         for note in engine.notes:
             say(note)
         if config.output.record:

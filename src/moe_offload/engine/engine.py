@@ -42,8 +42,8 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.terminal import byte_bar
-from moe_offload.model import attention
-from moe_offload.model.decode_modules import use_cpu_kernels
+from moe_offload.model.attention import XFORMERS, register_xformers
+from moe_offload.model.decode_modules import find_router, use_cpu_kernels
 from moe_offload.model.loader import (
     ModelSource,
     MoeSite,
@@ -241,8 +241,8 @@ def load_engine(
     before loading anything when memory cannot hold the run.
     """
     device = choose_device(options.device)
-    if options.attention == attention.NAME:
-        attention.register_xformers(device)
+    if options.attention == XFORMERS:
+        register_xformers(device)
     if device.type == "cuda" and source.dense_format in PACKED_FORMATS:
         raise UserError(
             f"the dense weights of {source.name} are prepared as {source.dense_format}, which "
@@ -255,6 +255,7 @@ def load_engine(
         read_trace(cache.trace)
     notes: list[str] = []
     model = build_skeleton(source.config, source.dtype, options.attention)
+    source.check(model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(
@@ -286,8 +287,10 @@ def load_engine(
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
     if device.type == "cpu":
-        blocks = [site.block for site in sites]
-        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, blocks)
+        width = source.layouts[0].hidden_size
+        routers = [find_router(site.block, width) for site in sites]
+        found = [router for router in routers if router is not None]
+        use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, found)
     else:
         refused = store.pin()
         notes.extend([refused] if refused else [])

@@ -101,15 +101,19 @@ class Budget:
 def kv_cache_bytes(config: PretrainedConfig, n_tokens: int, bytes_per_value: int) -> int:
     """Bytes of the KV cache for `n_tokens`, from the usual config fields; an upper estimate."""
     text: Any = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if getattr(text, "kv_lora_rank", None):  # latent attention caches expanded heads here
-        key = (getattr(text, "qk_nope_head_dim", 0) or 0) + (text.qk_rope_head_dim or 0)
-        per_token = heads * (key + text.v_head_dim)
-    else:
-        per_token = 2 * kv_heads * head_dim
-    return int(text.num_hidden_layers * per_token * n_tokens * bytes_per_value)
+    # where sizes differ from layer to layer (Gemma 4), each has a config of its own
+    layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
+    return sum(map(_values_per_token, layers)) * n_tokens * bytes_per_value
+
+
+def _values_per_token(layer: Any) -> int:
+    """Keys and values that one layer keeps of a token."""
+    heads = getattr(layer, "num_attention_heads", 1) or 1
+    if getattr(layer, "kv_lora_rank", None):  # latent attention caches expanded heads here
+        key = (getattr(layer, "qk_nope_head_dim", 0) or 0) + (layer.qk_rope_head_dim or 0)
+        return int(heads * (key + layer.v_head_dim))
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return int(2 * kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads))
 
 
 def make_budget(

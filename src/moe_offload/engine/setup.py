@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 
+from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import CacheOptions
 from moe_offload.errors import UserError
-from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router, find_router
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
 from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
+from moe_offload.model.decode_modules import chosen_experts, find_router
 from moe_offload.model.loader import ModelSource, MoeSite
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
@@ -57,7 +59,6 @@ def chosen_cache(
     No cache where none is worth its memory.
     """
     block_bytes = source.layouts[0].block_bytes
-    text_config: Any = source.config.get_text_config()
     if options.memory_gb is not None:
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
     choice = choose_cache(
@@ -65,7 +66,7 @@ def chosen_cache(
         block_bytes,
         len(source.layouts),
         source.n_experts[0],
-        int(getattr(text_config, "num_experts_per_tok", 2)),
+        experts_per_token(source.config) or 2,
         costs,
         None if options.trace is None else read_trace(options.trace),
     )
@@ -151,15 +152,13 @@ def build_accelerator(
 
 
 def _router(store: ExpertStore, site: MoeSite) -> Router:
-    router = find_router(
-        site.block, store.n_experts[site.layer], store.layouts[site.layer].hidden_size
-    )
+    router = find_router(site.block, store.layouts[site.layer].hidden_size)
     if router is None:
         raise UserError(
             f"--prefetch next-layer cannot call the router of {site.experts_path} on its own: "
             "use --prefetch off for this architecture"
         )
-    return router
+    return partial(chosen_experts, router)
 
 
 def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> tuple[CacheOptions, int]:

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_offload.experts.cache import ExpertCache, SlotState
 from moe_offload.experts.costs import CostModel
@@ -23,7 +22,7 @@ from moe_offload.experts.plan import MissMode, MissTrial
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 
-Router = Callable[[Tensor], Tensor]
+Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
 
 
 N_STAGING_SLOTS = 2  # one is computed while the other is filled
@@ -136,7 +135,7 @@ class Accelerator:
         if layer >= len(self.routers) or layer >= self.cache.n_indexes:
             return None
         router = self.routers[layer]
-        return None if router is None else router(hidden).long()
+        return None if router is None else router(hidden)
 
     def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
         """Start copying the `guessed` experts of `layer`; returns how many.
@@ -242,44 +241,3 @@ class PrefetchStats:
             if self._unused_slots.get(slot) == (layer, expert):
                 self.used += 1
                 del self._unused_slots[slot]
-
-
-def find_router(block: nn.Module, n_experts: int, hidden_size: int) -> Router | None:
-    """The router of an MoE block as hidden [T, H] -> ids int64 [T, K], or None.
-
-    A router is a direct child module that maps [T, H] to a tuple whose last tensor of integers
-    is [T, K]: transformers' convention, found by trying rather than by name.
-    """
-    for name, child in block.named_children():
-        if name == "experts":
-            continue
-        parameter = next(child.parameters(), None)
-        if parameter is None or n_experts not in parameter.shape:
-            continue
-        probe = torch.zeros(1, hidden_size, dtype=parameter.dtype, device=parameter.device)
-        try:
-            with torch.no_grad():
-                ids = _integer_output(child(probe))
-        except (RuntimeError, TypeError, ValueError):
-            continue
-        if ids is not None:
-            return _IdsOnly(child)
-    return None
-
-
-@dataclass(frozen=True)
-class _IdsOnly:
-    router: nn.Module
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        ids = _integer_output(self.router(hidden))
-        assert ids is not None  # it gave some for the probe
-        return ids
-
-
-def _integer_output(output: Any) -> Tensor | None:
-    if isinstance(output, tuple):
-        for value in reversed(output):
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.dim() == 2:
-                return value
-    return None

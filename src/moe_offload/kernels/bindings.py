@@ -22,7 +22,6 @@ from moe_offload.errors import UserError
 from moe_offload.kernels.library import (
     MOST_THREADS,
     AttentionArguments,
-    HeadsArguments,
     NormArguments,
     RouterArguments,
     TokenArguments,
@@ -37,7 +36,6 @@ __all__ = (
     "AttentionArguments",
     "CpuKernels",
     "DecodeKernels",
-    "HeadsArguments",
     "KernelChoice",
     "NormArguments",
     "RouterArguments",
@@ -197,6 +195,3 @@ class DecodeKernels:
         index: Tensor,
     ) -> None:
         self.kernels.call("route", router, x, n_tokens, logits, scores, index)
-
-    def project(self, heads: HeadsArguments, x: Tensor, projected: Tensor) -> None:
-        self.kernels.call("project", heads, x, projected)

@@ -100,21 +100,6 @@ class RouterArguments(ctypes.Structure):
     )
 
 
-class HeadsArguments(ctypes.Structure):
-    """`cpux_heads` of api.h."""
-
-    _fields_ = (
-        *_fields(c_int32, "is_bf16"),
-        *_fields(c_int64, "n_batch n_heads n_kv_heads key_size value_size rotary_size"),
-        *_fields(ctypes.POINTER(MatrixArguments), "q k v"),
-        *_fields(ctypes.POINTER(NormArguments), "q_norm k_norm"),
-        *_fields(c_void_p, "cos sin"),
-        *_fields(c_int64, "rotary_stride"),
-        *_fields(c_void_p, "key value"),
-        *_fields(c_int64 * 2, "key_strides value_strides"),
-    )
-
-
 _LAYER: Final = ctypes.POINTER(LayerArguments)
 _TOKENS: Final = ctypes.POINTER(TokenArguments)
 # Functions that take an instruction set and a number of threads, then these, and give a code.
@@ -131,7 +116,6 @@ _COMPUTING: Final = {
         *(ctypes.POINTER(RouterArguments), c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p),
     ),
-    "project": (ctypes.POINTER(HeadsArguments), c_void_p, c_void_p),
     "read": (c_void_p, c_int64, ctypes.POINTER(c_double)),
     "multiply_add": (c_double, ctypes.POINTER(c_double)),
 }

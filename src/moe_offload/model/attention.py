@@ -1,9 +1,8 @@
-"""xformers' memory-efficient attention behind transformers' attention interface.
-
-Attention of decode steps on the CPU: our kernels behind transformers' attention interface.
+"""Attention functions of our own behind transformers' attention interface: CPU kernels, xformers.
 
 torch's attention for one bf16 query packs all keys for it, which takes ten times as long as reading
-them (`benchmarks/bench_cpu_attention.py`). Prompts stay with torch.
+them (`benchmarks/bench_cpu_attention.py`): on the CPU, decode steps go to our kernels and prompts
+stay with torch. On a GPU, xformers' memory-efficient attention may be asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -21,9 +20,21 @@ from moe_offload.errors import UserError
 from moe_offload.kernels.bindings import CpuKernels
 from moe_offload.kernels.library import AttentionArguments
 
+XFORMERS = "xformers"
+_MASK_ALIGNMENT = 8  # xformers wants the key dimension of a bias padded to a multiple of this
 # Tensors that transformers hands to every attention function and that change nothing in it. Any
 # other one (sinks, a bias, indices of a sparse attention) leaves the call to torch.
 _WITHOUT_EFFECT = frozenset({"position_ids", "cache_position"})
+
+
+def takes_other_attention(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model leaves its attention to whatever function is registered for it.
+
+    transformers runs such a model under flash or flex attention as well. One that it runs under
+    torch's alone, as DeepSeek-V3.2's sparse attention, masks only under the names that it knows.
+    """
+    flash_or_flex = model_class._supports_flash_attn or model_class._supports_flex_attn
+    return bool(model_class._supports_sdpa and flash_or_flex)
 
 
 def register_kernels(kernels: CpuKernels) -> str:
@@ -57,6 +68,8 @@ class CpuAttention:
         query sees all keys up to its own.
         """
         if not _served(query, key, value, attention_mask, dropout, extras):
+            if attention_mask is None:
+                attention_mask = _causal_at_the_end(query, key)
             output, _ = sdpa_attention_forward(
                 module,
                 query,
@@ -108,6 +121,19 @@ class CpuAttention:
         return out
 
 
+def _causal_at_the_end(query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask [S, S'] of the last S of S' tokens; None where the plain causal one says the same.
+
+    torch and xformers align the plain one with the first key. Gemma 4 leaves out all but the last
+    queries of a prompt, and spares the mask except under names that it knows.
+    """
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if n_queries == 1 or n_queries == n_keys:
+        return None
+    ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device)
+    return ones.tril(n_keys - n_queries)[None, None]
+
+
 def _served(
     query: Tensor,
     key: Tensor,
@@ -140,10 +166,6 @@ def _rows(cache: Tensor) -> Tensor:
     return cache if cache.stride()[2:] == (width, 1) else cache.contiguous()
 
 
-NAME = "xformers"
-_MASK_ALIGNMENT = 8  # xformers wants the key dimension of a bias padded to a multiple of this
-
-
 def register_xformers(device: torch.device) -> None:
     """Make `attn_implementation="xformers"` known; UserError without a GPU or xformers."""
     if device.type != "cuda":
@@ -152,11 +174,11 @@ def register_xformers(device: torch.device) -> None:
         raise UserError(
             "--attention xformers needs the xformers package: pip install -r requirements-gpu.txt"
         )
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(XFORMERS, xformers_attention)
+    AttentionMaskInterface.register(XFORMERS, sdpa_mask)
 
 
-def attention(
+def xformers_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -184,6 +206,8 @@ def attention(
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
     bias: Any = None
+    if attention_mask is None:
+        attention_mask = _causal_at_the_end(query, key)
     if attention_mask is not None:
         bias = _bias(attention_mask, query)
     elif query.shape[2] > 1:

@@ -1,15 +1,14 @@
 """Random weights of a real model's shape: measures a machine without a download.
 
-Speed depends on shapes, bytes and routing, not on values; the text is meaningless.
-
-Routing taken from a trace instead of the model's routers, for runs on random weights."""
+Speed depends on shapes, bytes and routing, not on values; the text is meaningless. The routing is
+taken from a trace instead of the model's routers, whose choices would be random too.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.block import BlockLayout, block_layout, pack_block
 from moe_offload.checkpoint.conversion import find_experts
+from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import ModelOptions, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
@@ -174,9 +174,13 @@ class DummyModel:
 
     @property
     def top_k(self) -> int:
-        """K; the field's name differs between architectures."""
-        text: Any = self.config.get_text_config()
-        return int(text.num_experts_per_tok)
+        """K, which every shape has."""
+        top_k = experts_per_token(self.config)
+        assert top_k is not None
+        return top_k
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Nothing to compare: they are made from the model's own shapes."""
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Random matrices of standard deviation 0.02, norms of one, biases of zero."""

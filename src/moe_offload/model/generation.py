@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from moe_offload.errors import UserError
 from moe_offload.model.kv_cache import make_cache
 
+_LOWEST_TEMPERATURE = 1e-30  # below, fp32 may take it for zero
 StopReason = Literal["eos", "length", "context", "interrupted"]
 
 
@@ -36,43 +40,126 @@ class Generated:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Chooses the next token: greedy at temperature 0, else nucleus sampling of mass `top_p`."""
+    """Chooses the next token: greedy at temperature 0, else nucleus sampling of mass `top_p`.
+
+    Each prompt draws from a generator of its own, seeded by `seed` and its number, so that its
+    sample depends neither on the prompts beside it nor on those before.
+    """
 
     temperature: float
     top_p: float
-    generator: torch.Generator | None
+    seed: int
+    device: torch.device
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """int64 [B] from logits [B, vocabulary]."""
+    def generator(self, prompt: int) -> torch.Generator | None:
+        """Prompt number `prompt`'s own stream of random numbers; None where nothing is drawn."""
+        if self.temperature == 0:
+            return None
+        seed = random.Random(f"{self.seed} {prompt}").getrandbits(63)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+        """int64 [B] from logits [B, vocabulary], row by row with its generator."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        probabilities = torch.softmax(logits.float() / self.temperature, dim=-1)
+        # less the largest first: a tiny temperature would make an infinity of it
+        logits = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+        probabilities = torch.softmax(logits / max(self.temperature, _LOWEST_TEMPERATURE), dim=-1)
+        order = None
         if self.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True)
-            outside = ordered.cumsum(dim=-1) - ordered >= self.top_p
-            ordered = ordered.masked_fill(outside, 0.0)
-            drawn = torch.multinomial(ordered, 1, generator=self.generator)
-            return order.gather(-1, drawn).squeeze(-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(-1)
+            probabilities, order = probabilities.sort(dim=-1, descending=True)
+            outside = probabilities.cumsum(dim=-1) - probabilities >= self.top_p
+            probabilities = probabilities.masked_fill(outside, 0.0)
+        drawn = torch.cat(
+            [
+                torch.multinomial(row, 1, generator=generator)
+                for row, generator in zip(probabilities, generators, strict=True)
+            ]
+        )
+        return drawn if order is None else order.gather(-1, drawn[:, None]).squeeze(-1)
 
 
 def make_sampler(temperature: float, top_p: float, seed: int, device: torch.device) -> Sampler:
-    generator = torch.Generator(device).manual_seed(seed) if temperature > 0 else None
-    return Sampler(temperature, top_p, generator)
+    return Sampler(temperature, top_p, seed, device)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer_eos: frozenset[int]) -> frozenset[int]:
-    """Ids that end a text: the generation config's, and the tokenizer's end of sequence."""
+    """Ids that end a text: the generation config's, and the tokenizer's end of sequence.
+
+    Those that the model cannot answer, such as the -1 of some configs, are none.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    if configured is None:
-        return tokenizer_eos
-    return tokenizer_eos | frozenset([configured] if isinstance(configured, int) else configured)
+    ids = [configured] if isinstance(configured, int) else configured or []
+    n_known = getattr(model.config.get_text_config(), "vocab_size", math.inf)
+    return frozenset(one for one in {*ids, *tokenizer_eos} if 0 <= one < n_known)
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens the model's positions reach, or None where its config does not say."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most tokens the model's positions reach, or None where its config does not say.
+
+    YaRN stretches `max_position_embeddings`, or what the model was trained with, by its factor.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None)
+    if not length:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    for kind in [rope, *rope.values()]:  # one for all layers, or one per kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type") == "yarn":
+            trained = kind.get("original_max_position_embeddings") or length
+            length = max(length, int(trained * (kind.get("factor") or 1.0)))
+    return int(length)
+
+
+def require_fitting(ids: Sequence[int], config: PretrainedConfig, name: str = "the prompt") -> None:
+    """UserError for a prompt that `config`'s model cannot take: too long, or of foreign tokens."""
+    limit = context_length(config)
+    if limit is not None and len(ids) >= limit:
+        raise UserError(
+            f"{name} has {len(ids)} tokens, but the model's context holds {limit}: shorten it"
+        )
+    if not ids:
+        raise UserError(f"{name} has no tokens: give it some text")
+    n_known = getattr(config.get_text_config(), "vocab_size", None)
+    if n_known is not None and not 0 <= min(ids) <= max(ids) < n_known:
+        raise UserError(
+            f"{name} has the token {max(ids)}, but the model knows {n_known}: its tokenizer is "
+            "another model's, or had tokens added; copy the model's own tokenizer files there"
+        )
+
+
+# What a checkpoint may suggest for sampling, and what stands for nothing suggested.
+_SUGGESTIONS: dict[str, tuple[object, ...]] = {
+    "temperature": (None,),
+    "top_p": (None, 1.0),
+    "top_k": (None, 0),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "bad_words_ids": (None, []),
+}
+
+
+def unused_suggestions(suggested: dict[str, Any], temperature: float, top_p: float) -> list[str]:
+    """A line for the user where the checkpoint's generation defaults suggest other sampling."""
+    used: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    if not suggested.get("do_sample"):  # greedy: what shapes a draw has no effect
+        used |= {name: suggested.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    unused = [
+        f"{name} {suggested[name]}"
+        for name, nothing in _SUGGESTIONS.items()
+        if suggested.get(name) not in (*nothing, used.get(name))
+    ]
+    if not unused:
+        return []
+    line = shorten(", ".join(unused), 200, placeholder=" ...")
+    return [
+        f"the checkpoint suggests {line}; this run has temperature {temperature:g} and top-p "
+        f"{top_p:g}, and no penalties or suppressed tokens"
+    ]
 
 
 @torch.inference_mode()
@@ -91,29 +178,43 @@ def generate_batch(
 
     `prompts` are token ids, left-padded here to one length; prompt `i` is reported as
     `first_prompt + i`. A prompt that stops leaves the batch. `on_pass` hears, before each
-    forward pass, which prompts are in it. `forced` overrides the sampled tokens (replays).
+    forward pass, which prompts are in it. `forced` overrides the sampled tokens (replays). A model
+    that would take padding for text has its prompts one after the other where lengths differ.
     Raises UserError for a prompt longer than the model's context. The end-of-sequence token is
     counted and yielded. Records end with their `stop` reason set.
     """
-    limit = context_length(model)
+    limit = context_length(model.config)
     for ids in prompts:
-        if limit is not None and len(ids) >= limit:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, but the model's context holds {limit}: "
-                "shorten the prompt"
-            )
+        require_fitting(ids, model.config)
     device = model.device
-    records = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
+    active = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
+    generators = {record.prompt: sampler.generator(record.prompt) for record in active}
     inputs, mask = _left_pad(prompts, device)
+    if mask is not None and _counts_padding(model.config):
+        for number, ids in enumerate(prompts, start=first_prompt):
+            yield from generate_batch(
+                model,
+                [ids],
+                max_tokens=max_tokens,
+                sampler=sampler,
+                eos_ids=eos_ids,
+                first_prompt=number,
+                on_pass=on_pass,
+                forced=forced,
+            )
+        return
     n_past = 0
-    cache = {cache_argument(model): make_cache(model.config, inputs.shape[1] + max_tokens)}
-    active = records
+    cache = None
+    if model._supports_default_dynamic_cache():  # else the model makes one of its own
+        cache = make_cache(model.config, inputs.shape[1] + max_tokens)
     started = time.perf_counter()
     for step in range(max_tokens):
         if on_pass is not None:
             on_pass([record.prompt for record in active])
-        logits = _forward(model, inputs, mask, _positions(mask, inputs, n_past), cache)
-        tokens = sampler.choose(logits)
+        positions = _positions(mask, inputs, n_past)
+        logits, cache = _forward(model, inputs, mask, positions, cache)
+        _require_finite(logits, active)
+        tokens = sampler.choose(logits, [generators[record.prompt] for record in active])
         if forced is not None:
             tokens = torch.full_like(tokens, forced[step])
         chosen = tokens.tolist()
@@ -135,8 +236,7 @@ def generate_batch(
             return
         if len(keep) < len(active):
             rows = torch.tensor(keep, device=device)
-            for kept in cache.values():
-                kept.batch_select_indices(rows)
+            cache.batch_select_indices(rows)
             mask, tokens = None if mask is None else mask[rows], tokens[rows]
             active = [active[row] for row in keep]
         n_past += inputs.shape[1]
@@ -172,6 +272,12 @@ def _left_pad(
     return inputs.to(device), mask.to(device)
 
 
+def _counts_padding(config: PretrainedConfig) -> bool:
+    """Whether attention folds neighbouring tokens into one key, padding with them (DeepSeek-V4)."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    return any("compressed" in str(kind) for kind in kinds)
+
+
 def cache_argument(model: PreTrainedModel) -> str:
     """How this release of transformers calls the KV cache: `cache` from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -190,15 +296,26 @@ def _forward(
     inputs: Tensor,
     mask: Tensor | None,
     positions: Tensor,
-    cache: dict[str, DynamicCache],
-) -> Tensor:
+    cache: DynamicCache | None,
+) -> tuple[Tensor, DynamicCache]:
+    name = cache_argument(model)
     output: Any = model(
         input_ids=inputs,
         attention_mask=mask,
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
-        **cache,
+        **{name: cache},
     )
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    return output.logits[:, -1], output[name]
+
+
+def _require_finite(logits: Tensor, active: Sequence[Generated]) -> None:
+    """UserError where a row of logits [B, vocabulary] names no most probable token."""
+    for record, largest in zip(active, logits.amax(dim=-1).tolist(), strict=True):
+        if not math.isfinite(largest):
+            raise UserError(
+                f"the model's scores of token {len(record.ids) + 1} of prompt {record.prompt + 1} "
+                "are not finite: its weights are damaged, or overflow in the format they are "
+                "prepared in; download them again, or prepare them with --dense-dtype fp32"
+            )

@@ -68,19 +68,6 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         self._values.add(value_states, self.max_tokens)
         return self._keys.held(), self._values.held()
 
-    def add_token(self) -> tuple[Tensor, Tensor, int] | None:
-        """Count one token more per sequence, whose key and value the caller writes.
-
-        Returns the memory of keys and of values [B, heads, capacity, D] and the token's number, or
-        None where nothing is held yet.
-        """
-        if self._keys is None or self._values is None:
-            return None
-        number = self._keys.length
-        self._keys.grow(1, self.max_tokens)
-        self._values.grow(1, self.max_tokens)
-        return self._keys.room, self._values.room, number
-
     def get_seq_length(self) -> int:
         """The tokens held."""
         return 0 if self._keys is None else self._keys.length
@@ -97,13 +84,7 @@ class _Rows:
         return self.room.narrow(2, 0, self.length)
 
     def add(self, rows: Tensor, max_tokens: int) -> None:
-        n_rows = rows.shape[2]
-        self.grow(n_rows, max_tokens)
-        self.room.narrow(2, self.length - n_rows, n_rows).copy_(rows)
-
-    def grow(self, n_rows: int, max_tokens: int) -> None:
-        """Hold `n_rows` more, not written yet."""
-        length = self.length + n_rows
+        length = self.length + rows.shape[2]
         batch, heads, capacity, width = self.room.shape
         if length > capacity:
             spare = max(_FEWEST_SPARE_TOKENS, length // _SPARE_PART)
@@ -111,4 +92,5 @@ class _Rows:
             room = self.room.new_empty(batch, heads, capacity, width)
             room.narrow(2, 0, self.length).copy_(self.held())
             self.room = room
+        self.room.narrow(2, self.length, rows.shape[2]).copy_(rows)
         self.length = length

@@ -8,9 +8,6 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,10 +23,12 @@ from transformers import (
 )
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
     require_experts_per_token,
     require_generation_config,
+    require_plausible_depth,
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import (
@@ -43,6 +42,7 @@ from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.kernels.oracle import probe_activation
+from moe_offload.model.attention import takes_other_attention
 
 Progress = Callable[[int], None]
 
@@ -71,6 +71,7 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
             "transformers does not know: install a newer transformers"
         )
     path = manifest.folder / MANIFEST_NAME
+    require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
     with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
         config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
@@ -93,7 +94,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
                 "which leaves it to the model"
             )
         attention = "eager"
-    elif attention != "sdpa" and tests_attention(model_class):
+    elif attention != "sdpa" and not takes_other_attention(model_class):
         raise UserError(
             f"{model_class.__name__} computes its attention differently under names it does not "
             "know: use --attention sdpa"
@@ -101,18 +102,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     task = "build the model that the prepared folder describes"
     with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     return model.eval()
-
-
-def tests_attention(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the model's code does something else under another name of attention than "sdpa".
-
-    DeepSeek-V3.2's sparse attention, for one, masks only under names it knows.
-    """
-    source = inspect.getsource(sys.modules[model_class.__module__])
-    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
 
 
 def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:
@@ -164,6 +156,9 @@ class ModelSource(Protocol):
     def dense_format(self) -> str:
         """The format of the large dense matrices."""
 
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError unless these are the weights of `model`, a skeleton with its own experts."""
+
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Fill every weight but the experts."""
 
@@ -193,6 +188,10 @@ class PreparedModel:
     @property
     def dense_format(self) -> str:
         return self.manifest.dense_format
+
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError for a manifest that does not fit the model which its config builds."""
+        require_fit(self.manifest, model)
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Read the dense weights to `device`; every tensor's checksum is checked.

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
-from collections.abc import Sequence
+import resource
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
+import psutil
+
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object
 
+# A chat template of the hub renders in milliseconds; the largest, with tools, in some 100 kB.
+_TEMPLATE_S = 10.0
+_TEMPLATE_BYTES = 1 << 30
+_TEMPLATE_CHARACTERS = 1 << 20
+_OWN_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 _LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
 
@@ -62,46 +73,55 @@ class MistralTokenizer:
         return list(self._backend.encode_chat_completion(request).tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+        n_known = self.vocabulary_size  # a model's rows may be padded beyond
+        return str(self._tokenizer.decode([token for token in ids if token < n_known]))
 
 
 class CheckpointTokenizer:
-    """The checkpoint's own tokenizer and chat template, through transformers."""
+    """The checkpoint's own tokenizer and chat template, through transformers.
+
+    The template is a program of the checkpoint's; it runs in a sandbox, for so long and with so
+    much memory. Python files of the checkpoint never run.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._backend: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of as many kinds as there are ways for its files to be wrong
-            raise UserError(
-                f"{folder} holds no tokenizer that transformers can read ({_said(error)}): copy "
-                "the model's tokenizer files there"
-            ) from error
+        self._backend: Any = _own_backend(folder)
         if len(self._backend.get_vocab()) <= len(self._backend.all_special_tokens):
             raise UserError(
                 f"{folder} holds no tokenizer (transformers made an empty one): copy the model's "
                 "tokenizer files there"
+            )
+        if not self._backend.chat_template and (folder / "chat_template.json").is_file():
+            # a processor's file, which holds the text model's template as well
+            self._backend.chat_template = read_json_object(folder / "chat_template.json").get(
+                "chat_template"
             )
         self._folder = folder
         self.name = f"{type(self._backend).__name__} ({folder.name})"
         eos = self._backend.eos_token_id
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})
 
+    @property
+    def vocabulary_size(self) -> int:
+        return 1 + int(max(self._backend.get_vocab().values()))
+
     def encode(self, prompt: str, raw: bool) -> list[int]:
         if raw or not self._backend.chat_template:
             return list(self._backend(prompt)["input_ids"])
         messages = [{"role": "user", "content": prompt}]
         try:
-            encoded = self._backend.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
+            with bounded(_TEMPLATE_S, _TEMPLATE_BYTES):
+                text = self._backend.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            if len(text) > len(prompt) + _TEMPLATE_CHARACTERS:
+                raise ValueError(f"it makes {len(text)} characters of {len(prompt)}")
         except Exception as error:  # a template is a program
             raise UserError(
                 f"the chat template of {self._folder} fails ({_said(error)}): mend it there, or "
                 "use --raw-prompt"
             ) from error
-        return list(encoded["input_ids"])
+        return list(self._backend(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -111,22 +131,90 @@ class CheckpointTokenizer:
         )
 
 
-def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
-    """The tokenizer of the model in `folder`.
+def _own_backend(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    mistral-common serves Mistral's own files: `tekken.json`, `tokenizer.model.vN`, and the plain
-    `tokenizer.model` (v1) of a Mixtral 8x7B whose chat template, where one is shipped, is
-    Mistral's too: a fine-tune with another template keeps its own. Raises UserError when the
-    folder holds no usable tokenizer.
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **settings)
+    except Exception as error:  # of as many kinds as there are ways for its files to be wrong
+        config_path = folder / "tokenizer_config.json"
+        has_code = config_path.is_file() and "auto_map" in read_json_object(config_path)
+        if has_code and (folder / "tokenizer.json").is_file():
+            with suppress(Exception):  # its code may add to what this file says; mostly it repeats
+                return PreTrainedTokenizerFast.from_pretrained(folder, **settings)
+        if has_code:
+            raise UserError(
+                f"the tokenizer of {folder} is Python code of its own (auto_map in "
+                "tokenizer_config.json), which is never run here: copy a tokenizer.json there"
+            ) from error
+        raise UserError(
+            f"{folder} holds no tokenizer that transformers can read ({_said(error)}): copy "
+            "the model's tokenizer files there"
+        ) from error
+
+
+@contextmanager
+def bounded(seconds: float, n_bytes: int) -> Iterator[None]:
+    """Inside, Python code that runs longer or takes more memory ends with an exception.
+
+    What one call into C does can only be bounded in memory. For the process's other threads the
+    memory is bounded as well.
+    """
+    thread, done = threading.get_ident(), threading.Lock()
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def expire() -> None:
+        if done.acquire(blocking=False):  # else it has ended at this moment
+            raise_in(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + n_bytes
+    for other in (soft, hard):
+        limit = limit if other == resource.RLIM_INFINITY else min(limit, other)
+    timer = threading.Timer(seconds, expire)
+    timer.start()
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if done.acquire(blocking=False):
+            timer.cancel()
+        else:
+            timer.join()  # the exception comes here, if it has not come before
+
+
+def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
+    """The tokenizer of the model in `folder`: the checkpoint's own, or mistral-common.
+
+    mistral-common serves checkpoints of Mistral's: those with one of its files (`tekken.json`,
+    `tokenizer.model.vN`, or the plain `tokenizer.model` of a Mixtral 8x7B) and nothing else, or
+    with a tokenizer and a template beside it that agree with it. A fine-tune with other tokens or
+    another template keeps its own. UserError when the folder holds no usable tokenizer.
     """
     path = _mistral_file(folder, model_type)
-    return CheckpointTokenizer(folder) if path is None else MistralTokenizer(path)
+    if path is None:
+        return CheckpointTokenizer(folder)
+    has_own = [name for name in _OWN_FILES if (folder / name).is_file()]
+    if not has_own:
+        return MistralTokenizer(path)
+    template = _template(folder)
+    if "[INST]" not in template and (template or "tokenizer.json" in has_own):
+        return CheckpointTokenizer(folder)  # one without a template is a base model
+    mistrals = MistralTokenizer(path)
+    try:
+        own = CheckpointTokenizer(folder)
+    except UserError:  # a configuration alone is no tokenizer
+        return mistrals
+    return mistrals if own.vocabulary_size == mistrals.vocabulary_size else own
 
 
 def check_tokenizer(folder: Path, model_type: str) -> None:
     """UserError for a damaged tokenizer file; a folder without any is a Python program's matter.
 
-    Mistral's are read; of others only what needs no library is looked at.
+    Mistral's are read where no other could be meant; of others only what needs no library is looked
+    at.
     """
     for path in sorted(folder.glob("tokenizer*")):
         if path.is_file():
@@ -140,7 +228,7 @@ def check_tokenizer(folder: Path, model_type: str) -> None:
         if (folder / name).is_file():
             read_json_object(folder / name)
     mistrals = _mistral_file(folder, model_type)
-    if mistrals is not None:
+    if mistrals is not None and not any((folder / name).is_file() for name in _OWN_FILES):
         MistralTokenizer(mistrals)
 
 
@@ -149,25 +237,25 @@ def _said(error: Exception) -> str:
 
 
 def _mistral_file(folder: Path, model_type: str) -> Path | None:
-    versioned = sorted(p for p in folder.iterdir() if _SENTENCEPIECE_VERSIONED.search(p.name))
     if (folder / "tekken.json").is_file():
         return folder / "tekken.json"
-    plain = folder / "tokenizer.model"
-    if model_type not in ("mixtral", "mistral") or not _has_mistral_template(folder):
+    if model_type not in ("mixtral", "mistral"):
         return None
-    if versioned:
-        return versioned[-1]
-    return plain if plain.is_file() else None
+    versioned = sorted(p for p in folder.iterdir() if _SENTENCEPIECE_VERSIONED.search(p.name))
+    plain = folder / "tokenizer.model"
+    return versioned[-1] if versioned else plain if plain.is_file() else None
 
 
-def _has_mistral_template(folder: Path) -> bool:
-    template = None
-    config_path = folder / "tokenizer_config.json"
+def _template(folder: Path) -> str:
+    """The checkpoint's own chat template; empty where it has none."""
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    elif config_path.is_file():
-        template = read_json_object(config_path).get("chat_template")
-    return template is None or "[INST]" in str(template)
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / name).is_file():
+            template = read_json_object(folder / name).get("chat_template")
+            if template:
+                return str(template)
+    return ""
 
 
 class StreamingDetokenizer:

@@ -109,23 +109,6 @@ struct cpux_router {
 CPUX_EXPORT int cpux_route(int isa, int threads, const cpux_router* router, const void* x,
                            int64_t n_tokens, void* logits, void* scores, int64_t* index);
 
-// Query, key and value of one new token per sequence from x [B, H]: the projections, an RMSNorm of
-// q and k over norm->width elements at a time where there is one, and rotary positions (halves, not
-// pairs) of the first rotary_size elements of each head.
-struct cpux_heads {
-  int32_t is_bf16;
-  int64_t n_batch, n_heads, n_kv_heads, key_size, value_size, rotary_size;
-  const cpux_matrix *q, *k, *v;
-  const cpux_norm *q_norm, *k_norm;  // or null
-  const void *cos, *sin;             // [rotary_size] per sequence
-  int64_t rotary_stride;             // elements from one sequence's to the next's; 0: shared
-  void *key, *value;                 // where the cache wants them, [B, kv_heads, size]
-  int64_t key_strides[2], value_strides[2];  // elements from one sequence, and one head, to the next
-};
-// projected: scratch of all three results; query [B, heads, Dk] is left at its start.
-CPUX_EXPORT int cpux_project(int isa, int threads, const cpux_heads* heads, const void* x,
-                             void* projected);
-
 // Instruction sets of this build, from scalar (0) upwards.
 CPUX_EXPORT int cpux_n_isas(void);
 CPUX_EXPORT const char* cpux_isa_name(int isa);

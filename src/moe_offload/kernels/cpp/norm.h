@@ -1,4 +1,4 @@
-// RMSNorm, as norm.cpp computes it for itself and for heads.cpp.
+// RMSNorm, one row at a time.
 #pragma once
 
 #include "api.h"

@@ -1,14 +1,18 @@
-"""Decode attention against float64, on every instruction set, and as transformers calls it."""
+"""Attention functions of our own: the CPU kernels against float64, and both as transformers calls
+them. xformers needs a GPU; of it the bridge is held here, with its one function stood in for."""
 
 from __future__ import annotations
 
 import inspect
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from cpu_oracle import TINY, U
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
@@ -154,6 +158,7 @@ def test_transformers_calls_it_for_one_token_and_torch_for_the_rest() -> None:
     prompt, _ = function(module, many, key, value, causal, scaling=0.25)
     torch.testing.assert_close(prompt[:, 1:], out, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(prompt[:, :1], out, rtol=1e-3)  # it sees one key less
+    assert torch.equal(function(module, many, key, value, None, scaling=0.25)[0], prompt)
     additive = torch.zeros(1, 1, 1, 6)
     biased, _ = function(module, query, key, value, additive, scaling=0.25)
     torch.testing.assert_close(biased, out, rtol=1e-5, atol=1e-5)
@@ -255,3 +260,58 @@ def test_what_it_does_not_compute_is_left_to_torch(
     term = 30.0 if extra == "softcap" else torch.zeros(1)
     CpuAttention(NATIVE)(nn.Module(), query, key, value, None, **{extra: term})
     assert seen[0][extra] is term
+
+
+class LowerTriangularMask:
+    """xformers' marker for causal attention."""
+
+
+def memory_efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: object, p: float, scale: float | None
+) -> Tensor:
+    """xformers' contract: [B, S, heads, D] in and out, an additive bias or a causal marker."""
+    assert p == 0.0
+    causal = isinstance(attn_bias, LowerTriangularMask)
+    out = scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=attn_bias if isinstance(attn_bias, Tensor) else None,
+        is_causal=causal,
+        scale=scale,
+    )
+    return out.transpose(1, 2)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = ModuleType("xformers.ops")
+    ops.LowerTriangularMask = LowerTriangularMask  # type: ignore[attr-defined]
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(5, 5), (1, 9), (3, 9)])
+def test_xformers_equals_torch(masked: bool, n_queries: int, n_keys: int) -> None:
+    query = torch.randn(2, 4, n_queries, 8)
+    key, value = torch.randn(2, 2, n_keys, 8), torch.randn(2, 2, n_keys, 8)
+    causal = torch.ones(n_queries, n_keys).tril(n_keys - n_queries).bool()
+    mask = causal.expand(2, 1, -1, -1).clone()
+    if masked:
+        mask[0, ..., 0] = False  # a padded key
+        mask[0, :, 0, -1] = True  # and no row without any key
+    out, weights = attention_module.xformers_attention(
+        nn.Module(), query, key, value, mask if masked else None, scaling=0.3
+    )
+    grouped = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
+    expected = scaled_dot_product_attention(query, *grouped, attn_mask=mask, scale=0.3)
+    assert weights is None
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_xformers_registers_only_with_a_gpu() -> None:
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        attention_module.register_xformers(torch.device("cpu"))
