@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,6 @@ from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
 from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
-from moe_offload.experts.slots import Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
@@ -219,20 +217,11 @@ class MoeDispatcher:
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
-        step = LayerStep(
-            self.store,
-            self.cpu[layer],
-            self._handoff,
-            accelerator,
-            layer,
-            hidden,
-            index,
-            weights,
-            guess,
-        )
+        parts = self.store, self.cpu[layer], self._handoff, accelerator
+        step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
         self._ranges.part(layer, "plan")
-        evictions = 0 if accelerator is None else accelerator.cache.evictions
+        evicted = 0 if accelerator is None else accelerator.cache.evictions
         if accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.ids)), ())
         elif self._decode:
@@ -252,26 +241,42 @@ class MoeDispatcher:
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
         ended_s = time.perf_counter()
-        if self.recorder.enabled:
-            done = _DoneLayer(
+        began_s, block_began_s = self._last_end_s, self._block_started_s
+        is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
+        evictions = 0 if accelerator is None else accelerator.cache.evictions - evicted
+        ids, launches, fetches = step.ids, step.launches, step.n_fetches
+        waited = () if self._decode else plan.waited
+
+        def event() -> LayerEvent:
+            """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
+            block_bytes = self.store.layouts[layer].block_bytes
+            tokens = [token for token in ids if token[0] >= 0]  # the others are padding
+            hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
+            n_hits = sum(hits_of_token)
+            return LayerEvent(
                 layer=layer,
-                is_cached=accelerator is not None and layer < accelerator.cache.n_indexes,
-                is_decode=self._decode,
-                block_bytes=self.store.layouts[layer].block_bytes,
-                ids=step.ids,
-                plan=plan,
-                launches=[pending for pending, _ in step.launches],
-                fetches=step.n_fetches,
-                evictions=0 if accelerator is None else accelerator.cache.evictions - evictions,
-                began_s=self._last_end_s,
-                block_began_s=self._block_started_s,
-                routed_s=routed_s,
-                planned_s=planned_s,
-                computed_s=computed_s,
-                waited_s=waited_s,
-                ended_s=ended_s,
+                ids=tokens,
+                n_hits_of_token=hits_of_token if is_cached else None,
+                hits=n_hits if is_cached else 0,
+                misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
+                fetches=fetches,
+                evictions=evictions,
+                attention_us=(block_began_s - began_s) * 1e6,
+                router_us=(routed_s - block_began_s) * 1e6,
+                plan_us=(planned_s - routed_s) * 1e6,
+                cpu_us=(computed_s - planned_s) * 1e6,
+                gpu_us=sum(pending.resolve() for pending, _ in launches),
+                copy_wait_us=(waited_s - computed_s) * 1e6,
+                combine_us=(ended_s - waited_s) * 1e6,
+                cpu_bytes=len(plan.cpu) * block_bytes,
+                gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
+                waited_bytes=len(plan.waited) * block_bytes,
+                fetch_bytes=fetches * block_bytes,
+                waited=waited,
             )
-            self.recorder.at_end(done.event)
+
+        if self.recorder.enabled:
+            self.recorder.at_end(event)
         self._last_end_s = ended_s
         self._next_layer = layer + 1
         is_last = self._next_layer == self.store.n_layers
@@ -324,56 +329,6 @@ class MoeDispatcher:
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)
         return plan
-
-
-@dataclass(slots=True)
-class _DoneLayer:
-    """What is kept of a layer until its pass has ended: no tensor, no arithmetic yet."""
-
-    layer: int
-    is_cached: bool
-    is_decode: bool
-    block_bytes: int
-    ids: list[list[int]]
-    plan: Plan
-    launches: list[Pending]
-    fetches: int
-    evictions: int
-    began_s: float
-    block_began_s: float
-    routed_s: float
-    planned_s: float
-    computed_s: float
-    waited_s: float
-    ended_s: float
-
-    def event(self) -> LayerEvent:
-        """What is recorded of it; waits for what the accelerator times."""
-        hits, waited = self.plan.hits, self.plan.waited
-        ids = [token for token in self.ids if token[0] >= 0]  # the others are padding
-        hits_of_token = [sum(e in hits for e in token) for token in ids] if self.is_cached else None
-        n_hits = sum(hits_of_token or ())
-        return LayerEvent(
-            layer=self.layer,
-            ids=ids,
-            n_hits_of_token=hits_of_token,
-            hits=n_hits,
-            misses=sum(map(len, ids)) - n_hits if self.is_cached else 0,
-            fetches=self.fetches,
-            evictions=self.evictions,
-            attention_us=(self.block_began_s - self.began_s) * 1e6,
-            router_us=(self.routed_s - self.block_began_s) * 1e6,
-            plan_us=(self.planned_s - self.routed_s) * 1e6,
-            cpu_us=(self.computed_s - self.planned_s) * 1e6,
-            gpu_us=sum(pending.resolve() for pending in self.launches),
-            copy_wait_us=(self.waited_s - self.computed_s) * 1e6,
-            combine_us=(self.ended_s - self.waited_s) * 1e6,
-            cpu_bytes=len(self.plan.cpu) * self.block_bytes,
-            gpu_bytes=(len(hits) + len(waited)) * self.block_bytes,
-            waited_bytes=len(waited) * self.block_bytes,
-            fetch_bytes=self.fetches * self.block_bytes,
-            waited=() if self.is_decode else waited,
-        )
 
 
 def _counts(pairs: list[list[int]]) -> dict[int, int]:
