@@ -7,7 +7,6 @@ the hits, starts the copies, computes the misses on the calling thread and adds 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,11 +24,6 @@ from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, P
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
-
-_TWO_THREADS = (
-    "expected one thread at a time to run this model, found a second one inside: generate from one "
-    "thread, or put a lock around it"
-)
 
 
 class RoutingChoice(Protocol):
@@ -58,8 +52,6 @@ class MoeExperts(nn.Module):
 class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
-    A second thread that calls it meanwhile gets a RuntimeError, or the first one, whichever goes on
-    later: a pass's state and the staging memory exist once.
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
     as they begin. `forced_routing` replaces the routers.
@@ -81,9 +73,7 @@ class MoeDispatcher:
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
-        self._inside = threading.Lock()
-        self._owner: int | None = None  # the thread that began the latest pass
-        self._is_open = False  # that pass has not ended
+        self._is_open = False  # the pass begun last has not ended
         self._device: torch.device | None = None  # the model's, as a layer sees it
         self._decode = False
         self._skip_experts = False
@@ -103,22 +93,7 @@ class MoeDispatcher:
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Inside, no other thread is at work here; RuntimeError where one is."""
-        if not self._inside.acquire(blocking=False):
-            raise RuntimeError(_TWO_THREADS)
-        try:
-            yield
-        finally:
-            self._inside.release()
-
     def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with self._alone():
-            self._owner = threading.get_ident()
-            self._begin_pass(args, kwargs)
-
-    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
             self.accelerator.recover()
         self._is_open = True
@@ -153,8 +128,6 @@ class MoeDispatcher:
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._owner != threading.get_ident():
-            raise RuntimeError(_TWO_THREADS)
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
@@ -186,13 +159,7 @@ class MoeDispatcher:
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
         batch are left out: their rows are zero. UserError where the accelerator has no room left.
         """
-        with self._alone():
-            if self._owner not in (None, threading.get_ident()):
-                raise RuntimeError(_TWO_THREADS)
-            self._device = hidden.device
-            return self._run(layer, hidden, index, weights)
-
-    def _run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self._device = hidden.device
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
