@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from plotted import is_drawn
 
-from moe_offload.commands import simulate
+from moe_offload.commands import draw, simulate
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
@@ -380,6 +381,27 @@ def test_a_trace_that_names_its_model_tells_the_shape(capsys, tmp_path, trace, n
     out = printed(capsys, str(path), "--hardware", HARDWARE, code=2)
     assert out.splitlines()[-1].startswith("error: --hardware needs --model")
     assert out.endswith(f"{hint}\n")
+
+
+def page_commands() -> list[str]:
+    """The simulator's commands on the page that reproduces the paper, in its order."""
+    page = (ROOT / "docs" / "REPRODUCING_THE_PAPER.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python3 src/((?:simulator|patterns)\.py .*)$", page, flags=re.M)
+    return list(dict.fromkeys(lines))
+
+
+def test_the_page_has_commands():
+    assert len(page_commands()) >= 8 and sum("patterns.py" in line for line in page_commands()) == 1
+
+
+@pytest.mark.parametrize("line", page_commands())
+def test_the_page_runs_as_it_stands(capsys, tmp_path, monkeypatch, line):
+    for name in ("hardware", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = shlex.split(line, comments=True)
+    assert {"simulator.py": simulate.main, "patterns.py": draw.patterns}[script](arguments) == 0
+    assert capsys.readouterr().out
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
