@@ -88,6 +88,9 @@ class RunClock(Timeline):
         before, self._after = next(self._spans)
         self._pass(before, 1.0, True)
 
+    def pass_rest(self) -> None:
+        """The head is in the spans."""
+
     def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
         self._pass(self._after, 1.0, True)
         self._after = 0.0  # of a prompt's layer, the first of two calls

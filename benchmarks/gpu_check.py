@@ -52,8 +52,9 @@ from typing import Any, Final, Literal, get_args
 import psutil
 import yaml
 
+from moe_offload.simulation.shapes import SHAPES_FILE
+
 ROOT: Final = Path(__file__).resolve().parent.parent
-SHAPES_FILE: Final = ROOT / "benchmarks" / "shapes.yaml"
 SHAPES = ("mixtral-8x7b", "phi-3.5-moe", "qwen3-30b-a3b")
 MEASURING = ("-m", "benchmarks.gpu_measurements")  # what Python runs
 RUNNING: Final = "running"

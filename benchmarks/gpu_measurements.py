@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 def run_tests() -> dict[str, object]:
     """The CUDA-marked tests' outcome."""
     # Only files that have some: collecting all others takes longer than these tests.
-    files = [str(f) for f in sorted(ROOT.glob("tests/test_*.py")) if "mark.cuda" in f.read_text()]
+    files = [str(f) for f in sorted(ROOT.glob("tests/*/test_*.py")) if "mark.cuda" in f.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files]
     try:
         done = subprocess.run(

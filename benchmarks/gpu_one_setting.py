@@ -152,7 +152,7 @@ def bound_step_us(engine: Engine, measured: Measured) -> float:
     n_layers = engine.store.n_layers
     if engine.accelerator is None:  # no bus to share the misses with
         cpu_us = costs.cpu.one_us(1)
-        return n_layers * costs.dense_us_per_layer + misses * cpu_us
+        return costs.step_us + n_layers * costs.dense_us_per_layer + misses * cpu_us
     return bound_us(costs, n_layers, hits, misses)
 
 

@@ -17,6 +17,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration
+from moe_offload.engine import engine as engine_module
 from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts import dispatcher
@@ -26,6 +27,8 @@ from moe_offload.experts.fetcher import Completion
 from moe_offload.experts.layer import LayerStep
 from moe_offload.experts.plan import plan_decode
 from moe_offload.experts.recorder import Recorder
+from moe_offload.machine.hardware import Cache, read_hardware
+from moe_offload.model.dummy import ForcedRouting
 from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
 from moe_offload.report.files import ReportPaths, RunInfo, write_reports
@@ -33,6 +36,7 @@ from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import replay
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass
+from moe_offload.simulation.workload import even_workload
 
 PROMPT = [5, 17, 40, 8, 22, 71, 9]
 N_TOKENS = 24
@@ -375,3 +379,33 @@ def test_plans_follow_a_new_calibration_and_a_trial_does_not_count_it(
         assert counted == []  # its steps leave the experts out
         generate(engine, [PROMPT])
         assert counted
+
+
+def test_calibrating_leaves_forced_routing_where_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_engine(folder, Recorder()) as engine:
+        routing = ForcedRouting(even_workload(4, 8, 2).generate(9, 0, 3), 4, 8, 2)
+        engine.dispatcher.forced_routing = routing
+        monkeypatch.setattr(routing, "begin_pass", lambda *_: pytest.fail("the trace went on"))
+        engine.decode_step()
+        assert engine.dispatcher.forced_routing is routing
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "is_limit"), [(0, True), (1 << 14, True), (1 << 30, False)]
+)
+def test_experts_in_the_cpus_cache_are_not_held_against_memory(
+    cache_bytes: int, is_limit: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = (Cache(3, "Unified", cache_bytes, 1),)
+    monkeypatch.setattr(
+        engine_module, "read_hardware", lambda **_: replace(read_hardware(), caches=caches)
+    )
+    with open_engine(folder, Recorder()) as engine:
+        assert engine.cpu_limit_gbps is None
+        engine.calibrate()
+        assert engine.costs is not None
+        assert engine.cpu_limit_gbps == (engine.costs.read_gbps if is_limit else None)
+        lines = "\n".join(engine.costs.describe(engine.experts_in_memory))
+        assert ("no measure of memory" in lines) or is_limit

@@ -1,4 +1,4 @@
-"""What `--cache-auto` chose on a loaded model can be typed in again, and gives the same cache."""
+"""A cache that is chosen or cut says so, and what it says can be typed in again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands.arguments import parse, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import engine as engine_module
+from moe_offload.engine import setup
 from moe_offload.engine.calibration import MachineCosts
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.timing import Steadiness
+from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.model.loader import PreparedModel
 
@@ -75,3 +77,8 @@ def test_the_line_chooses_the_same_cache_again(
         assert again == expected
     with load(folder, again) as engine:
         assert engine.describe() == found
+
+
+def test_not_one_slot_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="not even one expert fits"):
+        setup._shrunk(CacheOptions(n_indexes=2, n_ways=2), 0, [])

@@ -113,6 +113,7 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path):
         cpu_shared_factor=1.2,
         block_bytes=shape.block_bytes("bf16"),
         dense_us_per_layer=900,
+        step_us=5000,
     )
     machine = calibrated_machine(
         costs, name="this one", cores=8, expert_weights=shape.expert_weights,
@@ -123,6 +124,9 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path):
     for hits in (0, 1, 2):
         expected = costs.decode_layer_us(hits, 2 - hits, copying=True)
         assert again.decode_layer_us(hits, 2 - hits, copying=True) == pytest.approx(expected, 1e-3)
+    # The head of a model of many layers is one head.
+    expected = 40 * costs.decode_layer_us(1, 1, copying=False) + 5000
+    assert again.decode_step_us([1] * 40, 2, copying=False) == pytest.approx(expected, 1e-3)
     assert again.split_prefill([90] * 8, ()).us == pytest.approx(
         costs.split_prefill([90] * 8, ()).us, 1e-3
     )
@@ -136,6 +140,13 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path):
         (lambda d: d["cpu"].update(core_gbps="fast"), "cpu.core_gbps .* found 'fast'"),
         (lambda d: d["cpu"].update(core_gbps=0), "cpu.core_gbps above 0"),
         (lambda d: d["bus"].update(shared=-1), "bus.shared above 0"),
+        (lambda d: d["cpu"].update(core_gbps=float("nan")), "a number at cpu.core_gbps"),
+        (lambda d: d["gpu"].update(gbps=float("inf")), "gpu.gbps from 1e-06 to 1e.09"),
+        (lambda d: d["gpu"].update(tflops=1e-300), "gpu.tflops from 1e-06 to 1e.09"),
+        (lambda d: d.update(layer_us=1e300), "layer_us from 1e-06 to 1e.09"),
+        (lambda d: d.update(step_us=-1), "step_us above 0"),
+        (lambda d: d["cpu"].update(cores=0.5), "a whole number at cpu.cores"),
+        (lambda d: d["bus"].update(gbps={4: float("inf")}), "bus.gbps.4 from"),
         (lambda d: d["bus"].update(gbps=25), "bus.gbps .* by PCIe generation"),
         (lambda d: d["bus"].update(pcie=6), "bus.gbps .* 6 among them"),
         (lambda d: d["bus"].update(gbps={4: None}), "expected a number at bus.gbps.4"),

@@ -175,13 +175,18 @@ def test_a_gpu_and_its_bus_know_nothing_of_each_other():
     assert timeline.arrived() == []
 
 
-def test_what_the_gpu_needs_longer_than_the_cpu_passes_at_full_speed():
-    timeline = Timeline(replace(COSTS, gpu=SideCost(10, 1800, 10)))
-    timeline.pass_experts(1, 1, slots=[9])  # the CPU's 600 take 1200 beside the copy's first 600
-    assert timeline.now_us == 1820  # of which the last 620 hide the 400 that are left
-    assert timeline.arrived() == [9]
-    assert (timeline.busy.cpu_us, timeline.busy.gpu_us) == (1200, 1820)
-    assert timeline.busy.copy_us == 1600
+def test_every_pass_takes_its_head_once():
+    passes = passes_of(n_layers=3, n_tokens=4)
+    cache = ExpertCache(1, 2, make_policy("LRU"))
+    without, found = (
+        replay(passes, cache, quota=0, timeline=Timeline(replace(COSTS, step_us=us)))
+        for us in (0, 5000)
+    )
+    assert found.decode_us == pytest.approx(without.decode_us + 4 * 5000)
+    assert found.prefill_us == pytest.approx(without.prefill_us + 5000)
+    costs = replace(COSTS, step_us=5000)
+    assert bound_us(costs, 3, 6, 0) == bound_us(COSTS, 3, 6, 0) + 5000
+    assert prefetch_step_us(costs, 3, 2) == prefetch_step_us(COSTS, 3, 2) + 5000
 
 
 def test_a_prompts_layer_waits_for_the_copies_it_computes():

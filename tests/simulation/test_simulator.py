@@ -289,7 +289,8 @@ def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
     out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
     assert re.search(r"cores read [\d.]+ GB/s of experts", out)
     machine = load_machine(path)
-    assert machine.cpu_gbps > 0 and machine.layer_us > 0
+    assert machine.cpu_gbps > 0 and machine.step_us > 0
+    assert machine.cost_model(load_shape("olmoe-1b-7b"), "bf16").dense_us_per_layer > 0
     out = printed(
         capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
         "--cache-nblocks", "16", "--cache-nways", "8",

@@ -24,6 +24,7 @@ from moe_offload.config import ModelOptions, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.model.loader import Progress, assign, build_skeleton, finish_model
+from moe_offload.model.tokenization import Message
 from moe_offload.simulation.shapes import shape_config
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
@@ -252,9 +253,10 @@ class DummyTokenizer:
     def __init__(self, vocabulary_size: int) -> None:
         self._vocabulary_size = vocabulary_size
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
         del raw  # there is no template to leave out
-        words = prompt.split()
+        texts = [prompt] if isinstance(prompt, str) else [one["content"] for one in prompt]
+        words = " ".join(texts).split()
         return [sum(map(ord, word)) % self._vocabulary_size for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -8,9 +8,10 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,35 @@ def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> Non
     """Put `module` in the place of the experts module at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def refuse_saving(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` a UserError: the experts are not in the model's state."""
+
+    def save_pretrained(*_: object, **__: object) -> NoReturn:
+        raise UserError(
+            "save_pretrained would write this model without its experts, which are not in its "
+            "state: copy the prepared folder instead, or the checkpoint that it was prepared from"
+        )
+
+    model.save_pretrained = save_pretrained
+
+
+def one_pass_at_a_time(model: PreTrainedModel) -> None:
+    """Let threads take turns: a forward pass begins when another thread's has ended.
+
+    What the experts keep of a pass is one pass's. To be called when all other hooks are in place.
+    """
+    lock = threading.RLock()  # one pass may call the model again
+
+    def begin(*_: object) -> None:
+        lock.acquire()
+
+    def end(*_: object) -> None:
+        lock.release()
+
+    model.register_forward_pre_hook(begin, prepend=True)
+    model.register_forward_hook(end, always_call=True)
 
 
 class ModelSource(Protocol):

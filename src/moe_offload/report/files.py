@@ -246,7 +246,8 @@ def write_reports(
     try:
         write_together(lines)
     except OSError as error:
-        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        make_room = "make room there, or " if is_full else ""
         raise UserError(
             f"expected to write {error.filename}, but found: {error.strerror}: {make_room}send the "
             "run's files elsewhere with --output-dir"

@@ -6,6 +6,7 @@ number, and the simulator's --calibrate writes one for the machine it runs on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,8 @@ class Machine:
     arithmetic on experts with many tokens. `bus_gbps` is by PCIe generation. While CPU and copies
     run at once the CPU takes `cpu_shared_factor` times as long and a copy runs at `bus_shared`
     of its speed. `layer_us` is the host's fixed time for a layer's dense part, besides reading
-    its weights. Powers: the whole machine idle, and what each busy part adds.
+    its weights, `step_us` a step's beside its layers, measured with the head of the shape that was
+    measured. Powers: the whole machine idle, and what each busy part adds.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Machine:
     core_watts: float
     bus_watts: float
     gpu_watts: float
+    step_us: float = 0.0
 
     @property
     def cpu_gbps(self) -> float:
@@ -88,6 +91,7 @@ class Machine:
             cpu_shared_factor=self.cpu_shared_factor,
             block_bytes=block_bytes,
             dense_us_per_layer=self.layer_us + dense_us,
+            step_us=self.step_us,
         )
 
     def joules(self, us: float, cpu_us: float, copy_us: float, gpu_us: float) -> float:
@@ -104,12 +108,14 @@ _PLACES = {
     "pcie": "bus.pcie", "bus_call_us": "bus.call_us", "bus_shared": "bus.shared",
     "cpu_shared_factor": "bus.cpu_shared_factor",
     "gpu_memory_gb": "gpu.memory_gb", "gpu_gbps": "gpu.gbps", "gpu_tflops": "gpu.tflops",
-    "gpu_call_us": "gpu.call_us", "layer_us": "layer_us",
+    "gpu_call_us": "gpu.call_us", "layer_us": "layer_us", "step_us": "step_us",
     "idle_watts": "watts.idle", "core_watts": "watts.core",
     "bus_watts": "watts.bus", "gpu_watts": "watts.gpu",
 }  # fmt: skip
+_OPTIONAL = ("step_us",)
 _INTEGERS = ("cores", "pcie")
 _MAY_BE_ZERO = ("_us", "_watts")
+_LEAST, _MOST = 1e-6, 1e9  # of any number, in its unit: beyond, clocks and costs mean nothing
 
 
 def load_machine(path: Path) -> Machine:
@@ -125,6 +131,8 @@ def load_machine(path: Path) -> Machine:
         ) from None
     fields: dict[str, Any] = {}
     for name, place in _PLACES.items():
+        if name in _OPTIONAL and isinstance(data, dict) and place not in data:
+            continue
         fields[name] = _number(path, data, place, name.endswith(_MAY_BE_ZERO))
         if name.endswith("_factor") and fields[name] < 1:
             raise UserError(
@@ -132,6 +140,11 @@ def load_machine(path: Path) -> Machine:
                 f"{fields[name]:g}; correct it"
             )
         if name in _INTEGERS:
+            if not fields[name].is_integer():
+                raise UserError(
+                    f"expected a whole number at {place} in {path}, found {fields[name]:g}; "
+                    "correct it"
+                )
             fields[name] = int(fields[name])
     by_generation = data["bus"].get("gbps")
     if (
@@ -186,7 +199,8 @@ def calibrated_machine(
     reached_gbps, cpu_gbps = (
         costs.block_bytes / max(side.one_us(1), 1e-9) / 1e3 for side in (costs.gpu, costs.cpu)
     )
-    gpu_gbps = gpu_gbps or reached_gbps
+    dense_gbps = dense_bytes_per_layer / max(costs.dense_us_per_layer, 1e-9) / 1e3
+    gpu_gbps = gpu_gbps or max(reached_gbps, dense_gbps)  # an emulated one leaves dense to the CPU
     return Machine(
         name=name,
         cores=cores,
@@ -208,6 +222,7 @@ def calibrated_machine(
         core_watts=0.0,
         bus_watts=0.0,
         gpu_watts=0.0,
+        step_us=costs.step_us,
     )
 
 
@@ -221,8 +236,13 @@ def _number(path: Path, data: Any, place: str, may_be_zero: bool) -> float:
     for key in place.split("."):
         table = value if isinstance(value, dict) else {}
         value = table.get(key, table.get(int(key)) if key.isdigit() else None)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise UserError(f"expected a number at {place} in {path}, found {value!r}; add it")
     if value < 0 or (value == 0 and not may_be_zero):
         raise UserError(f"expected {place} above 0 in {path}, found {value}; correct it")
+    if value and not _LEAST <= value <= _MOST:
+        raise UserError(
+            f"expected {place} from {_LEAST:g} to {_MOST:g} in {path}, found {value}: no machine "
+            "has it; correct it"
+        )
     return float(value)

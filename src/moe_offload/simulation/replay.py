@@ -129,6 +129,11 @@ class Timeline:
         self._pass(self.costs.dense_us_per_layer)
         self.busy.gpu_us += self.costs.dense_us_per_layer
 
+    def pass_rest(self) -> None:
+        """Let what a pass takes beside its layers go by: the head."""
+        self._pass(self.costs.step_us)
+        self.busy.gpu_us += self.costs.step_us
+
     def pass_experts(
         self, gpu_experts: int, cpu_experts: int, slots: Sequence[int], n_tokens: int = 1
     ) -> None:
@@ -231,7 +236,7 @@ def prefetch_step_us(costs: CostModel, n_layers: int, top_k: int) -> float:
     The next layer's experts are known (Pre-gated MoE) and are copied while this layer computes.
     """
     compute_us = costs.dense_us_per_layer + costs.gpu.us(top_k, top_k)
-    return n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
+    return costs.step_us + n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
 
 
 def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> float:
@@ -242,7 +247,7 @@ def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> flo
     copies begin as early as they like, and nothing slows anything else.
     """
     gpu_us, cpu_us = hits * costs.gpu.one_us(1), costs.cpu.one_us(1)
-    dense_us = n_layers * costs.dense_us_per_layer
+    dense_us = costs.step_us + n_layers * costs.dense_us_per_layer
     shared_us = (dense_us + misses * cpu_us) / (1 + cpu_us / costs.copy_us(shared=False))
     return max(dense_us + gpu_us, shared_us)
 
@@ -305,6 +310,8 @@ def replay(
         if isinstance(policy, Belady):
             policy.begin_pass(one)
         began_us = timeline.now_us if timeline else 0.0
+        if timeline is not None:
+            timeline.pass_rest()
         if one.phase == "prefill":
             row = _replay_prefill(one, cache, quota, timeline, result.prefill)
             result.prefill_us += timeline.now_us - began_us if timeline else 0.0
