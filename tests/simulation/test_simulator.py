@@ -108,7 +108,7 @@ def test_times_are_printed_with_a_machine(capsys, mixtral_file):
     assert 0 < speed < bound
     assert "8 cores, PCIe 4.0" in out and "12 slots, 4.23 GB" in out
     assert re.search(r"bytes: [\d.]+ GB fetched, [\d.]+ GB read by the CPU", out)
-    assert "layer_us of 700 is 22.4 ms a token: with any cache at most 44.6 tokens/s" in out
+    assert "layer_us of the hardware file, 700, makes 22.4 ms a token: with any cache at" in out
 
 
 @pytest.mark.parametrize("hardware", ["rtx3080", "rtx4090", "desktop-ddr4-rtx4060"])
@@ -169,6 +169,14 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
         capsys, trace_file, "--one-index", "--cache-nways", "8", "--cache-replace-policy", "LRU"
     )
     assert "cliff" not in out
+
+
+def test_absurd_sizes_are_cut_to_the_model(capsys, trace_file):
+    much = "9" * 30
+    out = printed(capsys, trace_file, "--one-index", "--cache-nways", much, "--cache-quota", much)
+    assert "cut to 1 x 32" in out and "cache: 1 indexes x 32 ways" in out
+    out = printed(capsys, trace_file, "--cache-nblocks", much, "--cache-nways", much)
+    assert "cache: 4 indexes x 8 ways" in out
 
 
 def test_another_models_trace_is_refused(capsys, tmp_path):
@@ -295,7 +303,7 @@ def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
         capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
         "--cache-nblocks", "16", "--cache-nways", "8",
     )  # fmt: skip
-    assert "tokens/s" in out
+    assert "tokens/s" in out and "J a token" not in out  # powers are not measured
 
 
 def test_the_papers_figures():
@@ -357,8 +365,16 @@ def test_the_papers_table_is_printed(capsys):
         (
             ["--model", "mixtral-8x7b", "--tune", "--hardware",
              str(ROOT / "hardware" / "rtx3080.yaml"), "--memory-gb", "-1"],
-            "--memory-gb of 0 or more, found -1",
+            "--memory-gb of at least 0, found -1",
         ),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "nan"],
+         "--memory-gb of at most 1e+06, found nan"),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "inf"],
+         "--memory-gb of at most 1e+06, found inf"),
+        (["TRACE", "--one-index", "--cache-nways", "-3"], "--cache-nways of at least 1, found -3"),
+        (["--model", "olmoe-1b-7b", "--synthetic", "9" * 30], "expected --synthetic of at most"),
+        (["--paper", "--hardware", HARDWARE, "--cores", "9" * 30], "expected --cores of at most"),
+        (["TRACE", "--sweep", "--processes", "0"], "expected --processes of at least 1, found 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
