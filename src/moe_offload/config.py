@@ -74,7 +74,7 @@ _KINDS: Final[dict[Any, tuple[str, type]]] = {
     float: ("a finite number", Real),
     str: ("text", str),
     Path: ("a pathlib.Path", Path),
-    tuple: ("a tuple of whole numbers", tuple),
+    tuple: ("a tuple", tuple),
 }
 
 
@@ -322,6 +322,9 @@ class GenerationOptions:
     top_p: float = option(1.0, "--top-p P", "nucleus sampling mass (default 1)")
     seed: int = option(0, "--seed N", "sampling seed (default 0)")
     batch_size: int = option(1, "--batch-size B", "prompts at a time (default 1)", least=1)
+    stop: tuple[str, ...] = option(
+        (), "--stop TEXT", "end an answer before this text; may be given several times"
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -331,18 +334,25 @@ class GenerationOptions:
             "expected --temperature above 0 for --top-p: greedy decoding has nothing to sample",
         )
         _require_seed(self.seed)
+        _require(
+            all(isinstance(text, str) and text for text in self.stop),
+            f"expected --stop as a text that is not empty, found {self.stop!r}",
+        )
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """Where prompts come from: `prompt` or lines of `path`, exactly one of them."""
 
-    prompt: str | None = option(None, "--prompt TEXT", "one prompt")
-    path: Path | None = option(None, "--prompt-path FILE", "prompts, one per line")
+    prompt: str | None = option(None, "--prompt TEXT", "one prompt; -: standard input")
+    path: Path | None = option(
+        None, "--prompt-path FILE", "prompts, one per line; of *.jsonl each an object"
+    )
     n_prompts: int | None = option(
         None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
     )
     raw: bool = option(False, "--raw-prompt", "no chat template around the prompt")
+    system: str | None = option(None, "--system TEXT", "a system message before each prompt")
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -350,6 +360,10 @@ class PromptOptions:
             (self.prompt is None) != (self.path is None),
             "expected exactly one of --prompt and --prompt-path, found "
             + ("neither" if self.prompt is None else "both"),
+        )
+        _require(
+            self.system is None or not self.raw,
+            "expected --system or --raw-prompt, found both: without a template there is no message",
         )
 
 
@@ -368,6 +382,10 @@ class OutputOptions:
     responses_jsonl: Path | None = option(
         None, "--responses-jsonl FILE", "one line per prompt, written as soon as it is done"
     )
+    resume: bool = option(
+        False, "--resume", "with --responses-jsonl: leave out what is answered there"
+    )
+    quiet: bool = option(False, "--quiet", "print the responses and nothing else")
     hide_responses: bool = option(False, "--hide-resp", "do not print responses")
     record: bool = option(True, "--no-record", "no events, no CSVs, no hit rates")
     nvtx: bool = option(False, "--nvtx", "NVTX ranges for Nsight Systems")
@@ -384,6 +402,10 @@ class OutputOptions:
                 f"expected --no-record or {flag}, found both: without a record there is no file to "
                 "put there",
             )
+        _require(
+            self.responses_jsonl is not None or not self.resume,
+            "--resume needs --responses-jsonl: the file to go on with",
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_offload.checkpoint.block import Activation, block_layout
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, SlotState, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.fetcher import ExpertFetcher, HostFetcher, make_fetcher
@@ -291,6 +291,79 @@ def test_memory_that_is_not_pinned_is_copied_only_where_a_layer_waits_for_it(
     held = {run.cache.tag(slot)[0] for slot in range(run.cache.n_slots) if run.cache.tag(slot)}
     run.accelerator.close()
     assert held == ({0} if miss_policy == "cpu" else {0, 1, 2})
+    assert run.model.wrong_layers == 0
+
+
+@pytest.mark.parametrize("where", ["admitted", "issued", "launched"])
+def test_a_ctrl_c_leaves_no_slot_in_flight_and_no_wrong_layer(monkeypatch, where, capsys):
+    run = Run(before_compute=lambda n_pairs: time.sleep(0.001))
+    run.steps_without_close(5)
+    # Between the directory and the copy; between the copy and its note; the same of a launch.
+    owner, name = {
+        "admitted": (run.accelerator, "fetch"),
+        "issued": (run.fetcher, "_enqueue"),
+        "launched": (run.fetcher, "mark_released"),
+    }[where]
+    real = getattr(run.fetcher if where != "admitted" else run.accelerator, name)
+
+    def interrupted(*arguments):
+        if where != "admitted":
+            real(*arguments)
+        monkeypatch.setattr(owner, name, real)
+        raise KeyboardInterrupt
+
+    for _ in range(8):
+        monkeypatch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.steps_without_close(40)
+    run.steps_without_close(20)
+    with run.accelerator.lending_slots():  # every copy has been heard of
+        pass
+    states = {run.cache.state(slot) for slot in range(run.cache.n_slots)}
+    run.steps_without_close(20)
+    run.accelerator.close()
+    assert SlotState.IN_FLIGHT not in states and SlotState.READY in states
+    assert run.model.wrong_layers == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_thread_gets_an_error_not_the_first_ones_memory():
+    inside, gate = threading.Event(), threading.Event()
+
+    def held(_: int) -> None:
+        inside.set()
+        gate.wait(20)
+
+    run = Run(before_compute=held, miss_policy="fetch")
+    first = threading.Thread(target=run.steps_without_close, args=(1,))
+    first.start()
+    assert inside.wait(20)
+    with pytest.raises(RuntimeError, match="expected one thread at a time"):
+        run.steps_without_close(1)  # the other is inside a layer
+    gate.set()
+    first.join()
+    run.steps_without_close(20)  # one after the other is fine
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+
+
+def test_a_thread_whose_pass_another_one_interrupted_gets_an_error():
+    run = Run()
+    hidden, index, weights = torch.randn(1, HIDDEN), torch.tensor([[0, 1]]), torch.rand(1, TOP_K)
+    token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+    run.dispatcher._before_pass(run.model, (), token)
+    run.model.layers[0](hidden, index, weights)
+    other = threading.Thread(target=run.dispatcher._before_pass, args=(run.model, (), token))
+    other.start()
+    other.join()
+    for going_on in (
+        lambda: run.model.layers[1](hidden, index, weights),
+        lambda: run.dispatcher._after_pass(run.model, (), None),
+    ):
+        with pytest.raises(RuntimeError, match="expected one thread at a time"):
+            going_on()
+    run.steps_without_close(5)
+    run.accelerator.close()
     assert run.model.wrong_layers == 0
 
 

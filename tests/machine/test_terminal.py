@@ -84,6 +84,18 @@ def test_nothing_where_there_is_no_terminal(streamed: bool) -> None:
     assert not any(block._forward_hooks for block in blocks)
 
 
+def test_a_log_gets_a_line_now_and_then() -> None:
+    file = io.StringIO()
+    progress = RunProgress([], 3, 5, streamed=False, logged=True, file=file, line_every_s=0.0)
+    progress.token()
+    progress.prompt_done()
+    progress.token()
+    progress.close()
+    first, second = file.getvalue().splitlines()
+    assert first.startswith("0 of 3 prompts done, 1 tokens, ")
+    assert second.startswith("1 of 3 prompts done, 2 tokens, ") and second.endswith(" tok/s")
+
+
 def test_what_takes_under_a_second_is_not_shown() -> None:
     file = Terminal()
     progress = RunProgress([nn.Identity()], 1, 5, streamed=False, file=file)

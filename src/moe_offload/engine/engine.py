@@ -55,7 +55,9 @@ from moe_offload.model.loader import (
     distinct_linears,
     find_moe_sites,
     install_experts,
+    one_pass_at_a_time,
     onednn_linears,
+    refuse_saving,
 )
 from moe_offload.simulation.trace_files import read_trace
 
@@ -297,6 +299,7 @@ def load_engine(
         read_trace(cache.trace)
     notes: list[str] = []
     model = build_skeleton(source.config, source.dtype, options.attention)
+    source.check(model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(
@@ -327,6 +330,8 @@ def load_engine(
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
+    one_pass_at_a_time(model)
+    refuse_saving(model)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size
         routers = [find_router(site.block, width) for site in sites]

@@ -7,6 +7,7 @@ the hits, starts the copies, computes the misses on the calling thread and adds 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,11 @@ from moe_offload.experts.slots import Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
+
+_TWO_THREADS = (
+    "expected one thread at a time to run this model, found a second one inside: generate from one "
+    "thread, or put a lock around it"
+)
 
 
 class RoutingChoice(Protocol):
@@ -54,6 +60,8 @@ class MoeExperts(nn.Module):
 class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
+    A second thread that calls it meanwhile gets a RuntimeError, or the first one, whichever goes on
+    later: a pass's state and the staging memory exist once.
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
     as they begin. `forced_routing` replaces the routers.
@@ -75,6 +83,10 @@ class MoeDispatcher:
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
+        self._inside = threading.Lock()
+        self._owner: int | None = None  # the thread that began the latest pass
+        self._is_open = False  # that pass has not ended
+        self._device: torch.device | None = None  # the model's, as a layer sees it
         self._decode = False
         self._skip_experts = False
         self._token_mask: Tensor | None = None
@@ -93,7 +105,25 @@ class MoeDispatcher:
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, no other thread is at work here; RuntimeError where one is."""
+        if not self._inside.acquire(blocking=False):
+            raise RuntimeError(_TWO_THREADS)
+        try:
+            yield
+        finally:
+            self._inside.release()
+
     def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._alone():
+            self._owner = threading.get_ident()
+            self._begin_pass(args, kwargs)
+
+    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
+            self.accelerator.recover()
+        self._is_open = True
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
@@ -125,11 +155,14 @@ class MoeDispatcher:
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
+        if self._owner != threading.get_ident():
+            raise RuntimeError(_TWO_THREADS)
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
         self._ranges.end_pass()
+        self._is_open = False
         trial = None if self.accelerator is None else self.accelerator.trial
         if self._decode and trial is not None and not self._skip_experts:
             trial.record(duration_s)
@@ -153,8 +186,15 @@ class MoeDispatcher:
         """The layer's output [T, H] in hidden's dtype, on hidden's device.
 
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
-        batch are left out: their rows are zero.
+        batch are left out: their rows are zero. UserError where the accelerator has no room left.
         """
+        with self._alone():
+            if self._owner not in (None, threading.get_ident()):
+                raise RuntimeError(_TWO_THREADS)
+            self._device = hidden.device
+            return self._run(layer, hidden, index, weights)
+
+    def _run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
@@ -163,7 +203,7 @@ class MoeDispatcher:
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)
         try:
-            return self._run(layer, hidden, index, weights)
+            return self._compute(layer, hidden, index, weights)
         except RuntimeError as error:
             if self.accelerator is None or not is_out_of_memory(error):
                 raise
@@ -174,13 +214,21 @@ class MoeDispatcher:
                 "a smaller batch or a shorter prompt"
             ) from error
 
-    def _run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _compute(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         accelerator = self.accelerator
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
         step = LayerStep(
-            self.store, self.cpu[layer], self._handoff, layer, hidden, index, weights, guess
+            self.store,
+            self.cpu[layer],
+            self._handoff,
+            accelerator,
+            layer,
+            hidden,
+            index,
+            weights,
+            guess,
         )
         routed_s = time.perf_counter()
         self._ranges.part(layer, "plan")
@@ -239,8 +287,8 @@ class MoeDispatcher:
             counts, slots, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, plan.hits)
-            step.launch_waited(accelerator, plan.waited)
+            step.launch(plan.hits)
+            step.launch_waited(plan.waited)
         self._spend(
             step, accelerator.fetch_background(step.layer, plan.background, self._quota_left)
         )
@@ -265,13 +313,13 @@ class MoeDispatcher:
             step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, plan.hits)
+            step.launch(plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
             quota = accelerator.background_quota(step.layer, self._quota_left)
             warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
             self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
-            step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
+            step.launch_waited(plan.waited, keep=dict(warmed))
             for expert, slot in warmed:  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)

@@ -7,6 +7,7 @@ far a run has come, on stderr: only on a terminal, and not in the first second.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import stat
@@ -196,7 +197,8 @@ class RunProgress:
 
     Several prompts are counted as they finish, a single one by its tokens; both show tokens per
     second and the time left. `streamed` says that the terminal shows the text itself: then only
-    the evaluation of prompts has a bar. Driven by the inference thread.
+    the evaluation of prompts has a bar. Where there is no terminal, and `logged`, a line every
+    `line_every_s` tells the same. Driven by the inference thread.
     """
 
     def __init__(
@@ -206,8 +208,10 @@ class RunProgress:
         max_tokens: int,
         *,
         streamed: bool,
+        logged: bool = False,
         file: TextIO | None = None,
         delay_s: float = 1.0,
+        line_every_s: float = 60.0,
     ) -> None:
         self._blocks = blocks
         self._file = sys.stderr if file is None else file
@@ -216,8 +220,11 @@ class RunProgress:
         self._evaluation: Any = None
         self._hooks: list[Any] = []
         self._by_prompt = n_prompts > 1
-        self._n_tokens = 0
+        self._n_tokens = self._n_done = 0
+        self._of = f"of {n_prompts} prompts"
         self._started_s = time.perf_counter()
+        self._line_every_s = line_every_s if logged and not self._shown else math.inf
+        self._next_line_s = self._started_s + self._line_every_s
         shown = self._shown and not streamed
         if self._by_prompt:
             self._bar = self._new_bar("prompts", "prompt", n_prompts, shown)
@@ -245,15 +252,22 @@ class RunProgress:
         """A prompt got a token."""
         self._end_evaluation()
         self._n_tokens += 1
+        now_s = time.perf_counter()
+        rate = self._n_tokens / max(now_s - self._started_s, 1e-9)
+        if now_s >= self._next_line_s:
+            self._next_line_s = now_s + self._line_every_s
+            line = f"{self._n_done} {self._of} done, {self._n_tokens} tokens, {rate:.1f} tok/s"
+            with suppress(OSError):
+                show(line, file=self._file)
         if self._bar.disable:
             return
-        rate = self._n_tokens / max(time.perf_counter() - self._started_s, 1e-9)
         self._bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
         if not self._by_prompt:
             self._bar.update()
 
     def prompt_done(self) -> None:
         """A prompt has all its tokens."""
+        self._n_done += 1
         if self._by_prompt:
             self._bar.update()
 

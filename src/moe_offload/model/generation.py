@@ -19,7 +19,7 @@ from moe_offload.errors import UserError
 from moe_offload.model.kv_cache import make_cache
 
 _LOWEST_TEMPERATURE = 1e-30  # below, fp32 may take it for zero
-StopReason = Literal["eos", "length", "context", "interrupted"]
+StopReason = Literal["eos", "length", "context", "stop", "interrupted"]
 
 
 @dataclass
@@ -181,7 +181,8 @@ def generate_batch(
     forward pass, which prompts are in it. `forced` overrides the sampled tokens (replays). A model
     that would take padding for text has its prompts one after the other where lengths differ.
     Raises UserError for a prompt longer than the model's context. The end-of-sequence token is
-    counted and yielded. Records end with their `stop` reason set.
+    counted and yielded. Records end with their `stop` reason set. Whoever iterates may set it too,
+    to end a prompt by what its text says.
     """
     limit = context_length(model.config)
     for ids in prompts:
@@ -232,6 +233,7 @@ def generate_batch(
                 record.stop = stop
         started = now
         yield from zip(active, chosen, strict=True)
+        keep = [row for row in keep if active[row].stop == "interrupted"]
         if not keep:
             return
         if len(keep) < len(active):

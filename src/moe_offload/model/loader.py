@@ -8,9 +8,10 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from transformers import (
 )
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
     require_experts_per_token,
     require_generation_config,
+    require_plausible_depth,
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import (
@@ -69,6 +72,7 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
             "transformers does not know: install a newer transformers"
         )
     path = manifest.folder / MANIFEST_NAME
+    require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
     with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
         config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
@@ -127,6 +131,35 @@ def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> Non
     setattr(model.get_submodule(parent), name, module)
 
 
+def refuse_saving(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` a UserError: the experts are not in the model's state."""
+
+    def save_pretrained(*_: object, **__: object) -> NoReturn:
+        raise UserError(
+            "save_pretrained would write this model without its experts, which are not in its "
+            "state: copy the prepared folder instead, or the checkpoint that it was prepared from"
+        )
+
+    model.save_pretrained = save_pretrained
+
+
+def one_pass_at_a_time(model: PreTrainedModel) -> None:
+    """Let threads take turns: a forward pass begins when another thread's has ended.
+
+    What the experts keep of a pass is one pass's. To be called when all other hooks are in place.
+    """
+    lock = threading.RLock()  # one pass may call the model again
+
+    def begin(*_: object) -> None:
+        lock.acquire()
+
+    def end(*_: object) -> None:
+        lock.release()
+
+    model.register_forward_pre_hook(begin, prepend=True)
+    model.register_forward_hook(end, always_call=True)
+
+
 class ModelSource(Protocol):
     """Where a model's weights come from: a prepared folder, or a generator of random ones.
 
@@ -152,6 +185,9 @@ class ModelSource(Protocol):
     @property
     def dense_format(self) -> str:
         """The format of the large dense matrices."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError unless these are the weights of `model`, a skeleton with its own experts."""
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Fill every weight but the experts."""
@@ -182,6 +218,10 @@ class PreparedModel:
     @property
     def dense_format(self) -> str:
         return self.manifest.dense_format
+
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError for a manifest that does not fit the model which its config builds."""
+        require_fit(self.manifest, model)
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Read the dense weights to `device`; every tensor's checksum is checked.
