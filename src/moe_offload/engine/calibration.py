@@ -226,7 +226,7 @@ def machine_costs(
     known = None if again else kept.load(hardware.key(), shape)
     if known is not None:
         # Damaged, of another version, or what no machine does: measured anew.
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             costs = from_json(MachineCosts, known)
             if costs.model.block_bytes == store.layouts[0].block_bytes:
                 return costs
