@@ -129,6 +129,10 @@ def test_a_file_that_is_run_twice_over_has_two_answers_to_an_id(tmp_path: Path) 
             "with temperature 0.0, now it is 0.5",
         ),
         (lambda one: replace(one, options=GenerationOptions(4, seed=1)), "with seed 0"),
+        (
+            lambda one: replace(one, options=GenerationOptions(4, repetition_penalty=1.5)),
+            "with repetition_penalty 1.0, now it is 1.5",
+        ),
         (lambda one: replace(one, options=GenerationOptions(4, stop=("x",))), "with stop []"),
     ],
 )

@@ -233,6 +233,12 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-k", "5"), "above 0 for --top-k"),
+        (("--prompt", "x", "--max-tokens", "4", "--min-p", "2"), "--min-p in [0, 1], found 2.0"),
+        (("--prompt", "x", "--max-tokens", "4", "--repetition-penalty", "0"), "above 0, found 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--stop", ""), "--stop as a text that is not"),
+        (("--prompt", "x", "--max-tokens", "4", "--system", "y", "--raw-prompt"), "found both"),
+        (("--prompt", "x", "--max-tokens", "4", "--resume"), "--resume needs --responses-jsonl"),
         (("--prompt", "x", "--max-tokens", "4", "--dummy-layers", "2"), "needs --dummy-weights"),
         (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
         (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
@@ -345,9 +351,10 @@ def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFi
 
     folder = _damaged(model, run_folder / "d")
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    dropped = manifest["dense"][0]["tensors"].pop()
+    manifest["dense"][0]["tensors"].pop()
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    assert dropped["name"] in refused(capsys, "--model-path", folder, *arguments)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert "manifest.json is damaged (tensors that end where their file does not)" in message
 
     folder = _damaged(model, run_folder / "e")
     (folder / "tokenizer.model").unlink()

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,9 @@ class Answers:
 
     def settings(self, prompt: Prompt) -> dict[str, Any]:
         """All that the answer to `prompt` depends on besides its text."""
-        options = prompt.options
-        return self._settings | {
-            "max_tokens": options.max_tokens,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "seed": options.seed,
-            "stop": list(options.stop),
-        }
+        options = asdict(prompt.options)
+        del options["batch_size"]
+        return self._settings | options | {"stop": list(prompt.options.stop)}
 
     def unanswered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that have no finished answer yet: told apart by id, else by their number.
