@@ -1,6 +1,4 @@
-"""Replays a routing trace through the expert cache: which cache, on which hardware, how fast?
-
-The command line of `simulator.py`: flags, defaults and help, and the cache they ask for."""
+"""The simulator's command line: which cache, on which hardware, how fast?"""
 
 from __future__ import annotations
 
@@ -21,20 +19,18 @@ from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import RoutingPass, Trace, write_trace
+from moe_offload.simulation.traces import Trace, write_trace
 from moe_offload.simulation.tuning import (
     BELADY,
     Outcome,
     Setting,
-    draw_rows,
     grid,
     run_setting,
     share_one_index,
     sweep,
     tune,
-    write_rows,
 )
-from moe_offload.simulation.workload import fit_workload, popularity_workload, typical_workload
+from moe_offload.simulation.workload import typical_workload
 
 _EPILOG = """examples:
   python3 src/simulator.py expert_choices.csv --cache-nblocks 14 --cache-nways 4
@@ -59,13 +55,13 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         type=a_path,
         metavar="TRACE",
-        help="expert_choices.csv, *.route.csv, JSON lines, or a JSON file of expert popularity",
+        help="a run's expert_choices.csv or routing.jsonl, or a *.route.csv",
     )
     routing.add_argument(
         "--synthetic",
         type=int,
         metavar="TOKENS",
-        help="replay so many made-up tokens: fitted to TRACE, or typical for --model",
+        help="without TRACE: replay so many made-up tokens, typical for --model",
     )
     routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
     routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
@@ -98,7 +94,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
-        "--sweep", action="store_true", help="N x M x policy to sweep.csv and sweep.png"
+        "--sweep", action="store_true", help="N x M x policy: sweep.csv, .png, .pdf and .svg"
     )
     tasks.add_argument("--tune", action="store_true", help="the fastest cache and its Pareto front")
     tasks.add_argument("--memory-gb", type=float, help="for --tune; default: the GPU's free memory")
@@ -205,7 +201,6 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        shape = shape.with_layers(trace.n_layers)
         costs = machine.cost_model(shape, options.expert_dtype)
     elif options.expert_dtype != "bf16" and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
@@ -214,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
         _tune(options, trace, machine, shape)
     elif options.sweep:
-        _sweep(options, trace, costs)
+        _sweep(options, trace, machine, shape, costs)
     elif options.cache_nways or not options.write_trace:
         _one_setting(options, trace, machine, shape, costs)
 
@@ -223,46 +218,50 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
     for flag, value in (("--synthetic", options.synthetic), ("--processes", options.processes)):
         if value is not None and value < 1:
             raise UserError(f"expected {flag} of at least 1, found {value}")
-    n_tokens = options.synthetic or DEFAULT_TOKENS
     if options.trace is None:
         if shape is None:
             raise UserError("expected a TRACE, or --model for typical synthetic routing")
         workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
+        n_tokens = options.synthetic or DEFAULT_TOKENS
         return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
-    path: Path = options.trace
-    if path.suffix == ".json":
-        top_k = shape.top_k if shape is not None else 2
-        return popularity_workload(path, top_k).generate(n_tokens, options.seed)
-    trace = read_trace(path, shape.n_experts if shape is not None else None)
-    if shape is not None and trace.n_experts > shape.n_experts:
-        raise UserError(
-            f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
-            f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
-        )
-    if options.synthetic:
-        n_prompt = max((_n_prompt_tokens(one, trace.info.top_k) for one in trace.passes), default=0)
-        return fit_workload(trace).generate(n_tokens, options.seed, n_prompt)
+    if options.synthetic is not None:
+        raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
+    trace = read_trace(options.trace, shape.n_experts if shape is not None else None)
+    if shape is not None:
+        _check_shape(trace, shape)
     return trace
 
 
-def _n_prompt_tokens(one: RoutingPass, top_k: int) -> int:
-    if one.phase == "decode" or not (one.ids or one.seen):
-        return 0
-    return len(one.ids[0]) if one.ids else sum(n for _, n in one.seen[0]) // top_k
+def _check_shape(trace: Trace, shape: ModelShape) -> None:
+    """UserError for a trace of another model; a trace that keeps fewer choices is told of."""
+    n_layers, top_k = trace.n_layers, trace.info.top_k
+    if n_layers != shape.n_layers or trace.n_experts > shape.n_experts or top_k > shape.top_k:
+        raise UserError(
+            f"expected a trace of {shape.name}, which has {shape.n_layers} MoE layers, top-"
+            f"{shape.top_k} of {shape.n_experts} experts, found one of {trace.info.model} with "
+            f"{n_layers}, top-{top_k} of {trace.n_experts}; correct --model or the trace"
+        )
+    if top_k < shape.top_k:
+        print(
+            f"note: the trace holds {top_k} of each token's {shape.top_k} experts in "
+            f"{shape.name}: it computes and reads fewer than the model"
+        )
 
 
 def _print_trace(trace: Trace) -> None:
     info = trace.info
-    n_tokens = sum(len(one.ids[0]) for one in trace.passes if one.phase == "decode")
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
         f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{n_tokens} decoded tokens"
+        f"{trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
         print(f"note: {note}")
-    if any(one.phase == "prefill" and not one.last_choices() for one in trace.passes):
-        print("note: the trace leaves prompts out: the cache's warm-up by them is not replayed")
+    if any(one.phase == "prefill" and not one.ids for one in trace.passes):
+        print(
+            "note: the trace leaves prompts out: how they warmed the cache is not known and not "
+            "replayed; a run's routing.jsonl, which --output-dir keeps, has them"
+        )
 
 
 def _one_setting(
@@ -294,10 +293,12 @@ def _one_setting(
     expert_bytes = trace.info.expert_bytes
     if shape is not None:
         expert_bytes = shape.block_bytes(options.expert_dtype)
+    if machine is not None and shape is not None:
+        _check_memory(setting, machine, shape, options.expert_dtype)
     outcome = run_setting(trace, setting, costs)
     _print_hits(trace, setting, outcome, expert_bytes)
     if machine is not None and costs is not None:
-        _print_times(outcome, machine)
+        _print_times(outcome, machine, trace.n_layers)
 
 
 def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: int | None) -> None:
@@ -310,56 +311,98 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:
-            one, two, per_expert = hits.rates()
             print(
-                f"{phase} hits: at least one {one:.1f}%, at least two {two:.1f}%, "
-                f"per expert {per_expert:.1f}%"
+                f"{phase} hits: at least one {hits.at_least_one_percent:.1f}%, at least two "
+                f"{hits.at_least_two_percent:.1f}%, per expert {hits.per_expert_percent:.1f}%"
             )
-        elif hits.experts:
-            print(f"{phase} hits: per expert {hits.rates()[2]:.1f}%")
     once = ""
-    if result.decode.experts != result.decode.lookups:  # a batch
-        once = f"each expert counted once in a pass, hits: {result.decode.distinct_percent:.1f}%; "
+    if result.looked_up != result.decode.hits + result.decode.misses:  # a batch
+        once = f"each expert counted once in a pass, hits: {result.found_percent:.1f}%; "
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
+    bypass = 100 * outcome.most_hits / max(result.looked_up, 1)
     print(
-        f"{once}Belady's optimum: {optimum.replay.decode.distinct_percent:.1f}% without bypass, "
+        f"{once}Belady's optimum: {optimum.replay.found_percent:.1f}% without bypass, "
         f"{bypass:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
-        missed = (outcome.n_chosen - result.decode.expert_hits) * expert_bytes
+        missed = (trace.n_chosen - result.found) * expert_bytes
         print(
             f"bytes: {result.fetches * expert_bytes / 1e9:.2f} GB fetched, "
             f"{missed / 1e9:.2f} GB read by the CPU, "
-            f"{result.decode.expert_hits * expert_bytes / 1e9:.2f} GB read in slots"
+            f"{result.found * expert_bytes / 1e9:.2f} GB read in slots"
         )
 
 
-def _print_times(outcome: Outcome, machine: Machine) -> None:
+def _cache_bytes(machine: Machine, shape: ModelShape) -> float:
+    """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
+    return machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+
+
+def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: str) -> None:
+    block_bytes, free_bytes = shape.block_bytes(dtype), _cache_bytes(machine, shape)
+    n_slots = setting.n_indexes * setting.n_ways
+    if n_slots * block_bytes > free_bytes:
+        raise UserError(
+            f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
+            f"{shape.name}'s dense weights in the {machine.gpu_memory_gb:g} GB of {machine.name}, "
+            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache, "
+            "or leave --hardware out for the hits alone"
+        )
+
+
+def _host_limit(machine: Machine, n_layers: int) -> str:
+    """What no cache can change: the time of the host in each layer's dense part."""
+    step_ms = n_layers * machine.layer_us / 1e3
+    if not step_ms:
+        return "the hardware file's layer_us is 0: the host's own time is left out"
+    return (
+        f"the hardware file's layer_us of {machine.layer_us:g} is {step_ms:.1f} ms a token: with "
+        f"any cache at most {1e3 / step_ms:.1f} tokens/s"
+    )
+
+
+def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
     result, busy = outcome.replay, outcome.busy
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
     print(f"predicted on {machine.name}, {machine.cores} cores, PCIe {machine.pcie}.0:")
     print(
-        f"  {outcome.tokens_per_s:.2f} tokens/s, {1e3 / outcome.tokens_per_s:.1f} ms a token, "
+        f"  {result.tokens_per_s:.2f} tokens/s, {1e3 / result.tokens_per_s:.1f} ms a token, "
         f"{joules / result.n_decode_tokens:.1f} J a token"
     )
     cpu, bus, gpu = (100 * us / total_us for us in (busy.cpu_us, busy.copy_us, busy.gpu_us))
     print(f"  busy: CPU {cpu:.0f}%, bus {bus:.0f}%, GPU {gpu:.0f}%")
     print(
         f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
-        f"reached {100 * outcome.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
+        f"reached {100 * result.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
     )
+    print(f"  {_host_limit(machine, n_layers)}")
 
 
-def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -> None:
+def _sweep(
+    options: argparse.Namespace,
+    trace: Trace,
+    machine: Machine | None,
+    shape: ModelShape | None,
+    costs: CostModel | None,
+) -> None:
+    from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
+    from moe_offload.report.sweep_figure import draw_sweep
+
     _make_folder(options.output_dir)
-    rows = sweep(trace, grid(trace), costs, options.processes)
-    table, figure = options.output_dir / "sweep.csv", options.output_dir / "sweep.png"
-    write_rows(table, rows)
+    free_bytes = _cache_bytes(machine, shape) if machine and shape else 0.0
+    rows = sweep(trace, grid(trace), costs, options.processes, free_bytes)
+    if costs is not None and not any(row.fits for row in rows):
+        raise UserError(
+            f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
+            f"{free_bytes / 1e9:.1f} GB left; sweep without --hardware, or for a larger GPU"
+        )
+    where = f" on {machine.name}, {machine.cores} cores" if machine else ""
     kind = " (synthetic routing)" if trace.info.synthetic else ""
-    draw_rows(figure, rows, f"{trace.info.model}{kind}")
+    with house_style():
+        drawing = draw_sweep(rows, f"{trace.info.model}{kind}{where}")
+    paths = save_drawing(drawing, options.output_dir)
     print(
         f"{'N':>4} {'M':>4} {'policy':<7}{'slots':>6}{'>=1':>7}{'>=2':>7}{'expert':>8}"
         f"{'bound':>7}{'tok/s':>8}"
@@ -369,12 +412,16 @@ def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -
         print(
             f"{row.n_indexes:>4} {row.n_ways:>4} {row.policy:<7}{row.slots:>6}{row.hit_one:7.1f}"
             f"{row.hit_two:7.1f}{row.hit_expert:8.1f}{row.bound_bypass:7.1f}{speed}"
+            + "  does not fit"
+            * (row.fits is False)
         )
-    print(f"{len(rows)} settings: wrote {table} and {figure}")
+    if machine is not None:
+        print(_host_limit(machine, trace.n_layers))
+    print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
 def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
-    memory_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+    memory_bytes = _cache_bytes(machine, shape)
     if options.memory_gb is not None:
         memory_bytes = options.memory_gb * 1e9
         if memory_bytes < 0:
@@ -394,6 +441,7 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
             f"{point.weight_format:<7}{point.n_indexes:>4}{point.n_ways:>5} {point.policy:<7}"
             f"{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
         )
+    print(_host_limit(machine, trace.n_layers))
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
@@ -61,9 +63,8 @@ class ForcedRouting:
                 f"{top_k - info.top_k} are drawn by how often it chooses each (seed {seed})"
             )
         fill = _Fill(n_experts, top_k, torch.Generator().manual_seed(seed))
-        routing, k = trace.packed, info.top_k
-        self._decoded = [_tokens(*routing.decoded_bytes(layer), k) for layer in range(n_layers)]
-        self._prompt = [_tokens(*routing.prompt_bytes(layer), k) for layer in range(n_layers)]
+        self._decoded = [_tensor(trace.passes.decoded(layer)) for layer in range(n_layers)]
+        self._prompt = [_tensor(trace.passes.prompted(layer)) for layer in range(n_layers)]
         for layer, (prompt, decoded) in enumerate(zip(self._prompt, self._decoded, strict=True)):
             counts = fill.counts(prompt, decoded)
             self._decoded[layer] = fill.filled(decoded, counts)
@@ -120,15 +121,9 @@ class _Fill:
         return torch.cat(chunks)
 
 
-def _tokens(ids: bytearray, width: int, top_k: int) -> Tensor:
-    """Packed ids as [T, top_k], in as few bytes as torch can index with."""
-    if width == 1:
-        flat = (
-            torch.frombuffer(ids, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
-        )
-    else:
-        flat = torch.from_numpy(np.frombuffer(ids, dtype=np.uint16).astype(np.int32))
-    return flat.view(-1, top_k)
+def _tensor(ids: npt.NDArray[Any]) -> Tensor:
+    """A trace's ids [T, top_k] in as few bytes as torch can index with."""
+    return torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
 
 
 _N_ROUTED_TOKENS = 512  # then the made routing repeats
