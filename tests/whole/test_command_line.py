@@ -607,6 +607,23 @@ def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
     assert answers.read_bytes() == before, "there is nothing left to do"
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_resumed_run_samples_as_a_whole_one(
+    batch_size: int, model: Path, run_folder: Path
+) -> None:
+    (run_folder / "p").write_text("One\nOne\nTwo\nTwo\n")
+    arguments = ("--model-path", model, "--prompt-path", "p", "--max-tokens", 6, "--no-record")
+    arguments += ("--temperature", 1.5, "--batch-size", batch_size, "--hide-resp")
+    assert run(*arguments, "--responses-jsonl", "whole.jsonl") == 0
+    whole = (run_folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    by_index = {json.loads(line)["index"]: json.loads(line)["response"] for line in whole}
+    assert len(set(by_index.values())) == 4, "one text, two samples"
+    (run_folder / "half.jsonl").write_text("".join(whole[:2]))
+    assert run(*arguments, "--responses-jsonl", "half.jsonl", "--resume") == 0
+    resumed = map(json.loads, (run_folder / "half.jsonl").read_text().splitlines())
+    assert {line["index"]: line["response"] for line in resumed} == by_index
+
+
 def test_answers_are_never_truncated(
     model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,67 +36,6 @@ from moe_offload.simulation.trace_files import TraceReader
 _FLAGS = {"breakdown": "--breakdown-csv", "cachehit": "--cachehit-csv"}
 
 
-def check_destinations(config: Config, paths: ReportPaths) -> None:
-    """Make the folders of all results and try them; no file is left in them.
-
-    UserError names the flag to change: for a folder that cannot be written, a folder in a file's
-    place, two results in one file, a result in the place of what the run reads (the model, the
-    prompts, a trace: under whatever name), and responses in a folder that neither is there nor is
-    one of the other results'.
-    """
-    wanted: list[tuple[str, Path]] = []
-    if config.output.record:
-        # The names that nobody chose first: what takes one of them was asked for by its flag.
-        named = sorted(paths.by_name().items(), key=lambda one: one[0] in _FLAGS)
-        wanted += [(_FLAGS.get(name, "--output-dir"), path) for name, path in named]
-    if config.output.responses_jsonl is not None:
-        folder = config.output.responses_jsonl.parent
-        made = {path.parent.resolve() for _, path in wanted}
-        if not folder.exists() and folder.resolve() not in made:
-            raise UserError(
-                f"expected --responses-jsonl in a folder that is there, found no {folder}: make it "
-                "or correct the path"
-            )
-        wanted.append(("--responses-jsonl", config.output.responses_jsonl))
-    read = (
-        ("the model is", config.model.model_path),
-        ("the prompts are", config.prompts.path),
-        ("a trace is", config.model.routing_trace),
-        ("a trace is", config.cache.trace),
-    )
-    taken: set[Path] = set()
-    for flag, path in wanted:
-        another = f"choose another file with {flag}"
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder; name a file with {flag}")
-        if path.exists() and not path.is_file() and flag != "--responses-jsonl":
-            raise UserError(  # the finished file would take the device's place
-                f"cannot write {path}: it is a device or pipe, not a file; name a file with {flag}"
-                ", or --no-record"
-            )
-        for what, source in read:
-            if source is not None and (same := same_file_as(path, [source])) is not None:
-                also = "" if same == path else f", the same file as {same}"
-                raise UserError(f"{what} read from {path}{also}: {another}")
-        if path.resolve() in taken or same_file_as(path, taken) is not None:
-            raise UserError(f"another of the run's files goes to {path}: {another}")
-        taken.add(path.resolve())
-        _try_folder(path.parent, flag)
-
-
-def _try_folder(folder: Path, flag: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        remedy = "" if flag == "--responses-jsonl" else ", or --no-record"
-        raise UserError(
-            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}{remedy}"
-        ) from error
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -175,6 +114,67 @@ def _check_sources(config: Config) -> None:
     for trace in (config.model.routing_trace, config.cache.trace):
         if trace is not None:
             TraceReader(trace)
+
+
+def check_destinations(config: Config, paths: ReportPaths) -> None:
+    """Make the folders of all results and try them; no file is left in them.
+
+    UserError names the flag to change: for a folder that cannot be written, a folder in a file's
+    place, two results in one file, a result in the place of what the run reads (the model, the
+    prompts, a trace: under whatever name), and responses in a folder that neither is there nor is
+    one of the other results'.
+    """
+    wanted: list[tuple[str, Path]] = []
+    if config.output.record:
+        # The names that nobody chose first: what takes one of them was asked for by its flag.
+        named = sorted(paths.by_name().items(), key=lambda one: one[0] in _FLAGS)
+        wanted += [(_FLAGS.get(name, "--output-dir"), path) for name, path in named]
+    if config.output.responses_jsonl is not None:
+        folder = config.output.responses_jsonl.parent
+        made = {path.parent.resolve() for _, path in wanted}
+        if not folder.exists() and folder.resolve() not in made:
+            raise UserError(
+                f"expected --responses-jsonl in a folder that is there, found no {folder}: make it "
+                "or correct the path"
+            )
+        wanted.append(("--responses-jsonl", config.output.responses_jsonl))
+    read = (
+        ("the model is", config.model.model_path),
+        ("the prompts are", config.prompts.path),
+        ("a trace is", config.model.routing_trace),
+        ("a trace is", config.cache.trace),
+    )
+    taken: set[Path] = set()
+    for flag, path in wanted:
+        another = f"choose another file with {flag}"
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; name a file with {flag}")
+        if path.exists() and not path.is_file() and flag != "--responses-jsonl":
+            raise UserError(  # the finished file would take the device's place
+                f"cannot write {path}: it is a device or pipe, not a file; name a file with {flag}"
+                ", or --no-record"
+            )
+        for what, source in read:
+            if source is not None and (same := same_file_as(path, [source])) is not None:
+                also = "" if same == path else f", the same file as {same}"
+                raise UserError(f"{what} read from {path}{also}: {another}")
+        if path.resolve() in taken or same_file_as(path, taken) is not None:
+            raise UserError(f"another of the run's files goes to {path}: {another}")
+        taken.add(path.resolve())
+        _try_folder(path.parent, flag)
+
+
+def _try_folder(folder: Path, flag: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        remedy = "" if flag == "--responses-jsonl" else ", or --no-record"
+        raise UserError(
+            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}{remedy}"
+        ) from error
 
 
 def _version_text() -> str:
