@@ -173,6 +173,10 @@ def test_nothing_written_leaves_nothing(tmp_path: Path) -> None:
     with opened(tmp_path / "new"):
         assert (tmp_path / "new").exists()
     assert not (tmp_path / "new").exists()
+    (tmp_path / "made").touch()  # as mktemp does
+    with opened(tmp_path / "made", resume=False):
+        pass
+    assert (tmp_path / "made").exists()
 
 
 def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class Answers:
         self.path = path
         self._settings = {"model": _model_name(config), "raw": config.prompts.raw}
         self._lines: list[dict[str, Any]] = []
+        self._was_there = path.exists() or path.is_symlink()
         self._is_file = not path.exists() or path.is_file()
         try:
             self._handle = _locked(path) if self._is_file else _device(path)
@@ -152,10 +153,10 @@ class Answers:
         self._end += len(data)
 
     def close(self) -> None:
-        """Give the file up; one that is empty is removed."""
+        """Give the file up; one that was not there before and got no answer is removed."""
         if self._handle < 0:
             return
-        if self._is_file and not os.fstat(self._handle).st_size:
+        if not self._was_there and not os.fstat(self._handle).st_size:
             with suppress(OSError):
                 self.path.unlink()
         os.close(self._handle)

@@ -67,6 +67,7 @@ def _main(argv: Sequence[str], interruption: Interruption) -> int:
     # The imports below are not at the top because torch and transformers take seconds to load:
     # help, versions and what is found wrong so far need not wait for them.
     if arguments.show_calibration:
+        say("loading, then measuring ...")
         from moe_offload.commands.measure import show_calibration
 
         show_calibration(config)
