@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -16,6 +15,7 @@ from moe_offload.config import FAST_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
+from moe_offload.machine.terminal import answer
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
@@ -160,20 +160,12 @@ GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> int:
         run(parse_simulation(argv))
-        sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UserError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return answer(work, "--debug" in argv)
 
 
 def run(options: argparse.Namespace) -> None:
