@@ -248,8 +248,8 @@ def _print_trace(trace: Trace) -> None:
     info = trace.info
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
-        f"{kind}: {plain(info.model)}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{trace.passes.n_decoded} decoded tokens"
+        f"{kind}: {plain(info.model)}, {info.n_layers} layers, top-{info.top_k} of "
+        f"{trace.n_experts}, {trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
         print(f"note: {plain(note)}")
