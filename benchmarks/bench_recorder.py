@@ -30,7 +30,7 @@ from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.recorder import LayerEvent, NullRecorder, Recorder
 from moe_offload.model.dummy import DummyModel, ForcedRouting
 from moe_offload.model.generation import cache_argument
-from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
+from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo
 
 SHAPE, N_LAYERS = "qwen3-30b-a3b", 4
 N_WAYS, N_MISSES = 16, 4  # of each layer's 128 experts, and of a token's 8
@@ -127,7 +127,7 @@ def _routing(source: DummyModel) -> ForcedRouting:
         hits = draw.sample(range(N_WAYS), top_k - N_MISSES)
         return (*hits, *draw.sample(range(N_WAYS, n_experts), N_MISSES))
 
-    passes = tuple(
+    passes = Routing(
         RoutingPass("decode", tuple((choose(),) for _ in range(N_LAYERS))) for _ in range(509)
     )
     info = TraceInfo("benchmark", N_LAYERS, top_k, n_experts, synthetic=True)

@@ -74,7 +74,7 @@ _KINDS: Final[dict[Any, tuple[str, type]]] = {
     float: ("a finite number", Real),
     str: ("text", str),
     Path: ("a pathlib.Path", Path),
-    tuple: ("a tuple of whole numbers", tuple),
+    tuple: ("a tuple", tuple),
 }
 
 
@@ -320,29 +320,56 @@ class GenerationOptions:
     max_tokens: int = option(MISSING, "--max-tokens N", "tokens per prompt (required)", least=1)
     temperature: float = option(0.0, "--temperature X", "0 is greedy (default)", least=0)
     top_p: float = option(1.0, "--top-p P", "nucleus sampling mass (default 1)")
+    top_k: int = option(
+        0, "--top-k K", "sample from the K likeliest tokens (default 0: all)", least=0
+    )
+    min_p: float = option(
+        0.0, "--min-p P", "leave out tokens below P times the likeliest's probability (default 0)",
+        least=0,
+    )  # fmt: skip
+    repetition_penalty: float = option(
+        1.0, "--repetition-penalty X", "divide the scores of tokens there already (default 1: off)",
+        above=0,
+    )  # fmt: skip
     seed: int = option(0, "--seed N", "sampling seed (default 0)")
     batch_size: int = option(1, "--batch-size B", "prompts at a time (default 1)", least=1)
+    stop: tuple[str, ...] = option(
+        (), "--stop TEXT", "end an answer before this text; may be given several times"
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
         _require(0 < self.top_p <= 1, f"expected --top-p in (0, 1], found {self.top_p}")
-        _require(
-            self.top_p == 1 or self.temperature > 0,
-            "expected --temperature above 0 for --top-p: greedy decoding has nothing to sample",
-        )
+        _require(self.min_p <= 1, f"expected --min-p in [0, 1], found {self.min_p}")
+        for flag, asked in (
+            ("--top-p", self.top_p < 1),
+            ("--top-k", self.top_k > 0),
+            ("--min-p", self.min_p > 0),
+        ):
+            _require(
+                not asked or self.temperature > 0,
+                f"expected --temperature above 0 for {flag}: greedy decoding has nothing to sample",
+            )
         _require_seed(self.seed)
+        _require(
+            all(isinstance(text, str) and text for text in self.stop),
+            f"expected --stop as a text that is not empty, found {self.stop!r}",
+        )
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """Where prompts come from: `prompt` or lines of `path`, exactly one of them."""
 
-    prompt: str | None = option(None, "--prompt TEXT", "one prompt")
-    path: Path | None = option(None, "--prompt-path FILE", "prompts, one per line")
+    prompt: str | None = option(None, "--prompt TEXT", "one prompt; -: standard input")
+    path: Path | None = option(
+        None, "--prompt-path FILE", "prompts, one per line; of *.jsonl each an object"
+    )
     n_prompts: int | None = option(
         None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
     )
     raw: bool = option(False, "--raw-prompt", "no chat template around the prompt")
+    system: str | None = option(None, "--system TEXT", "a system message before each prompt")
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -350,6 +377,10 @@ class PromptOptions:
             (self.prompt is None) != (self.path is None),
             "expected exactly one of --prompt and --prompt-path, found "
             + ("neither" if self.prompt is None else "both"),
+        )
+        _require(
+            self.system is None or not self.raw,
+            "expected --system or --raw-prompt, found both: without a template there is no message",
         )
 
 
@@ -368,6 +399,10 @@ class OutputOptions:
     responses_jsonl: Path | None = option(
         None, "--responses-jsonl FILE", "one line per prompt, written as soon as it is done"
     )
+    resume: bool = option(
+        False, "--resume", "with --responses-jsonl: leave out what is answered there"
+    )
+    quiet: bool = option(False, "--quiet", "print the responses and nothing else")
     hide_responses: bool = option(False, "--hide-resp", "do not print responses")
     record: bool = option(True, "--no-record", "no events, no CSVs, no hit rates")
     nvtx: bool = option(False, "--nvtx", "NVTX ranges for Nsight Systems")
@@ -384,6 +419,10 @@ class OutputOptions:
                 f"expected --no-record or {flag}, found both: without a record there is no file to "
                 "put there",
             )
+        _require(
+            self.responses_jsonl is not None or not self.resume,
+            "--resume needs --responses-jsonl: the file to go on with",
+        )
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moe_offload.errors import UserError
 
 T = TypeVar("T")
+
+_LFS_POINTER: Final = b"version https://git-lfs"
+LARGEST_JSON_BYTES: Final = 256 << 20  # the largest tokenizer.json in use has 35 MB
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -68,10 +72,38 @@ def user_cache() -> Path:
     return root / "moe-cpu-gpu-inference"
 
 
-def read_json_object(path: Path, remedy: str = "download it again") -> dict[str, Any]:
+def require_regular(path: Path, limit_bytes: int | None = None) -> None:
+    """UserError for what is no file with content of its own; OSError where there is nothing.
+
+    That is a device, pipe or folder, which may never end, a file above the limit, and the pointer
+    that a clone without git-lfs has in a file's place.
+    """
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise UserError(f"expected a file at {path}, found a folder, device or pipe; check it")
+    if limit_bytes is not None and facts.st_size > limit_bytes:
+        raise UserError(
+            f"expected at most {limit_bytes >> 20} MiB in {path}, found {facts.st_size >> 20} MiB; "
+            "check the file"
+        )
+    if facts.st_size < 1024:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(
+                    f"{path} is a git-lfs pointer, not the file itself: run git lfs pull there, or "
+                    "download it again"
+                )
+
+
+def read_json_object(
+    path: Path,
+    remedy: str = "download it again",
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """The object in a JSON file; UserError where there is none that can be read."""
     try:
-        found = json.loads(path.read_bytes())
+        require_regular(path, LARGEST_JSON_BYTES)
+        found = json.loads(path.read_bytes(), object_hook=object_hook)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or unreadable; {remedy}") from error
     if not isinstance(found, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_folder_of_another_format_version(prepared: Manifest) -> None:
     [
         ("", "is damaged"),
         ('{"format_version": 1', "is damaged"),
-        ("[1]", "is not the manifest of a prepared folder"),
+        ("[1]", "found list"),
         ("{}", "is not the manifest of a prepared folder"),
         ('{"format_version": 1}', "is damaged"),
         ('{"format_version": 1, "moe_layers": 3}', "is damaged"),
@@ -164,3 +165,56 @@ def test_verify_reports_every_byte(prepared: Manifest) -> None:
     seen: list[int] = []
     verify(prepared, seen.append)
     assert sum(seen) == prepared.expert_bytes + prepared.dense_bytes
+
+
+def test_verify_covers_every_file_of_the_folder(prepared: Manifest) -> None:
+    """Configuration and tokenizer change answers as surely as weights do."""
+    names = {path.name for path in prepared.folder.iterdir()}
+    shards = {shard.file.name for shard in prepared.shards}
+    assert prepared.files is not None and names == {*prepared.files, *shards, "manifest.json"}
+    for name in prepared.files:
+        path = prepared.folder / name
+        whole = path.read_bytes()
+        for position in (0, len(whole) // 2, len(whole) - 1):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1
+            path.write_bytes(flipped)
+            assert f"{path} is corrupt" in refused(prepared.folder)
+        path.unlink()
+        assert f"{path} is missing" in refused(prepared.folder)
+        path.write_bytes(whole)
+    verify(read_manifest(prepared.folder))
+
+
+def test_a_folder_of_an_earlier_version_is_verified_as_far_as_it_can_be(
+    prepared: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prepared.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in data.items() if k not in ("files", "checksum")}))
+    capsys.readouterr()
+    seen: list[int] = []
+    verify(read_manifest(prepared.folder), seen.append)
+    assert sum(seen) == prepared.expert_bytes + prepared.dense_bytes
+    assert "only its weights are verified" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "endless"])
+def test_only_regular_files_are_read(kind: str, prepared: Manifest) -> None:
+    """A pipe would never end, a device may not, and a sparse file takes all memory."""
+    for path in (prepared.folder / "manifest.json", prepared.shards[0].file):
+        whole = path.read_bytes()
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.touch()
+            os.truncate(path, 1 << 40)
+        message = refused(prepared.folder)
+        assert str(path) in message
+        path.rmdir() if kind == "folder" else path.unlink()
+        path.write_bytes(whole)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
 
-from moe_offload.checkpoint.conversion import FLAGS, find_experts
+from moe_offload.checkpoint.conversion import FLAGS, ExpertsModule, find_experts
+from moe_offload.checkpoint.prepared import read_manifest, verify
+from moe_offload.checkpoint.source import SourceCheckpoint
 from moe_offload.commands import prepare
 from moe_offload.errors import UserError
 
@@ -101,7 +106,8 @@ def test_index_and_files_disagree(hub: Path, capsys: pytest.CaptureFixture[str])
     index.write_text("{}")
     assert "index.json is damaged" in refusal(capsys, hub, "--hf")
     index.unlink()
-    assert "holds no weights" in refusal(capsys, hub, "--hf")
+    message = refusal(capsys, hub, "--hf")
+    assert "holds 9 files of weights such as model-00001" in message and "no index" in message
     (hub / "manifest.json").write_text("{}")
     message = refusal(capsys, hub, "--hf")
     assert "give the folder it was prepared from as --input-path" in message
@@ -178,7 +184,7 @@ def test_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     dense = tiny_models.build_model(LlamaConfig(**sizes, num_attention_heads=2))
     folder = tiny_models.write_hub(dense, tmp_path / "llama")
-    assert "not a Mixture-of-Experts model" in refusal(capsys, folder, "--hf")
+    assert "no Mixture-of-Experts model" in refusal(capsys, folder, "--hf")
 
 
 def test_experts_without_the_convention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,13 +236,126 @@ def test_unsupported_flag_is_named(changes: dict[str, object], message: str) -> 
     assert [module.name for module in find_experts(nn.ModuleDict({"x": Experts()}))] == ["x"]
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
-def test_quantised_checkpoint(method: str, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("mxfp4", "Mxfp4Config(dequantize=True)"),
+        ("fp8", "FineGrainedFP8Config(dequantize=True)"),
+        ("bitsandbytes", "its dequantize()"),
+        ("gptq", "download the unquantised model\n"),
+    ],
+)
+def test_quantised_checkpoint(
+    method: str, remedy: str, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = hub / "config.json"
     config = {**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}
     path.write_text(json.dumps(config))
     message = refusal(capsys, hub, "--hf")
-    assert f"is quantised ({method})" in message and "dequantize=True" in message
+    assert f"is quantised ({method})" in message and remedy in message
+
+
+@pytest.mark.parametrize("depth", [0, -1, 1001, 10**9, 1e300])
+def test_a_depth_that_no_model_has(
+    depth: float, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = hub / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": depth}))
+    assert "expected num_hidden_layers of 1 to 1000" in refusal(capsys, hub, "--hf")
+
+
+def test_folders_that_are_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is called what it is, with what to do."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert "a LoRA adapter, not a model: merge it" in refusal(capsys, folder, "--hf")
+    (folder / "adapter_config.json").unlink()
+    (folder / "mixtral.Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert "GGUF files, another program's format" in refusal(capsys, folder, "--hf")
+    message = refusal(capsys, Path("mistralai/Mixtral-8x7B-v0.1"), "--hf", output=tmp_path / "out")
+    assert "hf download mistralai/Mixtral-8x7B-v0.1 --local-dir" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00009.safetensors"])
+def test_a_clone_without_lfs_is_named(
+    name: str, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hub / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n")
+    message = refusal(capsys, hub, "--hf")
+    assert f"{hub / name} is a git-lfs pointer" in message and "git lfs pull" in message
+
+
+@pytest.mark.parametrize("weight", ["layers.0.mlp.experts", "layers.1.self_attn", "lm_head"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite(
+    weight: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in fp16 copies that overflowed: the model would answer with nothing, or nonsense."""
+    model = tiny_models.build_model(tiny_models.mixtral(), dtype=torch.float16)
+    name, parameter = next(pair for pair in model.named_parameters() if weight in pair[0])
+    with torch.no_grad():
+        parameter.view(-1)[-3] = value
+    folder = tiny_models.write_hub(model, tmp_path / "source")
+    message = refusal(capsys, folder, "--hf")
+    assert "infinite or not a number" in message and "use the model's bf16" in message
+    assert name in message or "expert 3 in model.layers.0.mlp.experts" in message
+
+
+def test_a_pipe_in_the_place_of_a_file(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "generation_config.json", "model-00002-of-00009.safetensors"):
+        whole = (hub / name).read_bytes()
+        (hub / name).unlink()
+        os.mkfifo(hub / name)
+        assert f"expected a file at {hub / name}" in refusal(capsys, hub, "--hf")
+        (hub / name).unlink()
+        (hub / name).write_bytes(whole)
+
+
+def test_a_source_that_changes_while_it_is_read(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the shards would be of the new weights, with checksums that are right."""
+    shard = sorted(hub.glob("model-*.safetensors"))[-1]
+    iterate = SourceCheckpoint.iterate_experts
+
+    def rewritten(source: SourceCheckpoint, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
+        os.utime(shard, ns=(1, 1))
+        return iterate(source, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceCheckpoint, "iterate_experts", rewritten)
+        assert "changed while they were prepared" in refusal(capsys, hub, "--hf")
+    paths = ["--input-path", str(hub), "--output-path", str(tmp_path / "out"), "--hf"]
+    assert prepare.main(paths) == 0
+    verify(read_manifest(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("held", ["config.json", "params.json", "model.safetensors"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_another_models_folder_is_not_written_to(
+    held: str, force: list[str], hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "other"
+    output.mkdir()
+    (output / held).write_text('{"model_type": "another"}')
+    assert f"holds another model ({held})" in refusal(capsys, hub, "--hf", *force, output=output)
+    assert [path.name for path in output.iterdir()] == [held]
+    assert (output / held).read_text() == '{"model_type": "another"}'
+
+
+def test_nor_to_a_checkpoint_that_was_prepared_in_its_own_folder(
+    hub: Path, model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_models.write_hub(model, tmp_path / "other")
+    before = (other / "config.json").read_bytes()
+    assert prepare.main(["--input-path", str(other), "--output-path", str(other), "--hf"]) == 0
+    paths = ["--input-path", str(hub), "--output-path", str(other), "--hf", "--force"]
+    assert prepare.main(paths) == 2
+    assert "holds another model (model.safetensors)" in capsys.readouterr().err
+    assert (other / "config.json").read_bytes() == before
+    verify(read_manifest(other))
 
 
 def test_fp8_tensors_without_a_quantisation_config(
@@ -320,13 +439,48 @@ def test_bad_native_parameters(
     assert f"{folder / 'params.json'}" in refusal(capsys, folder)
 
 
-def test_custom_code_is_never_run(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("model_type", ["foreign", None, "../evil"])
+def test_custom_code_is_never_run(
+    model_type: str | None,
+    hub: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor asked about: whoever answers y to a question of transformers would run it."""
     path = hub / "config.json"
     config = json.loads(path.read_text())
-    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "evil.Config"}}
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "evil.Config"}}
     path.write_text(json.dumps(config))
-    (hub / "evil.py").write_text("raise SystemExit('ran')")
-    assert "transformers cannot use" in refusal(capsys, hub, "--hf")
+    (hub / "evil.py").write_text(f"open({str(hub / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    message = refusal(capsys, hub, "--hf")
+    assert "code of a checkpoint is never run" in message
+    assert not (hub / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_from_the_hub_is_never_fetched(
+    key: str, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config may name an attention kernel of someone's repository: it is code."""
+    path = hub / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "someone/kernel"}))
+    fetched: list[object] = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **_: fetched.append(a)
+    )
+    monkeypatch.setattr(
+        "transformers.integrations.hub_kernels.load_and_register_attn_kernel",
+        lambda *a, **_: fetched.append(a),
+    )
+    monkeypatch.setattr(
+        "transformers.modeling_utils.load_and_register_attn_kernel",
+        lambda *a, **_: fetched.append(a),
+        raising=False,
+    )
+    paths = ["--input-path", str(hub), "--output-path", str(tmp_path / "out"), "--hf"]
+    assert prepare.main(paths) == 0
+    assert fetched == []
 
 
 def test_ties_that_the_weights_contradict(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,15 +18,19 @@ from tiny_models import CONFIGS, build_model, write_hub
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration
-from moe_offload.engine.calibration import predicted_step_us
+from moe_offload.engine import engine as engine_module
+from moe_offload.engine.calibration import MachineCosts, predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.timing import Steadiness
 from moe_offload.experts import dispatcher
 from moe_offload.experts.cache import ExpertCache, make_policy
-from moe_offload.experts.costs import SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.fetcher import Completion
 from moe_offload.experts.layer import LayerStep
 from moe_offload.experts.plan import plan_decode
 from moe_offload.experts.recorder import Recorder
+from moe_offload.machine.hardware import Cache, read_hardware
+from moe_offload.model.dummy import ForcedRouting
 from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
 from moe_offload.report.files import ReportPaths, RunInfo, write_reports
@@ -33,6 +38,7 @@ from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import replay
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass
+from moe_offload.simulation.workload import even_workload
 
 PROMPT = [5, 17, 40, 8, 22, 71, 9]
 N_TOKENS = 24
@@ -375,3 +381,56 @@ def test_plans_follow_a_new_calibration_and_a_trial_does_not_count_it(
         assert counted == []  # its steps leave the experts out
         generate(engine, [PROMPT])
         assert counted
+
+
+def test_calibrating_leaves_forced_routing_where_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_engine(folder, Recorder()) as engine:
+        routing = ForcedRouting(even_workload(4, 8, 2).generate(9, 0, 3), 4, 8, 2)
+        engine.dispatcher.forced_routing = routing
+        monkeypatch.setattr(routing, "begin_pass", lambda *_: pytest.fail("the trace went on"))
+        engine.decode_step()
+        assert engine.dispatcher.forced_routing is routing
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "is_limit"), [(0, True), (1 << 14, True), (1 << 30, False)]
+)
+def test_experts_in_the_cpus_cache_are_not_held_against_memory(
+    cache_bytes: int, is_limit: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = (Cache(3, "Unified", cache_bytes, 1),)
+    monkeypatch.setattr(
+        engine_module, "read_hardware", lambda **_: replace(read_hardware(), caches=caches)
+    )
+    with open_engine(folder, Recorder()) as engine:
+        assert engine.cpu_limit_gbps is None
+        engine.calibrate()
+        assert engine.costs is not None
+        assert engine.cpu_limit_gbps == (engine.costs.read_gbps if is_limit else None)
+        lines = "\n".join(engine.costs.describe(engine.experts_in_memory))
+        assert ("no measure of memory" in lines) or is_limit
+
+
+def test_a_busy_machine_is_said_at_once_and_noted(folder: Path) -> None:
+    said: list[str] = []
+    looked: list[float | None] = []
+
+    def look(alone_us: Callable[[], float | None]) -> str:
+        looked.append(alone_us())
+        return "busy"
+
+    model = CostModel(
+        SideCost(5, 100, 10), SideCost(5, 20, 1), 1, 10, 5, 1.5, 4096, 50, step_us=700
+    )
+    with open_engine(folder, Recorder()) as engine:
+        engine.say, engine._busy = said.append, SimpleNamespace(look=look)  # type: ignore[assignment]
+        engine.follow_prompts([3, 4])
+        engine.costs = MachineCosts(model, 25.0, Steadiness(0.0, 0.0))
+        engine.follow_prompts([3, 4])
+        assert engine.dispatcher.prompt == 3
+        assert engine.run_notes().count("busy") == 2
+    # Two sequences of two experts each, in four layers.
+    assert looked == [None, 700 + 4 * (50 + 5 + 4 * 110)]
+    assert said == ["busy", "busy"]

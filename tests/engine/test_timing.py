@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
 import threading
 import time
@@ -19,6 +21,7 @@ from moe_offload.engine.timing import (
     MAX_OTHER_LOAD,
     MAX_SPREAD,
     SIDE_CALLS,
+    BusyWatch,
     CalibrationCache,
     QuietWatch,
     Steadiness,
@@ -188,10 +191,20 @@ def test_a_calibration_expires(tmp_path: Path) -> None:
         assert cache.load(HARDWARE, SHAPE) == expected
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"measured_unix_s": "now"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"measured_unix_s": "now"}', "[" * 100_000, "é" * 3, " " * (1 << 21)],
+    ids=lambda text: repr(text[:20]),
+)
 def test_a_damaged_calibration_is_measured_anew(tmp_path: Path, text: str) -> None:
     cache = CalibrationCache(tmp_path)
     cache.path(HARDWARE, SHAPE).write_text(text)
+    assert cache.load(HARDWARE, SHAPE) is None
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    cache = CalibrationCache(tmp_path)
+    os.mkfifo(cache.path(HARDWARE, SHAPE))  # whose reader would wait for ever
     assert cache.load(HARDWARE, SHAPE) is None
 
 
@@ -223,7 +236,7 @@ class Machine:
 
     def __init__(self, probe_s: list[float], others: float, monkeypatch: pytest.MonkeyPatch):
         self.now_s = 0.0
-        self.own_s = 0.0
+        self.own_s = self.others_s = 0.0
         self.others = others
         self.probe_s = probe_s
         self.calls = 0
@@ -234,13 +247,14 @@ class Machine:
         self.calls += 1
         self.now_s += step_s
         self.own_s += 2 * step_s * (1 - self.others)
+        self.others_s += 2 * step_s * self.others
 
     def cpu_count(self) -> int:
         return 2
 
     def cpu_times(self) -> CpuTimes:
-        others_s = 2 * self.now_s * self.others
-        return CpuTimes(self.own_s + others_s / 2, 0.0, 0.0, 7.0, 9.0, others_s / 2, 3.0)
+        half_s = self.others_s / 2
+        return CpuTimes(self.own_s + half_s, 0.0, 0.0, 7.0, 9.0, half_s, 3.0)
 
     def Process(self) -> SimpleNamespace:
         return SimpleNamespace(
@@ -301,3 +315,55 @@ def test_the_real_machine_answers() -> None:
     seen = watch.result()
     assert seen.spread >= 0
     assert 0 <= seen.other_load <= 1
+
+
+def looks(
+    machine: Machine, pass_s: list[float], alone_us: float | None, watch: BusyWatch
+) -> list[str]:
+    """What the watch says while passes of `pass_s` follow one another, over and over, for 20 s."""
+    lines = []
+    ends_s = machine.now_s + 20
+    for step_s in itertools.cycle(pass_s):
+        lines += [line for line in [watch.look(lambda: alone_us)] if line is not None]
+        machine.probe_s, machine.calls = [step_s], 0
+        machine.probe()
+        if machine.now_s > ends_s:
+            return lines
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("others", "pass_s", "alone_us", "is_told"),
+    [
+        (0.4, [0.2], 20e3, True),  # ten times as long as alone, and others are at work
+        (0.4, [0.02] * 9 + [1.5], 20e3, False),  # others, and one prompt: a pass is as fast as ever
+        (0.02, [0.2], 20e3, False),  # slow for a reason of its own, a long context
+        (0.4, [0.2], None, True),
+        (0.2, [0.2], None, False),  # what a pass takes is not known: only where it is plain
+    ],
+)
+def test_a_busy_machine_is_told_once_while_running(
+    others: float,
+    pass_s: list[float],
+    alone_us: float | None,
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(pass_s, others, monkeypatch)
+    watch = BusyWatch(machine)
+    lines = looks(machine, pass_s, alone_us, watch)
+    assert len(lines) == is_told
+    if is_told:
+        assert "other programs use 40% of its CPUs" in lines[0]
+        assert ("a decode step takes 200 ms, alone 20;" in lines[0]) == (alone_us is not None)
+    assert looks(machine, pass_s, alone_us, watch) == []
+
+
+def test_a_moment_of_another_programs_work_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([0.2], 0.0, monkeypatch)
+    watch = BusyWatch(machine)
+    while machine.now_s < 60:
+        disturbed = machine.now_s % 8 < 1.5
+        machine.others, machine.probe_s = (0.5, [0.2]) if disturbed else (0.0, [0.02])
+        assert watch.look(lambda: 20e3) is None
+        machine.probe()

@@ -102,9 +102,9 @@ def watch_layers(engine: Engine, seen: Seen) -> list[tuple[int, list[int]]]:
 
 
 def run_on_pretence(
-    folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, current: int = 0
 ) -> tuple[list[Any], list[tuple[int, list[int]]]]:
-    """The tokens, and what `watch_layers` found."""
+    """The tokens, and what `watch_layers` found; `current` is the current device once loaded."""
     layers: list[tuple[int, list[int]]] = []
     with pretended_gpu(monkeypatch) as seen:
 
@@ -113,8 +113,10 @@ def run_on_pretence(
             assert engine.device == GPU
             assert all(isinstance(p, GpuTensor) for p in engine.model.parameters())
             layers = watch_layers(engine, seen)
+            seen.current = current
 
         tokens = generate(folder, "cuda", options, watch)
+        assert seen.elsewhere == []
     assert len(layers) > 3 * N_TOKENS
     return tokens, layers
 
@@ -144,36 +146,50 @@ def test_all_operands_are_on_one_device_and_the_host_waits_once_a_layer(
         assert len(copies) <= 1 + (n_tokens > 1)
 
 
-@pytest.mark.parametrize("weight_format", ["fp32", "int4"])
-def test_triton_kernels_are_given_tensors_of_the_gpu_alone(
-    weight_format: str, folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("weight_format", "current"), [("fp32", 0), ("fp32", 1), ("int4", 1)])
+def test_triton_kernels_are_given_the_gpus_tensors_and_decode_sends_it_nothing(
+    weight_format: str,
+    current: int,
+    folders: dict[tuple[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kernels are stood in for: what is held is all that surrounds them."""
+    """The kernels are stood in for: what is held is all that surrounds them.
+
+    Whatever decode would send would queue behind experts in the card's one copy engine.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
-    from moe_offload.kernels import triton_experts
+    from moe_offload.kernels import triton_combine, triton_experts
 
     launched = set()
 
     class StandIn:
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def __init__(self, kernel: Any) -> None:
+            self.arguments: list[str] = kernel.arg_names
+            self.name: str = kernel.fn.__name__
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             assert all(0 < size < 1 << 31 for size in grid)
             assert all(size < 1 << 16 for size in grid[1:])
 
             def launch(*values: Any, **constants: Any) -> None:
-                tensors = [value for value in values if isinstance(value, torch.Tensor)]
-                assert all(isinstance(tensor, GpuTensor) for tensor in tensors)
+                assert torch.cuda.current_device() == GPU.index
+                for value in values:
+                    if isinstance(value, torch.Tensor) and not isinstance(value, GpuTensor):
+                        assert self.name == "combine_kernel" and GpuTensor.seen.is_pinned(value)
+                named = dict(zip(self.arguments, values, strict=False))
+                named.get("out", named.get("middle")).zero_()
                 launched.add(self.name)
 
             return launch
 
     for name in ("first_kernel", "second_kernel", "unpack_kernel"):
-        monkeypatch.setattr(triton_experts, name, StandIn(name))
-    _, layers = run_on_pretence(folders["mixtral", weight_format], CACHED, monkeypatch)
-    assert all(len(copies) <= 1 for _, copies in layers)
-    assert len(launched) == (3 if weight_format == "int4" else 2)
+        monkeypatch.setattr(triton_experts, name, StandIn(getattr(triton_experts, name)))
+    combine = StandIn(triton_combine.combine_kernel)
+    monkeypatch.setattr(triton_combine, "combine_kernel", combine)
+    folder = folders["mixtral", weight_format]
+    _, layers = run_on_pretence(folder, CACHED, monkeypatch, current)
+    assert {tuple(copies) for _, copies in layers} == {()}
+    assert len(launched) == (4 if weight_format == "int4" else 3)
 
 
 def test_the_pretence_refuses_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,8 @@ class Seen:
     to_host: list[int] = field(default_factory=list)
     to_gpu: list[int] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)  # on another GPU than the one that is used
+    current: int = 0  # the current device
     pinned: list[tuple[int, int]] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -50,13 +52,16 @@ class Seen:
     def pin(self, pointer: int, n_bytes: int) -> None:
         self.pinned.append((pointer, pointer + n_bytes))
 
+    def is_pinned(self, host: Tensor) -> bool:
+        return any(a <= host.data_ptr() < b for a, b in self.pinned)
+
     def copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
         on_gpu = isinstance(target, GpuTensor), isinstance(source, GpuTensor)
         if on_gpu[0] == on_gpu[1] or source.is_meta:
             return
         host = source if on_gpu[0] else target
         (self.to_gpu if on_gpu[0] else self.to_host).append(source.nbytes)
-        is_pinned = any(a <= host.data_ptr() < b for a, b in self.pinned)
+        is_pinned = self.is_pinned(host)
         is_inline = on_gpu[0] and source.nbytes <= INLINE_BYTES
         if not non_blocking or not (is_pinned or is_inline):
             what = "non_blocking" if non_blocking else "blocking"
@@ -204,18 +209,30 @@ def pretended_gpu(patch: pytest.MonkeyPatch, gpu_bytes: int = 1 << 30) -> Iterat
     stream = _Stream(seen)
 
     @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, seen.current = seen.current, wanted.index
+        yield
+        seen.current = before
+
+    def current_stream(device: torch.device | None = None) -> _Stream:
+        if (seen.current if device is None else device.index) != GPU.index:
+            seen.elsewhere.append("stream")
+        return stream
+
+    @contextmanager
     def entered(_: _Stream) -> Iterator[None]:
         yield
 
     for name, stand_in in {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "current_device": lambda: 0,
+        "current_device": lambda: seen.current,
+        "device": device,
         "get_device_properties": lambda device: SimpleNamespace(uuid="none"),
         "mem_get_info": lambda device=None: (gpu_bytes, gpu_bytes),
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: seen.waits.append("device"),
-        "current_stream": lambda device=None: stream,
+        "current_stream": current_stream,
         "stream": entered,
         "Stream": lambda device=None: _Stream(seen),
         "Event": lambda **_: _Event(seen),

@@ -20,7 +20,7 @@ from moe_offload.model.dummy import ForcedRouting
 from moe_offload.simulation import shapes as shapes_module
 from moe_offload.simulation.shapes import load_shape
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo
+from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo
 from moe_offload.simulation.workload import even_workload
 
 
@@ -126,7 +126,7 @@ def test_batches_take_consecutive_tokens() -> None:
 
 
 def test_a_trace_of_another_top_k_is_refused() -> None:
-    trace = Trace(TraceInfo("other", 1, 3, 6), (RoutingPass("decode", (((0, 1, 2),),)),))
+    trace = Trace(TraceInfo("other", 1, 3, 6), Routing([RoutingPass("decode", (((0, 1, 2),),))]))
     with pytest.raises(UserError, match="top-3"):
         ForcedRouting(trace, 1, 6, 2)
 
@@ -135,7 +135,7 @@ def cut_trace(n_tokens: int) -> Trace:
     """Top-2 of 6 where the model computes 4; expert 5 is the favourite of what is kept."""
     passes = [RoutingPass("prefill", (((0, 5), (1, 5)), ((5, 2),)))]
     passes += [RoutingPass("decode", (((t % 5, 5),), ((5, t % 5),))) for t in range(n_tokens)]
-    return Trace(TraceInfo("cut", 2, 2, 6), tuple(passes))
+    return Trace(TraceInfo("cut", 2, 2, 6), Routing(passes))
 
 
 def choices(routing: ForcedRouting, layer: int, n_tokens: int) -> list[list[int]]:
@@ -163,7 +163,7 @@ def test_a_cut_trace_is_filled_and_says_so() -> None:
 def test_missing_choices_are_drawn_by_popularity() -> None:
     ids = [(0, 1)] * 90 + [(2, 3)] * 10  # 4 and 5 never; of (0, 1)'s tokens 2 or 3 must follow
     trace = Trace(
-        TraceInfo("cut", 1, 2, 6), tuple(RoutingPass("decode", ((token,),)) for token in ids)
+        TraceInfo("cut", 1, 2, 6), Routing(RoutingPass("decode", ((token,),)) for token in ids)
     )
     tokens = choices(ForcedRouting(trace, 1, 6, 4), 0, 100)
     drawn = Counter(e for token in tokens[90:] for e in token[2:])
@@ -173,7 +173,7 @@ def test_missing_choices_are_drawn_by_popularity() -> None:
 
 
 def test_experts_beyond_a_byte_are_forced_too() -> None:
-    passes = tuple(RoutingPass("decode", (((t, 300 + t),),)) for t in range(5))
+    passes = Routing(RoutingPass("decode", (((t, 300 + t),),)) for t in range(5))
     routing = ForcedRouting(Trace(TraceInfo("wide", 1, 2, 512), passes), 1, 512, 2)
     routing.begin_pass(decode=True, n_tokens=5)
     index, _ = routing.choose(0, torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2))

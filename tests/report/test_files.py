@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -81,8 +82,8 @@ def test_the_references_columns_come_first(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.csv").read_text().startswith(columns + ",")
     lines = (tmp_path / "expert_choices.csv").read_text().splitlines()
     ids = "Index,Block_0,Block_0,Block_1,Block_1,Block_2,Block_2"
-    assert lines[0] == ids + ",Prefill_0,Prefill_1,Prefill_2"
-    assert lines[1].startswith("0,,,,,,,")  # none of the reference's cells but the index
+    assert lines[0] == ids
+    assert lines[1] == "0,,,,,,"  # a prefill: none of the reference's cells but the index
     assert all(line.count(",") == 6 for line in lines[2:])
 
 
@@ -262,6 +263,18 @@ def test_a_failed_write_leaves_the_old_files_whole(
     ):
         write(tmp_path, BATCH)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_limit_on_files_leaves_no_half_of_one(tmp_path: Path) -> None:
+    """As `ulimit -f`, or a batch system's: the kernel cuts the write short, then refuses."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"write .*/out\.csv, but found: File too large: send"):
+            write(tmp_path, SINGLE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_result_under_another_name_of_a_models_file_is_found(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from moe_offload.report.patterns import (
     chance_share_all,
     chance_share_one,
 )
-from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo, write_trace
+from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo, write_trace
 
 Token = Sequence[Sequence[int]]  # [layer][k]
 
@@ -30,7 +30,7 @@ def trace_of(
     tokens: Sequence[Token], n_experts: int = 8, prompts: Sequence[int] | None = None
 ) -> Trace:
     """A trace of one-row decode passes."""
-    passes = tuple(
+    passes = Routing(
         RoutingPass(
             "decode", tuple((tuple(ids),) for ids in token), 0 if prompts is None else prompts[t]
         )
@@ -102,7 +102,7 @@ def test_tokens_of_different_prompts_are_not_neighbours() -> None:
 
 def test_rows_of_a_batch_are_sequences_of_their_own() -> None:
     rows = ((0, 1), (2, 3))
-    passes = tuple(RoutingPass("decode", (rows,), 0) for _ in range(5))
+    passes = Routing(RoutingPass("decode", (rows,), 0) for _ in range(5))
     reuse = by_name(analyse(Trace(TraceInfo("batch", 1, 2, 8), passes)).reuses)
     assert reuse["previous token: all"].measured == 1.0
     assert reuse["previous token: all"].n_pairs == 8

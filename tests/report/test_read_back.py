@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import run_dir
 
 from moe_offload.commands import draw as draw_module
 from moe_offload.errors import UserError
-from moe_offload.report.read_back import read_run
+from moe_offload.report import figures
+from moe_offload.report.read_back import read_run, read_runs
 
 
 def draw(*arguments: object) -> int:
@@ -159,3 +163,65 @@ def test_the_machine_is_what_computed(tmp_path: Path) -> None:
     path = folder / "run.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
     assert read_run(folder, "run").machine == "a CPU and an idle GPU"
+
+
+CELLS = ("", "nan", "inf", "-1", "0", "1e300", "99999999999", "x", "1,2", '"', "\0", "3.5")
+FACTS: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1e300, 10**20, float("nan"), [], {}, [[1]]),
+    *("x", "$x_{$", "\x1b[1m", "a" * 5000, "../../../etc/passwd", "/dev/zero"),
+)
+
+
+def mutate(folder: Path, rng: random.Random) -> None:
+    """Put a foreign value into a cell or a column of a CSV, or in the place of a fact."""
+    name = rng.choice(["out.csv", "cache.csv", "token_gen_time.csv", "run.json", "run.json"])
+    path = folder / name
+    if name == "run.json":
+        document = json.loads(path.read_text())
+        group, key = document, rng.choice(list(document))
+        while isinstance(group[key], dict) and group[key] and rng.random() < 0.8:
+            group = group[key]
+            key = rng.choice(list(group))
+        group[key] = rng.choice(FACTS)
+        path.write_text(json.dumps(document))
+        return
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    column, value = rng.randrange(len(rows[0])), rng.choice(CELLS)
+    for row in rows[1:] if rng.random() < 0.5 else [rng.choice(rows)]:
+        row[column] = value
+    path.write_text("\n".join(map(",".join, rows)) + "\n")
+
+
+@pytest.mark.parametrize("n_cases", [50, pytest.param(2000, marks=pytest.mark.nightly)])
+def test_whatever_a_folder_holds_is_drawn_or_refused(tmp_path: Path, n_cases: int) -> None:
+    rng = random.Random(n_cases)
+    n_drawn = 0
+    for case in range(n_cases):
+        folder = run_dir(tmp_path / str(case), rng.choice(["single", "batch"]))
+        mutate(folder, rng)
+        with warnings.catch_warnings(), figures.house_style():
+            warnings.simplefilter("error")
+            try:
+                runs = read_runs([folder, folder])
+            except UserError:
+                continue
+            figures.draw_breakdown(runs)
+            figures.draw_energy(runs)
+            figures.draw_cache_sizes(runs)
+            figures.draw_tokens(runs[0])
+            figures.draw_hits(runs[0])
+            n_drawn += 1
+    assert 0.1 * n_cases < n_drawn < 0.8 * n_cases  # both answers were tried
+
+
+def test_a_name_is_drawn_as_it_is(tmp_path: Path) -> None:
+    """No mathematics between dollars, no escapes, and room left for the figure."""
+    folders = [run_dir(tmp_path / name) for name in ("$a_{$", "b" * 200)]
+    path = folders[0] / "run.json"
+    path.write_text(path.read_text().replace('"a model"', '"$x_{$ \\u001b[1m"'))
+    with figures.house_style():
+        figures.save_drawing(figures.draw_breakdown(read_runs(folders)), tmp_path / "out")
+    labels = (tmp_path / "out/breakdown.svg").read_text()
+    assert "$a_{$" in labels
+    assert r"$x_{$ \x1b[1m and a model on a CPU" in labels
+    assert "..." + "b" * 37 + "<" in labels

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.simulation.replay import Belady, most_hits, replay
-from moe_offload.simulation.traces import NEVER, RoutingPass, Trace, TraceInfo
+from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, Trace, TraceInfo
 from moe_offload.simulation.tuning import BELADY, Setting, run_setting, sweep
 
 UNLIMITED = 10**9
@@ -68,21 +68,25 @@ SMALL = distinct_pairs(n_experts=5, max_steps=7, top_k=2)
 @settings(max_examples=150, deadline=None)
 @given(steps=SMALL, n_ways=st.integers(1, 4))
 def test_with_bypass_equals_exhaustive_search(steps, n_ways):
-    assert most_hits(decode_passes(steps), 1, n_ways) == exhaustive(steps, n_ways, bypass=True)
+    assert most_hits(Routing(decode_passes(steps)), 1, n_ways) == exhaustive(
+        steps, n_ways, bypass=True
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(steps=SMALL, n_ways=st.integers(2, 4))
 def test_without_bypass_equals_exhaustive_search(steps, n_ways):
     passes = decode_passes(steps)
-    assert hits_of(Belady(passes), passes, n_ways) == exhaustive(steps, n_ways, bypass=False)
+    assert hits_of(Belady(Routing(passes)), passes, n_ways) == exhaustive(
+        steps, n_ways, bypass=False
+    )
 
 
 class PlainBelady(Belady):
     """The same choice by walking through the passes that are left, one id after the other."""
 
     def __init__(self, passes) -> None:
-        super().__init__(passes)
+        super().__init__(Routing(passes))
         self.left = list(passes)
 
     def begin_pass(self, one: RoutingPass) -> None:
@@ -112,7 +116,7 @@ class PlainBelady(Belady):
     n_ways=st.integers(1, 5),
     quota=st.sampled_from([1, 3, UNLIMITED]),
 )
-def test_the_search_through_packed_ids_finds_what_a_walk_finds(layers, shift, kinds, n_ways, quota):
+def test_the_search_through_bytes_finds_what_a_walk_finds(layers, shift, kinds, n_ways, quota):
     passes = []
     for number, kind in enumerate(kinds):
         n_tokens = min(len(of_layer[number]) for of_layer in layers)
@@ -123,7 +127,7 @@ def test_the_search_through_packed_ids_finds_what_a_walk_finds(layers, shift, ki
         passes.append(RoutingPass(kind, ids))
     results = [
         replay(passes, ExpertCache(len(layers), n_ways, policy), quota, keep_layers=True)
-        for policy in (Belady(passes), PlainBelady(passes))
+        for policy in (Belady(Routing(passes)), PlainBelady(passes))
     ]
     assert results[0] == results[1]
 
@@ -132,8 +136,8 @@ def test_a_hand_worked_case():
     # Two ways. 0 and 1 come back, 2 does not: without bypass 2 must still push one of them out.
     steps = [[0], [1], [2], [0], [1]]
     passes = decode_passes(steps)
-    assert most_hits(passes, 1, 2) == 2
-    assert hits_of(Belady(passes), passes, 2) == 1  # 2 evicts 1, which is used last
+    assert most_hits(Routing(passes), 1, 2) == 2
+    assert hits_of(Belady(Routing(passes)), passes, 2) == 1  # 2 evicts 1, which is used last
     assert hits_of(make_policy("LRU"), passes, 2) == 0
 
 
@@ -150,11 +154,10 @@ def test_no_policy_beats_the_optimum_in_batches(batches, prompt, n_ways, quota):
         *(RoutingPass("decode", (tuple(map(tuple, tokens)),)) for tokens in batches),
     )
     info = TraceInfo("batched", n_layers=1, top_k=3, n_experts=8)
-    trace = Trace(info, passes)
+    trace = Trace(info, Routing(passes))
     for policy in (*POLICIES, BELADY):
         outcome = run_setting(trace, Setting(1, n_ways, policy, quota))
-        decode = outcome.replay.decode
-        assert decode.expert_hits <= outcome.most_hits, policy
+        assert outcome.replay.found <= outcome.most_hits, policy
         (row,) = sweep(trace, [Setting(1, n_ways, policy, quota)])
         assert row.hit_expert <= row.bound_bypass <= 100, policy
 
@@ -162,7 +165,7 @@ def test_no_policy_beats_the_optimum_in_batches(batches, prompt, n_ways, quota):
 def test_a_batch_counts_an_expert_once():
     # Two sequences that agree: with one way the optimum keeps one of their two experts.
     batch = RoutingPass("decode", (((0, 1), (0, 1)),))
-    trace = Trace(TraceInfo("batched", 1, 2, 8), (batch,) * 5)
+    trace = Trace(TraceInfo("batched", 1, 2, 8), Routing([batch] * 5))
     (row,) = sweep(trace, [Setting(1, 1, "FIFO")])
     assert row.bound_bypass == pytest.approx(100 * 4 / 10)
     assert row.hit_expert == row.all_hits == pytest.approx(40)  # 0 is fetched first, and stays
@@ -179,14 +182,14 @@ def test_a_batch_counts_an_expert_once():
 def test_no_policy_beats_the_optimum_with_bypass(steps, prompt, n_ways, quota):
     tokens = tuple(map(tuple, prompt))
     passes = (RoutingPass("prefill", (tokens,)), *decode_passes(steps))
-    bound = most_hits(passes, 1, n_ways)
-    for policy in (*map(make_policy, POLICIES), Belady(passes)):
+    bound = most_hits(Routing(passes), 1, n_ways)
+    for policy in (*map(make_policy, POLICIES), Belady(Routing(passes))):
         hits = replay(passes, ExpertCache(1, n_ways, policy), quota).decode.hits
         assert hits <= bound, type(policy).__name__
 
 
 def test_layers_are_bounded_one_by_one():
-    passes = tuple(RoutingPass("decode", (((0, 1),), ((0, 1),), ((2, 3),))) for _ in range(4))
+    passes = Routing(RoutingPass("decode", (((0, 1),), ((0, 1),), ((2, 3),))) for _ in range(4))
     assert most_hits(passes, 3, 2) == 3 * 3 * 2
     assert most_hits(passes, 1, 2) == 3 * 2
     assert most_hits(passes, 3, 1) == 3 * 3

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, HitCounts, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.simulation.replay import PhaseHits, Timeline, bound_us, prefetch_step_us, replay
+from moe_offload.simulation.replay import Timeline, bound_us, prefetch_step_us, replay
 from moe_offload.simulation.traces import RoutingPass
 from moe_offload.simulation.workload import even_workload
 
@@ -16,7 +16,7 @@ UNLIMITED = 10**9
 
 def passes_of(n_layers: int, n_tokens: int, n_experts=8, top_k=2, prompt=5, seed=3):
     workload = even_workload(n_layers, n_experts, top_k)
-    return workload.generate(n_tokens, seed, prompt).passes
+    return tuple(workload.generate(n_tokens, seed, prompt).passes)
 
 
 def engine_hits(passes, n_indexes, n_ways, policy, quota) -> list[list[int]]:
@@ -78,17 +78,20 @@ def test_hits_of_each_pass_and_layer_are_the_engines(policy, n_indexes, n_ways, 
     assert result.n_decode_tokens == result.n_decode_passes == 90
 
 
+def rates(hits: HitCounts) -> tuple[float, float, float]:
+    return (hits.at_least_one_percent, hits.at_least_two_percent, hits.per_expert_percent)
+
+
 def test_rates_of_a_hand_worked_trace():
     decode = [((0, 1),), ((0, 2),), ((0, 2),), ((3, 4),)]
     passes = [RoutingPass("decode", (tokens,)) for tokens in decode]
     result = replay(passes, ExpertCache(1, 4, make_policy("LRU")))
     # Hits 0, 1, 2, 0 of 2 each.
-    assert result.decode == PhaseHits(
-        pairs=4, at_least_one=2, at_least_two=1, lookups=8, hits=3, experts=8, expert_hits=3
-    )
-    assert result.decode.rates() == (50.0, 25.0, 37.5)
+    assert result.decode == HitCounts(4, at_least_one=2, at_least_two=1, hits=3, misses=5)
+    assert rates(result.decode) == (50.0, 25.0, 37.5)
+    assert (result.looked_up, result.found, result.found_percent) == (8, 3, 37.5)
     assert (result.fetches, result.evictions) == (5, 1)
-    assert PhaseHits().rates() == (0, 0, 0)
+    assert rates(HitCounts()) == (0, 0, 0)
 
 
 def test_prompts_count_apart_and_warm_the_cache():
@@ -109,10 +112,10 @@ def test_a_batch_looks_each_expert_up_once_and_counts_by_token():
     assert cache.hits == 3  # 0, 1 and 2 were admitted first
     assert result.hits_by_layer == [[0], [4]]  # tokens found 2, 2 and 0 of theirs
     assert result.decode.at_least_two == 2
-    assert (result.decode.lookups, result.decode.hits) == (12, 4)
-    assert (result.decode.experts, result.decode.expert_hits) == (10, 3)
-    assert result.decode.rates() == (100 * 2 / 6, 100 * 2 / 6, 100 * 4 / 12)  # the engine's unit
-    assert result.decode.distinct_percent == 30.0
+    assert (result.decode.hits, result.decode.misses) == (4, 8)
+    assert (result.looked_up, result.found) == (10, 3)
+    assert rates(result.decode) == (100 * 2 / 6, 100 * 2 / 6, 100 * 4 / 12)  # the engine's unit
+    assert result.found_percent == 30.0
     assert result.n_decode_tokens == 6 and result.n_decode_passes == 2
 
 
@@ -170,6 +173,20 @@ def test_a_gpu_and_its_bus_know_nothing_of_each_other():
     timeline.pass_experts(2, 0, slots=[])
     assert timeline.now_us == 100 + 630 and timeline.busy.copy_us == 730
     assert timeline.arrived() == []
+
+
+def test_every_pass_takes_its_head_once():
+    passes = passes_of(n_layers=3, n_tokens=4)
+    cache = ExpertCache(1, 2, make_policy("LRU"))
+    without, found = (
+        replay(passes, cache, quota=0, timeline=Timeline(replace(COSTS, step_us=us)))
+        for us in (0, 5000)
+    )
+    assert found.decode_us == pytest.approx(without.decode_us + 4 * 5000)
+    assert found.prefill_us == pytest.approx(without.prefill_us + 5000)
+    costs = replace(COSTS, step_us=5000)
+    assert bound_us(costs, 3, 6, 0) == bound_us(COSTS, 3, 6, 0) + 5000
+    assert prefetch_step_us(costs, 3, 2) == prefetch_step_us(COSTS, 3, 2) + 5000
 
 
 def test_a_prompts_layer_waits_for_the_copies_it_computes():

@@ -18,7 +18,13 @@ from moe_offload.experts.fetcher import Completion
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.generation import generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
-from moe_offload.report.files import ReportPaths, RunInfo, recorded_trace, write_reports
+from moe_offload.report.files import (
+    ReportPaths,
+    RunInfo,
+    recorded_trace,
+    routing_lines,
+    write_reports,
+)
 from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import Timeline, replay
 from moe_offload.simulation.trace_files import read_trace
@@ -88,9 +94,13 @@ def run(
     return recorder
 
 
-def through_the_csv(recorder: Recorder, folder: Path) -> tuple[Trace, list[list[int]]]:
+def through_the_csv(
+    recorder: Recorder, n_experts: int, folder: Path
+) -> tuple[Trace, list[list[int]]]:
     """(expert_choices.csv as our reader takes it, cache.csv's hits by pass and layer)."""
-    write_reports(recorder, ReportPaths.in_folder(folder), RunInfo(), summarize(recorder))
+    lines = routing_lines(recorder, "tiny", n_experts, synthetic=False)
+    paths = ReportPaths.in_folder(folder)
+    write_reports(recorder, paths, RunInfo(), summarize(recorder), lines)
     with (folder / "cache.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     n_layers = sum(name.startswith("Block_") for name in header)
@@ -114,24 +124,25 @@ def assert_replayed(trace: Trace, hits: list[list[int]], options: CacheOptions) 
 def test_the_expert_choices_of_a_run_replay_its_cache_csv(
     engine, policy, n_indexes, n_ways, quota, batched, costs, tmp_path: Path
 ):
-    """Row by row, from the CSV alone: its prefill cells warm the cache as the prompts did."""
+    """Row by row, with routing.jsonl beside the CSV: the prompts warm the cache as they did."""
     options = CacheOptions(n_indexes=n_indexes, n_ways=n_ways, policy=policy, quota=quota)
     batches = [PROMPTS, PROMPTS[:2]] if batched else [[prompt] for prompt in PROMPTS]
     recorder = run(engine, options, batches, FAST_BUS if "wait" in costs else SLOW_BUS)
-    trace, hits = through_the_csv(recorder, tmp_path)
+    trace, hits = through_the_csv(recorder, engine.store.n_experts[0], tmp_path)
     assert_replayed(trace, hits, options)
     write_trace(tmp_path / "copy.jsonl", trace.info, trace.passes)
     assert read_trace(tmp_path / "copy.jsonl").passes == trace.passes
 
 
 def test_without_the_prompts_the_replay_is_another(engine, tmp_path: Path):
-    """What the prefill cells are for, and a single prompt's rows."""
+    """What routing.jsonl is for: the CSV alone cannot say how a prompt warmed the cache."""
     options = CacheOptions(n_indexes=2, n_ways=3, policy="LRU")
     recorder = run(engine, options, [[PROMPTS[0]]])
-    trace, hits = through_the_csv(recorder, tmp_path)
+    trace, hits = through_the_csv(recorder, engine.store.n_experts[0], tmp_path)
     assert_replayed(trace, hits, options)
-    bare = [replace(one, seen=(), waited=()) for one in trace.passes]
-    result = replay(bare, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
+    (tmp_path / "routing.jsonl").unlink()
+    bare = read_trace(tmp_path / "expert_choices.csv")
+    result = replay(bare.passes, ExpertCache(2, 3, make_policy("LRU")), keep_layers=True)
     assert result.hits_by_layer[1] == [0, 0] != hits[1]
 
 
@@ -170,7 +181,7 @@ def test_hits_equal_the_engines_where_prompts_wait_for_copies(
     recorder = run(engine, options, batches, FAST_BUS)
     assert engine.accelerator is not None
     trace = through_a_file(recorder, engine, tmp_path)
-    assert all(any(one.waited) for one in trace.passes[:1])
+    assert any(trace.passes[0].waited)
     result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), quota, keep_layers=True)
     assert result.hits_by_layer == engine_hits(recorder)
     assert result.evictions == recorder.layer_table()["evictions"].sum()

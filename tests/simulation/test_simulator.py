@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from plotted import is_drawn
 
-from moe_offload.commands import simulate
+from moe_offload.commands import draw, simulate
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
 from moe_offload.simulation.replay import replay
+from moe_offload.simulation.shapes import load_shape
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import RoutingPass, TraceInfo, write_trace
 from moe_offload.simulation.tuning import Setting, grid, share_one_index, sweep
@@ -22,6 +25,15 @@ from moe_offload.simulation.workload import even_workload
 
 ROOT = Path(__file__).resolve().parents[2]
 HARDWARE = str(ROOT / "hardware" / "rtx4090.yaml")
+
+
+@pytest.fixture(scope="module")
+def mixtral_file(tmp_path_factory) -> str:
+    """A trace of Mixtral's 32 layers."""
+    path = tmp_path_factory.mktemp("mixtral") / "trace.jsonl"
+    trace = even_workload(32, 8, 2, overlap=0.4).generate(12, seed=2, n_prompt_tokens=3)
+    write_trace(path, trace.info, trace.passes)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +59,8 @@ def test_one_setting_prints_what_the_replay_counted(capsys, trace, trace_file):
         "--cache-replace-policy", "LRU",
     )  # fmt: skip
     result = replay(trace.passes, ExpertCache(3, 3, make_policy("LRU")))
-    one, two, per_expert = result.decode.rates()
+    one, two = result.decode.at_least_one_percent, result.decode.at_least_two_percent
+    per_expert = result.decode.per_expert_percent
     assert "SYNTHETIC routing" in out
     assert f"at least one {one:.1f}%, at least two {two:.1f}%, per expert {per_expert:.1f}%" in out
     assert f"fetches: {result.fetches}, evictions: {result.evictions}" in out
@@ -74,15 +87,20 @@ def test_a_batch_prints_the_rates_of_the_engine_and_the_optimum_in_its_own_unit(
 def test_a_trace_without_prompts_says_so(capsys, tmp_path):
     path = tmp_path / "expert_choices.csv"
     flags = (str(path), "--cache-nblocks", "1", "--cache-nways", "2")
-    path.write_text("Index,Block_0,Block_0,Prefill_0\n0,,,3:1 0:2*\n1,0,1\n")
-    assert "leaves prompts out" not in printed(capsys, *flags)
     path.write_text("Index,Block_0,Block_0\n0\n1,0,1\n")
     assert "the trace leaves prompts out" in printed(capsys, *flags)
+    prompt = RoutingPass("prefill", (((0, 1),),))
+    passes = [prompt, RoutingPass("decode", (((0, 1),),))]
+    write_trace(tmp_path / "routing.jsonl", TraceInfo("run", 1, 2, 4), passes)
+    out = printed(capsys, *flags)
+    assert "leaves prompts out" not in out
+    assert f"note: {tmp_path / 'routing.jsonl'} was read: it has the prompts' tokens too" in out
+    assert "decode hits: at least one 100.0%" in out
 
 
-def test_times_are_printed_with_a_machine(capsys, trace_file):
+def test_times_are_printed_with_a_machine(capsys, mixtral_file):
     out = printed(
-        capsys, trace_file, "--cache-nblocks", "3", "--cache-nways", "4", "--hardware", HARDWARE,
+        capsys, mixtral_file, "--cache-nblocks", "3", "--cache-nways", "4", "--hardware", HARDWARE,
         "--cores", "8", "--model", "mixtral-8x7b",
     )  # fmt: skip
     speed = float(re.search(r"([\d.]+) tokens/s, [\d.]+ ms a token, [\d.]+ J a token", out)[1])
@@ -90,6 +108,49 @@ def test_times_are_printed_with_a_machine(capsys, trace_file):
     assert 0 < speed < bound
     assert "8 cores, PCIe 4.0" in out and "12 slots, 4.23 GB" in out
     assert re.search(r"bytes: [\d.]+ GB fetched, [\d.]+ GB read by the CPU", out)
+    assert "layer_us of the hardware file, 700, makes 22.4 ms a token: with any cache at" in out
+
+
+@pytest.mark.parametrize("hardware", ["rtx3080", "rtx4090", "desktop-ddr4-rtx4060"])
+def test_slots_that_the_gpu_cannot_hold_are_refused(capsys, mixtral_file, hardware):
+    """Up to the last slot that fits, 32 layers' dense weights and the reserve beside it."""
+    path = ROOT / "hardware" / f"{hardware}.yaml"
+    shape, machine = load_shape("mixtral-8x7b"), load_machine(path)
+    free_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - simulate.GPU_RESERVE_BYTES
+    n_slots = int(free_bytes // shape.block_bytes("bf16"))
+    flags = ("--model", "mixtral-8x7b", "--hardware", str(path), "--cache-nways", "1")
+    out = printed(capsys, mixtral_file, *flags, "--cache-nblocks", str(min(n_slots, 32)))
+    assert "tokens/s" in out
+    out = printed(capsys, mixtral_file, *flags[:-1], "8", "--cache-nblocks", "32", code=2)
+    assert f"at most {n_slots} slots beside mixtral-8x7b's dense weights" in out
+    assert "found 256 of 90.2 GB; choose a smaller cache or a larger GPU" in out
+    out = printed(capsys, mixtral_file, "--cache-nways", "8", "--cache-nblocks", "32")
+    assert "256 slots" in out  # hits alone need no GPU
+
+
+def test_a_sweep_marks_what_does_not_fit(capsys, tmp_path, mixtral_file):
+    out = printed(
+        capsys, mixtral_file, "--sweep", "--output-dir", str(tmp_path), "--processes", "1",
+        "--model", "mixtral-8x7b", "--hardware", HARDWARE,
+    )  # fmt: skip
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    block_gb = load_shape("mixtral-8x7b").block_bytes("bf16") / 1e9
+    for row in rows:
+        assert row["fits"] == str(int(row["slots"]) * block_gb <= 25.8 - 1.5 - 3.21)
+        assert (
+            bool(row["tokens_per_s"]) == bool(row["bound_tokens_per_s"]) == (row["fits"] == "True")
+        )
+    assert {row["fits"] for row in rows} == {"True", "False"}
+    assert out.count("does not fit") == sum(row["fits"] == "False" for row in rows)
+    assert "with any cache at most 44.6 tokens/s" in out
+    small = tmp_path / "small.yaml"
+    small.write_text(re.sub(r"memory_gb: [\d.]+", "memory_gb: 3", Path(HARDWARE).read_text()))
+    out = printed(
+        capsys, mixtral_file, "--sweep", "--output-dir", str(tmp_path), "--processes", "1",
+        "--model", "mixtral-8x7b", "--hardware", str(small), code=2,
+    )  # fmt: skip
+    assert "expected a GPU that holds 8 experts beside the dense weights" in out
 
 
 def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file):
@@ -100,7 +161,7 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
     flat = share_one_index(even_workload(4, 8, 2).generate(200))
     assert (flat.n_layers, flat.n_experts, len(flat.passes)) == (1, 32, 800)
     rates = [
-        replay(flat.passes, ExpertCache(1, ways, make_policy("LRU"))).decode.rates()[2]
+        replay(flat.passes, ExpertCache(1, ways, make_policy("LRU"))).found_percent
         for ways in (4, 16)
     ]
     assert rates[0] == 0 and rates[1] > 30
@@ -110,6 +171,22 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
     assert "cliff" not in out
 
 
+def test_a_traces_own_words_reach_no_terminal_as_commands(capsys, tmp_path, trace):
+    info = replace(trace.info, model="m\x1b[2J", notes=("n\x1b]0;title\x07",))
+    write_trace(tmp_path / "t.jsonl", info, trace.passes)
+    out = printed(capsys, str(tmp_path / "t.jsonl"), "--cache-nblocks", "1", "--cache-nways", "2")
+    assert "routing: m" in out and "note: n" in out
+    assert "\x1b" not in out and "\x07" not in out
+
+
+def test_absurd_sizes_are_cut_to_the_model(capsys, trace_file):
+    much = "9" * 30
+    out = printed(capsys, trace_file, "--one-index", "--cache-nways", much, "--cache-quota", much)
+    assert "cut to 1 x 32" in out and "cache: 1 indexes x 32 ways" in out
+    out = printed(capsys, trace_file, "--cache-nblocks", much, "--cache-nways", much)
+    assert "cache: 4 indexes x 8 ways" in out
+
+
 def test_another_models_trace_is_refused(capsys, tmp_path):
     wide = even_workload(2, 128, 6).generate(3)
     write_trace(tmp_path / "wide.jsonl", wide.info, wide.passes)
@@ -117,7 +194,25 @@ def test_another_models_trace_is_refused(capsys, tmp_path):
         capsys, str(tmp_path / "wide.jsonl"), "--model", "mixtral-8x7b", "--cache-nblocks", "2",
         "--cache-nways", "4", code=2,
     )  # fmt: skip
-    assert "expected a trace of mixtral-8x7b, which has 8 experts a layer, found one of" in out
+    assert "expected a trace of mixtral-8x7b, which has 32 MoE layers, top-2 of 8 experts" in out
+
+
+def test_a_trace_of_fewer_layers_is_refused(capsys, trace_file):
+    out = printed(
+        capsys, trace_file, "--model", "mixtral-8x7b", "--hardware", HARDWARE,
+        "--cache-nblocks", "2", "--cache-nways", "4", code=2,
+    )  # fmt: skip
+    assert "with 4, top-2 of 8; correct --model or the trace" in out
+
+
+def test_a_trace_that_keeps_fewer_choices_says_so(capsys, tmp_path):
+    cut = even_workload(16, 64, 6).generate(3)
+    write_trace(tmp_path / "cut.jsonl", cut.info, cut.passes)
+    out = printed(
+        capsys, str(tmp_path / "cut.jsonl"), "--model", "olmoe-1b-7b", "--cache-nblocks", "2",
+        "--cache-nways", "8",
+    )  # fmt: skip
+    assert "note: the trace holds 6 of each token's 8 experts in olmoe-1b-7b" in out
 
 
 def test_fewer_ways_than_top_k_is_warned_of(capsys, trace_file):
@@ -150,8 +245,10 @@ def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
             setting = Setting(int(row["n_indexes"]), int(row["n_ways"]), row["policy"])
             (again,) = sweep(trace, [setting])
             assert float(row["hit_expert"]) == pytest.approx(again.hit_expert, abs=1e-3)
-    header = (folder / "sweep.png").read_bytes()[:8]
-    assert header == b"\x89PNG\r\n\x1a\n"
+        assert row["tokens_per_s"] == row["bound_tokens_per_s"] == row["fits"] == ""
+    assert is_drawn(folder / "sweep.png")
+    assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
+    assert "N = 4" in (folder / "sweep.svg").read_text()  # as text
 
 
 def test_tune_prints_a_front_and_the_flags_to_use(capsys):
@@ -164,13 +261,13 @@ def test_tune_prints_a_front_and_the_flags_to_use(capsys):
     assert "only bf16 gives" in out.lower()
 
 
-def test_a_fitted_trace_can_be_written_and_read(capsys, tmp_path, trace_file):
+def test_a_made_trace_can_be_written_and_read(capsys, tmp_path):
     made = tmp_path / "made.jsonl"
-    printed(capsys, trace_file, "--synthetic", "30", "--write-trace", str(made))
+    model = ("--model", "olmoe-1b-7b", "--synthetic", "30")
+    printed(capsys, *model, "--write-trace", str(made))
     again = read_trace(made)
-    assert again.info.synthetic and again.n_layers == 4
-    assert sum(one.phase == "decode" for one in again.passes) == 30
-    assert len(again.passes[0].ids[0]) == 6
+    assert again.info.synthetic and again.n_layers == 16
+    assert again.passes.n_decoded == 30
 
 
 def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeypatch):
@@ -208,12 +305,13 @@ def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
     out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
     assert re.search(r"cores read [\d.]+ GB/s of experts", out)
     machine = load_machine(path)
-    assert machine.cpu_gbps > 0 and machine.layer_us > 0
+    assert machine.cpu_gbps > 0 and machine.step_us > 0
+    assert machine.cost_model(load_shape("olmoe-1b-7b"), "bf16").dense_us_per_layer > 0
     out = printed(
         capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
         "--cache-nblocks", "16", "--cache-nways", "8",
     )  # fmt: skip
-    assert "tokens/s" in out
+    assert "tokens/s" in out and "J a token" not in out  # powers are not measured
 
 
 def test_the_papers_figures():
@@ -261,6 +359,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "m"], "expected one of the shapes"),
         (["TRACE", "--expert-dtype", "int4"], "--expert-dtype needs --model"),
         (["--model", "olmoe-1b-7b", "--synthetic", "0"], "expected --synthetic of at least 1"),
+        (["TRACE", "--synthetic", "9"], "expected --synthetic or a TRACE, found both"),
         (["--model", "olmoe-1b-7b", "--one-index"], "--one-index needs --cache-nways"),
         (
             ["--model", "olmoe-1b-7b", "--cache-nblocks", "-1", "--cache-nways", "2"],
@@ -274,8 +373,18 @@ def test_the_papers_table_is_printed(capsys):
         (
             ["--model", "mixtral-8x7b", "--tune", "--hardware",
              str(ROOT / "hardware" / "rtx3080.yaml"), "--memory-gb", "-1"],
-            "--memory-gb of 0 or more, found -1",
+            "--memory-gb of at least 0, found -1",
         ),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "nan"],
+         "--memory-gb of at most 21.0914, found nan"),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "90"],
+         "--memory-gb of at most 21.0914, found 90"),  # 25.8 GB, but for dense weights and reserve
+        (["--paper", "--hardware", str(ROOT / "hardware" / "rtx4080.yaml")],
+         "found 56 of 19.7 GB; choose a smaller cache or a larger GPU"),
+        (["TRACE", "--one-index", "--cache-nways", "-3"], "--cache-nways of at least 1, found -3"),
+        (["--model", "olmoe-1b-7b", "--synthetic", "9" * 30], "expected --synthetic of at most"),
+        (["--paper", "--hardware", HARDWARE, "--cores", "9" * 30], "expected --cores of at most"),
+        (["TRACE", "--sweep", "--processes", "0"], "expected --processes of at least 1, found 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
@@ -299,6 +408,27 @@ def test_a_trace_that_names_its_model_tells_the_shape(capsys, tmp_path, trace, n
     out = printed(capsys, str(path), "--hardware", HARDWARE, code=2)
     assert out.splitlines()[-1].startswith("error: --hardware needs --model")
     assert out.endswith(f"{hint}\n")
+
+
+def page_commands() -> list[str]:
+    """The simulator's commands on the page that reproduces the paper, in its order."""
+    page = (ROOT / "docs" / "REPRODUCING_THE_PAPER.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python3 src/((?:simulator|patterns)\.py .*)$", page, flags=re.M)
+    return list(dict.fromkeys(lines))
+
+
+def test_the_page_has_commands():
+    assert len(page_commands()) >= 8 and sum("patterns.py" in line for line in page_commands()) == 1
+
+
+@pytest.mark.parametrize("line", page_commands())
+def test_the_page_runs_as_it_stands(capsys, tmp_path, monkeypatch, line):
+    for name in ("hardware", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = shlex.split(line, comments=True)
+    assert {"simulator.py": simulate.main, "patterns.py": draw.patterns}[script](arguments) == 0
+    assert capsys.readouterr().out
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

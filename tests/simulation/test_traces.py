@@ -1,287 +1,82 @@
-"""Trace files: three formats, one meaning; everything malformed is a sentence with its line."""
+"""Routing in bytes against the tuples it stands for."""
 
-import os
-import re
-import tracemalloc
-from collections.abc import Callable
-from pathlib import Path
+import pickle
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moe_offload.errors import UserError
-from moe_offload.experts.cache import ExpertCache, make_policy
-from moe_offload.simulation.replay import replay
-from moe_offload.simulation.trace_files import ExpertChoices, TraceReader, read_trace
-from moe_offload.simulation.traces import PackedRouting, RoutingPass, write_trace
-
-DECODE = RoutingPass("decode", (((0, 1),), ((2, 3),)))
-ROUTE = """# route_trace v1
-# model=/models/tiny.gguf arch=x n_layer=2 n_expert=4 n_expert_used=2
-# layer=0 expert_bytes=1000 dense_bytes=9
-# layer=1 expert_bytes=2000 dense_bytes=9
-turn,phase,step,layer,slot,expert,weight,residency,expert_bytes
-0,0,0,0,0,3,0.5,0,1
-0,0,0,0,1,1,0.5,0,1
-0,0,1,0,0,2,0.5,0,1
-0,0,1,0,1,0,0.5,0,1
-0,0,1,1,0,0,0.5,0,1
-0,0,1,1,1,1,0.5,0,1
-0,1,0,0,0,0,0.5,0,1
-0,1,0,0,1,1,0.5,0,1
-0,1,0,1,0,2,0.5,0,1
-0,1,0,1,1,3,0.5,0,1
-"""
-CHOICES = "Index,Block_0,Block_0,Block_1,Block_1\n0\n1,0,1,2,3\n2,0,2,1,3\n"
-JSON = (
-    '{"routing_trace": 1, "model": "tiny", "n_layers": 2, "top_k": 2, "n_experts": 4}\n'
-    '{"phase": "prefill", "ids": [[[0, 1], [1, 2]], [[2, 3], [3, 1]]]}\n'
-    '{"phase": "decode", "ids": [[[0, 1]], [[2, 3]]]}\n'
-)
+from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, Trace, TraceInfo
 
 
-def write(folder: Path, text: str, name: str = "trace") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
+@st.composite
+def routings(draw: st.DrawFn) -> list[RoutingPass]:
+    n_layers, top_k = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    most = draw(st.sampled_from([4, 255, 256, 700, 65535]))
+    token = st.lists(st.integers(0, most), min_size=top_k, max_size=top_k).map(tuple)
+
+    def layers(counts: list[int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        return tuple(tuple(draw(token) for _ in range(n)) for n in counts)
+
+    passes = []
+    for number in range(draw(st.integers(1, 12))):
+        kind = draw(st.sampled_from(["token", "batch", "prompt", "unknown"]))
+        if kind == "unknown":
+            passes.append(RoutingPass("prefill", (), number))
+        elif kind == "prompt":
+            counts = [draw(st.integers(1, 4)) for _ in range(n_layers)]
+            waited = tuple(draw(token) for _ in range(n_layers)) if draw(st.booleans()) else ()
+            passes.append(RoutingPass("prefill", layers(counts), number, waited))
+        else:
+            n_tokens = 1 if kind == "token" else draw(st.integers(1, 4))
+            passes.append(RoutingPass("decode", layers([n_tokens] * n_layers), number))
+    return passes
 
 
-def test_expert_choices(tmp_path):
-    trace = read_trace(write(tmp_path, CHOICES, "tiny.expert_choices.csv"))
-    assert (trace.info.model, trace.n_layers, trace.info.top_k, trace.n_experts) == (
-        "tiny", 2, 2, 4
-    )  # fmt: skip
-    assert trace.passes[0] == RoutingPass("prefill", ())
-    assert trace.passes[1] == DECODE
-    assert trace.passes[2].ids == (((0, 2),), ((1, 3),))
-    assert not trace.info.notes and not trace.info.synthetic
+@settings(max_examples=200, deadline=None)
+@given(passes=routings())
+def test_what_is_held_comes_back(passes):
+    routing = Routing(passes)
+    assert list(routing) == passes and list(routing) == passes  # any number of times
+    assert len(routing) == len(passes) and routing[-1] == passes[-1]
+    assert pickle.loads(pickle.dumps(routing)) == routing == Routing(routing)
+    ids = [e for one in passes for tokens in one.ids for token in tokens for e in token]
+    assert routing.highest == max(ids, default=-1)
+    decoded = [one for one in passes if one.phase == "decode"]
+    assert routing.n_decoded == sum(len(one.ids[0]) for one in decoded)
+    for layer in range(len(decoded[0].ids) if decoded else 0):
+        of_layer = [list(token) for one in decoded for token in one.ids[layer]]
+        assert routing.decoded(layer).tolist() == of_layer
+        prompts = [one.ids[layer] for one in passes if one.phase == "prefill" and one.ids]
+        of_layer = [list(token) for tokens in prompts for token in tokens]
+        assert routing.prompted(layer).tolist() == of_layer
 
 
-def test_rows_win_over_the_references_header_of_32_layers(tmp_path):
-    header = "Index," + ",".join(f"Block_{n},Block_{n}" for n in range(32))
-    trace = read_trace(write(tmp_path, f"{header}\n0\n1" + ",4,5" * 40 + "\n"))
-    assert trace.n_layers == 40
-    assert "32 layers and the rows hold 40" in trace.info.notes[0]
+@settings(max_examples=200, deadline=None)
+@given(passes=routings(), data=st.data())
+def test_the_next_use_is_the_first_place_that_holds_the_expert(passes, data):
+    routing = Routing(passes)
+    decoded = [one for one in passes if one.phase == "decode"]
+    if not decoded:
+        return
+    layer = data.draw(st.integers(0, len(decoded[0].ids) - 1))
+    ids = [e for one in decoded for token in one.ids[layer] for e in token]
+    expert = data.draw(st.one_of(st.sampled_from(ids), st.integers(0, routing.highest)))
+    place = data.draw(st.integers(0, len(ids)))
+    expected = ids.index(expert, place) if expert in ids[place:] else NEVER
+    assert routing.next_use(layer, expert, place) == expected
 
 
-def test_prompts_and_batches_of_our_own_choices_file(tmp_path):
-    text = (
-        "Index,Block_0,Block_0,Block_1,Block_1,Prompt\n"
-        "0,,,,,3\n1,0,1,2,3,3\n1,4,5,6,7,4\n2,0,1,2,3,3\n"
-    )
-    passes = read_trace(write(tmp_path, text)).passes
-    assert [one.prompt for one in passes] == [3, 3, 3]
-    assert passes[1].ids == (((0, 1), (4, 5)), ((2, 3), (6, 7)))
-    assert len(passes[2].ids[0]) == 1
+def test_an_expert_that_two_tokens_of_a_batch_chose_counts_once():
+    passes = [
+        RoutingPass("prefill", (((0, 1),), ((0, 1),))),
+        RoutingPass("decode", (((0, 1), (1, 2)), ((0, 1), (0, 1)))),
+        RoutingPass("decode", (((0, 300),), ((5, 1),))),
+    ]
+    trace = Trace(TraceInfo("t", n_layers=2, top_k=2, n_experts=301), Routing(passes))
+    assert trace.n_chosen == 3 + 2 + 2 + 2
 
 
-def test_any_top_k(tmp_path):
-    text = "Index,Block_0,Block_0,Block_0\n1,0,1,2\n"
-    assert read_trace(write(tmp_path, text)).passes[0].ids == (((0, 1, 2),),)
-
-
-def test_route_csv(tmp_path):
-    trace = read_trace(write(tmp_path, ROUTE))
-    assert trace.info.model == "tiny"
-    assert (trace.n_layers, trace.n_experts, trace.info.expert_bytes) == (2, 4, 1500)
-    prompt, decode = trace.passes
-    assert prompt.phase == "prefill"
-    assert prompt.ids == (((3, 1), (2, 0)), ((0, 1),))  # the last layer saw the last token alone
-    assert decode == DECODE
-
-
-def test_json_lines_round_trip(tmp_path):
-    trace = read_trace(write(tmp_path, JSON))
-    assert trace.passes[1] == DECODE
-    write_trace(tmp_path / "copy.jsonl", trace.info, trace.passes)
-    assert read_trace(tmp_path / "copy.jsonl") == trace
-
-
-def test_a_trace_that_cannot_be_written_is_a_sentence(tmp_path):
-    trace = read_trace(write(tmp_path, JSON))
-    with pytest.raises(UserError, match=r"found no place for it \(No such file or directory\)"):
-        write_trace(tmp_path / "nowhere" / "copy.jsonl", trace.info, trace.passes)
-
-
-def test_synthetic_stays_synthetic(tmp_path):
-    assert read_trace(write(tmp_path, CHOICES, "synthetic_x.expert_choices.csv")).info.synthetic
-    trace = read_trace(write(tmp_path, JSON.replace('"model"', '"synthetic": true, "model"')))
-    assert trace.info.synthetic
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "line 1: expected a routing trace"),
-        ("hello,world\n", "line 1: expected a routing trace .* found 'hello,world'"),
-        ("Index,a,b\n1,2,3\n", "line 1: expected the header Index,Block_0"),
-        (CHOICES + "3,0,1,2\n", "line 5: expected 4 expert ids like the rows before, found 3"),
-        (CHOICES + "3,0,1,2,3,1,2\n", "line 5: expected 4 expert ids .* found 6"),
-        (CHOICES + "3,0,x,2,3\n", "line 5: expected a whole number as an expert id, found 'x'"),
-        (CHOICES + "3,0,-1,2,3\n", "line 5: expected an expert id of 0 or more, found -1"),
-        (
-            CHOICES + "3,1,1,2,3\n",
-            r"line 5: expected distinct experts of one token, found \[1, 1\]",
-        ),
-        ("Index,Block_0,Block_0\n1,0,1,2\n", "line 2: expected 2 expert ids for each layer"),
-        ("Index,Block_0,Block_0\n0\n", "at least one decoded token"),
-        (
-            "Index,Block_0,Block_0,Prefill_0\n0,,,3:x\n1,0,1\n",
-            "line 2: expected a prompt's experts as expert:tokens, found '3:x'",
-        ),
-        (
-            "Index,Block_0,Block_0,Prefill_0\n0,,,3:1 3:2\n1,0,1\n",
-            r"line 2: expected distinct experts of one token, found \[3, 3\]",
-        ),
-        (ROUTE.replace("turn,phase", "turn,faze"), "line 1: expected a routing trace|line 5"),
-        (ROUTE + "0,1,1,0,0,1,0.5,0\n", "line 16: expected 9 columns, found 8"),
-        (ROUTE + "0,1,1,0,0,4,0.5,0,1\n", "line 16: expected an expert id of 0 to 3, found 4"),
-        (ROUTE + "0,1,1,2,0,1,0.5,0,1\n", "line 16: expected a layer of 0 to 1, as the comment"),
-        (ROUTE + "0,2,1,0,0,1,0.5,0,1\n", "line 16: expected phase 0"),
-        (ROUTE + "0,1,1,0,1,1,0.5,0,1\n", "line 16: expected slot 0 next, found 1"),
-        (ROUTE + "0,1,1,0,0,1,0.5,0,1\n", "line 16: expected 2 layers in the pass before, found 1"),
-        (JSON + "{oops\n", "line 4: expected a JSON object"),
-        (JSON + '{"phase": "dream", "ids": []}\n', 'line 4: expected "phase" of prefill or decode'),
-        (JSON + '{"phase": "decode", "ids": [[0, 1]]}\n', r"line 4: expected ids as \[layer\]"),
-        (JSON + '{"phase": "decode", "ids": [[[0, 1]]]}\n', "line 4: expected 2 layers, found 1"),
-        (JSON + '{"phase": "decode", "ids": [[[0]], [[1]]]}\n', "line 4: expected 2 expert ids"),
-        (JSON + '{"phase": "decode", "ids": [[[0, 9]], [[1, 2]]]}\n', "line 4: .* 0 to 3, found 9"),
-        (
-            JSON + '{"phase": "decode", "ids": [[[0, 1]], []]}\n',
-            r"line 4: expected as many tokens in every layer, at least one, found \[1, 0\]",
-        ),
-        (
-            JSON + '{"phase": "decode", "ids": [[[0, 1]], [[0, 1], [1, 2]]]}\n',
-            r"line 4: expected as many tokens .* found \[1, 2\]",
-        ),
-        (JSON + '{"phase": "prefill", "ids": [[[0, 1]], []]}\n', "line 4: expected as many tokens"),
-        (JSON.replace('"model"', '"notes": 5, "model"'), "line 1: expected notes as a list"),
-        (JSON.replace('"n_experts": 4', '"n_experts": -3'), "line 1: expected n_experts of at"),
-        (
-            JSON + '{"phase": "decode", "ids": [[["a", "b"]], [[1, 2]]]}\n',
-            "line 4: expected ids as",
-        ),
-        *(
-            (
-                JSON
-                + '{"phase": "prefill", "ids": [[[0, 1]], [[2, 3]]], "waited": '
-                + waited
-                + "}\n",
-                r"line 4: expected waited as \[layer\]\[expert\]",
-            )
-            for waited in ("[[0.5], []]", "[[], [1.0]]", "[[true], []]", '["0", []]', "[0, 1]", "7")
-        ),
-    ],
-)
-def test_malformed_files_are_a_sentence_with_the_line(tmp_path, text, sentence):
-    with pytest.raises(UserError, match=sentence):
-        read_trace(write(tmp_path, text))
-
-
-def test_a_known_number_of_experts_bounds_the_ids(tmp_path):
-    path = write(tmp_path, CHOICES)
-    assert read_trace(path, n_experts=8).n_experts == 8
-    with pytest.raises(UserError, match="line 3: expected an expert id of 0 to 2, found 3"):
-        read_trace(path, n_experts=3)
-
-
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(UserError, match="found none that can be read"):
-        read_trace(tmp_path / "nothing.csv")
-    (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(UserError, match="found none that can be read"):
-        read_trace(tmp_path / "binary")
-
-
-def long_choices(folder: Path, n_tokens: int, last: str = "") -> Path:
-    """32 layers, top-2 of 8; `last` is one more line."""
-    path = folder / "long.expert_choices.csv"
-    header = "Index," + ",".join(f"Block_{n},Block_{n}" for n in range(32))
-    with path.open("w") as lines:
-        lines.write(header + "\n0\n")
-        for t in range(n_tokens):
-            row = ",".join(f"{(t + n) % 8},{(t * n + n + 1 + (t + n) % 7) % 8}" for n in range(32))
-            row = re.sub(r"(\d),\1", r"\1,8", row)
-            lines.write(f"{t + 1},{row}\n")
-        lines.write(last)
-    return path
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    tracemalloc.start()
-    work()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
-
-
-def test_reading_streams(tmp_path):
-    path = long_choices(tmp_path, 4000)
-    reader = TraceReader(path)
-    assert sum(1 for _ in reader) == 4001
-    assert peak_bytes(lambda: sum(1 for _ in reader)) < path.stat().st_size / 5
-
-
-def test_a_replay_streams(tmp_path):
-    path = long_choices(tmp_path, 4000)
-    expected = replay(read_trace(path).passes, ExpertCache(4, 3, make_policy("LRU")))
-    results = []
-
-    def streamed() -> None:
-        results.append(replay(TraceReader(path), ExpertCache(4, 3, make_policy("LRU"))))
-
-    assert peak_bytes(streamed) < path.stat().st_size / 5
-    assert results == [expected] and expected.decode.hits > 0
-
-
-def test_many_ids_are_held_in_a_byte_each(tmp_path, monkeypatch):
-    path = long_choices(tmp_path, 4000)
-    kept = read_trace(path)
-    monkeypatch.setattr("moe_offload.simulation.traces.MAX_TUPLE_IDS", 1000)
-    held = []
-    # A byte for an id, what a growing array has to spare, and what one line takes.
-    assert peak_bytes(lambda: held.append(read_trace(path))) < 1.5 * 4000 * 64
-    (trace,) = held
-    assert isinstance(trace.passes, PackedRouting)
-    assert tuple(trace.passes) == kept.passes and trace.info == kept.info
-
-
-def test_a_mistake_ends_the_reading_at_its_line(tmp_path):
-    """Nothing behind the line is read, and nothing before it is held."""
-    path = long_choices(tmp_path, 2000)
-    good = path.read_text()
-    lines = (tmp_path / "lines.csv").open("w+")
-    lines.write(good[: len(good) // 2].rsplit("\n", 1)[0] + "\n7,oops\n")
-    n_lines = 1 + good[: len(good) // 2].count("\n")
-    lines.write("neither this\n" * 5)
-    lines.close()
-    reader = iter(TraceReader(tmp_path / "lines.csv"))
-
-    def read() -> None:
-        with pytest.raises(UserError, match=f"line {n_lines}: expected 64 expert ids"):
-            for _ in reader:
-                pass
-
-    assert peak_bytes(read) < path.stat().st_size / 5
-
-
-def test_the_first_pass_comes_before_the_rest_is_read(tmp_path):
-    """A file that never ends can be read as far as it goes."""
-    read_end, write_end = os.pipe()
-    with os.fdopen(write_end, "w") as pipe:
-        pipe.write(CHOICES)
-        pipe.flush()
-        reading = ExpertChoices(Path(f"/dev/fd/{read_end}"), None)
-        passes = reading.passes()
-        # The third line is needed to know that the second's batch has ended, no fourth.
-        assert [next(passes), next(passes)] == [RoutingPass("prefill", ()), DECODE]
-    os.close(read_end)
-
-
-def test_a_file_of_one_endless_line_is_refused_at_once(tmp_path):
-    (tmp_path / "line").write_text("x" * 4_000_000)
-
-    def read() -> None:
-        with pytest.raises(UserError, match="line 1: expected a routing trace"):
-            TraceReader(tmp_path / "line")
-
-    assert peak_bytes(read) < 3_000_000
+def test_a_token_of_another_top_k_is_our_mistake():
+    with pytest.raises(AssertionError):
+        Routing([RoutingPass("decode", (((0, 1),),)), RoutingPass("decode", (((0, 1, 2),),))])

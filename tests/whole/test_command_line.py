@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -22,9 +23,8 @@ from tiny_models import write_mixtral_with_tokenizer
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.commands import generate
-from moe_offload.commands.arguments import parse, parse_config, read_prompts
+from moe_offload.commands.arguments import parse, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
-from moe_offload.config import PromptOptions
 from moe_offload.engine.engine import Engine
 from moe_offload.model.generation import generate_batch
 from moe_offload.simulation import shapes as shapes_module
@@ -182,25 +182,10 @@ def test_what_a_run_cannot_do_is_said_and_responses_may_go_beside_the_reports(
     assert (run_folder / "new" / "r.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "prompts"),
-    [
-        (b"  indented \r\n\n\ttab\rlast", ["  indented ", "\ttab", "last"]),
-        ("one\u2028line\nof\x85them\n".encode(), ["one\u2028line", "of\x85them"]),
-        (b"form\ffeed\n\f\nvertical\vtab", ["form\ffeed", "vertical\vtab"]),
-    ],
-)
-def test_a_prompt_is_a_line_as_it_stands(
-    content: bytes, prompts: list[str], run_folder: Path
-) -> None:
-    (run_folder / "prompts").write_bytes(content)
-    assert read_prompts(PromptOptions(path=run_folder / "prompts")) == prompts
-
-
 def test_sampling_repeats_with_its_seed(model: Path, run_folder: Path) -> None:
     texts = []
-    for seed in (1, 1, 2):
-        path = run_folder / "r.jsonl"
+    for number, seed in enumerate((1, 1, 2)):
+        path = run_folder / f"r{number}.jsonl"
         run(
             *("--model-path", model, "--prompt", "Hello", "--max-tokens", 8, "--hide-resp"),
             *("--temperature", 2.0, "--top-p", 0.95, "--seed", seed, "--responses-jsonl", path),
@@ -212,7 +197,7 @@ def test_sampling_repeats_with_its_seed(model: Path, run_folder: Path) -> None:
 def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
     lengths = []
     for flags in ((), ("--raw-prompt",)):
-        path = run_folder / "r.jsonl"
+        path = run_folder / f"r{len(flags)}.jsonl"
         run(
             *("--model-path", model, "--prompt", "Hello", "--max-tokens", 1, "--hide-resp"),
             *("--responses-jsonl", path, *flags),
@@ -248,6 +233,12 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-k", "5"), "above 0 for --top-k"),
+        (("--prompt", "x", "--max-tokens", "4", "--min-p", "2"), "--min-p in [0, 1], found 2.0"),
+        (("--prompt", "x", "--max-tokens", "4", "--repetition-penalty", "0"), "above 0, found 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--stop", ""), "--stop as a text that is not"),
+        (("--prompt", "x", "--max-tokens", "4", "--system", "y", "--raw-prompt"), "found both"),
+        (("--prompt", "x", "--max-tokens", "4", "--resume"), "--resume needs --responses-jsonl"),
         (("--prompt", "x", "--max-tokens", "4", "--dummy-layers", "2"), "needs --dummy-weights"),
         (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
         (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
@@ -360,9 +351,10 @@ def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFi
 
     folder = _damaged(model, run_folder / "d")
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    dropped = manifest["dense"][0]["tensors"].pop()
+    manifest["dense"][0]["tensors"].pop()
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    assert dropped["name"] in refused(capsys, "--model-path", folder, *arguments)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert f"{folder / MANIFEST_NAME} is damaged" in message
 
     folder = _damaged(model, run_folder / "e")
     (folder / "tokenizer.model").unlink()
@@ -396,6 +388,8 @@ def test_every_result_has_a_file_of_its_own(
     (run_folder / "folder").mkdir()
     (run_folder / "prompts").write_text("Hello\n")
     (run_folder / "link").symlink_to("prompts")
+    os.link(run_folder / "prompts", run_folder / "hard")
+    (run_folder / "experts").symlink_to(model / "experts-00000.safetensors")
     before = sorted(run_folder.iterdir())
     arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
     for flags, expected in (
@@ -407,6 +401,10 @@ def test_every_result_has_a_file_of_its_own(
         (("--cachehit-csv", "expert_choices.csv"), "another file with --cachehit-csv"),
         (("--responses-jsonl", "run.json"), "another file with --responses-jsonl"),
         (("--responses-jsonl", "link"), "the prompts are read from link"),
+        (("--responses-jsonl", "hard"), "the prompts are read from hard, the same file as prompts"),
+        (("--breakdown-csv", model / "manifest.json"), "the model is read from"),
+        (("--responses-jsonl", model / "tokenizer.model"), "the model is read from"),
+        (("--cachehit-csv", "experts"), "the model is read from experts, the same file as"),
         (("--breakdown-csv", "prompts"), "the prompts are read from prompts"),
     ):
         assert expected in refused(capsys, *arguments, *flags)
@@ -568,6 +566,176 @@ def test_a_closed_terminal_costs_no_evidence(
     assert len(by_name(run_folder / "token_gen_time.csv")) == n_tokens - 1
 
 
+def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
+    """SIGKILL, and half a line as a full disk leaves it: the end has each answer once."""
+    prompts, answers = run_folder / "prompts.txt", run_folder / "answers.jsonl"
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(60)))
+    arguments = ("--model-path", model, "--prompt-path", prompts, "--max-tokens", 12, "--no-record")
+    flags = ("--hide-resp", "--responses-jsonl")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "src" / "main.py", *map(str, (*arguments, *flags, answers))],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=run_folder,
+    )
+    deadline_s = time.monotonic() + 120
+    while not (answers.exists() and answers.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+    done = answers.read_bytes()
+    done = done[: done.rindex(b"\n") + 1]
+    assert 3 <= done.count(b"\n") < 60
+    with answers.open("ab") as file:
+        file.write(b'{"index": 59, "prom')
+    assert run(*arguments, *flags, answers, "--resume") == 0
+    assert answers.read_bytes().startswith(done), "what was finished stays as it was"
+    assert run(*arguments, *flags, run_folder / "whole.jsonl", "--batch-size", 7) == 0
+    found, whole = (
+        sorted(
+            (line["index"], line["prompt"], line["response"])
+            for line in map(json.loads, path.read_text().splitlines())
+        )
+        for path in (answers, run_folder / "whole.jsonl")
+    )
+    assert [index for index, _, _ in found] == list(range(60))
+    assert [one[:2] for one in found] == [one[:2] for one in whole]
+    before = answers.read_bytes()
+    assert run(*arguments, *flags, answers, "--resume") == 0
+    assert answers.read_bytes() == before, "there is nothing left to do"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_resumed_run_samples_as_a_whole_one(
+    batch_size: int, model: Path, run_folder: Path
+) -> None:
+    (run_folder / "p").write_text("One\nOne\nTwo\nTwo\n")
+    arguments = ("--model-path", model, "--prompt-path", "p", "--max-tokens", 6, "--no-record")
+    arguments += ("--temperature", 1.5, "--batch-size", batch_size, "--hide-resp")
+    assert run(*arguments, "--responses-jsonl", "whole.jsonl") == 0
+    whole = (run_folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    by_index = {json.loads(line)["index"]: json.loads(line)["response"] for line in whole}
+    assert len(set(by_index.values())) == 4, "one text, two samples"
+    (run_folder / "half.jsonl").write_text("".join(whole[:2]))
+    assert run(*arguments, "--responses-jsonl", "half.jsonl", "--resume") == 0
+    resumed = map(json.loads, (run_folder / "half.jsonl").read_text().splitlines())
+    assert {line["index"]: line["response"] for line in resumed} == by_index
+
+
+def test_answers_are_never_truncated(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model-path", model, "--prompt", "Hi", "--max-tokens", 3, "--no-record")
+    arguments += ("--responses-jsonl", "answers.jsonl")
+    assert run(*arguments) == 0
+    before = (run_folder / "answers.jsonl").read_bytes()
+    assert "go on with them by --resume" in refused(capsys, *arguments)
+    changed = [4 if one == 3 else one for one in arguments]
+    message = refused(capsys, *changed, "--resume")
+    assert "was answered with max_tokens 3, now it is 4" in message
+    assert (run_folder / "answers.jsonl").read_bytes() == before
+    assert "--resume needs --responses-jsonl" in refused(capsys, *arguments[:-2], "--resume")
+
+
+def test_lines_that_cannot_be_answered_leave_the_others(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "p.jsonl").write_text(
+        '{"prompt": "One", "id": "first"}\n'
+        '{"prompt": broken\n'
+        f'{{"prompt": "{"word " * 80}"}}\n'
+        '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}\n'
+    )
+    arguments = ("--model-path", model, "--prompt-path", "p.jsonl", "--max-tokens", 4)
+    assert run(*arguments, "--responses-jsonl", "a.jsonl") == 2
+    out, err = capsys.readouterr()
+    assert "line 2 of p.jsonl is not JSON" in err
+    assert "line 3 of p.jsonl has" in err and "the model's context holds 64" in err
+    assert "error: 2 lines of p.jsonl could not be answered" in err
+    assert "left out: line 2" in out, "among the notes of the summary"
+    lines = list(map(json.loads, (run_folder / "a.jsonl").read_text().splitlines()))
+    assert [(line["index"], line.get("id")) for line in lines] == [(0, "first"), (3, None)]
+    assert [line["generated_tokens"] for line in lines] == [4, 2]
+    assert lines[1]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_a_long_line_of_a_text_file_leaves_the_others(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "p").write_text("One\n\n\n" + "word " * 80 + "\nTwo\n")
+    flags = ("--max-tokens", 2, "--no-record", "--responses-jsonl", "a.jsonl")
+    assert run("--model-path", model, "--prompt-path", "p", *flags) == 2
+    assert "line 4 of p has" in capsys.readouterr().err
+    lines = list(map(json.loads, (run_folder / "a.jsonl").read_text().splitlines()))
+    assert [line["prompt"] for line in lines] == ["One", "Two"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_quiet_prints_the_responses_alone(
+    batch_size: int, model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "p").write_text("One\nTwo words\nThree\n")
+    flags = ("--max-tokens", 3, "--no-record", "--quiet", "--batch-size", batch_size)
+    arguments = ("--model-path", model, "--prompt-path", "p", *flags)
+    assert run(*arguments, "--responses-jsonl", "a.jsonl") == 0
+    out, err = capsys.readouterr()
+    lines = sorted(
+        map(json.loads, (run_folder / "a.jsonl").read_text().splitlines()),
+        key=lambda line: line["index"],
+    )
+    assert out == "".join(line["response"] + "\n" for line in lines)
+    assert "loading" not in err and "wrote" not in err
+
+
+def test_a_stop_text_ends_the_answer_before_it(
+    model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(*flags: object) -> tuple[str, dict[str, Any]]:
+        path = run_folder / f"a{len(list(run_folder.iterdir()))}.jsonl"
+        arguments = ("--model-path", model, "--prompt", "Hello", "--max-tokens", 12, "--quiet")
+        assert run(*arguments, "--no-record", "--responses-jsonl", path, *flags) == 0
+        return capsys.readouterr().out, json.loads(path.read_text())
+
+    whole, line = answer()
+    text = line["response"]
+    assert (line["stop"], whole) == ("length", text + "\n")
+    stop = text[len(text) // 2 : len(text) // 2 + 4]
+    shown, line = answer("--stop", "never said", "--stop", stop)
+    assert line["response"] == text[: text.index(stop)]
+    assert (line["stop"], shown) == ("stop", line["response"] + "\n")
+    assert line["generated_tokens"] < 12
+
+
+def test_on_a_terminal_the_answer_stands_once(model: Path, run_folder: Path) -> None:
+    ours, its = os.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "src" / "main.py", "--model-path", model, "--no-record"),
+            *("--prompt", "Hello", "--max-tokens", "6", "--responses-jsonl", "a.jsonl"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=its,
+        stderr=subprocess.PIPE,
+        cwd=run_folder,
+    )
+    os.close(its)
+    seen = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while piece := os.read(ours, 1 << 16):
+            seen += piece
+    os.close(ours)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    response = json.loads((run_folder / "a.jsonl").read_text())["response"]
+    out = seen.decode().replace("\r\n", "\n")
+    assert out.count(response) == 1
+    assert out.startswith(f"PROMPT:\nHello\nRESPONSE:\n{response}\n")
+    assert "PERFORMANCE BREAKDOWN" in out
+    assert err.decode().startswith("loading "), "something is said before the libraries load"
+
+
 def test_an_interruption_before_the_first_token_is_said(
     model: Path,
     run_folder: Path,
@@ -582,7 +750,8 @@ def test_an_interruption_before_the_first_token_is_said(
     assert run("--model-path", model, "--prompt", "x", "--max-tokens", 4) == 143
     assert signal.getsignal(signal.SIGTERM) == before
     err = capsys.readouterr().err
-    assert err == "interrupted (SIGTERM) before any token: no file was written\n"
+    said = "interrupted (SIGTERM) before any token: no file was written"
+    assert err.splitlines()[-1] == said
     assert not any(run_folder.iterdir())
 
 
@@ -681,7 +850,7 @@ def test_the_machine_is_calibrated_without_a_model(
     run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = calibration_options(parse_config(parse(["--show-calibration"])).model)
-    assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 1)
+    assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 2)
     real = shapes_module._read_shapes()
     small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
     small |= {"intermediate_size": 128, "vocab_size": 96}

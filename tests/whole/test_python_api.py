@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from against_transformers import eager, prepared
-from tiny_models import CONFIGS, build_model, write_hub
+from tiny_models import CONFIGS, build_model, write_hub, write_mixtral_with_tokenizer
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
@@ -38,6 +41,55 @@ class Forbid(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores[:, self.token] = float("-inf")
         return scores
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "PYTHON_API.md"
+
+
+def test_the_page_works_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each block after those before it, all in one program; the harness's where it is installed."""
+    source = write_mixtral_with_tokenizer(tmp_path / "source")
+    folder = prepared(source, tmp_path / "prepared", "--hf")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        if "lm_eval" in block and importlib.util.find_spec("lm_eval") is None:
+            continue
+        exec(block.replace("path/to/prepared/model", str(folder)), names)
+    assert "TPOT: median" in capsys.readouterr().out
+    assert (tmp_path / "run1" / "run.json").is_file()
+    assert "path/to/prepared/model" in blocks[0] and "close()" in blocks[-1]
+
+
+def test_a_model_without_its_experts_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder, device="cpu")
+    with pytest.raises(UserError, match="copy the prepared folder"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.engine.close()
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    """Passes of another length and phase in between change nobody's tokens."""
+    source = write_hub(build_model(CONFIGS["mixtral"]()), tmp_path / "source")
+    folder = prepared(source, tmp_path / "prepared", "--hf", "--expert-dtype", "fp32")
+    model = load_model(folder, device="cpu", cache_nblocks=2, cache_nways=2)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = [torch.randint(3, 90, (1 + n % 2, 5 + 7 * n)) for n in range(4)]
+
+    def answer(ids: torch.Tensor) -> list[list[int]]:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **settings).tolist()
+
+    expected = [answer(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(answer, prompts)) == expected
+    with pytest.raises(Exception, match="input"):
+        model(labels=None)
+    assert answer(prompts[0]) == expected[0]  # a pass that failed has ended
+    model.engine.close()
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_nblocks": 2, "cache_nways": 2}])
@@ -119,6 +171,7 @@ def test_a_manifest_that_means_nothing_is_a_sentence(
     for shard in folder.glob("*.safetensors"):
         (tmp_path / shard.name).symlink_to(shard)
     manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["checksum"]  # as a person would who edits it on purpose
     for place, value in changes.items():
         *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
         holder: Any = manifest

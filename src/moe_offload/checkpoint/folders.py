@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final
 
 from moe_offload.errors import UserError
 
 MANIFEST_NAME: Final = "manifest.json"
+# The names of checkpoints' weights: Hugging Face's, older ones, Mistral's native.
+WEIGHT_FILES: Final = ("model*.safetensors", "pytorch_model*.bin", "consolidated*")
+CONFIGS: Final = ("config.json", "params.json")
+_NO_CHECKPOINTS: Final = {
+    "adapter_config.json": "a LoRA adapter, not a model: merge it into its base model with peft's "
+    "merge_and_unload() and save_pretrained(), and prepare that folder",
+    "*.gguf": "GGUF files, another program's format: download the model's Hugging Face version, "
+    "with safetensors files",
+}
 
 
 def require_prepared(folder: Path) -> None:
@@ -16,10 +26,10 @@ def require_prepared(folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(
                 f"expected a prepared model folder at {folder}, found "
-                f"{'a file' if folder.exists() else 'nothing'}; check the path"
+                f"{_what_else(folder, 'the path')}"
             )
         if not (folder / MANIFEST_NAME).exists():
-            if not any((folder / name).exists() for name in ("config.json", "params.json")):
+            if not any((folder / name).exists() for name in CONFIGS):
                 raise UserError(
                     f"expected a prepared model folder at {folder}, found neither {MANIFEST_NAME} "
                     "nor a model to prepare (config.json or params.json); check the path"
@@ -33,13 +43,28 @@ def require_prepared(folder: Path) -> None:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
 
 
+def _what_else(path: Path, where: str) -> str:
+    """What there is in a folder's place, and what to do."""
+    if path.exists():
+        return f"a file; check {where}"
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return (
+            f"nothing; a model of the hub is downloaded first: hf download {path} --local-dir "
+            "FOLDER, and that folder prepared"
+        )
+    return f"nothing; check {where}"
+
+
 def require_source(folder: Path, hugging_face: bool) -> None:
     """UserError for a folder that is no checkpoint: Hugging Face's, or else Mistral's native."""
     if not folder.is_dir():
         raise UserError(
-            f"expected a model folder at {folder}, found "
-            f"{'a file' if folder.exists() else 'nothing'}; check --input-path"
+            f"expected a model folder at {folder}, found {_what_else(folder, '--input-path')}"
         )
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        for pattern, what in _NO_CHECKPOINTS.items():
+            if any(folder.glob(pattern)):
+                raise UserError(f"{folder} holds {what}")
     has_config = (folder / "config.json").exists()
     has_params = (folder / "params.json").exists()
     if hugging_face and not has_config:

@@ -8,12 +8,27 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
 
-from transformers import AutoConfig, GenerationConfig, MixtralConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object
 
 _STOP_IDS: Final = ("eos_token_id", "bos_token_id", "pad_token_id")
+MOST_LAYERS: Final = 1000  # the deepest published models have some 130
+_DEPTHS: Final = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_DEQUANTISE: Final = {
+    "mxfp4": "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True))",
+    "fp8": "from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))",
+    "bitsandbytes": "from_pretrained(...) and its dequantize()",
+}
 # Of Mistral's params.json.
 _DEFAULT_CONTEXT: Final = 32768  # Mixtral 8x7B; its params.json does not say
 _DEFAULT_ROPE_THETA: Final = 1e6  # likewise
@@ -31,6 +46,28 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
         said = said.partition("\n\n")[0]  # an essay may follow the first paragraph
         reason = shorten(said, 160, placeholder=" ...").rstrip(".:") or type(error).__name__
         raise UserError(f"transformers cannot {task}: {reason}; {remedy}") from error
+
+
+def require_plausible_depth(found: dict[str, Any], path: Path, remedy: str) -> None:
+    """UserError for a number of layers that no model has, and whose building would not end."""
+    for name, value in found.items():
+        if name in _DEPTHS and type(value) in (int, float) and not 0 < value <= MOST_LAYERS:
+            raise UserError(
+                f"expected {name} of 1 to {MOST_LAYERS} in {path}, found {value:.6g}; {remedy}"
+            )
+        if isinstance(value, dict):  # a multimodal model's text_config
+            require_plausible_depth(value, path, remedy)
+
+
+def builder_of(config: PretrainedConfig) -> Any:
+    """transformers' class that builds a model of `config` which answers text.
+
+    Where it has no text model for it, one that takes images too, to be given text alone.
+    """
+    takes_images = type(config) in AutoModelForImageTextToText._model_mapping
+    if takes_images and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def experts_per_token(config: PretrainedConfig) -> int | None:
@@ -70,16 +107,26 @@ def require_generation_config(found: dict[str, Any], path: Path, remedy: str) ->
 def read_hub_config(folder: Path) -> PretrainedConfig:
     """The config of a Hugging Face folder; UserError for a quantised or an unknown model."""
     path = folder / "config.json"
-    quantised = read_json_object(path).get("quantization_config")
+    found = read_json_object(path)
+    quantised = found.get("quantization_config")
     if quantised:
         known = quantised if isinstance(quantised, dict) else {}
-        method = known.get("quant_method", "an unknown method")
+        method = str(known.get("quant_method", "an unknown method"))
+        own = _DEQUANTISE.get(method)
         raise UserError(
-            f"{folder} is quantised ({method}), expected bf16, fp16 or fp32 weights; download a "
-            "bf16 version, or load it with transformers' from_pretrained(..., "
-            "quantization_config=Mxfp4Config(dequantize=True) or "
-            "FineGrainedFP8Config(dequantize=True)), save_pretrained it and prepare that folder"
+            f"{folder} is quantised ({method:.40}), expected bf16, fp16 or fp32 weights; download "
+            "the unquantised model"
+            + ("" if own is None else f", or load it with transformers' {own}, save_pretrained it ")
+            + ("" if own is None else "and prepare that folder")
         )
+    model_type = str(found.get("model_type"))
+    if "auto_map" in found and model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{path} names a model of type {model_type:.80}, which transformers does not have: its "
+            "code comes with the folder (auto_map), and code of a checkpoint is never run; use a "
+            "version of the model for transformers itself, or a newer transformers"
+        )
+    require_plausible_depth(found, path, "correct it or download it again")
     with transformers_told(f"use {path}", "install a newer transformers or download it again"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
@@ -105,6 +152,7 @@ def read_native_config(folder: Path) -> MixtralConfig:
             f"'{sorted(unknown)[0] if unknown else 'q_lora_rank'}'); use the Hugging Face version "
             "of the model with --hf"
         )
+    require_plausible_depth(params, path, "download it again")
     missing = [key for key in _REQUIRED if key not in params]
     if missing:
         raise UserError(f"{path} lacks the entry '{missing[0]}'; download it again")

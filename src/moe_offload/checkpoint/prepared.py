@@ -21,6 +21,7 @@ import json
 import math
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.block import BlockLayout, block_layout
+from moe_offload.checkpoint.block import BLOCK_ALIGNMENT, BlockLayout, block_layout
 from moe_offload.checkpoint.folders import MANIFEST_NAME, require_prepared
 from moe_offload.checkpoint.safetensors_file import (
     DTYPES,
@@ -41,7 +42,13 @@ from moe_offload.checkpoint.safetensors_file import (
 )
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import from_json, write_atomically
+from moe_offload.files import (
+    LARGEST_JSON_BYTES,
+    from_json,
+    read_json_object,
+    require_regular,
+    write_atomically,
+)
 
 FORMAT_VERSION: Final = 1
 MODEL_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -91,11 +98,12 @@ class DenseShard:
     tensors: tuple[DenseTensor, ...]
 
     def __post_init__(self) -> None:
+        position = self.data_offset_bytes
         for tensor in self.tensors:
-            _require(
-                tensor.offset_bytes + tensor.n_bytes <= self.bytes,
-                f"{tensor.name} lies beyond the end of its file",
-            )
+            _require(tensor.offset_bytes == position, f"{tensor.name} lies where another does")
+            _require(position % tensor.torch_dtype.itemsize == 0, f"{tensor.name} is not aligned")
+            position += tensor.n_bytes
+        _require(position == self.bytes, "tensors that end where their file does not")
 
     @property
     def data_offset_bytes(self) -> int:
@@ -124,6 +132,7 @@ class MoeLayer:
         layout = self.layout
         sizes = (layout.hidden_size, layout.intermediate_size, self.n_experts)
         _require(min(*sizes, self.data_offset_bytes) > 0, "a layer of no experts or empty ones")
+        _require(self.data_offset_bytes % BLOCK_ALIGNMENT == 0, "blocks that are not aligned")
         wanted = block_layout(
             layout.weight_format,
             layout.hidden_size,
@@ -159,6 +168,8 @@ class Manifest:
     `config` and `generation_config` are JSON dictionaries of transformers; `model_dtype` is the
     dtype of the model to build; `weight_format` is the experts' format and `dense_format` that of
     the large dense matrices; `source_fingerprint` tells whether the source has changed since.
+    `files` has the checksums of configuration, tokenizer and the like beside the shards, `checksum`
+    is the manifest's own; both are None in folders of earlier versions.
     """
 
     folder: Path  # where it was found; not in the file
@@ -173,10 +184,22 @@ class Manifest:
     packed_weights: tuple[PackedWeight, ...]
     dense: tuple[DenseShard, ...]
     moe_layers: tuple[MoeLayer, ...]
+    files: dict[str, int] | None = None
+    checksum: int | None = None
 
     def __post_init__(self) -> None:
         formats = {layer.layout.weight_format for layer in self.moe_layers}
         _require(formats == {self.weight_format}, "no experts in the format it names")
+        for position, layer in enumerate(self.moe_layers):
+            name = experts_file_name(position)
+            _require(layer.file.name == name, f"{layer.file.name!r:.80}, not {name}")
+        for position, shard in enumerate(self.dense):
+            name = dense_file_name(position, len(self.dense))
+            _require(shard.file.name == name, f"{shard.file.name!r:.80}, not {name}")
+        names = [tensor.name for shard in self.dense for tensor in shard.tensors]
+        _require(len(set(names)) == len(names), "a tensor in two places")
+        for file in self.files or {}:
+            _require(Path(file).name == file, f"a file called {file!r:.80}")
 
     @property
     def shards(self) -> tuple[DenseShard | MoeLayer, ...]:
@@ -247,10 +270,19 @@ def locate(folder: Path, shard: Shard) -> Shard:
 
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards must be in place."""
-    data = {"format_version": FORMAT_VERSION, **to_json(manifest)}
-    del data["folder"]
-    text = json.dumps(data, indent=1, allow_nan=False)
+    data = {"format_version": FORMAT_VERSION, **_content(manifest)}
+    text = json.dumps({**data, "checksum": _own_checksum(manifest)}, indent=1, allow_nan=False)
     write_atomically(manifest.folder / MANIFEST_NAME, f"{text}\n")
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    data: dict[str, Any] = to_json(manifest)
+    return {key: value for key, value in data.items() if key not in ("folder", "checksum")}
+
+
+def _own_checksum(manifest: Manifest) -> int:
+    """Of what the manifest says, however its file is laid out."""
+    return checksum(json.dumps(_content(manifest), sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -263,8 +295,8 @@ def read_manifest(folder: Path) -> Manifest:
     require_prepared(folder)
     path = folder / MANIFEST_NAME
     try:
-        data = json.loads(path.read_bytes(), object_hook=decode_floats)
-        if not isinstance(data, dict) or "format_version" not in data:
+        data = read_json_object(path, PREPARE_AGAIN, decode_floats)
+        if "format_version" not in data:
             raise UserError(
                 f"{path} is not the manifest of a prepared folder (it has no format_version); "
                 "choose another folder"
@@ -281,10 +313,8 @@ def read_manifest(folder: Path) -> Manifest:
             dense=tuple(locate(folder, shard) for shard in found.dense),
             moe_layers=tuple(locate(folder, layer) for layer in found.moe_layers),
         )
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged (it is not JSON); {PREPARE_AGAIN}") from error
+        if manifest.checksum is not None and manifest.checksum != _own_checksum(manifest):
+            raise ValueError("it is not what was written: its checksum does not match")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!s:.200}); {PREPARE_AGAIN}") from error
     for shard in manifest.shards:
@@ -335,7 +365,22 @@ def iterate_dense(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
 
 
 def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-    """Check every byte of every shard; UserError names the first damaged file."""
+    """Check every byte of every file of the folder; UserError names the first damaged one."""
+    if manifest.files is None:
+        print(
+            f"note: {manifest.folder} was prepared by an earlier version, without checksums of "
+            "configuration and tokenizer: only its weights are verified",
+            file=sys.stderr,
+        )
+    for name, wanted in (manifest.files or {}).items():
+        path = manifest.folder / name
+        try:
+            require_regular(path, LARGEST_JSON_BYTES)
+            found = checksum(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} is missing or unreadable; {PREPARE_AGAIN}") from error
+        if found != wanted:
+            raise _corrupt(path, "the file")
     for shard in manifest.shards:
         verify_shard(shard, on_bytes)
 

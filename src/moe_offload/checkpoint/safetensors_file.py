@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_offload.errors import UserError
-from moe_offload.files import sync_folder
+from moe_offload.files import require_regular, sync_folder
 
 DATA_ALIGNMENT: Final = 4096  # of the first tensor's data in the files we write
 TEMPORARY_SUFFIX: Final = ".partial"
@@ -105,6 +105,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     the file is missing, or when it is none that the safetensors package would read.
     """
     try:
+        require_regular(path)
         with safe_open(path, "pt"):  # reads and checks the header alone
             pass
         with path.open("rb") as file:

@@ -16,21 +16,28 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
 from moe_offload.checkpoint.folders import require_source
 from moe_offload.checkpoint.mistral import to_hub_tensors
 from moe_offload.checkpoint.model_config import (
+    builder_of,
     read_hub_config,
     read_native_config,
     require_experts_per_token,
     require_generation_config,
     transformers_told,
 )
+from moe_offload.checkpoint.safetensors_file import checksum
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
 from moe_offload.errors import UserError
-from moe_offload.files import read_json_object, write_atomically
+from moe_offload.files import (
+    LARGEST_JSON_BYTES,
+    read_json_object,
+    require_regular,
+    write_atomically,
+)
 
 _COMPANIONS: Final = (
     "config.json",
@@ -46,6 +53,7 @@ _COMPANIONS: Final = (
     "vocab.txt",
     "merges.txt",
     "*.tiktoken",
+    "tiktoken.model",
     "spiece.model",
     "sentencepiece.bpe.model",
     "chat_template*",
@@ -58,10 +66,11 @@ class SourceCheckpoint:
 
     `model` is on the meta device in the dtype to run in, `dense_names` are its tensors outside the
     experts that need storing, `unused` the checkpoint's tensors that the model has no place for.
-    `fingerprint` changes with the weight files (name, size, modification time) and config.json.
+    `fingerprint` is of the moment it was opened; see `current_fingerprint`.
     """
 
     folder: Path
+    files: tuple[Path, ...]
     config: PreTrainedConfig
     generation_config: dict[str, Any] | None
     model: PreTrainedModel
@@ -71,21 +80,51 @@ class SourceCheckpoint:
     unused: tuple[str, ...]
     fingerprint: str
 
-    def dense_dtype(self, name: str) -> torch.dtype:
-        """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
-        plan: dict[str, torch.dtype] = self.model._get_dtype_plan(self.model.dtype)
-        for pattern, dtype in plan.items():
-            if re.search(pattern.replace("*", ".*"), name):
-                return dtype
-        return self.plan.expected(name).dtype
+    def read_dense(self, name: str) -> Tensor:
+        """One tensor in the source's dtype; UserError for a weight that is not finite."""
+        tensor = self.plan.read(name)
+        path, _, leaf = name.rpartition(".")
+        if leaf in self.model.get_submodule(path)._parameters:  # a buffer may be a mask
+            _require_finite(name, tensor)
+        return tensor
 
     def iterate_experts(self, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
-        """One layer's experts in order: block field -> tensor in normal form, source dtype."""
+        """One layer's experts in order: block field -> tensor in normal form, source dtype.
+
+        UserError for a weight that is not finite.
+        """
         readers = {
             field: self.plan.expert_reader(name) for field, name in module.parameters.items()
         }
         for expert in range(module.n_experts):
-            yield {field: module.normalise(field, read(expert)) for field, read in readers.items()}
+            fields = {field: read(expert) for field, read in readers.items()}
+            for field, tensor in fields.items():
+                _require_finite(f"{field} of expert {expert} in {module.name}", tensor)
+            yield {field: module.normalise(field, tensor) for field, tensor in fields.items()}
+
+    def current_fingerprint(self) -> str:
+        """What changes with the weight files (name, size, modification time) and the config."""
+        return _fingerprint(self.files)
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    """UserError where one weight would spoil every answer that it takes part in."""
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise UserError(
+            f"{name} holds weights that are infinite or not a number, as fp16 copies of bf16 "
+            "models may: use the model's bf16 or fp32 version"
+        )
+
+
+def stored_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+    """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+    for pattern, dtype in plan.items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return dtype
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor.dtype
 
 
 def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceCheckpoint:
@@ -104,12 +143,13 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
         config = read_native_config(folder)
         files = open_mistral_native(folder)
         tensors = to_hub_tensors(files.tensors, config)
+    paths = (folder / ("config.json" if hugging_face else "params.json"), *files.paths)
     model = _build_meta_model(folder, config, dtype)
     experts = find_experts(model)
     require_experts_per_token(
         config,
         min(module.n_experts for module in experts),
-        folder / ("config.json" if hugging_face else "params.json"),
+        paths[0],
         "correct it or download it again",
     )
     plan = ConversionPlan(model, tensors)
@@ -126,7 +166,8 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
         unused=tuple(
             name for name in plan.unused if not any(re.search(key, name) for key in ignored)
         ),
-        fingerprint=_fingerprint(folder, hugging_face, files.paths),
+        files=paths,
+        fingerprint=_fingerprint(paths),
     )
 
 
@@ -147,40 +188,50 @@ def _build_meta_model(
         transformers_told(task, "expected a text-generation (causal LM) model"),
         torch.device("meta"),
     ):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False
+        model: PreTrainedModel = builder_of(config).from_config(
+            # eager, whatever the config asks for: a name like "org/kernel" is code from the hub
+            config,
+            dtype=dtype,
+            trust_remote_code=False,
+            attn_implementation="eager",
         )
     return model
 
 
-def _fingerprint(folder: Path, hugging_face: bool, paths: tuple[Path, ...]) -> str:
-    name = "config.json" if hugging_face else "params.json"
-    digest = hashlib.sha256((folder / name).read_bytes())
-    for path in paths:
+def _fingerprint(paths: tuple[Path, ...]) -> str:
+    config, *weights = paths
+    digest = hashlib.sha256(config.read_bytes())
+    for path in weights:
         facts = path.stat()
         digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> None:
+def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, int]:
     """Copy these files into another folder and make sure that there is a `config.json`.
 
     A file of the source folder is never changed: where source and output are the same folder, only
-    a missing `config.json` (Mistral's native format has none) is added. UserError when one cannot
-    be read; OSError from the output passes through.
+    a missing `config.json` (Mistral's native format has none) is added. Returns the checksum of
+    each by its name. UserError when one cannot be read; OSError from the output passes through.
     """
-    if not source.samefile(output):
-        for pattern in _COMPANIONS:
-            for path in sorted(source.glob(pattern)):
-                if path.is_file():
-                    write_atomically(output / path.name, _read(path))
-    if not (output / "config.json").exists():
+    same, checksums = source.samefile(output), {}
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                data = _read(path)
+                checksums[path.name] = checksum(data)
+                if not same:
+                    write_atomically(output / path.name, data)
+    if "config.json" not in checksums:
         text = config.to_json_string(use_diff=True)
-        write_atomically(output / "config.json", text.encode())
+        write_atomically(output / "config.json", text)
+        checksums["config.json"] = checksum(text.encode())
+    return checksums
 
 
 def _read(path: Path) -> bytes:
     try:
+        require_regular(path, LARGEST_JSON_BYTES)
         return path.read_bytes()
     except OSError as error:
         raise UserError(

@@ -2,25 +2,30 @@
 
 Both safetensors and zipped `torch.save` files keep each tensor's bytes in one piece, so one kind of
 lazy tensor serves both: a place in a file. Reading is plain `pread` (see `safetensors_file.py`).
+Which files count is transformers' own order: model.safetensors, its index, pytorch_model.bin, its
+index.
 """
 
 from __future__ import annotations
 
+import io
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._weights_only_unpickler import Unpickler
 
+from moe_offload.checkpoint.folders import WEIGHT_FILES
 from moe_offload.checkpoint.safetensors_file import TensorEntry, read_header, read_into
 from moe_offload.errors import UserError
-from moe_offload.files import read_json_object
+from moe_offload.files import read_json_object, require_regular
 
-_ZIP_MAGIC: Final = b"PK\x03\x04"
+_LARGEST_PICKLE_BYTES: Final = 64 << 20  # names and shapes: a real one of 10,000 tensors has 2 MB
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,21 @@ def open_hugging_face(folder: Path) -> SourceFiles:
     truncated or damaged.
     """
     for name, read in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_bin)):
+        if (folder / name).exists():
+            return SourceFiles((folder / name,), read(folder / name))
         index = folder / f"{name}.index.json"
         if index.exists():
             return _open_indexed(index, read)
-        if (folder / name).exists():
-            return SourceFiles((folder / name,), read(folder / name))
     if (folder / "manifest.json").exists():
         raise UserError(
             f"{folder} holds no weights but what a preparation wrote: expected the checkpoint "
             "itself; give the folder it was prepared from as --input-path"
+        )
+    shards = sorted(path for pattern in WEIGHT_FILES[:2] for path in folder.glob(pattern))
+    if shards:
+        raise UserError(
+            f"{folder} holds {len(shards)} files of weights such as {shards[0].name}, and no index "
+            "that says what is in which: expected model.safetensors.index.json; download it again"
         )
     raise UserError(
         f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json, "
@@ -83,34 +94,51 @@ def open_mistral_native(folder: Path) -> SourceFiles:
             f"{folder} holds no weights: expected consolidated*.safetensors or consolidated*.pth "
             "beside params.json; for a Hugging Face folder add --hf"
         )
+    return SourceFiles(tuple(paths), _merge({path: read(path) for path in paths}))
+
+
+def _merge(parts: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+    """The tensors of all files; UserError for one that two of them hold."""
     tensors: dict[str, LazyTensor] = {}
-    for path in paths:
-        part = read(path)
+    for path, part in parts.items():
         for name in part.keys() & tensors.keys():
             raise UserError(
                 f"tensor {name} is in both {tensors[name].path} and {path}; expected each tensor "
-                "once: remove the copy or use the Hugging Face version of the model with --hf"
+                "once: remove the copy or download the model again"
             )
         tensors |= part
-    return SourceFiles(tuple(paths), tensors)
+    return tensors
 
 
 def _open_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> SourceFiles:
-    try:
-        weight_map = dict(read_json_object(index)["weight_map"])
-        paths = tuple(index.parent / str(file) for file in sorted(set(weight_map.values())))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is damaged or unreadable; download it again") from error
-    found: dict[str, LazyTensor] = {}
-    for path in paths:
-        found |= read(path)
-    for name, file in weight_map.items():
-        if name not in found:
+    """All tensors of the files that the index names, each from where it says.
+
+    An index may lack a tensor that a file holds, as transformers allows.
+    """
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is damaged (it has no weight_map); download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise UserError(
-                f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
+                f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
+                "folder; download it again"
+            )
+    paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
+    parts = {path: read(path) for path in paths.values()}
+    placed = {}
+    for name, file in weight_map.items():
+        if name not in parts[paths[file]]:
+            raise UserError(
+                f"tensor {name} is missing: {index.name} places it in {paths[file]}, "
                 "which does not have it; download that file again"
             )
-    return SourceFiles(paths, {name: found[name] for name in weight_map})
+        placed[name] = parts[paths[file]][name]
+    unnamed = {
+        path: {name: tensor for name, tensor in part.items() if name not in placed}
+        for path, part in parts.items()
+    }
+    return SourceFiles(tuple(parts), placed | _merge(unnamed))
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -130,50 +158,118 @@ def _place(path: Path, entry: TensorEntry) -> LazyTensor:
 
 
 def _open_bin(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a `torch.save` file; loading fake tensors reads no weights."""
+    """The tensors of a `torch.save` file, a zip of one record per storage; reads no weights.
+
+    Unpickled by torch's restricted unpickler, the one behind `weights_only=True`, with storages on
+    the meta device. Where a record lies is looked up in the zip's directory: torch.load may
+    calculate it, and is wrong for a file that another program has zipped again.
+    """
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == _ZIP_MAGIC
-        whole = zipped and zipfile.is_zipfile(path)
+        require_regular(path)
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            state = _Storages(archive, file).load()
+            if not isinstance(state, dict):
+                raise _BinError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
+            return {
+                str(name): _stored(path, tensor)
+                for name, tensor in state.items()
+                if isinstance(tensor, Tensor)
+            }
     except OSError as error:
         raise UserError(
             f"{path} is missing or unreadable ({error.strerror}); copy or download it again"
         ) from error
-    if not whole:
+    except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path} is truncated: the directory at its end is missing; copy or download it again"
-            if zipped
-            else f"{path} is no zipped torch.save file (PyTorch 1.6 or later); load it with torch "
-            "and save it again, or use the safetensors version of the model"
-        )
-    try:
-        with FakeTensorMode():
-            state = torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds: pickle, zip and runtime errors
-        raise UserError(
-            f"{path} is damaged or holds more than weights: torch.load(weights_only=True) refused "
-            f"it ({str(error).splitlines()[0]}); use the safetensors version of the model"
+            f"{path} is truncated or no zipped torch.save file (PyTorch 1.6 or later): {error}; "
+            "download it again, or load it with torch and save it again"
         ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
-    return {
-        str(name): _stored(path, tensor)
-        for name, tensor in state.items()
-        if isinstance(tensor, Tensor)
-    }
+    except UserError:
+        raise
+    except Exception as error:  # the unpickler, the zip and torch's checks raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} is damaged or holds more than weights ({reason:.200}); "
+            "use the safetensors version of the model"
+        ) from error
+
+
+class _BinError(Exception):
+    """Why a `torch.save` file cannot be read."""
+
+
+class _Storages:
+    """The records of one `torch.save` file."""
+
+    def __init__(self, archive: zipfile.ZipFile, file: BinaryIO) -> None:
+        self._archive, self._file = archive, file
+        self._found: dict[str, torch.UntypedStorage] = {}
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise _BinError("expected one data.pkl in it")
+        self._root = pickles[0].removesuffix("data.pkl")
+
+    def load(self) -> Any:
+        """What was saved: tensors on meta storages, whose `_checkpoint_offset` is their place."""
+        names = self._archive.namelist()
+        if f"{self._root}byteorder" in names:
+            order = self._record("byteorder", 16)
+            if order != b"little":
+                raise _BinError(f"its byte order is {order!r}, expected little")
+        unpickler: Any = Unpickler(
+            io.BytesIO(self._record("data.pkl", _LARGEST_PICKLE_BYTES)), encoding="utf-8"
+        )
+        unpickler.persistent_load = self._storage
+        return unpickler.load()
+
+    def _record(self, name: str, limit_bytes: int) -> bytes:
+        info = self._archive.getinfo(self._root + name)
+        if info.file_size > limit_bytes:
+            raise _BinError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
+        return self._archive.read(info)
+
+    def _storage(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
+        """What the pickle means by ('storage', type, key, device, number of elements)."""
+        kind, storage_type, key, _, n_elements = saved
+        if kind != "storage":
+            raise _BinError(f"it refers to a {kind!r:.40}")
+        untyped = storage_type is torch.UntypedStorage
+        dtype = torch.uint8 if untyped else storage_type.dtype
+        if key not in self._found:
+            n_bytes = n_elements * dtype.itemsize
+            storage = torch.UntypedStorage(n_bytes, device="meta")
+            storage._checkpoint_offset = self._offset(f"data/{key}", n_bytes)
+            self._found[key] = storage
+        return torch.storage.TypedStorage(
+            wrap_storage=self._found[key], dtype=dtype, _internal=True
+        )
+
+    def _offset(self, name: str, n_bytes: int) -> int:
+        """Where a stored record's data starts in the file, after its local header."""
+        info = self._archive.getinfo(self._root + name)
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != n_bytes:
+            raise _BinError(f"record {name} is compressed or not {n_bytes} bytes long")
+        self._file.seek(info.header_offset)
+        magic, name_bytes, extra_bytes = struct.unpack("<4s22xHH", self._file.read(30))
+        found = self._file.read(name_bytes).decode()
+        if magic != b"PK\x03\x04" or found != info.orig_filename:
+            raise _BinError(f"record {name} does not lie where the zip's directory says")
+        return int(info.header_offset + 30 + name_bytes + extra_bytes)
 
 
 def _stored(path: Path, tensor: Tensor) -> LazyTensor:
     storage = tensor.untyped_storage()
-    offset = storage._checkpoint_offset  # where torch.load found it, set for fake tensors
-    assert offset is not None
-    start = offset + int(tensor.storage_offset()) * tensor.dtype.itemsize
-    shape = tuple(int(size) for size in tensor.shape)
-    if tensor.is_contiguous():
-        return _place(path, TensorEntry("", tensor.dtype, shape, start))
-
-    strides, dtype = tensor.stride(), tensor.dtype
+    offset = storage._checkpoint_offset
+    if offset is None:
+        raise _BinError("it holds a tensor without a record")
+    shape, strides = tuple(map(int, tensor.shape)), tensor.stride()
+    dtype, first = tensor.dtype, int(tensor.storage_offset())
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    if tensor.numel() and (first + span) * dtype.itemsize > storage.nbytes():
+        raise _BinError("it holds a tensor that is larger than its record")
+    start = offset + first * dtype.itemsize
+    if tensor.is_contiguous():
+        return _place(path, TensorEntry("", dtype, shape, start))
 
     def read_rows(first: int, last: int) -> Tensor:
         elements = torch.empty(span, dtype=dtype)

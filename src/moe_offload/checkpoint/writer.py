@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.block import BlockLayout, pack_block
 from moe_offload.checkpoint.conversion import ExpertsModule
-from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.checkpoint.folders import CONFIGS, MANIFEST_NAME, WEIGHT_FILES
 from moe_offload.checkpoint.prepared import (
     OUR_SHARD,
     DenseShard,
@@ -49,7 +49,7 @@ from moe_offload.checkpoint.safetensors_file import (
     checksum,
     plan_header,
 )
-from moe_offload.checkpoint.source import SourceCheckpoint
+from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import from_json, write_atomically
@@ -112,16 +112,22 @@ class Preparation:
         """Write everything that a previous run has not; returns the manifest written last.
 
         `on_bytes` hears of bytes as they are written or found finished. UserError when the disk has
-        too little room; OSError from the disk passes through.
+        too little room or the source changed meanwhile; OSError from the disk passes through.
         """
-        (self._output / MANIFEST_NAME).unlink(missing_ok=True)
         done = self._keep_finished(on_bytes)
         self._check_room(done)
+        source = self._source
+        files = copy_companions(source.folder, self._output, source.config)
         for file in self._files:
             if file.name not in done:
-                done[file.name] = file.write(self._source, self._output, on_bytes)
+                done[file.name] = file.write(source, self._output, on_bytes)
                 self._write_record(done)
-        manifest = self._manifest(done, created_with)
+        if source.current_fingerprint() != source.fingerprint:
+            raise UserError(
+                f"the files of {source.folder} changed while they were prepared: run the same "
+                "command again once nothing writes to them"
+            )
+        manifest = self._manifest(done, files, created_with)
         write_manifest(manifest)
         (self._output / RECORD_NAME).unlink()
         return manifest
@@ -157,7 +163,9 @@ class Preparation:
                 "smaller --expert-dtype"
             )
 
-    def _manifest(self, done: dict[str, Any], created_with: dict[str, str]) -> Manifest:
+    def _manifest(
+        self, done: dict[str, Any], files: dict[str, int], created_with: dict[str, str]
+    ) -> Manifest:
         text = self._source.config.to_json_string(use_diff=False)
         config = json.loads(text, object_hook=decode_floats)
         config.pop("_name_or_path", None)  # a path of this machine
@@ -175,6 +183,7 @@ class Preparation:
             packed_weights=tuple(part.packed for part in parts if part.packed is not None),
             dense=tuple(done[file.name] for file in self._dense),
             moe_layers=tuple(done[file.name] for file in self._experts),
+            files=files,
         )
 
 
@@ -196,7 +205,7 @@ class _DenseFile:
         entries, tensors = iter(self.entries), []
         with ShardWriter(output / self.name, self.header, self.n_bytes) as writer:
             for part in self.parts:
-                for data in part.encode(source.plan.read(part.name)):
+                for data in part.encode(source.read_dense(part.name)):
                     entry = next(entries)
                     crc = writer.write(entry.offset_bytes, data)
                     dtype = str(entry.dtype).removeprefix("torch.")
@@ -272,7 +281,7 @@ def plan_dense(source: SourceCheckpoint, dense_format: str) -> list[list[DensePa
     facts = WEIGHT_FORMATS[dense_format]
     packable = _packable(source.model) if facts.group else set()
     # what the model keeps in fp32 whatever it runs in (HY 4's head) is not for four bits
-    packable = {name for name in packable if source.dense_dtype(name) == source.model.dtype}
+    packable = {name for name in packable if stored_dtype(source.model, name) == source.model.dtype}
     parts = []
     for name in source.dense_names:
         shape = tuple(source.plan.expected(name).shape)
@@ -285,7 +294,7 @@ def plan_dense(source: SourceCheckpoint, dense_format: str) -> list[list[DensePa
             weight = PackedWeight(name, 8 if facts.bits == 8 else 4, shape[0], shape[1])
             parts.append(DensePart(name, weight, stored))
         else:
-            parts.append(DensePart(name, None, ((name, source.dense_dtype(name), shape),)))
+            parts.append(DensePart(name, None, ((name, stored_dtype(source.model, name), shape),)))
     parts.sort(key=lambda part: -part.stored[0][1].itemsize)
     shards: list[list[DensePart]] = [[]]
     size = 0
@@ -362,23 +371,35 @@ def tidy(folder: Path) -> None:
     (folder / RECORD_NAME).unlink(missing_ok=True)
 
 
-def remove_prepared(folder: Path) -> None:
-    """Remove a complete preparation, the manifest first; only files that it names and are ours.
+def claim(folder: Path, source: Path) -> None:
+    """Make `folder` ready to be prepared into: a finished preparation goes, a record begins.
 
-    UserError when `manifest.json` belongs to something else.
+    The record comes first, so that whatever is interrupted is known as ours. UserError where files
+    of another program or another model than `source` would be lost.
     """
-    path = folder / MANIFEST_NAME
-    names: list[str] = []
+    manifest = folder / MANIFEST_NAME
+    shards: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        data = json.loads(path.read_bytes())
+        data = json.loads(manifest.read_bytes())
         if "format_version" not in data:
             raise UserError(
-                f"{path} belongs to another program, so --force does not replace it; "
+                f"{manifest} belongs to another program, so --force does not replace it; "
                 "choose another --output-path"
             )
-        names = [str(entry["file"]) for entry in (*data["dense"], *data["moe_layers"])]
-    path.unlink(missing_ok=True)
-    remove_shards(folder, names)
+        shards = [str(entry["file"]) for entry in (*data["dense"], *data["moe_layers"])]
+    if not folder.samefile(source):
+        others = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)]
+        if not manifest.exists() and not (folder / RECORD_NAME).exists():
+            others += [folder / name for name in CONFIGS if (folder / name).exists()]
+        if others:
+            raise UserError(
+                f"{folder} holds another model ({others[0].name}), whose files would be "
+                "overwritten: choose another --output-path"
+            )
+    if not (folder / RECORD_NAME).exists():
+        write_atomically(folder / RECORD_NAME, json.dumps({"key": {}, "shards": {}}))
+    manifest.unlink(missing_ok=True)
+    remove_shards(folder, shards)
 
 
 def remove_shards(folder: Path, names: Iterable[str]) -> None:

@@ -1,15 +1,16 @@
 """The command line that generates text: its flags are the fields of `config`.
 
-Also how every command reads its own (`ArgumentParser`, `a_path`), and prompts from a file.
+Also how every command reads its own: `ArgumentParser`, `a_path`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,17 @@ def a_path(text: str) -> Path:
     return Path(text)
 
 
+def a_text(text: str) -> str:
+    """The UTF-8 text of an argument, whatever the locale takes its bytes for."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # bytes that the locale has no character for
+        with suppress(UnicodeDecodeError):
+            return os.fsencode(text).decode()
+        raise argparse.ArgumentTypeError("expected UTF-8 text, found other bytes") from None
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, but a mistake raises UserError instead of printing the usage and exiting.
 
@@ -53,48 +65,7 @@ def started_as(script: str) -> str:
     return name if name.startswith("moe-") else script
 
 
-_LARGEST_FILE_BYTES = 64 << 20  # a million long prompts; more is a wrong file
-
-
-def read_prompts(options: PromptOptions) -> list[str]:
-    """The prompts to run, in order; more than the file has cycles through it.
-
-    A line ends at a line feed, a carriage return or both, and keeps its spaces; lines without text
-    are skipped. UserError for an empty prompt, and for a file that is missing,
-    empty, binary or too large to be a list of prompts.
-    """
-    if options.prompt is not None:
-        if not options.prompt.strip():
-            raise UserError("the prompt is empty: give --prompt some text")
-        return [options.prompt] * (options.n_prompts or 1)
-    assert options.path is not None
-    lines = _lines(options.path)
-    return list(islice(cycle(lines), options.n_prompts or len(lines)))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST_FILE_BYTES:
-            raise UserError(
-                f"{path} has {size / 1e6:.0f} MB, expected a text file of prompts of at most "
-                f"{_LARGEST_FILE_BYTES / 1e6:.0f} MB: split it"
-            )
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not a UTF-8 text file (byte {error.start}): expected one prompt per line"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"{path} is a binary file: expected text, one prompt per line")
-    lines = [line for line in text.split("\n") if line.strip()]  # reading made all ends that
-    if not lines:
-        raise UserError(f"{path} holds no prompt: expected one per line")
-    return lines
-
-
+_MOST_CPUS = 1 << 16  # a list of more is a slip, and would take all memory
 CALIBRATION_SHAPE = "mixtral-8x7b"  # where no model is named: its experts outgrow any CPU cache
 
 _EPILOG = """examples:
@@ -165,8 +136,11 @@ def _reading(one: Option) -> dict[str, Any]:
         return {"choices": get_args(one.kind)}
     if one.flag.choices:
         return {"choices": one.flag.choices, "type": str.upper}
-    readers = {Path: a_path, tuple: parse_cpu_list}
-    return {"type": readers.get(kind, kind), "metavar": one.flag.usage.split()[1]}
+    metavar = one.flag.usage.split()[1]
+    if get_args(one.kind)[:1] == (str,):
+        return {"action": "append", "type": a_text, "metavar": metavar}
+    readers = {str: a_text, Path: a_path, tuple: parse_cpu_list}
+    return {"type": readers.get(kind, kind), "metavar": metavar}
 
 
 def parse_config(arguments: argparse.Namespace) -> Config:
@@ -186,7 +160,8 @@ def parse_config(arguments: argparse.Namespace) -> Config:
 
 
 def _built(kind: Any, given: dict[str, Any]) -> Any:
-    return kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given})
+    values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -195,7 +170,10 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            cpus.extend(range(int(first), int(last or first) + 1))
+            end = int(last or first) + 1
+            if end > _MOST_CPUS:
+                raise ValueError
+            cpus.extend(range(int(first), end))
     except ValueError:
         cpus = []
     if not cpus:

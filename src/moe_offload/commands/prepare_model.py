@@ -14,13 +14,13 @@ import transformers
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
-from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, open_source
+from moe_offload.checkpoint.source import SourceCheckpoint, open_source
 from moe_offload.checkpoint.writer import (
     Formats,
     Preparation,
+    claim,
     exclusive,
     read_record,
-    remove_prepared,
     size_text,
     tidy,
 )
@@ -68,12 +68,11 @@ def prepare_model(options: PrepareOptions) -> str:
     output = options.output_path
     output.mkdir(parents=True, exist_ok=True)
     with exclusive(output):
-        if (output / MANIFEST_NAME).exists():
-            if not options.force:
-                _require_same(read_manifest(output), source, formats)
-                tidy(output)
-                return f"{output} is already prepared; --force prepares it again"
-            remove_prepared(output)
+        if (output / MANIFEST_NAME).exists() and not options.force:
+            _require_same(read_manifest(output), source, formats)
+            tidy(output)
+            return f"{output} is already prepared; --force prepares it again"
+        claim(output, source.folder)
         manifest = _prepare(source, output, formats)
     return _summary(manifest, time.monotonic() - started_s)
 
@@ -86,9 +85,8 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
             file=sys.stderr,
         )
     preparation = Preparation(source, output, formats)
-    if read_record(output):
+    if read_record(output).get("key"):
         print("found an interrupted preparation: keeping its finished files", file=sys.stderr)
-    copy_companions(source.folder, output, source.config)
     created_with = {
         "tool": VERSION,
         "torch": str(torch.__version__),

@@ -1,22 +1,21 @@
-"""One run of `main.py`: load, generate for every prompt, write the reports, print the summary.
-
-Runs a list of prompts through a loaded model: batches, streaming, responses as they finish."""
+"""One run: load the model, generate for every prompt, write the reports, print the summary."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
 
 from moe_offload import VERSION
-from moe_offload.config import Config, ModelOptions
+from moe_offload.commands.answers import Answers
+from moe_offload.commands.prompts import LeftOut, Prompt
+from moe_offload.config import Config, GenerationOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.errors import UserError
@@ -44,155 +43,31 @@ from moe_offload.report.summary import format_summary, summarize
 class Conversation:
     """One prompt and what the model made of it."""
 
-    prompt: str
+    prompt: Prompt
     response: str
     generated: Generated
-
-
-def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], raw: bool, config: PretrainedConfig
-) -> list[list[int]]:
-    """Token ids of every prompt; UserError for one that the model cannot take."""
-    encoded = []
-    for number, prompt in enumerate(prompts, start=1):
-        encoded.append(tokenizer.encode(prompt, raw))
-        require_fitting(encoded[-1], config, f"prompt {number}")
-    return encoded
-
-
-class _Responses:
-    """The `--responses-jsonl` file: one line per prompt, on disk as soon as the prompt is done."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file: TextIO | None = None
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-    def write(self, conversation: Conversation) -> None:
-        if self._file is None:
-            return
-        generated = conversation.generated
-        line: dict[str, Any] = {
-            "index": generated.prompt,
-            "prompt": conversation.prompt,
-            "response": conversation.response,
-            "stop": generated.stop,
-            "prompt_tokens": generated.n_prompt_tokens,
-            "generated_tokens": len(generated.ids),
-            "prefill_s": round(generated.prefill_s, 6),
-            "decode_s": round(sum(generated.token_times_s[1:]), 6),
-        }
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def run_prompts(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    texts: Sequence[str],
-    config: Config,
-    conversations: list[Conversation],
-) -> Literal["completed", "interrupted"]:
-    """Generate for every prompt, appending to `conversations` and to the responses file.
-
-    A Ctrl-C ends the run in order: what was begun is kept, marked as interrupted. So it is where
-    the text can be shown to nobody, and BrokenPipeError goes on to the caller.
-
-    A single prompt at a time streams to stdout as it is generated, unless responses are hidden.
-    """
-    options = config.generation
-    sampler = make_sampler(options.temperature, options.top_p, options.seed, engine.device)
-    eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
-    stream = options.batch_size == 1 and not config.output.hide_responses
-    responses = _Responses(config.output.responses_jsonl)
-    progress = RunProgress(
-        [site.block for site in engine.sites],
-        len(prompts),
-        options.max_tokens,
-        streamed=stream and sys.stdout.isatty(),
-    )
-    batch: dict[int, tuple[Generated, StreamingDetokenizer, list[str]]] = {}
-
-    def keep(record: Generated) -> str:
-        """The end of the response, which is in the files from now on."""
-        _, detokenizer, pieces = batch.pop(record.prompt)
-        rest = detokenizer.finish()
-        conversation = Conversation(texts[record.prompt], "".join([*pieces, rest]), record)
-        conversations.append(conversation)
-        responses.write(conversation)
-        progress.prompt_done()
-        return rest
-
-    def finish(record: Generated) -> None:
-        rest = keep(record)
-        if stream:
-            show(rest + "\n")
-
-    try:
-        for first in range(0, len(prompts), options.batch_size):
-            of_batch = prompts[first : first + options.batch_size]
-            progress.evaluate(len(of_batch))
-            for record, token in generate_batch(
-                engine.model,
-                of_batch,
-                max_tokens=options.max_tokens,
-                sampler=sampler,
-                eos_ids=eos_ids,
-                first_prompt=first,
-                on_pass=engine.follow_prompts,
-            ):
-                engine.dispatcher.recorder.token(
-                    record.prompt, record.token_times_s[-1], time.time()
-                )
-                progress.token()  # its bar leaves the terminal before the text comes
-                if record.prompt not in batch:
-                    batch[record.prompt] = (record, StreamingDetokenizer(tokenizer), [])
-                if token not in eos_ids:
-                    piece = batch[record.prompt][1].push(token)
-                    batch[record.prompt][2].append(piece)
-                    if stream:
-                        show(piece, end="")
-                if record.stop != "interrupted":
-                    finish(record)
-    except KeyboardInterrupt:
-        for record, _, _ in list(batch.values()):
-            finish(record)
-        return "interrupted"
-    except BrokenPipeError:  # as the text was streamed: nobody reads it any more
-        for record, _, _ in list(batch.values()):
-            keep(record)
-        raise
-    finally:
-        responses.close()
-        progress.close()
-    conversations.sort(key=lambda conversation: conversation.generated.prompt)
-    return "completed"
 
 
 @gpu_memory_told()
 def run(
     config: Config,
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
+    left_out: LeftOut,
+    answers: Answers | None,
     paths: ReportPaths,
     command: Sequence[str],
     interruption: Interruption,
 ) -> int:
-    """Carry out `config` on the prompts `texts`; the reports go to `paths`.
+    """Carry out `config` on `prompts`; the reports go to `paths`, the answers to `answers` as well.
 
-    Returns the exit code. Raises UserError for what cannot be served, GPU memory among it.
+    Prompts that the model cannot take join `left_out`. Returns the exit code. Raises UserError for
+    what cannot be served, GPU memory among it.
     """
     source, tokenizer = _open_model(config.model)
-    prompts = encode_prompts(tokenizer, texts, config.prompts.raw, source.config)
-    longest = max(len(ids) for ids in prompts) + config.generation.max_tokens
+    encoded = encode_prompts(tokenizer, prompts, config.prompts.raw, source.config, left_out)
+    prompts = [prompt for prompt, _ in encoded]
+    left_out.require_some(prompts)
+    longest = max(len(ids) + prompt.options.max_tokens for prompt, ids in encoded)
     longest = min(longest, context_length(source.config) or longest)
     recorder = Recorder() if config.output.record else NullRecorder()
     routing = None
@@ -205,20 +80,25 @@ def run(
         recorder,
         context_tokens=longest * config.generation.batch_size,
         nvtx=config.output.nvtx,
-        say=say,
+        say=_unsaid if config.output.quiet else say,
     ) as engine:
+        engine.say = say  # what it finds while it runs is a warning
         if routing is not None:
             engine.dispatcher.forced_routing = routing
             engine.notes.append(
                 f"random weights, routing of {routing.info.model}: the text is meaningless"
             )
             engine.notes.extend(routing.notes)
+        if answers is not None and answers.n_before:
+            engine.notes.append(f"{answers.n_before} more prompts were answered before this run")
         if config.output.nvtx and engine.device.type == "cpu":
             engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
         if isinstance(source, PreparedModel):
             options = config.generation
             suggested = source.manifest.generation_config or {}
-            engine.notes += unused_suggestions(suggested, options.temperature, options.top_p)
+            engine.notes += unused_suggestions(
+                suggested, options.temperature, options.top_p, **_further(options)
+            )
             if not stop_ids(engine.model, tokenizer.eos_ids):
                 engine.notes.append(
                     "the model names no token that ends a text: every answer has --max-tokens"
@@ -228,7 +108,7 @@ def run(
         if config.output.record:
             engine.calibrate()
         else:
-            engine.calibrate_for(max(len(ids) for ids in prompts))
+            engine.calibrate_for(max(len(ids) for _, ids in encoded))
         started_unix_s = time.time()
         gpu_sensors = NvmlReader(engine.gpu_uuid) if engine.device.type == "cuda" else None
         sampler = SensorSampler(n_busiest=torch.get_num_threads(), gpu=gpu_sensors)
@@ -236,7 +116,7 @@ def run(
         status: Status = "failed"
         try:
             with sampler:
-                status = run_prompts(engine, tokenizer, prompts, texts, config, conversations)
+                status = run_prompts(engine, tokenizer, encoded, config, answers, conversations)
         except KeyboardInterrupt:  # a second one, while the first was being answered
             status = "interrupted"
         except BrokenPipeError:  # whoever read the responses has gone
@@ -246,14 +126,14 @@ def run(
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
             with told_if_slow("writing reports..."):
                 written = _report(
-                    config, engine, recorder, sampler, conversations, status, paths, command,
-                    tokenizer, started_unix_s,
+                    config, engine, recorder, sampler, conversations, left_out, status, paths,
+                    command, tokenizer, started_unix_s,
                 )  # fmt: skip
-        if config.output.responses_jsonl is not None:
-            written.append(config.output.responses_jsonl)
+        if answers is not None:
+            written.append(answers.path)
         where = ", ".join(str(path) for path in written)
         if status == "completed":
-            if where:
+            if where and not config.output.quiet:
                 say(f"wrote {where}")
             return 0
         n_finished = sum(c.generated.stop != "interrupted" for c in conversations)
@@ -262,6 +142,214 @@ def run(
             + (f"what was done is in {where}" if where else "no file was written")
         )
     return interruption.exit_code
+
+
+def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
+    if options.dummy_shape is not None:
+        dummy = DummyModel(options)
+        return dummy, DummyTokenizer(dummy.config.get_text_config().vocab_size)
+    prepared = open_prepared(options)
+    return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
+
+
+def _further(options: GenerationOptions) -> dict[str, float]:
+    """How tokens are chosen, besides temperature and top-p; by transformers' names."""
+    return {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
+
+
+def _unsaid(line: str) -> None:
+    """What --quiet says of memory."""
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    raw: bool,
+    config: PretrainedConfig,
+    left_out: LeftOut,
+) -> list[tuple[Prompt, list[int]]]:
+    """Each prompt with its token ids; one that the model cannot take is left out."""
+    encoded = []
+    for prompt in prompts:
+        try:
+            ids = _encode(tokenizer, prompt, raw)
+            require_fitting(ids, config, prompt.name)
+            encoded.append((prompt, ids))
+        except UserError as error:
+            left_out.add(error)
+    return encoded
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt, raw: bool) -> list[int]:
+    try:
+        return tokenizer.encode(prompt.text, raw)
+    except UserError as error:
+        raise UserError(f"{prompt.name}: {error}") from error
+
+
+class _Response:
+    """A prompt's answer as its tokens come, up to the first of its stop texts."""
+
+    def __init__(self, prompt: Prompt, record: Generated, tokenizer: Tokenizer) -> None:
+        self.prompt = prompt
+        self.record = record
+        self.text = ""
+        self._n_told = 0
+        self._detokenizer = StreamingDetokenizer(tokenizer)
+
+    def push(self, token: int) -> str:
+        """The text that became certain with `token`; sets the record's `stop` at a stop text."""
+        self._add(self._detokenizer.push(token))
+        return self._told(len(self.text) - self._n_held())
+
+    def finish(self) -> str:
+        """What was held back."""
+        if self.record.stop != "stop":
+            self._add(self._detokenizer.finish())
+        return self._told(len(self.text))
+
+    def _add(self, piece: str) -> None:
+        self.text += piece
+        places = [self.text.find(stop, self._n_told) for stop in self.prompt.options.stop]
+        if found := [place for place in places if place >= 0]:
+            self.text = self.text[: min(found)]
+            self.record.stop = "stop"
+
+    def _n_held(self) -> int:
+        """How many characters at the end may be the beginning of a stop text."""
+        stops = self.prompt.options.stop if self.record.stop != "stop" else ()
+        longest = min(max(map(len, stops), default=1) - 1, len(self.text) - self._n_told)
+        held = (
+            n for n in range(longest, 0, -1) if any(s.startswith(self.text[-n:]) for s in stops)
+        )
+        return next(held, 0)
+
+    def _told(self, end: int) -> str:
+        piece, self._n_told = self.text[self._n_told : end], end
+        return piece
+
+
+def _batches(
+    encoded: Sequence[tuple[Prompt, list[int]]], size: int
+) -> Iterator[Sequence[tuple[Prompt, list[int]]]]:
+    """At most `size` prompts at a time: neighbours in the run, of the same settings."""
+    batch: list[tuple[Prompt, list[int]]] = []
+    for one in encoded:
+        if batch:
+            last, prompt = batch[-1][0], one[0]
+            follows = prompt.index == last.index + 1 and prompt.options == last.options
+            if len(batch) == size or not follows:
+                yield batch
+                batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def run_prompts(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    encoded: Sequence[tuple[Prompt, list[int]]],
+    config: Config,
+    answers: Answers | None,
+    conversations: list[Conversation],
+) -> Literal["completed", "interrupted"]:
+    """Generate for every prompt, appending to `conversations` and to the answers.
+
+    A Ctrl-C ends the run in order: what was begun is kept, marked as interrupted. So it is where
+    the text can be shown to nobody, and BrokenPipeError goes on to the caller.
+
+    A single prompt at a time streams to stdout as it is generated, unless responses are hidden.
+    """
+    size, output = config.generation.batch_size, config.output
+    eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
+    stream = size == 1 and not output.hide_responses
+    on_terminal = stream and sys.stdout.isatty()
+    progress = RunProgress(
+        [site.block for site in engine.sites],
+        len(encoded),
+        config.generation.max_tokens,
+        streamed=on_terminal,
+        logged=not output.quiet,
+    )
+    responses: dict[int, _Response] = {}  # of the batch, until they are finished
+
+    def keep(response: _Response) -> str:
+        """The end of the response, which is in the files from now on."""
+        rest, record = response.finish(), response.record
+        del responses[record.prompt]
+        conversations.append(Conversation(response.prompt, response.text, record))
+        if answers is not None:
+            answers.write(
+                response.prompt,
+                {
+                    "response": response.text,
+                    "stop": record.stop,
+                    "prompt_tokens": record.n_prompt_tokens,
+                    "generated_tokens": len(record.ids),
+                    "prefill_s": round(record.prefill_s, 6),
+                    "decode_s": round(sum(record.token_times_s[1:]), 6),
+                },
+            )
+        progress.prompt_done()
+        return rest
+
+    def finish(response: _Response) -> None:
+        rest = keep(response)
+        if stream:
+            show(rest, end="\n" if output.quiet else "\n\n")
+
+    try:
+        for batch in _batches(encoded, size):
+            first, options = batch[0][0].index, batch[0][0].options
+            progress.evaluate(len(batch))
+            n_before = len(conversations)
+            for record, token in generate_batch(
+                engine.model,
+                [ids for _, ids in batch],
+                max_tokens=options.max_tokens,
+                sampler=make_sampler(
+                    options.temperature,
+                    options.top_p,
+                    options.seed,
+                    engine.device,
+                    **_further(options),
+                ),
+                eos_ids=eos_ids,
+                first_prompt=first,
+                on_pass=engine.follow_prompts,
+            ):
+                engine.dispatcher.recorder.token(
+                    record.prompt, record.token_times_s[-1], time.time()
+                )
+                progress.token()  # its bar leaves the terminal before the text comes
+                if record.prompt not in responses:
+                    prompt = batch[record.prompt - first][0]
+                    responses[record.prompt] = _Response(prompt, record, tokenizer)
+                    if on_terminal and not output.quiet:
+                        show(f"PROMPT:\n{prompt.shown}\nRESPONSE:")
+                response = responses[record.prompt]
+                if token not in eos_ids:
+                    piece = response.push(token)
+                    if stream:
+                        show(piece, end="")
+                if record.stop != "interrupted":
+                    finish(response)
+            if output.quiet and not (stream or output.hide_responses):
+                done = sorted(conversations[n_before:], key=lambda one: one.prompt.index)
+                show("\n".join(one.response for one in done))
+    except KeyboardInterrupt:
+        for response in list(responses.values()):
+            finish(response)
+        return "interrupted"
+    except BrokenPipeError:  # as the text was streamed: nobody reads it any more
+        for response in list(responses.values()):
+            keep(response)
+        raise
+    finally:
+        progress.close()
+    conversations.sort(key=lambda conversation: conversation.prompt.index)
+    return "completed"
 
 
 def _ended_early(conversations: Sequence[Conversation]) -> list[str]:
@@ -275,20 +363,13 @@ def _ended_early(conversations: Sequence[Conversation]) -> list[str]:
     ]
 
 
-def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
-    if options.dummy_shape is not None:
-        dummy = DummyModel(options)
-        return dummy, DummyTokenizer(dummy.config.get_text_config().vocab_size)
-    prepared = open_prepared(options)
-    return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
-
-
 def _report(
     config: Config,
     engine: Engine,
     recorder: Recorder,
     sampler: SensorSampler,
     conversations: Sequence[Conversation],
+    left_out: LeftOut,
     status: Status,
     paths: ReportPaths,
     command: Sequence[str],
@@ -301,15 +382,15 @@ def _report(
         recorder,
         seqlens=[conversation.generated.n_prompt_tokens for conversation in conversations],
         samples=sampler.samples,
-        cpu_limit_gbps=None if costs is None else costs.read_gbps,
+        cpu_limit_gbps=engine.cpu_limit_gbps,
         predicted_step_us=engine.predicted_step_us(recorder),
     )
-    notes = [*engine.run_notes(), *_ended_early(conversations)]
+    notes = [*engine.run_notes(), *_ended_early(conversations), *left_out.notes()]
     if recorder.enabled:  # else no file has the columns that they speak of
         notes += sampler.notes
     info = RunInfo(
         n_threads=torch.get_num_threads(),
-        command=["src/main.py", *command],
+        command=list(command),
         settings=asdict(config),
         tool_version=VERSION,
         hardware=read_hardware(gpu_uuid=engine.gpu_uuid).to_json(),
@@ -321,10 +402,12 @@ def _report(
         started_unix_s=started_unix_s,
         status=status,
     )
-    shown = [] if config.output.hide_responses else conversations
+    # What was streamed to a terminal stands there already; a file or a pipe gets the whole summary.
+    streamed = config.generation.batch_size == 1 and sys.stdout.isatty()
+    shown = [] if config.output.hide_responses or streamed else conversations
     text = format_summary(
         summary,
-        conversations=[(c.prompt, c.response) for c in shown],
+        conversations=[(c.prompt.shown, c.response) for c in shown],
         notes=notes,
     )
     routing = None
@@ -333,5 +416,6 @@ def _report(
         n_experts = engine.store.n_experts[0]
         routing = routing_lines(recorder, engine.source.name, n_experts, synthetic=dummy)
     written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
-    show(text)
+    if not config.output.quiet:
+        show(text)
     return written

@@ -1,15 +1,13 @@
-"""Replays a routing trace through the expert cache: which cache, on which hardware, how fast?
-
-The command line of `simulator.py`: flags, defaults and help, and the cache they ask for."""
+"""The simulator's command line: which cache, on which hardware, how fast?"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
@@ -17,24 +15,23 @@ from moe_offload.config import FAST_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
+from moe_offload.machine.terminal import answer, plain
 from moe_offload.simulation.machine_file import Machine, load_machine
-from moe_offload.simulation.paper import paper_table
+from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import RoutingPass, Trace, write_trace
+from moe_offload.simulation.traces import Trace, write_trace
 from moe_offload.simulation.tuning import (
     BELADY,
     Outcome,
     Setting,
-    draw_rows,
     grid,
     run_setting,
     share_one_index,
     sweep,
     tune,
-    write_rows,
 )
-from moe_offload.simulation.workload import fit_workload, popularity_workload, typical_workload
+from moe_offload.simulation.workload import typical_workload
 
 _EPILOG = """examples:
   python3 src/simulator.py expert_choices.csv --cache-nblocks 14 --cache-nways 4
@@ -59,13 +56,13 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         type=a_path,
         metavar="TRACE",
-        help="expert_choices.csv, *.route.csv, JSON lines, or a JSON file of expert popularity",
+        help="a run's expert_choices.csv or routing.jsonl, or a *.route.csv",
     )
     routing.add_argument(
         "--synthetic",
         type=int,
         metavar="TOKENS",
-        help="replay so many made-up tokens: fitted to TRACE, or typical for --model",
+        help="without TRACE: replay so many made-up tokens, typical for --model",
     )
     routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
     routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
@@ -98,7 +95,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
-        "--sweep", action="store_true", help="N x M x policy to sweep.csv and sweep.png"
+        "--sweep", action="store_true", help="N x M x policy: sweep.csv, .png, .pdf and .svg"
     )
     tasks.add_argument("--tune", action="store_true", help="the fastest cache and its Pareto front")
     tasks.add_argument("--memory-gb", type=float, help="for --tune; default: the GPU's free memory")
@@ -118,25 +115,24 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def asked_setting(options: argparse.Namespace) -> Setting:
     """The cache that the flags ask for; raises UserError with the flag that is missing or wrong."""
-    flags = {
-        "--cache-nblocks": (options.cache_nblocks, 1),
-        "--cache-nways": (options.cache_nways, 1),
-        "--cache-quota": (options.cache_quota, 0),
-    }
-    for flag, (value, least) in flags.items():
+    n_indexes = 1 if options.one_index else options.cache_nblocks
+    for flag, value in (("--cache-nblocks", n_indexes), ("--cache-nways", options.cache_nways)):
         if value is None:
             raise UserError(
-                f"expected {flag} of at least {least}, found none; give it, or --sweep, --tune or "
-                "--paper"
+                f"expected {flag} of at least 1, found none; give it, or --sweep, --tune or --paper"
             )
-        if value < least:
-            raise UserError(f"expected {flag} of at least {least}, found {value}")
+        _check_range(flag, value, 1)
+    _check_range("--cache-quota", options.cache_quota, 0)
     return Setting(
-        options.cache_nblocks,
-        options.cache_nways,
-        options.cache_replace_policy,
-        options.cache_quota,
+        n_indexes, options.cache_nways, options.cache_replace_policy, options.cache_quota
     )
+
+
+def _check_range(flag: str, value: float, least: float, most: float = inf) -> None:
+    if value < least:
+        raise UserError(f"expected {flag} of at least {least}, found {value:g}")
+    if not value <= most:  # nor is not-a-number
+        raise UserError(f"expected {flag} of at most {most:.6g}, found {value:g}")
 
 
 def cut_to_model(setting: Setting, trace: Trace) -> Setting:
@@ -156,36 +152,34 @@ def cut_to_model(setting: Setting, trace: Trace) -> Setting:
 
 
 DEFAULT_TOKENS = 256
+MOST_TOKENS = 20_000  # 8 million choices of 48 layers' top-8: no more is learnt from more
+MOST_CORES = 4096
 GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> int:
         run(parse_simulation(argv))
-        sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UserError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return answer(work, "--debug" in argv)
 
 
 def run(options: argparse.Namespace) -> None:
     """Carry out what the command line asks for, printing as it goes; raises UserError."""
     machine = None
     if options.hardware is not None:
+        if options.cores is not None:
+            _check_range("--cores", options.cores, 1, MOST_CORES)
         machine = load_machine(options.hardware).variant(options.cores, options.pcie)
     if options.paper:
         if machine is None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
+        for name, (n_indexes, n_ways) in CACHES.items():
+            _check_memory(Setting(n_indexes, n_ways, "LRU"), machine, load_shape(name), "bf16")
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -205,7 +199,6 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        shape = shape.with_layers(trace.n_layers)
         costs = machine.cost_model(shape, options.expert_dtype)
     elif options.expert_dtype != "bf16" and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
@@ -214,55 +207,57 @@ def run(options: argparse.Namespace) -> None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
         _tune(options, trace, machine, shape)
     elif options.sweep:
-        _sweep(options, trace, costs)
+        _sweep(options, trace, machine, shape, costs)
     elif options.cache_nways or not options.write_trace:
         _one_setting(options, trace, machine, shape, costs)
 
 
 def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
-    for flag, value in (("--synthetic", options.synthetic), ("--processes", options.processes)):
-        if value is not None and value < 1:
-            raise UserError(f"expected {flag} of at least 1, found {value}")
-    n_tokens = options.synthetic or DEFAULT_TOKENS
     if options.trace is None:
         if shape is None:
             raise UserError("expected a TRACE, or --model for typical synthetic routing")
         workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
+        n_tokens = DEFAULT_TOKENS if options.synthetic is None else options.synthetic
+        _check_range("--synthetic", n_tokens, 1, MOST_TOKENS)
         return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
-    path: Path = options.trace
-    if path.suffix == ".json":
-        top_k = shape.top_k if shape is not None else 2
-        return popularity_workload(path, top_k).generate(n_tokens, options.seed)
-    trace = read_trace(path, shape.n_experts if shape is not None else None)
-    if shape is not None and trace.n_experts > shape.n_experts:
-        raise UserError(
-            f"expected a trace of {shape.name}, which has {shape.n_experts} experts a layer, found "
-            f"one of {trace.info.model} with {trace.n_experts}; correct --model or the trace"
-        )
-    if options.synthetic:
-        n_prompt = max((_n_prompt_tokens(one, trace.info.top_k) for one in trace.passes), default=0)
-        return fit_workload(trace).generate(n_tokens, options.seed, n_prompt)
+    if options.synthetic is not None:
+        raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
+    trace = read_trace(options.trace, shape.n_experts if shape is not None else None)
+    if shape is not None:
+        _check_shape(trace, shape)
     return trace
 
 
-def _n_prompt_tokens(one: RoutingPass, top_k: int) -> int:
-    if one.phase == "decode" or not (one.ids or one.seen):
-        return 0
-    return len(one.ids[0]) if one.ids else sum(n for _, n in one.seen[0]) // top_k
+def _check_shape(trace: Trace, shape: ModelShape) -> None:
+    """UserError for a trace of another model; a trace that keeps fewer choices is told of."""
+    n_layers, top_k = trace.n_layers, trace.info.top_k
+    if n_layers != shape.n_layers or trace.n_experts > shape.n_experts or top_k > shape.top_k:
+        raise UserError(
+            f"expected a trace of {shape.name}, which has {shape.n_layers} MoE layers, top-"
+            f"{shape.top_k} of {shape.n_experts} experts, found one of {trace.info.model} with "
+            f"{n_layers}, top-{top_k} of {trace.n_experts}; correct --model or the trace"
+        )
+    if top_k < shape.top_k:
+        print(
+            f"note: the trace holds {top_k} of each token's {shape.top_k} experts in "
+            f"{shape.name}: it computes and reads fewer than the model"
+        )
 
 
 def _print_trace(trace: Trace) -> None:
     info = trace.info
-    n_tokens = sum(len(one.ids[0]) for one in trace.passes if one.phase == "decode")
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
-        f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{n_tokens} decoded tokens"
+        f"{kind}: {plain(info.model)}, {info.n_layers} layers, top-{info.top_k} of "
+        f"{trace.n_experts}, {trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
-        print(f"note: {note}")
-    if any(one.phase == "prefill" and not one.last_choices() for one in trace.passes):
-        print("note: the trace leaves prompts out: the cache's warm-up by them is not replayed")
+        print(f"note: {plain(note)}")
+    if any(one.phase == "prefill" and not one.ids for one in trace.passes):
+        print(
+            "note: the trace leaves prompts out: how they warmed the cache is not known and not "
+            "replayed; a run's routing.jsonl, which --output-dir keeps, has them"
+        )
 
 
 def _one_setting(
@@ -283,21 +278,21 @@ def _one_setting(
                 "expert before its layer comes round again; use one index for each layer"
             )
         trace = share_one_index(trace)
-        setting = Setting(1, options.cache_nways, options.cache_replace_policy, options.cache_quota)
-    else:
-        setting = cut_to_model(asked_setting(options), trace)
-        if setting.n_ways < trace.info.top_k:
-            print(
-                f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "
-                "experts of one token: most of what is fetched is evicted unused"
-            )
+    setting = cut_to_model(asked_setting(options), trace)
+    if setting.n_ways < trace.info.top_k:
+        print(
+            f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "
+            "experts of one token: most of what is fetched is evicted unused"
+        )
     expert_bytes = trace.info.expert_bytes
     if shape is not None:
         expert_bytes = shape.block_bytes(options.expert_dtype)
+    if machine is not None and shape is not None:
+        _check_memory(setting, machine, shape, options.expert_dtype)
     outcome = run_setting(trace, setting, costs)
     _print_hits(trace, setting, outcome, expert_bytes)
     if machine is not None and costs is not None:
-        _print_times(outcome, machine)
+        _print_times(outcome, machine, trace.n_layers)
 
 
 def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: int | None) -> None:
@@ -310,56 +305,100 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:
-            one, two, per_expert = hits.rates()
             print(
-                f"{phase} hits: at least one {one:.1f}%, at least two {two:.1f}%, "
-                f"per expert {per_expert:.1f}%"
+                f"{phase} hits: at least one {hits.at_least_one_percent:.1f}%, at least two "
+                f"{hits.at_least_two_percent:.1f}%, per expert {hits.per_expert_percent:.1f}%"
             )
-        elif hits.experts:
-            print(f"{phase} hits: per expert {hits.rates()[2]:.1f}%")
     once = ""
-    if result.decode.experts != result.decode.lookups:  # a batch
-        once = f"each expert counted once in a pass, hits: {result.decode.distinct_percent:.1f}%; "
+    if result.looked_up != result.decode.hits + result.decode.misses:  # a batch
+        once = f"each expert counted once in a pass, hits: {result.found_percent:.1f}%; "
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.decode.experts, 1)
+    bypass = 100 * outcome.most_hits / max(result.looked_up, 1)
     print(
-        f"{once}Belady's optimum: {optimum.replay.decode.distinct_percent:.1f}% without bypass, "
+        f"{once}Belady's optimum: {optimum.replay.found_percent:.1f}% without bypass, "
         f"{bypass:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
-        missed = (outcome.n_chosen - result.decode.expert_hits) * expert_bytes
+        missed = (trace.n_chosen - result.found) * expert_bytes
         print(
             f"bytes: {result.fetches * expert_bytes / 1e9:.2f} GB fetched, "
             f"{missed / 1e9:.2f} GB read by the CPU, "
-            f"{result.decode.expert_hits * expert_bytes / 1e9:.2f} GB read in slots"
+            f"{result.found * expert_bytes / 1e9:.2f} GB read in slots"
         )
 
 
-def _print_times(outcome: Outcome, machine: Machine) -> None:
+def _cache_bytes(machine: Machine, shape: ModelShape) -> float:
+    """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
+    return machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+
+
+def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: str) -> None:
+    block_bytes, free_bytes = shape.block_bytes(dtype), _cache_bytes(machine, shape)
+    n_slots = setting.n_indexes * setting.n_ways
+    if n_slots * block_bytes > free_bytes:
+        raise UserError(
+            f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
+            f"{shape.name}'s dense weights in the {machine.gpu_memory_gb:g} GB of {machine.name}, "
+            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache "
+            "or a larger GPU, or leave --hardware out for the hits alone"
+        )
+
+
+def _host_limit(machine: Machine, n_layers: int) -> str:
+    """What no cache can change: the host's own time for the dense part of a step."""
+    step_ms = (n_layers * machine.layer_us + machine.step_us) / 1e3
+    if not step_ms:
+        return "layer_us of the hardware file is 0: the host's own time is left out"
+    return (
+        f"layer_us of the hardware file, {machine.layer_us:g}, makes {step_ms:.1f} ms a token: "
+        f"with any cache at most {1e3 / step_ms:.1f} tokens/s"
+    )
+
+
+def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
     result, busy = outcome.replay, outcome.busy
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
+    energy = f", {joules / result.n_decode_tokens:.1f} J a token" if joules else ""
     print(f"predicted on {machine.name}, {machine.cores} cores, PCIe {machine.pcie}.0:")
     print(
-        f"  {outcome.tokens_per_s:.2f} tokens/s, {1e3 / outcome.tokens_per_s:.1f} ms a token, "
-        f"{joules / result.n_decode_tokens:.1f} J a token"
+        f"  {result.tokens_per_s:.2f} tokens/s, {1e3 / result.tokens_per_s:.1f} ms a token{energy}"
     )
     cpu, bus, gpu = (100 * us / total_us for us in (busy.cpu_us, busy.copy_us, busy.gpu_us))
     print(f"  busy: CPU {cpu:.0f}%, bus {bus:.0f}%, GPU {gpu:.0f}%")
     print(
         f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
-        f"reached {100 * outcome.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
+        f"reached {100 * result.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
     )
+    print(f"  {_host_limit(machine, n_layers)}")
 
 
-def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -> None:
+def _sweep(
+    options: argparse.Namespace,
+    trace: Trace,
+    machine: Machine | None,
+    shape: ModelShape | None,
+    costs: CostModel | None,
+) -> None:
+    from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
+    from moe_offload.report.sweep_figure import draw_sweep
+
     _make_folder(options.output_dir)
-    rows = sweep(trace, grid(trace), costs, options.processes)
-    table, figure = options.output_dir / "sweep.csv", options.output_dir / "sweep.png"
-    write_rows(table, rows)
+    _check_range("--processes", options.processes, 1)
+    processes = min(options.processes, os.cpu_count() or 1)  # more of them compute nothing sooner
+    free_bytes = _cache_bytes(machine, shape) if machine and shape else 0.0
+    rows = sweep(trace, grid(trace), costs, processes, free_bytes)
+    if costs is not None and not any(row.fits for row in rows):
+        raise UserError(
+            f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
+            f"{free_bytes / 1e9:.1f} GB left; sweep without --hardware, or for a larger GPU"
+        )
+    where = f" on {machine.name}, {machine.cores} cores" if machine else ""
     kind = " (synthetic routing)" if trace.info.synthetic else ""
-    draw_rows(figure, rows, f"{trace.info.model}{kind}")
+    with house_style():
+        drawing = draw_sweep(rows, f"{trace.info.model}{kind}{where}")
+    paths = save_drawing(drawing, options.output_dir)
     print(
         f"{'N':>4} {'M':>4} {'policy':<7}{'slots':>6}{'>=1':>7}{'>=2':>7}{'expert':>8}"
         f"{'bound':>7}{'tok/s':>8}"
@@ -369,21 +408,24 @@ def _sweep(options: argparse.Namespace, trace: Trace, costs: CostModel | None) -
         print(
             f"{row.n_indexes:>4} {row.n_ways:>4} {row.policy:<7}{row.slots:>6}{row.hit_one:7.1f}"
             f"{row.hit_two:7.1f}{row.hit_expert:8.1f}{row.bound_bypass:7.1f}{speed}"
+            + "  does not fit"
+            * (row.fits is False)
         )
-    print(f"{len(rows)} settings: wrote {table} and {figure}")
+    if machine is not None:
+        print(_host_limit(machine, trace.n_layers))
+    print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
 def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
-    memory_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
-    if options.memory_gb is not None:
-        memory_bytes = options.memory_gb * 1e9
-        if memory_bytes < 0:
-            raise UserError(f"expected --memory-gb of 0 or more, found {options.memory_gb:g}")
+    memory_bytes = _cache_bytes(machine, shape)
     if memory_bytes < 0:
         raise UserError(
             f"expected GPU memory for {shape.name}'s dense weights, found "
-            f"{machine.gpu_memory_gb:g} GB; give --memory-gb for the cache alone"
+            f"{machine.gpu_memory_gb:g} GB; give the hardware file of a larger GPU"
         )
+    if options.memory_gb is not None:
+        _check_range("--memory-gb", options.memory_gb, 0, memory_bytes / 1e9)
+        memory_bytes = options.memory_gb * 1e9
     costs = {name: machine.cost_model(shape, name) for name in FAST_FORMATS}
     print(f"on {machine.name}, {machine.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots")
     print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
@@ -394,6 +436,7 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
             f"{point.weight_format:<7}{point.n_indexes:>4}{point.n_ways:>5} {point.policy:<7}"
             f"{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
         )
+    print(_host_limit(machine, trace.n_layers))
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"

@@ -14,14 +14,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_offload.engine.timing import (
     SIDE_CALLS,
@@ -104,20 +104,18 @@ class OnednnChoice:
         fixed_us, token_us = fit_line(self.experts.tokens, self.experts.onednn_us)
         return SideCost(0.0, fixed_us / self.n_experts, token_us / self.n_experts)
 
-    def describe(self) -> list[str]:
-        """What computes many tokens, as lines for people."""
+    def describe(self, only_used: bool = False) -> list[str]:
+        """What computes many tokens, as lines for people; `only_used`: where oneDNN does."""
         n = f"{self.n_experts} " if self.n_experts > 1 else ""
+        found = (
+            (f"{n}experts with many tokens", self.experts),
+            ("a layer's dense part, many tokens", self.dense),
+        )
         return [
-            *([] if self.experts is None else [f"{n}experts with many tokens: {self.experts}"]),
-            *([] if self.dense is None else [f"a layer's dense part, many tokens: {self.dense}"]),
+            f"{what}: {crossover}"
+            for what, crossover in found
+            if crossover is not None and not (only_used and crossover.from_tokens is None)
         ]
-
-    def notes(self) -> list[str]:
-        """The lines of `describe` for what does go through oneDNN."""
-        used = self.expert_tokens is not None, self.dense_tokens is not None
-        return OnednnChoice(
-            self.experts if used[0] else None, self.dense if used[1] else None, self.n_experts
-        ).describe()
 
 
 @dataclass(frozen=True)
@@ -130,36 +128,39 @@ class MachineCosts:
     steadiness: Steadiness
     onednn: OnednnChoice = field(default_factory=OnednnChoice)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.read_gbps < float("inf"):
+            raise ValueError(f"a memory that no machine has: {self.read_gbps} GB/s")
+
     def to_json(self) -> dict[str, Any]:
         """As run.json has it: the cost model is its `costs`."""
         data = asdict(self)
         return {"costs": data.pop("model"), **data}
 
-    @property
-    def note(self) -> str | None:
-        """A line for the user where the figures are not to be trusted."""
+    def notes(self) -> list[str]:
+        """Lines for the user: where the figures are not to be trusted, what oneDNN computes."""
+        lines = self.onednn.describe(only_used=True)
         if self.steadiness.is_quiet:
-            return None
-        return (
-            f"{UNSTEADY} ({self.steadiness}): take "
-            "predictions and shares of limits as rough; the next run measures again"
-        )
+            return lines
+        rough = "take predictions and shares of limits as rough; the next run measures again"
+        return [f"{UNSTEADY} ({self.steadiness}): {rough}", *lines]
 
-    def describe(self) -> list[str]:
-        """The figures as lines for people."""
+    def describe(self, in_memory: bool = True) -> list[str]:
+        """The figures as lines for people; `in_memory`: no cache of the CPU's holds the experts."""
         costs = self.model
         expert_us = costs.cpu.one_us(1)
         expert_gbps = costs.block_bytes / expert_us / 1e3 if expert_us > 0 else 0.0
         share = f"{100 * expert_gbps / self.read_gbps:.0f}% of plain read"
-        if expert_gbps > 1.1 * self.read_gbps:
-            share = "faster than memory: so few weights stay in the CPU's caches"
+        if not in_memory or expert_gbps > 1.1 * self.read_gbps:
+            share = "no measure of memory: so few weights stay in the CPU's caches"
         lines = [
             f"memory, plain read: {self.read_gbps:.1f} GB/s",
             f"one expert ({costs.block_bytes / 1e6:.1f} MB) on the CPU, one token: "
             f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, {share}), "
             f"{_more_tokens(costs.cpu)}",
             *self.onednn.describe(),
-            f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}",
+            f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}, "
+            f"a step beside its layers: {_time(costs.step_us)}",
         ]
         if isfinite(costs.gpu.expert_us):
             lines += [
@@ -189,6 +190,7 @@ def machine_costs(
     cpu: CpuExperts,
     gpu: GpuExperts | None,
     decode_step: Callable[[], None],
+    blocks: Sequence[nn.Module],
     hardware: Hardware,
     *,
     dtype: torch.dtype,
@@ -199,13 +201,14 @@ def machine_costs(
 ) -> MachineCosts:
     """The costs of this machine for the model in `store`, from disk where they are known.
 
-    `decode_step` runs one decode step with every expert left out, for the cost of the rest. The
-    calibration is keyed by the hardware, the block's layout, what computes it, the `dense` part's
-    description and the emulated link; one taken on a busy machine is kept by this process alone.
-    Without `gpu` its costs and the copies' are infinite: nothing is ever sent there. `linears` are
-    one layer's that oneDNN may compute. `again` measures what is known already.
+    `decode_step` runs one decode step with every expert left out, for the cost of the rest;
+    `blocks` are its MoE layers' modules, which it passes in turn. The calibration is keyed by the
+    hardware, the block's layout, what computes it, the `dense` part's description and the emulated
+    link; one taken on a busy machine is kept by this process alone. Without `gpu` its costs and the
+    copies' are infinite: nothing is ever sent there. `linears` are one layer's that oneDNN may
+    compute. `again` measures what is known already.
     """
-    cache = CalibrationCache()
+    kept = CalibrationCache()
     shape = {
         "layout": asdict(store.layouts[0]),
         "n_layers": store.n_layers,
@@ -220,16 +223,17 @@ def machine_costs(
         # Another version's is another.
         "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
     }
-    known = None if again else cache.load(hardware.key(), shape)
+    known = None if again else kept.load(hardware.key(), shape)
     if known is not None:
-        try:
-            return from_json(MachineCosts, known)
-        except ValueError:
-            pass  # damaged, or of another version: measured anew
+        # Damaged, of another version, or what no machine does: measured anew.
+        with suppress(ValueError, OverflowError):
+            costs = from_json(MachineCosts, known)
+            if costs.model.block_bytes == store.layouts[0].block_bytes:
+                return costs
     if sys.stderr.isatty():
         print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
     cpu = cpu.with_onednn(None)
-    costs = _measure(store, cpu, gpu, decode_step, dtype, emulate_pcie_gbps)
+    costs = _measure(store, cpu, gpu, decode_step, blocks, dtype, emulate_pcie_gbps)
     if has_bf16_products(hardware.isa):
         choice = _compare_onednn(store, cpu, linears, dtype)
         model = replace(
@@ -238,7 +242,7 @@ def machine_costs(
         costs = replace(costs, model=model, onednn=choice)
     # 30 days of another program's noise are worse than none; but a process measures once.
     if costs.steadiness.is_quiet or not again:
-        cache.store(hardware.key(), shape, asdict(costs), lasting=costs.steadiness.is_quiet)
+        kept.store(hardware.key(), shape, asdict(costs), lasting=costs.steadiness.is_quiet)
     return costs
 
 
@@ -247,6 +251,7 @@ def _measure(
     cpu: CpuExperts,
     gpu: GpuExperts | None,
     decode_step: Callable[[], None],
+    blocks: Sequence[nn.Module],
     dtype: torch.dtype,
     emulate_pcie_gbps: float | None,
 ) -> MachineCosts:
@@ -256,7 +261,7 @@ def _measure(
     calls = [counts for counts in SIDE_CALLS if len(counts) <= store.n_experts[0]]
     cpu_cost = calibrate_side(run_cpu, calls)
     watch.burst()
-    dense_us = _dense_step_us(decode_step, partial(run_cpu, (1, 1))) / store.n_layers
+    layer_us, step_us = dense_costs(decode_step, blocks, partial(run_cpu, (1, 1)))
     gpu_cost, copies = SideCost(0.0, float("inf"), 0.0), CopyCost(0.0, 1e-9, 1e-9, 1.0)
     if gpu is not None:
         with gpu_runner(store, gpu, dtype) as run_gpu:
@@ -270,7 +275,8 @@ def _measure(
         gpu=gpu_cost,
         **asdict(copies),
         block_bytes=store.layouts[0].block_bytes,
-        dense_us_per_layer=dense_us,
+        dense_us_per_layer=layer_us,
+        step_us=step_us,
     )
     return MachineCosts(model, read_gbps, watch.result())
 
@@ -285,55 +291,84 @@ def plain_read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:
     return buffer.nbytes / median_us(buffer.sum, budget_s=0.2) / 1e3
 
 
-def _routing(counts: Counts) -> Tensor:
-    """int64 [T, 1]: `counts[e]` tokens on expert e."""
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
+Call = tuple[Tensor, Tensor, Tensor]  # hidden [T, H], ids int64 [T, 1], weights fp32 [T, 1]
+
+
+def _calls(
+    store: ExpertStore, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Callable[[Counts, int, int], Call]:
+    """A call over so many tokens on each of the experts `first`, `first + 1`, ... of `n`.
+
+    What a layer has at hand is made once, and is no part of a call's cost. The ids stay on the CPU.
+    """
+
+    @cache
+    def given(counts: Counts) -> tuple[Tensor, Tensor]:
+        shape = sum(counts), store.layouts[0].hidden_size
+        weights = torch.ones(shape[0], 1, device=device)
+        return torch.ones(shape, dtype=dtype, device=device), weights
+
+    @cache
+    def call(counts: Counts, first: int, n: int) -> Call:
+        ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        hidden, weights = given(counts)
+        return hidden, (ids[:, None] + first) % n, weights
+
+    return call
 
 
 def cpu_runner(store: ExpertStore, cpu: CpuExperts, dtype: torch.dtype) -> Callable[[Counts], None]:
-    """Calls over the CPU's experts, as `calibrate_side` makes them."""
-    turns = itertools.count()
+    """Calls over the CPU's experts, others every time: nothing may be left in a cache."""
+    turns, call = itertools.count(), _calls(store, dtype)
+    masks = [torch.ones(n, dtype=torch.uint8) for n in store.n_experts]
+    out_of = cache(lambda counts: torch.empty(sum(counts), store.layouts[0].hidden_size))
 
     def run(counts: Counts) -> None:
-        turn = next(turns)  # other experts every time: nothing may be left in a cache
+        turn = next(turns)
         layer = turn % store.n_stored  # the layers beyond use the same memory
-        n_experts = store.n_experts[layer]
-        index = (_routing(counts) + turn // store.n_stored * len(counts)) % n_experts
-        hidden = torch.ones(len(index), store.layouts[layer].hidden_size, dtype=dtype)
-        cpu.run(
-            hidden,
-            store.pointers(layer),
-            torch.ones(n_experts, dtype=torch.uint8),
-            index,
-            torch.ones(index.shape),
-            torch.empty(hidden.shape),
-        )
+        first, n = turn // store.n_stored * len(counts), store.n_experts[layer]
+        hidden, index, weights = call(counts, first % n, n)
+        cpu.run(hidden, store.pointers(layer), masks[layer], index, weights, out_of(counts))
 
     return run
+
+
+def _blocks_in_turn(store: ExpertStore) -> Iterator[Tensor]:
+    """Every block in memory, over and over: a layer's experts one after another."""
+    while True:
+        for layer in range(store.n_stored):
+            yield from store.blocks(layer)
 
 
 @contextmanager
 def gpu_runner(
     store: ExpertStore, gpu: GpuExperts, dtype: torch.dtype
 ) -> Iterator[Callable[[Counts], None]]:
-    """The same over experts in the accelerator's slots, which are filled first."""
-    for slot in range(gpu.n_slots):
-        gpu.slots[slot].copy_(store.block(slot % store.n_layers, slot % store.n_experts[0]))
-    order: ExpertFetcher = make_fetcher(gpu.device, gpu.slots)
+    """The same over the accelerator's slots, which are filled first; all of them in turn.
+
+    A few slots alone would stay in a GPU's own cache, where a run's experts are not.
+    """
+    for slot, block in zip(gpu.slots, _blocks_in_turn(store), strict=False):
+        slot.copy_(block)
+    call, first = _calls(store, dtype, gpu.device), 0
+    fetcher = make_fetcher(gpu.device, gpu.slots)
+
+    @cache
+    def launch(counts: Counts, first: int) -> tuple[Tensor, list[int], Tensor]:
+        hidden, slots, weights = call(counts, first, gpu.n_slots)
+        return hidden, slots.flatten().tolist(), weights
 
     def run(counts: Counts) -> None:
-        index = _routing(counts)
-        hidden_size = store.layouts[0].hidden_size
-        hidden = torch.ones(len(index), hidden_size, dtype=dtype, device=gpu.device)
-        weights = torch.ones(index.shape, device=gpu.device)
-        gpu.launch(hidden, index[:, 0].tolist(), weights, order).result()
+        nonlocal first
+        gpu.launch(*launch(counts, first), fetcher).result()
+        first = (first + len(counts)) % gpu.n_slots
         if gpu.device.type == "cuda":
             torch.cuda.synchronize(gpu.device)
 
     try:
         yield run
     finally:
-        order.close()
+        fetcher.close()
 
 
 @contextmanager
@@ -342,15 +377,13 @@ def copier(
 ) -> Iterator[Callable[[int], None]]:
     """Copies the first bytes of one block after another to the accelerator's last slot."""
     fetchers: dict[int, ExpertFetcher] = {}
-    turns = itertools.count()
+    blocks = _blocks_in_turn(store)
 
     def copy(n_bytes: int) -> None:
         if n_bytes not in fetchers:
             slots = gpu.slots[:, :n_bytes]
             fetchers[n_bytes] = make_fetcher(gpu.device, slots, emulate_pcie_gbps)
-        layer, turn = next(turns) % store.n_layers, next(turns)
-        source = store.block(layer, turn % store.n_experts[layer])
-        fetchers[n_bytes].fetch(gpu.n_slots - 1, source[:n_bytes])
+        fetchers[n_bytes].fetch(gpu.n_slots - 1, next(blocks)[:n_bytes])
         for completion in fetchers[n_bytes].drain():
             if completion.error is not None:
                 raise UserError(f"calibration could not copy an expert: {completion.error}")
@@ -362,20 +395,41 @@ def copier(
             fetcher.close()
 
 
-def _dense_step_us(decode_step: Callable[[], None], experts: Callable[[], None]) -> float:
-    """The mean time of a step without its experts, behind some that have emptied the caches.
+def dense_costs(
+    decode_step: Callable[[], None],
+    blocks: Sequence[nn.Module],
+    experts: Callable[[], None],
+) -> tuple[float, float]:
+    """(us a layer, us a step beside its layers) of decode steps without their experts.
 
-    What runs between the experts of a real step finds neither its weights nor its code there.
+    A layer is what lies between the starts of two MoE `blocks`; with one block alone, the whole
+    step. Medians of steps behind some `experts` that have emptied the caches: what runs between
+    the experts of a real step finds neither its weights nor its code there.
     """
-    decode_step()
-    total_s, steps = 0.0, 0
-    while total_s < _STEP_BUDGET_S or steps < 3:
-        experts()
-        started_s = time.perf_counter()
+    starts_s: list[float] = []
+    handles = [
+        block.register_forward_pre_hook(lambda *_: starts_s.append(time.perf_counter()))
+        for block in blocks
+    ]
+    layers_us: list[float] = []
+    steps_us: list[float] = []
+    n = len(blocks)
+    try:
         decode_step()
-        total_s += time.perf_counter() - started_s
-        steps += 1
-    return total_s / steps * 1e6
+        began_s = time.perf_counter()
+        while len(steps_us) < 5 or time.perf_counter() < began_s + _STEP_BUDGET_S:
+            experts()
+            starts_s.clear()
+            started_s = time.perf_counter()
+            decode_step()
+            steps_us.append(1e6 * (time.perf_counter() - started_s))
+            first_s, last_s = starts_s[0], starts_s[-1]
+            layers_us.append(1e6 * (last_s - first_s) / (n - 1) if n > 1 else steps_us[-1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    layer_us = statistics.median(layers_us)
+    return layer_us, max(0.0, statistics.median(steps_us) - n * layer_us)
 
 
 def measure_crossover(
@@ -464,4 +518,4 @@ def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
     for layer, n in Counter(zip(*(c.tolist() for c in columns), strict=True)).items():
         n_gpu, n_cpu, copying, n_waited = layer
         total_us += n * costs.decode_layer_us(n_gpu, n_cpu, copying, n_waited=n_waited)
-    return total_us / int(decode.sum())
+    return total_us / int(decode.sum()) + costs.step_us

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.calibration import (
@@ -32,7 +33,9 @@ from moe_offload.engine.setup import (
     chosen_cache,
     fitted_cache,
     gpu_uuid,
+    slots_to_measure,
 )
+from moe_offload.engine.timing import BusyWatch
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
@@ -51,8 +54,11 @@ from moe_offload.model.loader import (
     build_skeleton,
     distinct_linears,
     find_moe_sites,
+    given_text_alone,
     install_experts,
+    one_pass_at_a_time,
     onednn_linears,
+    refuse_saving,
 )
 from moe_offload.simulation.trace_files import read_trace
 
@@ -63,7 +69,8 @@ _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known y
 class Engine:
     """A loaded model and everything that serves it. Close it, or use it as a context manager.
 
-    `notes` are lines for the user: what was degraded, chosen or emulated. Our kernels compute the
+    `notes` are lines for the user: what was degraded, chosen or emulated; `say` hears at once what
+    cannot wait for them. Our kernels compute the
     CPU's part until a calibration has shown that torch's oneDNN is faster for many tokens.
     """
 
@@ -78,6 +85,8 @@ class Engine:
     costs: MachineCosts | None = None
     emulate_pcie_gbps: float | None = None
     notes: list[str] = field(default_factory=list)
+    say: Callable[[str], None] | None = None
+    _busy: BusyWatch = field(default_factory=BusyWatch)
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -98,7 +107,7 @@ class Engine:
         self.emulate_pcie_gbps = options.emulate_pcie_gbps
         options = fitted_cache(options, self.source, self.notes)
         if options.auto:
-            with closing(self._slots(N_STAGING_SLOTS)) as gpu:
+            with closing(self._slots(slots_to_measure(self.source))) as gpu:
                 costs = self._measured(gpu)
             del gpu  # its slots are free memory again
             free_bytes = free_slot_bytes(self.device, self.kv_bytes)
@@ -131,6 +140,7 @@ class Engine:
             self.cpu,
             gpu,
             self.decode_step,
+            [site.block for site in self.sites],
             read_hardware(gpu_uuid=self.gpu_uuid),
             dtype=self.source.dtype,
             dense=f"{self.source.dense_format} {self.source.dense_bytes}",
@@ -169,9 +179,26 @@ class Engine:
             linear.onednn_tokens = choice.dense_tokens
 
     def decode_step(self) -> None:
-        """One decode step with every expert left out: what all the rest costs."""
-        with self.dispatcher.experts_left_out(), torch.inference_mode():
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        """One decode step with every expert left out: what all the rest costs.
+
+        Forced routing stays where it is: it is the run's.
+        """
+        routing, self.dispatcher.forced_routing = self.dispatcher.forced_routing, None
+        try:
+            with self.dispatcher.experts_left_out(), torch.inference_mode():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        finally:
+            self.dispatcher.forced_routing = routing
+
+    @property
+    def experts_in_memory(self) -> bool:
+        """Whether experts come from memory: less than twice the CPU's last cache may stay there."""
+        return self.store.total_bytes > 2 * read_hardware().last_level_cache_bytes
+
+    @property
+    def cpu_limit_gbps(self) -> float | None:
+        """What the CPU's experts can read at most, GB/s; None where they lie in its caches."""
+        return self.costs.read_gbps if self.costs is not None and self.experts_in_memory else None
 
     @property
     def gpu_uuid(self) -> str | None:
@@ -179,16 +206,34 @@ class Engine:
         return gpu_uuid(self.device)
 
     def follow_prompts(self, prompts: Sequence[int]) -> None:
-        """Record the coming pass under the first of `prompts`."""
+        """Record the coming pass under the first of `prompts`; say once if the machine is busy."""
         self.dispatcher.prompt = prompts[0]
+        line = self._busy.look(lambda: self._step_alone_us(len(prompts)))
+        if line is not None:
+            self.notes.append(line)
+            if self.say is not None:
+                self.say(line)
+
+    def _step_alone_us(self, n_sequences: int) -> float | None:
+        """At most what a decode step of short sequences takes: every expert missed.
+
+        The CPU computes all of them, or all are copied, whichever takes longer.
+        """
+        if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
+            return None
+        costs = self.costs.model
+        n_pairs = n_sequences * (experts_per_token(self.source.config) or 2)
+        n_experts = min(n_pairs, self.store.n_experts[0])
+        missed_us = costs.cpu.us(n_experts, n_pairs)
+        if self.accelerator is not None:
+            missed_us = max(missed_us, n_experts * costs.copy_us(shared=True))
+        return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + missed_us)
 
     def run_notes(self) -> list[str]:
         """`notes`, and what the accelerator learnt during the run."""
         lines = list(self.notes)
-        if self.costs is not None and self.costs.note is not None:
-            lines.append(self.costs.note)
         if self.costs is not None:
-            lines += self.costs.onednn.notes()
+            lines += self.costs.notes()
         if self.accelerator is not None:
             lines += self.accelerator.notes()
         return lines
@@ -253,8 +298,9 @@ def load_engine(
     fitted_cache(cache, source, [])  # refuse before loading what would be refused after
     if cache.trace is not None:
         read_trace(cache.trace)
-    notes: list[str] = []
+    notes = given_text_alone(source.config)
     model = build_skeleton(source.config, source.dtype, options.attention)
+    source.check(model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(
@@ -285,6 +331,8 @@ def load_engine(
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
+    one_pass_at_a_time(model)
+    refuse_saving(model)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size
         routers = [find_router(site.block, width) for site in sites]
@@ -303,6 +351,7 @@ def load_engine(
         sites=sites,
         kv_bytes=kv_bytes,
         notes=notes,
+        say=say,
     )
     engine.use_cache(cache)
     return engine

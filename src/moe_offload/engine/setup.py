@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ from moe_offload.model.decode_modules import chosen_experts, find_router
 from moe_offload.model.loader import ModelSource, MoeSite
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
+
+_BEYOND_GPU_CACHE_BYTES = 256 << 20  # the largest L2 met so far has 126 MB (NVIDIA B200)
 
 
 def gpu_uuid(device: torch.device) -> str | None:
@@ -101,6 +104,12 @@ def _flags(options: CacheOptions) -> str:
     ):
         flags += f" {flag} {value}" if value != default else ""
     return flags
+
+
+def slots_to_measure(source: ModelSource) -> int:
+    """More experts than a GPU's own cache holds, of those that a layer has."""
+    n_slots = math.ceil(_BEYOND_GPU_CACHE_BYTES / source.layouts[0].block_bytes)
+    return max(N_STAGING_SLOTS, min(n_slots, source.n_experts[0]))
 
 
 def build_slots(

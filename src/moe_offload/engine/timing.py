@@ -39,7 +39,13 @@ _MIN_TIMING_S = 5e-3  # shorter ones measure how threads wake up; several calls 
 # exceeds them by as much (docs/PERFORMANCE.md, "Calibration").
 MAX_SPREAD = 0.25
 MAX_OTHER_LOAD = 0.10
+# Of a run: two windows that both found others at work and its passes slow, or only others where
+# what a pass takes is not known.
+_WINDOW_S = 2.0
+_SLOW_PASS = 2.0
+_MAX_UNKNOWN_LOAD = 0.25
 MAX_AGE_S = 30 * 24 * 3600.0
+_MOST_BYTES = 1 << 20  # of a calibration, which has some 5 KB: beyond, it is something else
 
 
 class OtherLoad:
@@ -66,6 +72,55 @@ class OtherLoad:
         own = self._process.cpu_times()
         busy_s = sum(seconds for name, seconds in machine.items() if name not in idle)
         return time.perf_counter(), busy_s - own.user - own.system
+
+
+class BusyWatch:
+    """Notices while a run decodes that others take the CPUs which its threads wait for.
+
+    On two cores another program's one thread has cost a run eleven twelfths of its speed: every
+    barrier waits for the thread that was descheduled. `source` as in `OtherLoad`.
+    """
+
+    def __init__(self, source: Any = psutil) -> None:
+        self._source = source
+        self._last_s: float | None = None
+        self._n_busy = 0
+        self._has_told = False
+
+    def look(self, alone_us: Callable[[], float | None]) -> str | None:
+        """Before each pass; a line for the user, once, when two windows in a row were busy.
+
+        `alone_us()` is what such a pass takes on a quiet machine, None where that is not known.
+        """
+        now_s = time.perf_counter()
+        if self._last_s is None:
+            self._begin(now_s)
+            return None
+        self._passes_us.append(1e6 * (now_s - self._last_s))
+        self._last_s = now_s
+        if self._has_told or now_s < self._began_s + _WINDOW_S or len(self._passes_us) < 3:
+            return None
+        load, expected_us = self._load.share(), alone_us()
+        pass_us = statistics.median(self._passes_us)
+        self._begin(now_s)
+        if expected_us is None:
+            is_busy, slow = load > _MAX_UNKNOWN_LOAD, ""
+        else:
+            is_busy = load > MAX_OTHER_LOAD and pass_us > _SLOW_PASS * expected_us
+            slow = f" and a decode step takes {pass_us / 1e3:.3g} ms, alone {expected_us / 1e3:.3g}"
+        self._n_busy = self._n_busy + 1 if is_busy else 0
+        if self._n_busy < 2:
+            return None
+        self._has_told = True
+        return (
+            f"this machine is busy: other programs use {100 * load:.0f}% of its CPUs{slow}; close "
+            "them, or leave cores to them with a smaller OMP_NUM_THREADS"
+        )
+
+    def _begin(self, now_s: float) -> None:
+        self._began_s = self._last_s = now_s
+        self._passes_us: list[float] = []
+        self._load = OtherLoad(self._source)
 
 
 @dataclass(frozen=True)
@@ -294,12 +349,15 @@ class CalibrationCache:
 
     def load(self, hardware: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any] | None:
         """The calibration stored for these facts, or None: never stored, expired or unreadable."""
+        path = self.path(hardware, shape)
         try:
-            document = json.loads(self.path(hardware, shape).read_text())
+            if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+                return None
+            document = json.loads(path.read_text())
             age_s = time.time() - document["measured_unix_s"]
             calibration = document["calibration"]
             owner = document.get("process")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         fresh = 0 <= age_s <= self._max_age_s and owner in (None, _this_process())
         return calibration if fresh and isinstance(calibration, dict) else None

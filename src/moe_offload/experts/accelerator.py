@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_offload.experts.cache import ExpertCache, SlotState
 from moe_offload.experts.costs import CostModel
-from moe_offload.experts.fetcher import Completion, ExpertFetcher
+from moe_offload.experts.fetcher import Completion, CopyCancelledError, ExpertFetcher
 from moe_offload.experts.plan import MissMode, MissTrial
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
@@ -72,6 +72,19 @@ class Accelerator:
     def collect_copies(self) -> None:
         """Tell the directory which copies have ended since the last call."""
         self._collect(self.fetcher.poll())
+
+    def recover(self) -> None:
+        """After a pass that never ended, such as by a Ctrl-C.
+
+        Work under way that nobody noted has ended then, and no slot awaits a copy that nobody
+        started.
+        """
+        self.gpu.synchronize()
+        self.collect_copies()
+        awaited = self.fetcher.slots_in_flight()
+        for slot in range(self.cache.n_slots):
+            if self.cache.state(slot) is SlotState.IN_FLIGHT and slot not in awaited:
+                self.cache.cancel(slot)
 
     @contextmanager
     def lending_slots(self) -> Iterator[None]:
@@ -178,7 +191,7 @@ class Accelerator:
 
     def _collect(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
-            if completion.error is not None:
+            if not isinstance(completion.error, CopyCancelledError | None):
                 self._warn(completion.error)
             if completion.slot >= self.cache.n_slots:
                 continue

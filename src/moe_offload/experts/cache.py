@@ -20,6 +20,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from math import log2
 
@@ -407,3 +408,35 @@ class ExpertCache:
     def in_use(self, slot: int) -> bool:
         """Return whether the current step of the slot's layer uses `slot`."""
         return self._used_in_step[slot] == self._step[slot // self.n_ways]
+
+
+@dataclass
+class HitCounts:
+    """Cache hits of one phase; a pair is (token, cached layer), a choice (pair, chosen expert)."""
+
+    pairs: int = 0
+    at_least_one: int = 0
+    at_least_two: int = 0
+    hits: int = 0
+    misses: int = 0
+
+    def add(self, n_hits: int, top_k: int) -> int:
+        """Count one token of a cached layer, of whose `top_k` experts so many were there."""
+        self.pairs += 1
+        self.at_least_one += n_hits >= 1
+        self.at_least_two += n_hits >= 2
+        self.hits += n_hits
+        self.misses += top_k - n_hits
+        return n_hits
+
+    @property
+    def at_least_one_percent(self) -> float:
+        return 100 * self.at_least_one / max(self.pairs, 1)
+
+    @property
+    def at_least_two_percent(self) -> float:
+        return 100 * self.at_least_two / max(self.pairs, 1)
+
+    @property
+    def per_expert_percent(self) -> float:
+        return 100 * self.hits / max(self.hits + self.misses, 1)

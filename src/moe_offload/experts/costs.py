@@ -7,9 +7,12 @@ sides as the dispatcher does: hits on the GPU, misses on the CPU and copies on t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+
+_NO_TIME_US = 1e12  # eleven days: no call takes as long
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class SideCost:
     expert_us: float
     token_us: float
     few: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        times_us = (self.call_us, self.token_us, *(us for _, us in self.few))
+        if not all(0 <= us < _NO_TIME_US for us in times_us) or math.isnan(self.expert_us):
+            raise ValueError(f"times that no machine takes: {self}")
 
     def one_us(self, n_tokens: float) -> float:
         """Return what one expert with `n_tokens` adds to a call, in us."""
@@ -75,7 +83,8 @@ class CostModel:
     `copy_call_us` is the fixed cost of a host-to-device copy; `copy_gbps` its speed alone and
     `copy_gbps_shared` while the CPU computes experts; `cpu_shared_factor` (>= 1) how many times
     longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
-    `dense_us_per_layer` everything of a decode layer that is not experts.
+    `dense_us_per_layer` everything of a decode layer that is not experts, and `step_us` what a
+    decode step takes once, however many layers it has: the head and all else around them.
 
     `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
     another way to compute it is faster from there on; None where there is none.
@@ -91,11 +100,20 @@ class CostModel:
     dense_us_per_layer: float
     cpu_many: SideCost | None = None
     cpu_many_tokens: int = 0
+    step_us: float = 0.0
 
     def __post_init__(self) -> None:
-        assert self.copy_gbps > 0 and self.copy_gbps_shared > 0, self
-        assert self.cpu_shared_factor >= 1, self
-        assert self.block_bytes > 0, self
+        speeds, times_us = (
+            (self.copy_gbps, self.copy_gbps_shared),
+            (self.copy_call_us, self.dense_us_per_layer, self.step_us),
+        )
+        if not (
+            all(0 < gbps < float("inf") for gbps in speeds)
+            and all(0 <= us < _NO_TIME_US for us in times_us)
+            and 1 <= self.cpu_shared_factor < float("inf")
+            and self.block_bytes > 0
+        ):
+            raise ValueError(f"costs that no machine has: {self}")
 
     def cpu_us(self, counts: Sequence[int]) -> float:
         """Return the time of the CPU's call over experts with so many tokens each, in us."""
@@ -156,7 +174,8 @@ class CostModel:
 
     def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
         """Return one decode step in us from the number of chosen experts that hit in each layer."""
-        return sum(self.decode_layer_us(n, top_k - n, copying) for n in hits_of_layer)
+        layers_us = sum(self.decode_layer_us(n, top_k - n, copying) for n in hits_of_layer)
+        return layers_us + self.step_us
 
     def should_fetch_now(
         self, n_hits: int, miss_counts: Sequence[int], backlog_us: float = 0.0

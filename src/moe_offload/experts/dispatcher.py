@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +21,6 @@ from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
 from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
-from moe_offload.experts.slots import Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
@@ -75,6 +73,8 @@ class MoeDispatcher:
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
+        self._is_open = False  # the pass begun last has not ended
+        self._device: torch.device | None = None  # the model's, as a layer sees it
         self._decode = False
         self._skip_experts = False
         self._token_mask: Tensor | None = None
@@ -94,6 +94,9 @@ class MoeDispatcher:
             block.register_forward_pre_hook(self._before_block)
 
     def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
+            self.accelerator.recover()
+        self._is_open = True
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
@@ -125,11 +128,12 @@ class MoeDispatcher:
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
         self._ranges.end_pass()
+        self._is_open = False
         trial = None if self.accelerator is None else self.accelerator.trial
         if self._decode and trial is not None and not self._skip_experts:
             trial.record(duration_s)
@@ -153,8 +157,9 @@ class MoeDispatcher:
         """The layer's output [T, H] in hidden's dtype, on hidden's device.
 
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
-        batch are left out: their rows are zero.
+        batch are left out: their rows are zero. UserError where the accelerator has no room left.
         """
+        self._device = hidden.device
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
@@ -163,7 +168,7 @@ class MoeDispatcher:
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)
         try:
-            return self._run(layer, hidden, index, weights)
+            return self._compute(layer, hidden, index, weights)
         except RuntimeError as error:
             if self.accelerator is None or not is_out_of_memory(error):
                 raise
@@ -174,17 +179,16 @@ class MoeDispatcher:
                 "a smaller batch or a shorter prompt"
             ) from error
 
-    def _run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def _compute(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         accelerator = self.accelerator
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
-        step = LayerStep(
-            self.store, self.cpu[layer], self._handoff, layer, hidden, index, weights, guess
-        )
+        parts = self.store, self.cpu[layer], self._handoff, accelerator
+        step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
         self._ranges.part(layer, "plan")
-        evictions = 0 if accelerator is None else accelerator.cache.evictions
+        evicted = 0 if accelerator is None else accelerator.cache.evictions
         if accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.ids)), ())
         elif self._decode:
@@ -204,26 +208,42 @@ class MoeDispatcher:
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
         ended_s = time.perf_counter()
-        if self.recorder.enabled:
-            done = _DoneLayer(
+        began_s, block_began_s = self._last_end_s, self._block_started_s
+        is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
+        evictions = 0 if accelerator is None else accelerator.cache.evictions - evicted
+        ids, launches, fetches = step.ids, step.launches, step.n_fetches
+        waited = () if self._decode else plan.waited
+
+        def event() -> LayerEvent:
+            """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
+            block_bytes = self.store.layouts[layer].block_bytes
+            tokens = [token for token in ids if token[0] >= 0]  # the others are padding
+            hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
+            n_hits = sum(hits_of_token)
+            return LayerEvent(
                 layer=layer,
-                is_cached=accelerator is not None and layer < accelerator.cache.n_indexes,
-                is_decode=self._decode,
-                block_bytes=self.store.layouts[layer].block_bytes,
-                ids=step.ids,
-                plan=plan,
-                launches=[pending for pending, _ in step.launches],
-                fetches=step.n_fetches,
-                evictions=0 if accelerator is None else accelerator.cache.evictions - evictions,
-                began_s=self._last_end_s,
-                block_began_s=self._block_started_s,
-                routed_s=routed_s,
-                planned_s=planned_s,
-                computed_s=computed_s,
-                waited_s=waited_s,
-                ended_s=ended_s,
+                ids=tokens,
+                n_hits_of_token=hits_of_token if is_cached else None,
+                hits=n_hits if is_cached else 0,
+                misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
+                fetches=fetches,
+                evictions=evictions,
+                attention_us=(block_began_s - began_s) * 1e6,
+                router_us=(routed_s - block_began_s) * 1e6,
+                plan_us=(planned_s - routed_s) * 1e6,
+                cpu_us=(computed_s - planned_s) * 1e6,
+                gpu_us=sum(pending.resolve() for pending, _ in launches),
+                copy_wait_us=(waited_s - computed_s) * 1e6,
+                combine_us=(ended_s - waited_s) * 1e6,
+                cpu_bytes=len(plan.cpu) * block_bytes,
+                gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
+                waited_bytes=len(plan.waited) * block_bytes,
+                fetch_bytes=fetches * block_bytes,
+                waited=waited,
             )
-            self.recorder.at_end(done.event)
+
+        if self.recorder.enabled:
+            self.recorder.at_end(event)
         self._last_end_s = ended_s
         self._next_layer = layer + 1
         is_last = self._next_layer == self.store.n_layers
@@ -239,8 +259,8 @@ class MoeDispatcher:
             counts, slots, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, plan.hits)
-            step.launch_waited(accelerator, plan.waited)
+            step.launch(plan.hits)
+            step.launch_waited(plan.waited)
         self._spend(
             step, accelerator.fetch_background(step.layer, plan.background, self._quota_left)
         )
@@ -265,67 +285,17 @@ class MoeDispatcher:
             step.counts(), ready, accelerator.mode, accelerator.costs, accelerator.backlog_us
         )
         with self._ranges.layer(step.layer, "launch"):
-            step.launch(accelerator, plan.hits)
+            step.launch(plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
             quota = accelerator.background_quota(step.layer, self._quota_left)
             warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
             self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
             step.n_fetches += len(warmed)
-            step.launch_waited(accelerator, plan.waited, keep=dict(warmed))
+            step.launch_waited(plan.waited, keep=dict(warmed))
             for expert, slot in warmed:  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)
         return plan
-
-
-@dataclass(slots=True)
-class _DoneLayer:
-    """What is kept of a layer until its pass has ended: no tensor, no arithmetic yet."""
-
-    layer: int
-    is_cached: bool
-    is_decode: bool
-    block_bytes: int
-    ids: list[list[int]]
-    plan: Plan
-    launches: list[Pending]
-    fetches: int
-    evictions: int
-    began_s: float
-    block_began_s: float
-    routed_s: float
-    planned_s: float
-    computed_s: float
-    waited_s: float
-    ended_s: float
-
-    def event(self) -> LayerEvent:
-        """What is recorded of it; waits for what the accelerator times."""
-        hits, waited = self.plan.hits, self.plan.waited
-        ids = [token for token in self.ids if token[0] >= 0]  # the others are padding
-        hits_of_token = [sum(e in hits for e in token) for token in ids] if self.is_cached else None
-        n_hits = sum(hits_of_token or ())
-        return LayerEvent(
-            layer=self.layer,
-            ids=ids,
-            n_hits_of_token=hits_of_token,
-            hits=n_hits,
-            misses=sum(map(len, ids)) - n_hits if self.is_cached else 0,
-            fetches=self.fetches,
-            evictions=self.evictions,
-            attention_us=(self.block_began_s - self.began_s) * 1e6,
-            router_us=(self.routed_s - self.block_began_s) * 1e6,
-            plan_us=(self.planned_s - self.routed_s) * 1e6,
-            cpu_us=(self.computed_s - self.planned_s) * 1e6,
-            gpu_us=sum(pending.resolve() for pending in self.launches),
-            copy_wait_us=(self.waited_s - self.computed_s) * 1e6,
-            combine_us=(self.ended_s - self.waited_s) * 1e6,
-            cpu_bytes=len(self.plan.cpu) * self.block_bytes,
-            gpu_bytes=(len(hits) + len(waited)) * self.block_bytes,
-            waited_bytes=len(waited) * self.block_bytes,
-            fetch_bytes=self.fetches * self.block_bytes,
-            waited=() if self.is_decode else waited,
-        )
 
 
 def _counts(pairs: list[list[int]]) -> dict[int, int]:

@@ -1,7 +1,8 @@
 """One call of one MoE layer: to the host, launch, compute on the CPU, wait, combine.
 
-With a GPU this is one device-to-host copy and one host-to-device copy per layer through pinned
-staging memory; on the CPU nothing moves.
+With a GPU, input comes by one device-to-host copy into pinned memory. The CPU's sum is read from
+pinned memory by the kernel that adds both sides up; without Triton it goes by a host-to-device
+copy. On the CPU nothing moves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class LayerStep:
         store: ExpertStore,
         cpu: CpuExperts,
         handoff: HostHandoff,
+        accelerator: Accelerator | None,
         layer: int,
         hidden: Tensor,
         index: Tensor,
@@ -42,6 +44,7 @@ class LayerStep:
         self.store = store
         self.cpu = cpu
         self.handoff = handoff
+        self.accelerator = accelerator
         self.layer = layer
         self.hidden = hidden
         self.index = index.long()
@@ -62,32 +65,30 @@ class LayerStep:
         n_experts = self.store.n_experts[self.layer]
         return torch.bincount(self.host_index.flatten() + 1, minlength=n_experts + 1)[1:].tolist()
 
-    def launch(self, accelerator: Accelerator, slots: Mapping[int, int]) -> None:
+    def launch(self, slots: Mapping[int, int]) -> None:
         """Start computing the experts of `slots` (expert -> slot) on the accelerator, at once."""
         if not slots:
             return
         if self.index.numel() > PAIRS_FOR_TABLE:
             for expert, slot in slots.items():
-                self._launch_expert(accelerator, expert, slot)
+                self._launch_expert(expert, slot)
             return
         slot_of_pair = [slots.get(expert, -1) for token in self.ids for expert in token]
-        pending = accelerator.gpu.launch(
-            self.hidden, slot_of_pair, self.weights, accelerator.fetcher
+        assert self.accelerator is not None
+        pending = self.accelerator.gpu.launch(
+            self.hidden, slot_of_pair, self.weights, self.accelerator.fetcher
         )
         self.launches.append((pending, tuple(slots)))
 
-    def launch_waited(
-        self,
-        accelerator: Accelerator,
-        experts: Iterable[int],
-        keep: Mapping[int, int] | None = None,
-    ) -> None:
+    def launch_waited(self, experts: Iterable[int], keep: Mapping[int, int] | None = None) -> None:
         """Copy and compute each expert, one launch each, so that a copy hides the previous one.
 
         In a prompt, `keep` maps the experts that the cache is to hold afterwards to their slots;
         the others pass through a staging slot. Without it, in decode, each is admitted to the
         cache where its index has a way.
         """
+        accelerator = self.accelerator
+        assert accelerator is not None
         for expert in experts:
             if keep is not None and expert in keep:
                 slot = keep[expert]
@@ -98,9 +99,9 @@ class LayerStep:
                 )
                 self.n_fetches += started
             if len(self.hidden) == 1:
-                self.launch(accelerator, {expert: slot})
+                self.launch({expert: slot})
             else:
-                self._launch_expert(accelerator, expert, slot)
+                self._launch_expert(expert, slot)
 
     def compute_on_cpu(self, experts: Sequence[int]) -> Tensor | None:
         """The CPU's share, fp32 [T, H] on the host, or None without experts."""
@@ -145,18 +146,23 @@ class LayerStep:
             cpu_out = self.compute_on_cpu(self._failed)
             if cpu_out is not None and on_time is not None:
                 cpu_out += on_time
-        parts = list(self._outs)
+        on_device = None
+        for out in self._outs:
+            on_device = out if on_device is None else on_device + out
         if cpu_out is not None:
-            parts.append(self.handoff.to_device(cpu_out, self.hidden.device))
-        if not parts:
+            gpu = None if self.accelerator is None else self.accelerator.gpu
+            if gpu is not None and gpu.reads_host and self.handoff.is_mapped:
+                return gpu.add_from_host(on_device, cpu_out, self.hidden)
+            sent = self.handoff.to_device(cpu_out, self.hidden.device)
+            on_device = sent if on_device is None else on_device + sent
+        if on_device is None:
             return torch.zeros_like(self.hidden)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total.to(self.hidden.dtype)
+        return on_device.to(self.hidden.dtype)
 
-    def _launch_expert(self, accelerator: Accelerator, expert: int, slot: int) -> None:
+    def _launch_expert(self, expert: int, slot: int) -> None:
         """A launch whose cost on this thread does not grow with the number of tokens."""
+        accelerator = self.accelerator
+        assert accelerator is not None
         pairs = self._pairs_of_expert[expert]
         pending = accelerator.gpu.launch_expert(
             self.hidden, slot, pairs, self.weights, accelerator.fetcher, self._shared_out
@@ -183,12 +189,13 @@ class LayerStep:
 class HostHandoff:
     """Staging memory for one model; grows to the largest prompt seen.
 
-    Not thread-safe. A result handed to `to_device` is copied asynchronously; its memory is
-    reused by the next layer only after that layer's `to_host`, which waits for the stream, so no
-    copy still reads it.
+    Not thread-safe. A result is read asynchronously, by a kernel or by `to_device`'s copy; its
+    memory is used again by the next layer only after that layer's `to_host`, which waits for the
+    stream, so nobody still reads it. `is_mapped`: a GPU's kernels can read what `result` gave.
     """
 
     def __init__(self) -> None:
+        self.is_mapped = False
         self._inbox = torch.empty(0, dtype=torch.uint8)
         self._result = torch.empty(0, dtype=torch.float32)
 
@@ -204,7 +211,7 @@ class HostHandoff:
         order = sorted(range(len(parts)), key=lambda number: -parts[number].element_size())
         joined = torch.cat([parts[n].contiguous().view(torch.uint8).flatten() for n in order])
         if self._inbox.numel() < joined.numel():
-            self._inbox = _staging(joined.numel(), torch.uint8)
+            self._inbox, _ = _staging(joined.numel(), torch.uint8)
         self._inbox[: joined.numel()].copy_(joined, non_blocking=True)
         torch.cuda.current_stream(hidden.device).synchronize()
         host, start = list(parts), 0
@@ -220,7 +227,7 @@ class HostHandoff:
             return torch.empty(n_tokens, hidden_size)
         size = n_tokens * hidden_size
         if self._result.numel() < size:
-            self._result = _staging(size, torch.float32)
+            self._result, self.is_mapped = _staging(size, torch.float32)
         return self._result[:size].view(n_tokens, hidden_size)
 
     def to_device(self, result: Tensor, device: torch.device) -> Tensor:
@@ -228,14 +235,14 @@ class HostHandoff:
         return result if device.type == "cpu" else result.to(device, non_blocking=True)
 
 
-def _staging(size: int, dtype: torch.dtype) -> Tensor:
-    """Pinned memory; where the system refuses to lock more, pageable: slower, not wrong.
+def _staging(size: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Memory, and whether it is pinned; where the system refuses to lock more, it is pageable.
 
-    Its copies then hold the host up until they are staged, and say so once.
+    Copies from there hold the host up until they are staged, and are slower, not wrong.
     """
     with torch.inference_mode(False):  # kept, so it must serve callers in either mode
         try:
-            return torch.empty(size, dtype=dtype, pin_memory=True)
+            return torch.empty(size, dtype=dtype, pin_memory=True), True
         except RuntimeError as error:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             print(
@@ -243,4 +250,4 @@ def _staging(size: int, dtype: torch.dtype) -> Tensor:
                 "it goes through pageable memory, slower",
                 file=sys.stderr,
             )
-            return torch.empty(size, dtype=dtype)
+            return torch.empty(size, dtype=dtype), False

@@ -8,6 +8,7 @@ as the CPU computes the misses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,9 @@ class GpuExperts:
 
     `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it, as
     many as fit: `n_slots` is what it came to and `notices` says so. What computing an expert needs
-    beside them is reserved with them. `kernels` is
-    "triton", "torch" or "auto": Triton on CUDA where it runs, else torch, with a notice. What a run
-    in `dtype` will launch is compiled here, so that nothing is compiled while decoding.
+    beside them is reserved with them. `kernels` is "triton", "torch" or "auto": Triton on CUDA
+    where it runs, else torch, with a notice. What a run in `dtype` will launch is compiled here, so
+    that nothing is compiled while decoding.
     `before_compute` is called with the number of hits on the emulated accelerator's thread before
     each launch's work: it may sleep, or raise.
     """
@@ -185,12 +186,35 @@ class GpuExperts:
 
         pending.start.record(stream)
         if self._thread is None:
-            _run_keeping_error(work, pending)
+            with self._as_current_device():
+                _run_keeping_error(work, pending)
         else:
             self._thread.submit(lambda: _run_keeping_error(work, pending))
         pending.end.record(stream)
-        fetcher.mark_released(slots, stream)
+        fetcher.mark_released(slots, pending.end)
         return pending
+
+    @property
+    def reads_host(self) -> bool:
+        """Whether `add_from_host` can be called."""
+        return self._kernels is not None and self.device.type == "cuda"
+
+    def add_from_host(self, on_device: Tensor | None, on_host: Tensor, like: Tensor) -> Tensor:
+        """`on_device` + `on_host` in the dtype of `like`, all [T, H], on the current stream.
+
+        `on_host` fp32 is pinned and read where it lies: it does not queue behind copies of experts.
+        """
+        from moe_offload.kernels.triton_combine import add_from_host
+
+        with self._as_current_device():
+            return add_from_host(on_device, on_host, like)
+
+    def synchronize(self) -> None:
+        """Wait until what was launched has ended."""
+        if self._thread is not None:
+            self._thread.synchronize()
+        else:
+            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Finish what was launched; end the emulated accelerator's thread."""
@@ -198,6 +222,10 @@ class GpuExperts:
             self._thread.close()
         else:
             torch.cuda.synchronize(self.device)
+
+    def _as_current_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device, whatever its arguments are on."""
+        return torch.cuda.device(self.device) if self._thread is None else nullcontext()
 
     def _new_events(self) -> tuple[Any, Any]:
         if self._thread is not None:
@@ -279,11 +307,23 @@ class GpuExperts:
 
         return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
 
+    def _warm_up_sum(self, dtype: torch.dtype) -> None:
+        like = torch.empty(1, self.layout.hidden_size, dtype=dtype, device=self.device)
+        try:
+            on_host = torch.zeros(like.shape, pin_memory=True)
+        except RuntimeError:  # a machine that pins nothing: nothing will be read from the host
+            return
+        for on_device in (None, like.float()):
+            self.add_from_host(on_device, on_host, like)
+        torch.cuda.current_stream(self.device).synchronize()  # `on_host` is read until then
+
     def _triton_if_it_runs(self, dtype: torch.dtype) -> TritonExperts | None:
         """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
         try:
-            triton = self._triton()
-            triton.warm_up(dtype)
+            with self._as_current_device():
+                triton = self._triton()
+                triton.warm_up(dtype)
+                self._warm_up_sum(dtype)
         except Exception as error:  # whatever it is, torch computes the same
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             self.notices.append(

@@ -7,6 +7,8 @@ far a run has come, on stderr: only on a terminal, and not in the first second.
 from __future__ import annotations
 
 import errno
+import io
+import math
 import os
 import signal
 import stat
@@ -54,14 +56,20 @@ def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
         file.write(whole)
         file.flush()
     except OSError as error:
-        descriptor = file.fileno()
-        was_terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)  # the flush at exit would fail too, and change the exit code
-        os.close(nowhere)
+        status = os.fstat(file.fileno())
+        was_terminal = stat.S_ISCHR(status.st_mode) and not os.isatty(file.fileno())
+        _give_up(file)
         if error.errno != errno.EIO or not was_terminal:
             error.filename = getattr(file, "name", None)
             raise
+
+
+def _give_up(file: TextIO) -> None:
+    """Let what `file` could not write go nowhere: the flush at exit would fail again, and change
+    the exit code."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
 
 
 def say(text: str) -> None:
@@ -78,13 +86,16 @@ def complain(error: object) -> None:
 def open_closed_streams() -> None:
     """Stands /dev/null in for a standard stream that was closed before the start (`>&-`).
 
-    Else the next file that is opened would take its number, and receive what is printed.
+    Else the next file that is opened would take its number, and receive what is printed. Standard
+    output shows what it cannot encode as its escape from now on, whoever prints it.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:  # in the order of the numbers that they take, which are the lowest free
         setattr(
             sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w")
         )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "stdout" in closed:
         say("standard output is closed: what this program prints is lost")
 
@@ -93,11 +104,13 @@ def answer(work: Callable[[], int], debug: bool) -> int:
     """The exit code of `work`; what ends it early is told in one sentence.
 
     A mistake that a person can mend gives 2, Ctrl-C what a shell expects. A reader that has seen
-    enough, as `| head`, is no mistake.
+    enough, as `| head`, is no mistake; a full disk behind stdout is one.
     """
     open_closed_streams()
     try:
-        return work()
+        code = work()
+        show("", end="")  # what was printed and not flushed
+        return code
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -108,6 +121,9 @@ def answer(work: Callable[[], int], debug: bool) -> int:
             traceback.print_exc()
         complain(error)
         return EXIT_USER_ERROR
+    finally:
+        with suppress(OSError):  # of what was printed before an error
+            show("", end="")
 
 
 class Interruption:
@@ -196,7 +212,8 @@ class RunProgress:
 
     Several prompts are counted as they finish, a single one by its tokens; both show tokens per
     second and the time left. `streamed` says that the terminal shows the text itself: then only
-    the evaluation of prompts has a bar. Driven by the inference thread.
+    the evaluation of prompts has a bar. Where there is no terminal, and `logged`, a line every
+    `line_every_s` tells the same. Driven by the inference thread.
     """
 
     def __init__(
@@ -206,8 +223,10 @@ class RunProgress:
         max_tokens: int,
         *,
         streamed: bool,
+        logged: bool = False,
         file: TextIO | None = None,
         delay_s: float = 1.0,
+        line_every_s: float = 60.0,
     ) -> None:
         self._blocks = blocks
         self._file = sys.stderr if file is None else file
@@ -216,8 +235,11 @@ class RunProgress:
         self._evaluation: Any = None
         self._hooks: list[Any] = []
         self._by_prompt = n_prompts > 1
-        self._n_tokens = 0
+        self._n_tokens = self._n_done = 0
+        self._of = f"of {n_prompts} prompts"
         self._started_s = time.perf_counter()
+        self._line_every_s = line_every_s if logged and not self._shown else math.inf
+        self._next_line_s = self._started_s + self._line_every_s
         shown = self._shown and not streamed
         if self._by_prompt:
             self._bar = self._new_bar("prompts", "prompt", n_prompts, shown)
@@ -245,15 +267,22 @@ class RunProgress:
         """A prompt got a token."""
         self._end_evaluation()
         self._n_tokens += 1
+        now_s = time.perf_counter()
+        rate = self._n_tokens / max(now_s - self._started_s, 1e-9)
+        if now_s >= self._next_line_s:
+            self._next_line_s = now_s + self._line_every_s
+            line = f"{self._n_done} {self._of} done, {self._n_tokens} tokens, {rate:.1f} tok/s"
+            with suppress(OSError):
+                show(line, file=self._file)
         if self._bar.disable:
             return
-        rate = self._n_tokens / max(time.perf_counter() - self._started_s, 1e-9)
         self._bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
         if not self._by_prompt:
             self._bar.update()
 
     def prompt_done(self) -> None:
         """A prompt has all its tokens."""
+        self._n_done += 1
         if self._by_prompt:
             self._bar.update()
 

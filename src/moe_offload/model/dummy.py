@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
@@ -22,6 +24,7 @@ from moe_offload.config import ModelOptions, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.model.loader import Progress, assign, build_skeleton, finish_model
+from moe_offload.model.tokenization import Message
 from moe_offload.simulation.shapes import shape_config
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
@@ -59,15 +62,19 @@ class ForcedRouting:
                 f"the routing trace holds {info.top_k} of each token's {top_k} experts: the other "
                 f"{top_k - info.top_k} are drawn by how often it chooses each (seed {seed})"
             )
-        fill = _Fill(n_experts, top_k, torch.Generator().manual_seed(seed))
-        routing, k = trace.packed, info.top_k
-        self._decoded = [_tokens(*routing.decoded_bytes(layer), k) for layer in range(n_layers)]
-        self._prompt = [_tokens(*routing.prompt_bytes(layer), k) for layer in range(n_layers)]
-        for layer, (prompt, decoded) in enumerate(zip(self._prompt, self._decoded, strict=True)):
-            counts = fill.counts(prompt, decoded)
-            self._decoded[layer] = fill.filled(decoded, counts)
+        generator = torch.Generator().manual_seed(seed)
+        self._decoded: list[Tensor] = []
+        self._prompt: list[Tensor] = []
+        for layer in range(n_layers):
+            decoded = _tensor(trace.passes.decoded(layer))
+            prompt = _tensor(trace.passes.prompted(layer))
+            seen = torch.cat([prompt, decoded]).flatten().int()
+            counts = torch.bincount(seen, minlength=n_experts) + 0.5  # half a time for the unseen
+            self._decoded.append(_filled(decoded, top_k, counts, generator))
             own = len(prompt) > 0
-            self._prompt[layer] = fill.filled(prompt, counts) if own else self._decoded[layer]
+            self._prompt.append(
+                _filled(prompt, top_k, counts, generator) if own else self._decoded[layer]
+            )
         self._next_token = 0
         self._decode = False
         self._n_tokens = 0
@@ -91,43 +98,22 @@ class ForcedRouting:
         return ids, torch.full_like(weights, 1 / index.shape[1])
 
 
-class _Fill:
-    """Completes tokens to `top_k` distinct experts of `n_experts`."""
-
-    def __init__(self, n_experts: int, top_k: int, generator: torch.Generator) -> None:
-        self._n_experts = n_experts
-        self._top_k = top_k
-        self._generator = generator
-
-    def counts(self, *parts: Tensor) -> Tensor:
-        """How often each expert is chosen, half a time more for the unseen: fp32 [E]."""
-        parts_counted = [
-            torch.bincount(p.flatten().int(), minlength=self._n_experts) for p in parts
-        ]
-        return torch.stack(parts_counted).sum(0).float() + 0.5
-
-    def filled(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """`tokens` [T, k] with the missing choices behind them, [T, top_k] of the same dtype."""
-        n_missing = self._top_k - tokens.shape[1]
-        if not n_missing:
-            return tokens
-        chunks = []
-        for chunk in tokens.split(_CHUNK_TOKENS):
-            weights = counts.repeat(len(chunk), 1).scatter_(1, chunk.long(), 0.0)
-            drawn = torch.multinomial(weights, n_missing, generator=self._generator)
-            chunks.append(torch.cat([chunk, drawn.to(tokens.dtype)], dim=1))
-        return torch.cat(chunks)
+def _filled(tokens: Tensor, top_k: int, counts: Tensor, generator: torch.Generator) -> Tensor:
+    """`tokens` [T, k] completed to `top_k` distinct experts, drawn by `counts` fp32 [E]."""
+    n_missing = top_k - tokens.shape[1]
+    if not n_missing:
+        return tokens
+    chunks = []
+    for chunk in tokens.split(_CHUNK_TOKENS):
+        weights = counts.repeat(len(chunk), 1).scatter_(1, chunk.long(), 0.0)
+        drawn = torch.multinomial(weights, n_missing, generator=generator)
+        chunks.append(torch.cat([chunk, drawn.to(tokens.dtype)], dim=1))
+    return torch.cat(chunks)
 
 
-def _tokens(ids: bytearray, width: int, top_k: int) -> Tensor:
-    """Packed ids as [T, top_k], in as few bytes as torch can index with."""
-    if width == 1:
-        flat = (
-            torch.frombuffer(ids, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8)
-        )
-    else:
-        flat = torch.from_numpy(np.frombuffer(ids, dtype=np.uint16).astype(np.int32))
-    return flat.view(-1, top_k)
+def _tensor(ids: npt.NDArray[Any]) -> Tensor:
+    """A trace's ids [T, top_k] in as few bytes as torch can index with."""
+    return torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
 
 
 _N_ROUTED_TOKENS = 512  # then the made routing repeats
@@ -184,6 +170,9 @@ class DummyModel:
         top_k = experts_per_token(self.config)
         assert top_k is not None
         return top_k
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Nothing to compare: they are made from the model's own shapes."""
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Random matrices of standard deviation 0.02, norms of one, biases of zero."""
@@ -254,9 +243,10 @@ class DummyTokenizer:
     def __init__(self, vocabulary_size: int) -> None:
         self._vocabulary_size = vocabulary_size
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
         del raw  # there is no template to leave out
-        words = prompt.split()
+        texts = [prompt] if isinstance(prompt, str) else [one["content"] for one in prompt]
+        words = " ".join(texts).split()
         return [sum(map(ord, word)) % self._vocabulary_size for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:

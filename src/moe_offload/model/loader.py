@@ -8,9 +8,10 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,13 @@ from transformers import (
 )
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
+    builder_of,
     require_experts_per_token,
     require_generation_config,
+    require_plausible_depth,
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import (
@@ -69,6 +73,7 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
             "transformers does not know: install a newer transformers"
         )
     path = manifest.folder / MANIFEST_NAME
+    require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
     with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
         config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
@@ -83,7 +88,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    builder = builder_of(config)
+    model_class = builder._model_mapping[type(config)]
     if not model_class._supports_sdpa:
         if attention != "sdpa":
             raise UserError(
@@ -98,10 +104,17 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
         )
     task = "build the model that the prepared folder describes"
     with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = builder.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     return model.eval()
+
+
+def given_text_alone(config: PretrainedConfig) -> list[str]:
+    """A line for the user where the model could take more than text."""
+    if builder_of(config) is AutoModelForCausalLM:
+        return []
+    return [f"{config.model_type} is a model of images and text: it is given text alone"]
 
 
 def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:
@@ -125,6 +138,35 @@ def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> Non
     """Put `module` in the place of the experts module at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def refuse_saving(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` a UserError: the experts are not in the model's state."""
+
+    def save_pretrained(*_: object, **__: object) -> NoReturn:
+        raise UserError(
+            "save_pretrained would write this model without its experts, which are not in its "
+            "state: copy the prepared folder instead, or the checkpoint that it was prepared from"
+        )
+
+    model.save_pretrained = save_pretrained
+
+
+def one_pass_at_a_time(model: PreTrainedModel) -> None:
+    """Let threads take turns: a forward pass begins when another thread's has ended.
+
+    What the experts keep of a pass is one pass's. To be called when all other hooks are in place.
+    """
+    lock = threading.RLock()  # one pass may call the model again
+
+    def begin(*_: object) -> None:
+        lock.acquire()
+
+    def end(*_: object) -> None:
+        lock.release()
+
+    model.register_forward_pre_hook(begin, prepend=True)
+    model.register_forward_hook(end, always_call=True)
 
 
 class ModelSource(Protocol):
@@ -153,6 +195,9 @@ class ModelSource(Protocol):
     def dense_format(self) -> str:
         """The format of the large dense matrices."""
 
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError unless these are the weights of `model`, a skeleton with its own experts."""
+
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Fill every weight but the experts."""
 
@@ -174,14 +219,12 @@ class PreparedModel:
         self.n_experts = [layer.n_experts for layer in manifest.moe_layers]
         self.n_stored_layers = len(self.layouts)
         self.dense_bytes = manifest.dense_bytes
+        self.weight_format = manifest.weight_format
+        self.dense_format = manifest.dense_format
 
-    @property
-    def weight_format(self) -> str:
-        return self.manifest.weight_format
-
-    @property
-    def dense_format(self) -> str:
-        return self.manifest.dense_format
+    def check(self, model: PreTrainedModel) -> None:
+        """UserError for a manifest that does not fit the model which its config builds."""
+        require_fit(self.manifest, model)
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Read the dense weights to `device`; every tensor's checksum is checked.
@@ -218,15 +261,16 @@ def finish_model(model: PreTrainedModel, device: torch.device) -> None:
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ": prepare the model again with --force"
         )
+    tensor: Any
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
-            _mark_initialised(tensor)
+            tensor._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
     uninitialised = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                filler = torch.full_like(buffer, _filler(buffer.dtype), device=device)
-                module._buffers[name] = filler
+                filler = float("nan") if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, filler, device=device)
                 uninitialised.append((module, name))
     model.initialize_weights()
     for module, name in uninitialised:
@@ -255,15 +299,6 @@ def distinct_linears(linears: Iterable[CpuLinear]) -> list[CpuLinear]:
     for linear in linears:
         by_shape.setdefault((linear.out_features, linear.in_features), linear)
     return list(by_shape.values())
-
-
-def _filler(dtype: torch.dtype) -> float | int:
-    return float("nan") if dtype.is_floating_point else 0
-
-
-def _mark_initialised(tensor: Tensor) -> None:
-    flagged: Any = tensor
-    flagged._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
 
 
 def assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import re
 import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
@@ -26,14 +26,20 @@ _LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
 
 
+Message = Mapping[str, str]  # of a chat: its role (system, user, assistant) and its content
+
+
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
 
     name: str
     eos_ids: frozenset[int]
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
-        """Token ids of `prompt`, inside the model's chat template unless `raw`."""
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        """Token ids of a prompt, inside the model's chat template unless `raw`, or of a chat.
+
+        UserError for a chat that the template does not take.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -63,14 +69,17 @@ class MistralTokenizer:
     def vocabulary_size(self) -> int:
         return int(self._tokenizer.n_words)
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
-        if raw:
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        if raw and isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt, bos=True, eos=False))
-        from mistral_common.protocol.instruct.messages import UserMessage
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-        request = ChatCompletionRequest(messages=[UserMessage(content=prompt)])
-        return list(self._backend.encode_chat_completion(request).tokens)
+        try:
+            messages: Any = _messages(prompt)  # as pydantic takes them
+            request = ChatCompletionRequest(messages=messages)
+            return list(self._backend.encode_chat_completion(request).tokens)
+        except Exception as error:  # of its own kinds and pydantic's
+            raise UserError(f"mistral-common refuses these messages ({_said(error)})") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         n_known = self.vocabulary_size  # a model's rows may be padded beyond
@@ -105,17 +114,22 @@ class CheckpointTokenizer:
     def vocabulary_size(self) -> int:
         return 1 + int(max(self._backend.get_vocab().values()))
 
-    def encode(self, prompt: str, raw: bool) -> list[int]:
-        if raw or not self._backend.chat_template:
+    def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
+        if isinstance(prompt, str) and (raw or not self._backend.chat_template):
             return list(self._backend(prompt)["input_ids"])
-        messages = [{"role": "user", "content": prompt}]
+        if not self._backend.chat_template:
+            raise UserError(
+                f"messages need a chat template, and the tokenizer of {self._folder} has none"
+            )
         try:
+            messages = _messages(prompt)
+            n_given = sum(len(one["content"]) for one in messages)
             with bounded(_TEMPLATE_S, _TEMPLATE_BYTES):
                 text = self._backend.apply_chat_template(
                     messages, add_generation_prompt=True, tokenize=False
                 )
-            if len(text) > len(prompt) + _TEMPLATE_CHARACTERS:
-                raise ValueError(f"it makes {len(text)} characters of {len(prompt)}")
+            if len(text) > n_given + _TEMPLATE_CHARACTERS:
+                raise ValueError(f"it makes {len(text)} characters of {n_given}")
         except Exception as error:  # a template is a program
             raise UserError(
                 f"the chat template of {self._folder} fails ({_said(error)}): mend it there, or "
@@ -129,6 +143,12 @@ class CheckpointTokenizer:
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _messages(prompt: str | Sequence[Message]) -> list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [dict(message) for message in prompt]
 
 
 def _own_backend(folder: Path) -> Any:

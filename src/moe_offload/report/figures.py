@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_offload.errors import UserError
 from moe_offload.files import write_together
+from moe_offload.machine.terminal import plain
 from moe_offload.report.patterns import Patterns
 from moe_offload.report.read_back import Floats, RunFiles
 
@@ -54,6 +57,7 @@ _STYLE: dict[str, object] = {
     "pdf.fonttype": 42,  # text stays text in papers
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",  # the same figure is the same file
+    "text.parse_math": False,  # a folder may have dollars in its name
 }
 # Dates would make two files of one figure differ.
 _METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
@@ -85,7 +89,8 @@ def save_drawing(drawing: Drawing, folder: Path, prefix: str = "") -> list[Path]
     Raises UserError where they cannot be written; then none is.
     """
     contents: dict[Path, list[bytes | str]] = {}
-    with house_style():
+    with house_style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font has not
         for suffix in SUFFIXES:
             file = io.BytesIO()
             drawing.figure.savefig(file, format=suffix, metadata=_METADATA[suffix])
@@ -116,11 +121,17 @@ def _cell(value: object) -> object:
 def _new_figure(width: float, height: float, *subjects: str) -> Figure:
     """A figure, in inches, that says over its panels what was measured."""
     figure = Figure(figsize=(width, height))
-    known = ", ".join(filter(None, subjects))
+    known = plain(", ".join(filter(None, subjects)))
     if known:
-        wrapped = fill(known, int(16 * width))
+        wrapped = fill(known[:400], int(16 * width))
         figure.suptitle(wrapped, x=0.01, ha="left", size=8, color=GREY)
     return figure
+
+
+def _label(run: RunFiles) -> str:
+    """The run's name, its end where it would leave no room for the figure."""
+    label = plain(run.label)
+    return label if len(label) <= 40 else f"...{label[-37:]}"
 
 
 def _subject(runs: Sequence[RunFiles]) -> str:
@@ -147,6 +158,11 @@ def _batch(run: RunFiles) -> str:
     return f"batch {run.batch_size}" if run.batch_size > 1 else ""
 
 
+def _top(values: npt.ArrayLike, room: float) -> float:
+    """Where an axis from 0 ends: `room` times the highest value, NaN left out."""
+    return room * float(np.nanmax(values, initial=0.0)) or 1.0
+
+
 def _whole_numbers(*axes: Any) -> None:
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -170,7 +186,7 @@ def draw_tokens(run: RunFiles) -> Drawing | None:
     top.set_title(f"Time per output token: median {np.median(time_ms):.3g} ms (dashed)")
     top.set_ylabel("time (ms)")
     # A pause of the machine must not flatten all else: the axis ends a little above most tokens.
-    limit_ms = float(np.percentile(time_ms, 99)) * 1.3
+    limit_ms = _top(np.percentile(time_ms, 99), 1.3)
     above = int((time_ms > limit_ms).sum())
     top.set_ylim(0, limit_ms)
     if above:
@@ -178,7 +194,7 @@ def draw_tokens(run: RunFiles) -> Drawing | None:
     middle.plot(index, throughput, color=GREEN)
     middle.set_title("Throughput so far")
     middle.set_ylabel("tokens/s")
-    middle.set_ylim(0, float(np.nanmax(throughput)) * 1.1)
+    middle.set_ylim(0, _top(throughput, 1.1))
     _draw_sensors(bottom, index, mhz, celsius)
     bottom.set_xlabel("generated token")
     _whole_numbers(bottom.xaxis)
@@ -195,7 +211,7 @@ def _draw_sensors(axes: Axes, index: Floats, mhz: Floats, celsius: Floats) -> No
     if has_mhz:
         axes.plot(index, mhz, color=BLUE)
         axes.set_ylabel("frequency (MHz)", color=BLUE)
-        axes.set_ylim(0, float(np.nanmax(mhz)) * 1.15)
+        axes.set_ylim(0, _top(mhz, 1.15))
     else:
         axes.set_yticks([])
     if has_celsius:
@@ -204,7 +220,7 @@ def _draw_sensors(axes: Axes, index: Floats, mhz: Floats, celsius: Floats) -> No
         right.grid(False)
         right.plot(index, celsius, color=RED, linestyle="--")
         right.set_ylabel("temperature (°C), dashed", color=RED)
-        right.set_ylim(0, float(np.nanmax(celsius)) * 1.25)
+        right.set_ylim(0, _top(celsius, 1.25))
 
 
 def draw_hits(run: RunFiles) -> Drawing | None:
@@ -314,7 +330,7 @@ def draw_breakdown(runs: Sequence[RunFiles]) -> Drawing:
                 axes.barh(place - 0.38, gpu_ms, height=0.07, color="black")
         axes.set_title(f"{phase}: mean forward pass")
         axes.set_xlabel("time (ms)")
-        names = [f"{run.label}\n" + _settings(run).replace(", ", ",\n") for run in runs]
+        names = [f"{_label(run)}\n" + _settings(run).replace(", ", ",\n") for run in runs]
         axes.set_yticks(range(len(runs)), names if phase == "decode" else [])
         axes.set_ylim(len(runs) - 0.4, -0.6)
         axes.grid(False, axis="y")
@@ -490,7 +506,7 @@ def draw_policies(runs: Sequence[RunFiles]) -> Drawing | None:
     ):
         axes.set_title(title)
         axes.set_ylabel(label)
-        axes.set_ylim(0, 1.1 * max(axes.dataLim.y1, 1e-9))
+        axes.set_ylim(0, _top(axes.dataLim.y1, 1.1))
         axes.set_xlabel("cache N x M")
         axes.set_xticks(range(len(sizes)), [f"{n} x {m}" for n, m in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
@@ -531,7 +547,7 @@ def draw_energy(runs: Sequence[RunFiles]) -> Drawing | None:
     axes.set_title("Energy per generated token")
     axes.set_xlabel("J/token")
     axes.margins(x=0.12)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.set_yticks(range(len(rows)), map(_label, runs))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(False, axis="y")
     handles = [

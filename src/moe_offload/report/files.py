@@ -1,8 +1,8 @@
 """A run's files: where they go, and how they are written, together and atomically.
 
 Five CSVs (tables.py has their rows); run.json, with what repeating the run needs; and the routing
-as a trace, which a simulation starts from: it holds every token's choices and which experts a
-prompt copied to the GPU, while expert_choices.csv holds of a prompt what the cache learns of it.
+as a trace, which a simulation starts from: it holds every token's choices, the prompts' too, which
+have no place in expert_choices.csv, and which experts a prompt copied to the GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from moe_offload.report.tables import (
     frequency_rows,
     token_rows,
 )
-from moe_offload.simulation.traces import RoutingPass, Trace, TraceInfo, trace_lines
+from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo, trace_lines
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bo
     `synthetic` marks routing that no model chose, as in runs on random weights.
     """
     info = _recorded_info(recorder, model, n_experts, synthetic)
-    return Trace(info, tuple(_recorded_passes(recorder)))
+    return Trace(info, Routing(_recorded_passes(recorder)))
 
 
 def routing_lines(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Iterator[str]:
@@ -246,7 +246,8 @@ def write_reports(
     try:
         write_together(lines)
     except OSError as error:
-        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        make_room = "make room there, or " if is_full else ""
         raise UserError(
             f"expected to write {error.filename}, but found: {error.strerror}: {make_room}send the "
             "run's files elsewhere with --output-dir"

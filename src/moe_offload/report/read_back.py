@@ -22,14 +22,15 @@ T = TypeVar("T")
 _REMEDY = "give the folder that a run wrote (src/main.py --output-dir)"
 _LARGEST_DOCUMENT_BYTES = 2**26
 _LARGEST_TABLE_BYTES = 2**32  # a hundred times a night's
+_LARGEST_NUMBER = 1e18
 # The files that figures need, and the columns besides `Index` and the phase of those with numbers.
 _FILES = ("breakdown", "cachehit", "expert_choices", "token_gen_time")
 _PARTS = ("attention", "router", "plan", "cpu", "gpu", "copy_wait", "combine", "rest_ms")
 _HITS = ("Block_0", "Tokens", "Hits", "Misses", "Pairs")
-_TOKENS = (
-    *("Time", "Accumulated Generation Throughput (tokens/s)"),
-    *("CPU Frequency", "CPU Temperature"),
+_MAY_BE_EMPTY = (
+    *("Accumulated Generation Throughput (tokens/s)", "CPU Frequency", "CPU Temperature"),
 )
+_TOKENS = ("Time", *_MAY_BE_EMPTY)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ def read_run(folder: Path, label: str) -> RunFiles:
             f"run, found {len(decode)} and {len(decode_of_hits)} forward passes: {_REMEDY}"
         )
     document.fact(dict, "summary")
+    n_choices = cachehit["Hits"] + cachehit["Misses"]
+    counts = np.stack([cachehit["Tokens"], cachehit["Pairs"], n_choices])
+    if (counts < 0).any() or (counts[:, cachehit["Pairs"] > 0] < 1).any():
+        raise UserError(f"{paths['cachehit']}: expected counts that agree: run again")
     n_experts = document.fact(list, "model", "n_experts", default=[])
     on_gpu = document.fact(str, "model", "device", default="cpu") != "cpu"
     gpu = document.fact(str, "hardware", "gpu", "name", default="") if on_gpu else ""
@@ -214,5 +219,15 @@ def _read_table(
             f"{','.join(row)[:60]!r}: run again, the file is damaged"
         ) from error
     names = [name for name in header if name != phase]
-    table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(names))
-    return np.array(decode, dtype=bool), dict(zip(names, table.T, strict=True))
+    table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(names)).T
+    columns = dict(zip(names, table, strict=True))
+    for name in names:
+        known = columns[name][~np.isnan(columns[name])]
+        if np.abs(known).max(initial=0) > _LARGEST_NUMBER or (
+            name in wanted and name not in _MAY_BE_EMPTY and len(known) < table.shape[1]
+        ):
+            raise UserError(
+                f"{path}: expected a number of sensible size in every line of column {name}: run "
+                "again, the file is damaged"
+            )
+    return np.array(decode, dtype=bool), columns

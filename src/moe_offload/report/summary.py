@@ -9,34 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_offload.experts.cache import HitCounts
 from moe_offload.experts.recorder import DURATIONS, Recorder, Table
 from moe_offload.machine.sensors import Sample, energies_at
 
 Floats = npt.NDArray[np.float64]
 _RULE = "=" * 20
-
-
-@dataclass(frozen=True)
-class HitCounts:
-    """Cache hits of one phase; a pair is (token, cached layer), a choice (pair, chosen expert)."""
-
-    pairs: int = 0
-    at_least_one: int = 0
-    at_least_two: int = 0
-    hits: int = 0
-    misses: int = 0
-
-    @property
-    def at_least_one_percent(self) -> float:
-        return _percent(self.at_least_one, self.pairs)
-
-    @property
-    def at_least_two_percent(self) -> float:
-        return _percent(self.at_least_two, self.pairs)
-
-    @property
-    def per_expert_percent(self) -> float:
-        return _percent(self.hits, self.hits + self.misses)
 
 
 @dataclass(frozen=True)
@@ -223,10 +201,6 @@ def token_energies_j(decode_tokens: Table, samples: Sequence[Sample], sensor: st
 
 def _mean(values: Floats | None) -> float | None:
     return float(values.mean()) if values is not None and len(values) else None
-
-
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / whole if whole else 0.0
 
 
 def _ratio(amount: float, seconds: float) -> float:

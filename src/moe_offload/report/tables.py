@@ -4,7 +4,7 @@
 |---|---|---|
 | out.csv | forward pass | ms, mean over layers, unless the name says otherwise |
 | cache.csv | forward pass | chosen experts that hit, per layer (0 where a layer is not cached) |
-| expert_choices.csv | forward pass (decode in a batch: per sequence) | expert ids, prompt cells |
+| expert_choices.csv | forward pass (decode in a batch: per sequence) | expert ids |
 | token_gen_time.csv | generated token after a prompt's first | s, tokens/s, MHz, degrees C |
 | cpu_freq_avg.csv | second | degrees C, MHz, W |
 
@@ -24,7 +24,6 @@ import numpy.typing as npt
 from moe_offload.experts.recorder import BYTES, DURATIONS, Recorder, Table
 from moe_offload.machine.sensors import Sample
 from moe_offload.report.summary import step_times_s, token_energies_j
-from moe_offload.simulation.trace_files import prompt_cell
 
 Row = Sequence[object]
 
@@ -111,17 +110,14 @@ def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
 
 
 def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
-    """Rows of expert_choices.csv: a decode has K ids for each layer, a prefill its prompt cells.
+    """Rows of expert_choices.csv: a decode has K ids for each layer, a prefill none.
 
-    A prefill's ids are empty, as in the reference's; what each layer of it chose follows in the
-    columns `Prefill_0` and on (`prompt_cells`), which a decode of a single prompt leaves out.
     In a batch a decode pass has one row per sequence, all with the pass's index.
     """
     passes, tokens, prompts = recorder.pass_table(), recorder.token_table(), _PromptColumn(recorder)
     choices = _Choices(recorder)
-    yield ("Index", *choices.header, *choices.prefill_header, *prompts.header)
+    yield ("Index", *choices.header, *prompts.header)
     no_ids = [""] * len(choices.header)
-    no_prefill = [""] * len(choices.prefill_header) if prompts.header else []
     first_token = np.searchsorted(tokens["pass_index"], np.arange(len(passes) + 1))
     owners, prompt_of_pass = tokens["prompt"].tolist(), passes["prompt"].tolist()
     is_decode = passes["decode"].tolist()
@@ -130,12 +126,12 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
         for index, sequences in zip(chunk, choices.decoded(chunk), strict=True):
             prompt = prompt_of_pass[index]
             if not is_decode[index]:
-                yield (index, *no_ids, *choices.prefilled(index), *prompts.cells(prompt))
+                yield (index, *no_ids, *prompts.cells(prompt))
                 continue
             of_pass = owners[first_token[index] : first_token[index + 1]]
             of_pass += [prompt] * (len(sequences) - len(of_pass))
             for owner, sequence in zip(of_pass, sequences, strict=False):
-                yield (index, *sequence, *no_prefill, *prompts.cells(owner))
+                yield (index, *sequence, *prompts.cells(owner))
 
 
 class _Choices:
@@ -151,23 +147,7 @@ class _Choices:
         widths = np.zeros(_n_layers(self._layers), dtype=np.int64)
         np.maximum.at(widths, self._layers["layer"], self._layers["top_k"])
         self._columns = np.cumsum(widths) - widths
-        self._waited_experts = recorder.waited_experts
-        self.prefill_header = [f"Prefill_{n}" for n in range(len(widths))]
         self.header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
-
-    def prefilled(self, index: int) -> list[str]:
-        """A prefill's cells, one per layer."""
-        cells = [""] * len(self.prefill_header)
-        first, end = int(self._first_row[index]), int(self._first_row[index + 1])
-        for row, one in enumerate(self._layers[first:end], first):
-            start, length = self._starts[row], self._lengths[row]
-            chosen = self._ids[start : start + length].reshape(-1, max(int(one["top_k"]), 1))
-            newest_first = chosen[::-1].ravel()
-            experts, at, counts = np.unique(newest_first, return_index=True, return_counts=True)
-            order = np.argsort(at)
-            seen = zip(experts[order].tolist(), counts[order].tolist(), strict=True)
-            cells[int(one["layer"])] = prompt_cell(seen, self._waited_experts(row))
-        return cells
 
     def decoded(self, chunk: range) -> Iterator[list[list[object]]]:
         """Each pass's rows of cells, none for a prefill; empty where a layer has no such id."""

@@ -27,7 +27,8 @@ class Machine:
     arithmetic on experts with many tokens. `bus_gbps` is by PCIe generation. While CPU and copies
     run at once the CPU takes `cpu_shared_factor` times as long and a copy runs at `bus_shared`
     of its speed. `layer_us` is the host's fixed time for a layer's dense part, besides reading
-    its weights. Powers: the whole machine idle, and what each busy part adds.
+    its weights, `step_us` a step's beside its layers, measured with the head of the shape that was
+    measured. Powers: the whole machine idle, and what each busy part adds.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Machine:
     core_watts: float
     bus_watts: float
     gpu_watts: float
+    step_us: float = 0.0
 
     @property
     def cpu_gbps(self) -> float:
@@ -88,6 +90,7 @@ class Machine:
             cpu_shared_factor=self.cpu_shared_factor,
             block_bytes=block_bytes,
             dense_us_per_layer=self.layer_us + dense_us,
+            step_us=self.step_us,
         )
 
     def joules(self, us: float, cpu_us: float, copy_us: float, gpu_us: float) -> float:
@@ -104,12 +107,16 @@ _PLACES = {
     "pcie": "bus.pcie", "bus_call_us": "bus.call_us", "bus_shared": "bus.shared",
     "cpu_shared_factor": "bus.cpu_shared_factor",
     "gpu_memory_gb": "gpu.memory_gb", "gpu_gbps": "gpu.gbps", "gpu_tflops": "gpu.tflops",
-    "gpu_call_us": "gpu.call_us", "layer_us": "layer_us",
+    "gpu_call_us": "gpu.call_us", "layer_us": "layer_us", "step_us": "step_us",
     "idle_watts": "watts.idle", "core_watts": "watts.core",
     "bus_watts": "watts.bus", "gpu_watts": "watts.gpu",
 }  # fmt: skip
-_INTEGERS = ("cores", "pcie")
-_MAY_BE_ZERO = ("_us", "_watts")
+_OPTIONAL = ("step_us",)
+_WHOLE = ("cores", "pcie")
+# The least that a number may be, by how its name ends. Of others, and for the most: beyond, clocks
+# and costs mean nothing.
+_LEAST = {"_us": 0.0, "_watts": 0.0, "_factor": 1.0, "cores": 1.0, "pcie": 1.0}
+_POSITIVE, _MOST = 1e-6, 1e9
 
 
 def load_machine(path: Path) -> Machine:
@@ -125,14 +132,10 @@ def load_machine(path: Path) -> Machine:
         ) from None
     fields: dict[str, Any] = {}
     for name, place in _PLACES.items():
-        fields[name] = _number(path, data, place, name.endswith(_MAY_BE_ZERO))
-        if name.endswith("_factor") and fields[name] < 1:
-            raise UserError(
-                f"expected {place} of at least 1 in {path} (how many times longer), found "
-                f"{fields[name]:g}; correct it"
-            )
-        if name in _INTEGERS:
-            fields[name] = int(fields[name])
+        if name in _OPTIONAL and isinstance(data, dict) and place not in data:
+            continue
+        least = next((n for end, n in _LEAST.items() if name.endswith(end)), _POSITIVE)
+        fields[name] = _number(path, data, place, least, name in _WHOLE)
     by_generation = data["bus"].get("gbps")
     if (
         not isinstance(by_generation, dict)
@@ -144,7 +147,7 @@ def load_machine(path: Path) -> Machine:
             f"them, found {by_generation!r}; correct it"
         )
     bus_gbps = {
-        int(generation): _number(path, data, f"bus.gbps.{generation}", False)
+        int(generation): _number(path, data, f"bus.gbps.{generation}")
         for generation in by_generation
     }
     return Machine(name=str(data.get("name", path.stem)), bus_gbps=bus_gbps, **fields)
@@ -186,7 +189,8 @@ def calibrated_machine(
     reached_gbps, cpu_gbps = (
         costs.block_bytes / max(side.one_us(1), 1e-9) / 1e3 for side in (costs.gpu, costs.cpu)
     )
-    gpu_gbps = gpu_gbps or reached_gbps
+    dense_gbps = dense_bytes_per_layer / max(costs.dense_us_per_layer, 1e-9) / 1e3
+    gpu_gbps = gpu_gbps or max(reached_gbps, dense_gbps)  # an emulated one leaves dense to the CPU
     return Machine(
         name=name,
         cores=cores,
@@ -208,6 +212,7 @@ def calibrated_machine(
         core_watts=0.0,
         bus_watts=0.0,
         gpu_watts=0.0,
+        step_us=costs.step_us,
     )
 
 
@@ -216,13 +221,17 @@ def _side(call_us: float, read_us: float, token_us: float) -> SideCost:
     return SideCost(call_us, max(read_us - token_us, 0.0), token_us)
 
 
-def _number(path: Path, data: Any, place: str, may_be_zero: bool) -> float:
+def _number(
+    path: Path, data: Any, place: str, least: float = _POSITIVE, whole: bool = False
+) -> float:
     value = data
     for key in place.split("."):
         table = value if isinstance(value, dict) else {}
         value = table.get(key, table.get(int(key)) if key.isdigit() else None)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"expected a number at {place} in {path}, found {value!r}; add it")
-    if value < 0 or (value == 0 and not may_be_zero):
-        raise UserError(f"expected {place} above 0 in {path}, found {value}; correct it")
-    return float(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= _MOST or (whole and value != int(value)):
+        raise UserError(
+            f"expected {'a whole' if whole else 'a'} number from {least:g} to {_MOST:g} at {place} "
+            f"in {path}, found {value!r}; correct it"
+        )
+    return int(value) if whole else float(value)

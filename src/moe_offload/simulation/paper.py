@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import Machine
 from moe_offload.simulation.replay import Replay, Timeline, prefetch_step_us, replay
 from moe_offload.simulation.shapes import ModelShape, load_shape
 from moe_offload.simulation.traces import Trace
-from moe_offload.simulation.workload import MIXTRAL_OVERLAP, even_workload
+from moe_offload.simulation.workload import MIXTRAL_OVERLAP, Workload, even_workload
 
 N_TOKENS = 128
 COLLABORATIVE = "collaborative"
@@ -51,12 +51,8 @@ class Cell:
 
 def paper_workload(shape: ModelShape, n_tokens: int = N_TOKENS) -> Trace:
     """Synthetic routing with Mixtral's reuse; Phi-3.5-MoE's is not published and taken alike."""
-    mixtral = even_workload(shape.n_layers, 8, 2, MIXTRAL_OVERLAP)
-    workload = replace(
-        even_workload(shape.n_layers, shape.n_experts, shape.top_k),
-        repeat=mixtral.repeat,
-        name=shape.name,
-    )
+    repeat = even_workload(shape.n_layers, 8, 2, MIXTRAL_OVERLAP).repeat
+    workload = Workload(shape.name, shape.n_layers, shape.n_experts, shape.top_k, repeat)
     return workload.generate(n_tokens)
 
 
@@ -71,7 +67,7 @@ def paper_cells(machine: Machine) -> Iterator[Cell]:
             if method == COLLABORATIVE:
                 result, timeline = _collaborative(variant, shape)
                 busy = timeline.busy
-                per_s = result.n_decode_tokens / result.decode_us * 1e6
+                per_s = result.tokens_per_s
                 total = variant.joules(timeline.now_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
                 energy = total / result.n_decode_tokens
             else:

@@ -3,22 +3,20 @@
 Per forward pass, layer by layer: copies that have ended become ready; in decode the layer's chosen
 experts are looked up once each and its misses fetched in top-k order while the pass has quota;
 in a prompt the cache is warmed with the experts of its last tokens, by the same
-`ExpertCache.warm`; what the prompt copied for its own sake is known from the timeline's clock or,
-without one, from the trace, where it was recorded. Without a timeline every copy ends before the
-next layer begins.
+`ExpertCache.warm`; what the prompt copied for its own sake is known from the clock or, without
+one, from the trace, where it was recorded. Without a clock every copy ends before the next layer
+begins.
 
-A clock for replayed routing: CPU, copies and GPU overlap as they do in the dispatcher.
+`Timeline` is the clock. Each layer passes in the dispatcher's order: dense work on the GPU; hits
+launched, copies queued, misses on the CPU, all at once; the layer ends when both sides have.
+Copies go one at a time in the order they were queued and carry on across layers and tokens. While
+the CPU computes and the bus copies, both are slower by the cost model's shared speeds; the GPU
+goes on at its own.
 
-Each layer passes in the dispatcher's order: dense work on the GPU; hits launched, copies queued,
-misses on the CPU, all at once; the layer ends when both sides have. Copies go one at a time in
-the order they were queued and carry on across layers and tokens. While the CPU computes and the
-bus copies, both are slower by the cost model's shared speeds; the GPU goes on at its own.
-
-Belady's optimum, the bound beside every policy: evict what is used again last.
-
-Without bypass it is a policy like the others, run by the production directory, only that it knows
-the future. With bypass a missed expert need not be kept at all; that is the most hits any policy
-can have, whatever it evicts or refuses to admit.
+`Belady` is the bound beside every policy: evict what is used again last. Without bypass it is a
+policy like the others, run by the production directory, only that it knows the future. With
+bypass (`most_hits`) a missed expert need not be kept at all; that is the most hits any policy can
+have, whatever it evicts or refuses to admit.
 """
 
 from __future__ import annotations
@@ -26,28 +24,22 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 
-from moe_offload.experts.cache import ExpertCache, ReplacementPolicy
+from moe_offload.experts.cache import ExpertCache, HitCounts, ReplacementPolicy
 from moe_offload.experts.costs import CostModel, PrefillSplit
-from moe_offload.simulation.traces import NEVER, RoutingPass, Seen, packed
-
-
-def distinct_experts(tokens: Sequence[Sequence[int]]) -> list[int]:
-    """The experts of a layer in order of first choice: token by token, then by rank."""
-    if len(tokens) == 1:
-        return list(tokens[0])
-    return list(dict.fromkeys(expert for token in tokens for expert in token))
+from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, distinct_experts
 
 
 class Belady(ReplacementPolicy):
     """Evict what is used again last. `begin_pass` tells it how far the replay has come.
 
-    `passes` is the whole future. Experts that are never used again go first.
+    `future` is all that is replayed. Experts that are never used again go first.
     """
 
-    def __init__(self, passes: Iterable[RoutingPass]) -> None:
-        self._future = packed(passes)
+    def __init__(self, future: Routing) -> None:
+        self._future = future
         self._place = 0
 
     def begin_pass(self, one: RoutingPass) -> None:
@@ -78,25 +70,24 @@ def n_decoded_ids(one: RoutingPass) -> int:
     return len(one.ids[0]) * len(one.ids[0][0]) if one.phase == "decode" else 0
 
 
-def most_hits(passes: Iterable[RoutingPass], n_indexes: int, n_ways: int) -> int:
+def most_hits(routing: Routing, n_indexes: int, n_ways: int) -> int:
     """The most experts of decode that any N x M cache can hit: Belady with bypass.
 
-    An expert counts once in a pass, as `PhaseHits.expert_hits`, however many tokens chose it.
+    An expert counts once in a pass, as in `Replay.found`, however many tokens chose it.
 
     Between two uses an expert either stays the whole time, a hit, or need not be there; at most M
     stay at once. Keeping the M that are used again first is optimal for such intervals. A
     prompt's experts may be kept without having been looked up.
     """
-    future = packed(passes)
     hits = place = 0
     held_in: list[dict[int, int]] = [{} for _ in range(n_indexes)]  # expert -> its next use
-    for one in passes:
+    for one in routing:
         decode = one.phase == "decode"
         place += n_decoded_ids(one)
-        for layer, (held, tokens) in enumerate(zip(held_in, one.last_choices(), strict=False)):
+        for layer, (held, tokens) in enumerate(zip(held_in, one.ids, strict=False)):
             for expert in distinct_experts(tokens):
                 hits += decode and expert in held
-                held[expert] = future.next_use(layer, expert, place)
+                held[expert] = routing.next_use(layer, expert, place)
             if len(held) > n_ways:
                 kept = sorted(held, key=held.__getitem__)[:n_ways]
                 held_in[layer] = {expert: held[expert] for expert in kept if held[expert] < NEVER}
@@ -135,7 +126,13 @@ class Timeline:
 
     def pass_dense(self) -> None:
         """Let the attention and routing of one layer pass."""
-        self.busy.gpu_us += self._pass(self.costs.dense_us_per_layer, 1.0, slows_copies=False)
+        self._pass(self.costs.dense_us_per_layer)
+        self.busy.gpu_us += self.costs.dense_us_per_layer
+
+    def pass_rest(self) -> None:
+        """Let what a pass takes beside its layers go by: the head."""
+        self._pass(self.costs.step_us)
+        self.busy.gpu_us += self.costs.step_us
 
     def pass_experts(
         self, gpu_experts: int, cpu_experts: int, slots: Sequence[int], n_tokens: int = 1
@@ -198,41 +195,27 @@ class Timeline:
         for slot in slots:
             self._queue.append([slot, self.costs.copy_us(shared=False)])
 
-    def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
-        """Let a layer's work pass, each side's time given for a quiet machine."""
-        began_us = self.now_us
-        cpu_us, gpu_us = self._pass_together(cpu_work_us, gpu_work_us)
-        together_us = self.now_us - began_us
-        cpu_us = self._pass(cpu_us, self.costs.cpu_shared_factor, slows_copies=True)
-        gpu_us = self._pass(gpu_us, 1.0, slows_copies=False)
-        self.busy.cpu_us += together_us + cpu_us
-        self.busy.gpu_us += together_us + gpu_us
+    def _pass_both(self, cpu_us: float, gpu_us: float) -> None:
+        """Let a layer's work pass, each side's time given for a quiet machine.
 
-    def _pass_together(self, cpu_us: float, gpu_us: float) -> tuple[float, float]:
-        """Let both sides work until one has ended; returns what is left of each."""
-        cpu_factor = self.costs.cpu_shared_factor
-        while self._queue and min(cpu_us, gpu_us) > _NOTHING_US:
-            us = min(cpu_us * cpu_factor, gpu_us, self._queue[0][1] * self._slowdown)
-            self._pass_copy(us / self._slowdown, self._slowdown)
-            cpu_us -= us / cpu_factor
-            gpu_us -= us
-        us = max(0.0, min(cpu_us, gpu_us))
-        self.now_us += us
-        return cpu_us - us, gpu_us - us
-
-    def _pass(self, work_us: float, factor: float, slows_copies: bool) -> float:
-        """Let work pass that takes `work_us` alone and `factor` times that beside a copy.
-
-        Returns how long it really took.
+        Copies slow the CPU and are slowed by it; a GPU and its bus know nothing of each other.
         """
         began_us = self.now_us
-        copy_factor = self._slowdown if slows_copies else 1.0
+        self._pass(cpu_us, self.costs.cpu_shared_factor, self._slowdown)
+        self.busy.cpu_us += self.now_us - began_us
+        self._pass(began_us + gpu_us - self.now_us)  # what the GPU needs longer
+        self.busy.gpu_us += gpu_us
+
+    def _pass(self, work_us: float, factor: float = 1.0, copy_factor: float = 1.0) -> None:
+        """Let work pass that takes `work_us` alone and `factor` times that beside a copy.
+
+        The copies take `copy_factor` times as long beside it.
+        """
         while self._queue and work_us > _NOTHING_US:
             us = min(work_us * factor, self._queue[0][1] * copy_factor)
             self._pass_copy(us / copy_factor, copy_factor)
             work_us -= us / factor
         self.now_us += max(work_us, 0.0)
-        return self.now_us - began_us
 
     def _pass_copy(self, us: float, factor: float) -> None:
         """Let the first copy advance by `us` of its time alone, which takes `factor` times that."""
@@ -253,7 +236,7 @@ def prefetch_step_us(costs: CostModel, n_layers: int, top_k: int) -> float:
     The next layer's experts are known (Pre-gated MoE) and are copied while this layer computes.
     """
     compute_us = costs.dense_us_per_layer + costs.gpu.us(top_k, top_k)
-    return n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
+    return costs.step_us + n_layers * max(top_k * costs.copy_us(shared=False), compute_us)
 
 
 def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> float:
@@ -264,88 +247,27 @@ def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> flo
     copies begin as early as they like, and nothing slows anything else.
     """
     gpu_us, cpu_us = hits * costs.gpu.one_us(1), costs.cpu.one_us(1)
-    dense_us = n_layers * costs.dense_us_per_layer
+    dense_us = costs.step_us + n_layers * costs.dense_us_per_layer
     shared_us = (dense_us + misses * cpu_us) / (1 + cpu_us / costs.copy_us(shared=False))
     return max(dense_us + gpu_us, shared_us)
-
-
-@dataclass
-class PhaseHits:
-    """Hits of the cached layers in one phase.
-
-    `pairs` counts (token, cached layer), of which `at_least_one` and `at_least_two` found so many
-    of their experts ready; `lookups` counts (token, cached layer, expert), of which `hits` hit, as
-    the cachehit CSV does. `experts` counts what the directory is asked: an expert that several
-    tokens of a pass chose counts once, and `expert_hits` of them were there. This is the unit of
-    fetches and of the optimum. For one sequence, without a prompt, both units are the same.
-    """
-
-    pairs: int = 0
-    at_least_one: int = 0
-    at_least_two: int = 0
-    lookups: int = 0
-    hits: int = 0
-    experts: int = 0
-    expert_hits: int = 0
-
-    def rates(self) -> tuple[float, float, float]:
-        """At least one, at least two, per expert, in percent; 0 where there was nothing.
-
-        The engine's summary gives the same three.
-        """
-        pairs = max(self.pairs, 1)
-        return (
-            100 * self.at_least_one / pairs,
-            100 * self.at_least_two / pairs,
-            100 * self.hits / max(self.lookups, 1),
-        )
-
-    @property
-    def distinct_percent(self) -> float:
-        """Hits in percent of what the directory is asked, each expert once in a pass."""
-        return 100 * self.expert_hits / max(self.experts, 1)
-
-    def add(self, tokens: Sequence[tuple[int, ...]], ready: Iterable[int]) -> None:
-        """Count the tokens of one layer, of whose experts `ready` are there."""
-        present = frozenset(ready)
-        for token in tokens:
-            self._add_token(sum(expert in present for expert in token), len(token))
-        chosen = {expert for token in tokens for expert in token}
-        self.experts += len(chosen)
-        self.expert_hits += len(chosen & present)
-
-    def add_seen(self, seen: Seen, ready: Collection[int]) -> None:
-        """Count a layer of a prompt whose tokens are not known one by one: no pairs."""
-        self.lookups += sum(n for _, n in seen)
-        self.hits += sum(n for expert, n in seen if expert in ready)
-        self.experts += len(seen)
-        self.expert_hits += sum(expert in ready for expert, _ in seen)
-
-    def add_one(self, n_hits: int, top_k: int) -> None:
-        """Count a layer of one token."""
-        self._add_token(n_hits, top_k)
-        self.experts += top_k
-        self.expert_hits += n_hits
-
-    def _add_token(self, n_hits: int, top_k: int) -> None:
-        self.pairs += 1
-        self.at_least_one += n_hits >= 1
-        self.at_least_two += n_hits >= 2
-        self.lookups += top_k
-        self.hits += n_hits
 
 
 @dataclass
 class Replay:
     """What a replay counted.
 
-    `fetches` and `evictions` include the warm-up after prompts. `hits_by_layer` has one row for
-    each pass, as the cachehit CSV: hits of each cached layer, where kept.
-    `decode_us` is the modelled time of the decode passes, 0 without a timeline.
+    `decode` and `prefill` are hits of the cached layers by token, as the engine's summary counts
+    them. `looked_up` counts what decode asks the directory: an expert that several tokens of a
+    pass chose counts once, and `found` of them were there. This is the unit of fetches and of the
+    optimum; for one sequence both units are the same. `fetches` and `evictions` include the
+    warm-up after prompts. `hits_by_layer` has one row for each pass, as the cachehit CSV: hits of
+    each cached layer, where kept. The times are modelled, 0 without a timeline.
     """
 
-    decode: PhaseHits = field(default_factory=PhaseHits)
-    prefill: PhaseHits = field(default_factory=PhaseHits)
+    decode: HitCounts = field(default_factory=HitCounts)
+    prefill: HitCounts = field(default_factory=HitCounts)
+    looked_up: int = 0
+    found: int = 0
     n_decode_passes: int = 0
     n_decode_tokens: int = 0
     fetches: int = 0
@@ -353,6 +275,16 @@ class Replay:
     decode_us: float = 0.0
     prefill_us: float = 0.0
     hits_by_layer: list[list[int]] = field(default_factory=list)
+
+    @property
+    def found_percent(self) -> float:
+        """Hits in percent of what the directory was asked, each expert once in a pass."""
+        return 100 * self.found / max(self.looked_up, 1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The modelled speed of decode; 0 without a timeline."""
+        return self.n_decode_tokens / self.decode_us * 1e6 if self.decode_us else 0.0
 
 
 def replay(
@@ -365,15 +297,21 @@ def replay(
     """Run `passes` through `cache`, whose counters go on from where they were.
 
     `quota` is the most fetches of one pass. With a `timeline`, copies take their modelled time
-    and `decode_us` is filled; without, they are instant. `keep_layers` fills `hits_by_layer`.
+    and the times are filled; without, they are instant. `keep_layers` fills `hits_by_layer`.
     """
-    result = Replay()
+    result = Replay(
+        looked_up=-cache.hits - cache.misses,
+        found=-cache.hits,
+        fetches=-cache.admissions,
+        evictions=-cache.evictions,
+    )
     policy = cache.policy
-    fetched_before, evicted_before = cache.admissions, cache.evictions
     for one in passes:
         if isinstance(policy, Belady):
             policy.begin_pass(one)
         began_us = timeline.now_us if timeline else 0.0
+        if timeline is not None:
+            timeline.pass_rest()
         if one.phase == "prefill":
             row = _replay_prefill(one, cache, quota, timeline, result.prefill)
             result.prefill_us += timeline.now_us - began_us if timeline else 0.0
@@ -384,37 +322,33 @@ def replay(
             result.decode_us += timeline.now_us - began_us if timeline else 0.0
         if keep_layers:
             result.hits_by_layer.append(row)
-    result.fetches = cache.admissions - fetched_before
-    result.evictions = cache.evictions - evicted_before
+    result.looked_up += cache.hits + cache.misses
+    result.found += cache.hits
+    result.fetches += cache.admissions
+    result.evictions += cache.evictions
     return result
 
 
 def _replay_decode(
-    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
+    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: HitCounts
 ) -> list[int]:
     row: list[int] = []
     for layer, tokens in enumerate(one.ids):
         if timeline is not None:
-            timeline.pass_dense()
-            for slot in timeline.arrived():
-                cache.mark_ready(slot)
+            _begin_layer(timeline, cache)
         elif layer >= cache.n_indexes:
             break
-        experts = tokens[0] if len(tokens) == 1 else distinct_experts(tokens)
+        experts = distinct_experts(tokens)
         slots = cache.lookup(layer, experts)
         missed = [e for e, slot in zip(experts, slots, strict=True) if slot < 0]
         fetches = cache.start_fetches(layer, missed, quota) if missed and quota else []
         quota -= len(fetches)
         cache.end_step(layer)
         if layer < cache.n_indexes:
-            if len(tokens) == 1:
-                n_hits = len(experts) - len(missed)
-                counted.add_one(n_hits, len(experts))
-                row.append(n_hits)
+            if len(tokens) == 1:  # as below, in a third of the time
+                row.append(counted.add(len(experts) - len(missed), len(experts)))
             else:
-                hits_before = counted.hits
-                counted.add(tokens, set(experts).difference(missed))
-                row.append(counted.hits - hits_before)
+                row.append(_count(counted, tokens, set(experts).difference(missed)))
         if timeline is None:
             for _, slot in fetches:
                 cache.mark_ready(slot)
@@ -427,30 +361,21 @@ def _replay_decode(
 
 
 def _replay_prefill(
-    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: PhaseHits
+    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: HitCounts
 ) -> list[int]:
     row: list[int] = []
-    for layer, tokens in enumerate(one.last_choices()):
-        seen = one.seen[layer] if one.seen else None
+    for layer, tokens in enumerate(one.ids):
         waited: Sequence[int] = one.waited[layer] if one.waited else ()
+        if timeline is not None:
+            _begin_layer(timeline, cache)
         ready = cache.ready(layer)
         if timeline is not None:
-            timeline.pass_dense()
-            for slot in timeline.arrived():
-                cache.mark_ready(slot)
-            ready = cache.ready(layer)
-            counts = [0] * (1 + max(expert for token in tokens for expert in token))
-            for expert, n in seen or Counter(e for token in tokens for e in token).items():
-                counts[expert] += n
+            tokens_of = Counter(chain.from_iterable(tokens))
+            counts = [tokens_of[expert] for expert in range(1 + max(tokens_of))]
             split = timeline.split_prefill(counts, ready)
             waited = [expert for expert in split.gpu_experts if expert not in ready]
         if layer < cache.n_indexes:
-            hits_before = counted.hits
-            if seen is None:
-                counted.add(tokens, ready)
-            else:
-                counted.add_seen(seen, ready)
-            row.append(counted.hits - hits_before)
+            row.append(_count(counted, tokens, ready))
         places = {expert: cache.slot_of(layer, expert) for expert in waited}
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
@@ -461,3 +386,14 @@ def _replay_prefill(
             for _, slot in fetches:
                 cache.mark_ready(slot)
     return row
+
+
+def _begin_layer(timeline: Timeline, cache: ExpertCache) -> None:
+    timeline.pass_dense()
+    for slot in timeline.arrived():
+        cache.mark_ready(slot)
+
+
+def _count(counted: HitCounts, tokens: Sequence[Sequence[int]], ready: Collection[int]) -> int:
+    """Count the tokens of one layer, of whose experts `ready` are there; returns their hits."""
+    return sum(counted.add(sum(e in ready for e in token), len(token)) for token in tokens)

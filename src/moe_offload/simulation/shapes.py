@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,6 @@ class ModelShape:
     def dense_bytes(self) -> int:
         """Everything that is not routed experts, in bf16."""
         return 2 * (self.n_layers * self.dense_weights_per_layer + self.other_weights)
-
-    def with_layers(self, n_layers: int) -> ModelShape:
-        """The same model with another number of MoE layers."""
-        return replace(self, n_layers=n_layers)
 
 
 def shape_names() -> list[str]:

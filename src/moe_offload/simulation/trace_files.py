@@ -1,73 +1,35 @@
-"""Reads a routing trace from a file, in whichever of `trace_formats` it is.
-
-Files are streamed: `TraceReader` holds one pass, whatever the file's size; `read_trace` holds
-them all, one byte an expert where they are many. Anything that does not fit is a UserError with
-its line number, raised when that line is read and not later.
-
-The three formats of a routing trace, each read line by line into passes:
+"""Reads a routing trace from a file of one of three formats, line by line into passes.
 
   expert_choices.csv  this tool's and the reference's: `Index`, then K ids for each layer; one row
-      per decoded token (rows of one index are one batch), a prefill has no ids. Ours says
-      in columns after the reference's, `Prefill_0` and on, what each layer of a prompt chose
-      (`prompt_cells`). The reference's header says 32 layers for every model: where header and rows
-      differ, rows count.
+      per decoded token (rows of one index are one batch); a prefill has no ids. The reference's
+      header says 32 layers for every model: where header and rows differ, rows count.
   *.route.csv         `turn,phase,step,layer,slot,expert,...`, phase 0 prompt and 1 decode, after
       `#` comments that name the model, its layers and its experts.
-  JSON lines          a header object {"routing_trace": 1, "model": ..., "n_layers": ..., "top_k":
-      ..., "n_experts": ..., "synthetic": ...}, then one object per forward pass:
-      {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}, and for a prompt
-      that was partly computed on the GPU "waited": [layer][...], the experts copied for that.
+  JSON lines          a run's routing.jsonl: a header object {"routing_trace": 1, "model": ...,
+      "n_layers": ..., "top_k": ..., "n_experts": ..., "synthetic": ...}, then one object per
+      forward pass: {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}, and for
+      a prompt that was partly computed on the GPU "waited": [layer][...], the experts copied for
+      that.
 
-Anything that does not fit is a UserError with its line number, raised when that line is read.
-
-What a prompt chose in one layer, as a cell of expert_choices.csv: `5:12* 3:7`.
-
-Each expert that the prompt chose once, those of its last token first and then back, with the
-number of its tokens that chose it; `*` marks an expert that the prompt copied to the GPU to compute
-it there. That is all that the cache learns of a prompt, in a fraction of the prompt's own size.
+Files are streamed: `TraceReader` holds one pass, whatever the file's size; `read_trace` holds them
+all, a byte an expert. Anything that does not fit is a UserError with its line number, raised when
+that line is read and not later.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from moe_offload.errors import UserError
-from moe_offload.simulation.traces import (
-    N_IDS,
-    Ids,
-    PackedRouting,
-    Phase,
-    RoutingPass,
-    Seen,
-    Trace,
-    TraceInfo,
-    collected,
-)
+from moe_offload.simulation.traces import N_IDS, Phase, Routing, RoutingPass, Trace, TraceInfo
 
-_ENTRY = re.compile(r"(\d+):([1-9]\d*)(\*?)")
-
-
-def prompt_cell(seen: Iterable[tuple[int, int]], waited: Collection[int]) -> str:
-    """The cell of (expert, number of tokens) pairs, the last token's first."""
-    return " ".join(f"{expert}:{n}{'*' * (expert in waited)}" for expert, n in seen)
-
-
-def read_prompt_cell(cell: str) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-    """The (expert, number of tokens) pairs and the copied experts; ValueError with a bad entry."""
-    seen, waited = [], []
-    for entry in cell.split():
-        match = _ENTRY.fullmatch(entry)
-        if match is None:
-            raise ValueError(entry)
-        seen.append((int(match[1]), int(match[2])))
-        if match[3]:
-            waited.append(int(match[1]))
-    return tuple(seen), tuple(waited)
+_MAX_FIRST_LINE = 1 << 20  # characters: a file without an end of line is no trace
 
 
 class TraceFormat:
@@ -107,109 +69,105 @@ class TraceFormat:
 
     def error(self, expected: str, found: object) -> UserError:
         return UserError(
-            f"{self.path}, line {self.line_number}: expected {expected}, found {found}; "
+            f"{self.path}, line {self.line_number}: expected {expected}, found {found!s:.60}; "
             "correct the trace or record it again"
         )
 
     def token(self, experts: Iterable[int]) -> tuple[int, ...]:
         """One token's choices, checked: distinct and in range."""
         ids = tuple(experts)
+        limit = self.n_experts or N_IDS
         if len(set(ids)) != len(ids):
             raise self.error("distinct experts of one token", list(ids))
-        for expert in ids:
-            if expert < 0 or expert >= (self.n_experts or N_IDS):
-                limit = "0 or more" if expert < 0 else f"0 to {(self.n_experts or N_IDS) - 1}"
-                raise self.error(f"an expert id of {limit}", expert)
+        if ids and not 0 <= min(ids) <= max(ids) < limit:
+            wrong = next(expert for expert in ids if not 0 <= expert < limit)
+            raise self.error(f"an expert id of 0 to {limit - 1}", wrong)
         return ids
 
-    def check_tokens(self, phase: Phase, ids: Ids) -> None:
-        """Every layer has a token; of a decoded pass, as many as the others.
+    def checked(self, one: RoutingPass) -> RoutingPass:
+        """`one`, if its layers and its tokens are as many as those before.
 
-        Of a prompt a last layer may have seen fewer: only the last token's output is needed.
+        Of a prompt a last layer may have seen fewer tokens: only the last one's output is needed.
         """
-        counts = [len(tokens) for tokens in ids]
-        if not ids or min(counts) == 0 or (phase == "decode" and min(counts) != max(counts)):
+        counts = [len(tokens) for tokens in one.ids]
+        self.n_layers = self.n_layers or len(counts)
+        if len(counts) != self.n_layers:
+            raise self.error(f"{self.n_layers} layers", len(counts))
+        if not counts or min(counts) == 0 or (one.phase == "decode" and len(set(counts)) > 1):
             raise self.error("as many tokens in every layer, at least one", counts)
+        self.top_k = self.top_k or len(one.ids[0][0])
+        for tokens in one.ids:
+            for token in tokens:
+                if len(token) != self.top_k:
+                    raise self.error(f"{self.top_k} expert ids for each token", list(token))
+        return one
 
-    def integer(self, text: str, what: str) -> int:
+    def integer(self, text: object, what: str, least: int = 0, most: int = 1 << 60) -> int:
         try:
-            return int(text)
+            number = int(str(text))
         except ValueError:
             raise self.error(f"a whole number as {what}", repr(text)) from None
+        if not least <= number <= most:
+            raise self.error(f"{what} of {least} to {most}", number)
+        return number
 
 
 class ExpertChoices(TraceFormat):
     def passes(self) -> Iterator[RoutingPass]:
         lines = (line for line in self.lines() if not line.startswith("#"))
         header = next(lines).split(",")
-        blocks = [name for name in header[1:] if name.startswith("Block_")]
-        others = header[1 + len(blocks) :]
-        n_prefill = sum(name.startswith("Prefill_") for name in others)
-        others = others[n_prefill:]
-        if not blocks or header[0] != "Index" or any(o.startswith("Block_") for o in others):
-            raise self.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header)[:60])
+        blocks = [name for name in header if name.startswith("Block_")]
+        further = header[1 + len(blocks) :]  # columns that only this tool writes
+        if not blocks or header[: 1 + len(blocks)] != ["Index", *blocks]:
+            raise self.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header))
         self.top_k = blocks.count(blocks[0])
         width = 0
         prompt = -1
         batch: list[list[tuple[int, ...]]] = []
         index = ""
         for line in lines:
-            cells = line.split(",")
-            owner = cells.pop() if others and len(cells) == len(header) else None
-            of_prompt = cells[1 + len(blocks) :] if n_prefill else []
-            if n_prefill and len(cells) >= len(header) - len(others):
-                del cells[1 + len(blocks) :]
-            if not any(cells[1:]):
-                if batch:
-                    yield self._decode(batch, prompt)
-                    batch = []
-                prompt = prompt + 1 if owner is None else self.integer(owner, others[-1])
-                yield self._prefill(of_prompt, prompt)
+            first, *cells = line.split(",")
+            owner = None
+            if further and len(cells) + 1 == len(header):
+                owner = cells[-1] if further[-1] == "Prompt" else None
+                del cells[len(blocks) :]
+            is_prefill = not any(cells)
+            if batch and (is_prefill or first != index):
+                yield self._decode(batch, prompt)
+                batch = []
+            if is_prefill:
+                prompt = prompt + 1 if owner is None else self.integer(owner, "Prompt")
+                yield RoutingPass("prefill", (), prompt)
                 continue
             if not width:
                 width = len(cells)
                 self._set_layers(width, len(blocks))
             if len(cells) != width:
-                raise self.error(f"{width - 1} expert ids like the rows before", len(cells) - 1)
-            if batch and cells[0] != index:
-                yield self._decode(batch, prompt)
-                batch = []
-            index = cells[0]
-            batch.append(self._token_of_layers(cells[1:]))
+                raise self.error(f"{width} expert ids like the rows before", len(cells))
+            index = first
+            batch.append(self._token_of_layers(cells))
         if batch:
             yield self._decode(batch, prompt)
 
-    def _prefill(self, cells: list[str], prompt: int) -> RoutingPass:
-        if not any(cells):
-            return RoutingPass("prefill", (), prompt)
-        try:
-            layers = [read_prompt_cell(cell) for cell in cells]
-        except ValueError as error:
-            raise self.error("a prompt's experts as expert:tokens", repr(str(error))) from None
-        for seen, _ in layers:
-            self.token(expert for expert, _ in seen)
-        waited = tuple(copied for _, copied in layers)
-        seen_of_layer = tuple(seen for seen, _ in layers)
-        return RoutingPass("prefill", (), prompt, waited if any(waited) else (), seen_of_layer)
-
     def _set_layers(self, width: int, n_header_ids: int) -> None:
-        self.n_layers, rest = divmod(width - 1, self.top_k)
+        self.n_layers, rest = divmod(width, self.top_k)
         if rest:
-            raise self.error(f"{self.top_k} expert ids for each layer, as the header", width - 1)
-        if width - 1 != n_header_ids:
+            raise self.error(f"{self.top_k} expert ids for each layer, as the header", width)
+        if width != n_header_ids:
             self.notes = (
                 f"the header names {n_header_ids // self.top_k} layers and the rows hold "
                 f"{self.n_layers}: the rows were read",
             )
 
     def _token_of_layers(self, cells: list[str]) -> list[tuple[int, ...]]:
-        ids = [self.integer(cell, "an expert id") for cell in cells]
-        starts = range(0, len(ids), self.top_k)
-        return [self.token(ids[start : start + self.top_k]) for start in starts]
+        try:
+            ids = list(map(int, cells))
+        except ValueError:
+            ids = [self.integer(cell, "an expert id") for cell in cells]  # raises for the one
+        return [self.token(ids[at : at + self.top_k]) for at in range(0, len(ids), self.top_k)]
 
     def _decode(self, batch: list[list[tuple[int, ...]]], prompt: int) -> RoutingPass:
-        ids = tuple(zip(*batch, strict=True))
-        return RoutingPass("decode", ids, max(prompt, 0))
+        return RoutingPass("decode", tuple(zip(*batch, strict=True)), max(prompt, 0))
 
 
 class Route(TraceFormat):
@@ -218,23 +176,22 @@ class Route(TraceFormat):
     def passes(self) -> Iterator[RoutingPass]:
         current: tuple[int, ...] = ()
         tokens: dict[int, list[list[int]]] = {}
-        n_declared = 0
-        header_seen = False
+        n_declared = n_columns = 0
         for line in self.lines():
             if line.startswith("#"):
                 facts = dict(re.findall(r"(\w+)=(\S+)", line))
                 self.model = Path(facts.get("model", self.model)).stem
-                n_declared = self.integer(facts.get("n_layer", str(n_declared)), "n_layer")
+                if "n_layer" in facts:
+                    n_declared = self.integer(facts["n_layer"], "n_layer")
                 if "expert_bytes" in facts:
-                    n_bytes = self.integer(facts["expert_bytes"], "expert_bytes")
-                    self.expert_bytes.append(n_bytes)
+                    self.expert_bytes.append(self.integer(facts["expert_bytes"], "expert_bytes"))
                 if "n_expert" in facts:
-                    self.n_experts = self.integer(facts["n_expert"], "n_expert")
+                    self.n_experts = self.integer(facts["n_expert"], "n_expert", 1, N_IDS)
                 continue
-            if not header_seen:
+            if not n_columns:
                 if not line.startswith(self.COLUMNS):
-                    raise self.error(f"the columns {self.COLUMNS},...", line[:60])
-                header_seen, n_columns = True, line.count(",") + 1
+                    raise self.error(f"the columns {self.COLUMNS},...", line)
+                n_columns = line.count(",") + 1
                 continue
             cells = line.split(",")
             if len(cells) != n_columns:
@@ -252,6 +209,7 @@ class Route(TraceFormat):
             # A prompt is one pass, each of its steps a token; a decoded token is a pass.
             key = (turn, phase, step if phase else 0)
             if key != current:
+                self.integer(turn, "turn")
                 if current:
                     yield self._pass(current, tokens)
                 current, tokens = key, {}
@@ -268,19 +226,8 @@ class Route(TraceFormat):
             yield self._pass(current, tokens)
 
     def _pass(self, key: tuple[int, ...], tokens: dict[int, list[list[int]]]) -> RoutingPass:
-        layers = sorted(tokens)
-        self.top_k = self.top_k or len(tokens[layers[0]][0])
-        self.n_layers = self.n_layers or len(layers)
-        if len(layers) != self.n_layers:
-            raise self.error(f"{self.n_layers} layers in the pass before", len(layers))
-        for of_layer in tokens.values():
-            for token in of_layer:
-                if len(token) != self.top_k:
-                    raise self.error(f"{self.top_k} slots for each token before", len(token))
-        ids = tuple(tuple(tuple(token) for token in tokens[layer]) for layer in layers)
-        phase: Phase = "decode" if key[1] else "prefill"
-        self.check_tokens(phase, ids)
-        return RoutingPass(phase, ids, key[0])
+        ids = tuple(tuple(map(tuple, tokens[layer])) for layer in sorted(tokens))
+        return self.checked(RoutingPass("decode" if key[1] else "prefill", ids, key[0]))
 
 
 class JsonLines(TraceFormat):
@@ -288,10 +235,10 @@ class JsonLines(TraceFormat):
         for line in self.lines():
             try:
                 one = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self.error("a JSON object", f"{line[:40]!r} ({error})") from None
             if not isinstance(one, dict):
-                raise self.error("a JSON object", line[:40])
+                raise self.error("a JSON object", line)
             if "routing_trace" in one:
                 self._set_facts(one)
             else:
@@ -302,67 +249,35 @@ class JsonLines(TraceFormat):
         self.synthetic = bool(facts.get("synthetic", self.synthetic))
         notes = facts.get("notes", [])
         if not isinstance(notes, list):
-            raise self.error("notes as a list of sentences", repr(notes)[:40])
+            raise self.error("notes as a list of sentences", repr(notes))
         self.notes = tuple(map(str, notes))
         if facts.get("expert_bytes") is not None:
-            self.expert_bytes = [self.integer(str(facts["expert_bytes"]), "expert_bytes")]
+            self.expert_bytes = [self.integer(facts["expert_bytes"], "expert_bytes")]
         for name in ("n_layers", "top_k", "n_experts"):
-            value = facts.get(name)
-            if value is not None:
-                number = self.integer(str(value), name)
-                if number < 1:
-                    raise self.error(f"{name} of at least 1", number)
-                setattr(self, name, number)
+            if facts.get(name) is not None:
+                setattr(self, name, self.integer(facts[name], name, 1, N_IDS))
 
     def _pass(self, one: dict[str, Any]) -> RoutingPass:
-        phase, ids = one.get("phase"), one.get("ids")
-        if phase not in ("prefill", "decode") or not isinstance(ids, list):
-            raise self.error('"phase" of prefill or decode, and "ids"', str(one)[:60])
+        phase: Phase | None = one.get("phase")
+        if phase not in ("prefill", "decode") or not isinstance(one.get("ids"), list):
+            raise self.error('"phase" of prefill or decode, and "ids"', one)
         try:
-            checked = tuple(tuple(self.token(token) for token in layer) for layer in ids)
+            ids = tuple(tuple(map(self._ids, layer)) for layer in one["ids"])
         except TypeError:
-            raise self.error("ids as [layer][token][k]", str(ids)[:60]) from None
-        if phase == "decode" or checked:
-            self.n_layers = self.n_layers or len(checked)
-            if len(checked) != self.n_layers:
-                raise self.error(f"{self.n_layers} layers", len(checked))
-            self.check_tokens(phase, checked)
-            for layer in checked:
-                for token in layer:
-                    self.top_k = self.top_k or len(token)
-                    if len(token) != self.top_k or not all(isinstance(e, int) for e in token):
-                        raise self.error(f"{self.top_k} expert ids for each token", token)
-        prompt = self.integer(str(one.get("prompt", 0)), "prompt")
-        seen = self._seen(one)
-        n_layers = len(checked) or len(seen)
-        return RoutingPass(phase, checked, prompt, self._waited(one, n_layers), seen)
-
-    def _seen(self, one: dict[str, Any]) -> tuple[Seen, ...]:
+            raise self.error("ids as [layer][token][k], whole numbers", one["ids"]) from None
         try:
-            seen = tuple(tuple((e, n) for e, n in layer) for layer in one.get("seen", []))
-            if not all(type(x) is int for layer in seen for pair in layer for x in pair):
-                raise TypeError
-        except (TypeError, ValueError):
-            raise self.error("seen as [layer][[expert, tokens]]", str(one["seen"])[:60]) from None
-        for layer in seen:
-            self.token(expert for expert, _ in layer)
-        return seen
-
-    def _waited(self, one: dict[str, Any], n_layers: int) -> tuple[tuple[int, ...], ...]:
-        waited = one.get("waited", [])
-        try:
-            numbers = [expert for layer in waited for expert in layer]
-            if not all(type(expert) is int for expert in numbers):
-                raise TypeError
-            checked = tuple(self.token(layer) for layer in waited)
+            waited = tuple(map(self._ids, one.get("waited", [])))
         except TypeError:
-            raise self.error("waited as [layer][expert]", str(waited)[:60]) from None
-        if checked and len(checked) != n_layers:
-            raise self.error(f"waited for {n_layers} layers", len(checked))
-        return checked
+            raise self.error("waited as [layer][expert]", one["waited"]) from None
+        if waited and len(waited) != len(ids):
+            raise self.error(f"waited for {len(ids)} layers", len(waited))
+        found = RoutingPass(phase, ids, self.integer(one.get("prompt", 0), "prompt"), waited)
+        return found if phase == "prefill" and not ids else self.checked(found)
 
-
-_MAX_FIRST_LINE = 1 << 20  # characters: a file without an end of line is no trace
+    def _ids(self, experts: list[int]) -> tuple[int, ...]:
+        if not all(type(expert) is int for expert in experts):
+            raise TypeError
+        return self.token(experts)
 
 
 class TraceReader:
@@ -374,8 +289,12 @@ class TraceReader:
 
     def __init__(self, path: Path, n_experts: int | None = None) -> None:
         self.path = path
-        self._n_experts = n_experts
+        self.n_experts = n_experts
+        if n_experts is not None and not 1 <= n_experts <= N_IDS:
+            raise UserError(f"expected 1 to {N_IDS} experts a layer, found {n_experts}")
         try:
+            if path.exists() and not path.is_file():  # a pipe cannot be read twice
+                raise OSError(0, "not a regular file")
             with path.open(encoding="utf-8") as lines:
                 first = "\n"
                 while first and (first.startswith("#") or not first.strip()):
@@ -387,36 +306,67 @@ class TraceReader:
                 "give the expert_choices.csv or routing.jsonl of a run"
             ) from None
         kinds: dict[str, type[TraceFormat]] = {"{": JsonLines, "I": ExpertChoices, "t": Route}
-        kind = kinds.get(first[:1])
-        if kind is None:
+        if first[:1] not in kinds:
             raise UserError(
                 f"{path}, line 1: expected a routing trace (a header that starts with Index, or "
                 f"turn,phase,step, or JSON lines), found {first.strip()[:40]!r}"
             )
-        self._kind = kind
+        self._kind = kinds[first[0]]
         reading = self._read()
         for one in reading.passes():
             if one.ids:
                 break
         self.info = reading.info()
 
+    @property
+    def leaves_prompts_out(self) -> bool:
+        """Whether the file's format has no place for the ids of prompts."""
+        return self._kind is ExpertChoices
+
     def __iter__(self) -> Iterator[RoutingPass]:
         return self._read().passes()
 
     def _read(self) -> TraceFormat:
-        return self._kind(self.path, self._n_experts)
+        return self._kind(self.path, self.n_experts)
 
 
 def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     """Read a whole trace; raises UserError for a file that is missing, malformed or empty.
 
-    The file is read once, line by line. What is held takes one byte for each id (two with more
-    than 256 experts), or tuples while that is little.
+    A run's expert_choices.csv has no ids of prompts: its routing.jsonl, where it lies beside the
+    table, is taken instead. A note of the trace says so, or why not.
     """
     reader = TraceReader(path, n_experts)
-    routing = PackedRouting(reader)
+    routing, info = _routing_beside(reader) or (Routing(reader), reader.info)
     if not routing.n_decoded:
         raise UserError(f"{path}: expected at least one decoded token, found {len(routing)} passes")
-    known = reader.info.n_experts or n_experts
-    info = replace(reader.info, n_experts=known or routing.highest + 1)
-    return Trace(info, collected(routing))
+    n_experts = info.n_experts or n_experts or routing.highest + 1
+    return Trace(replace(info, n_experts=n_experts), routing)
+
+
+def _routing_beside(choices: TraceReader) -> tuple[Routing, TraceInfo] | None:
+    """What routing.jsonl beside an expert_choices.csv holds, prompts and all."""
+    path = choices.path
+    beside = path.with_name(path.stem.replace("expert_choices", "routing") + ".jsonl")
+    if not (choices.leaves_prompts_out and "expert_choices" in path.stem and beside.is_file()):
+        return None
+    try:
+        whole = TraceReader(beside, choices.n_experts)
+        routing = Routing(whole)
+    except UserError as error:
+        return Routing(choices), _noted(choices.info, f"prompts are left out: {error}")
+    if all(_same_step(*both) for both in zip_longest(choices, routing)):
+        return routing, _noted(whole.info, f"{beside} was read: it has the prompts' tokens too")
+    note = f"prompts are left out: {beside} is of another run"
+    return Routing(choices), _noted(choices.info, note)
+
+
+def _same_step(one: RoutingPass | None, other: RoutingPass | None) -> bool:
+    """Whether a row of expert_choices.csv is what routing.jsonl says of that pass."""
+    if one is None or other is None or one.phase != other.phase:
+        return False
+    return one.phase == "prefill" or one.ids == other.ids
+
+
+def _noted(info: TraceInfo, note: str) -> TraceInfo:
+    return replace(info, notes=(*info.notes, note))

@@ -1,18 +1,16 @@
-"""Chooses a cache for a memory budget by replaying routing on a modelled clock.
+"""Many cache settings on one trace: swept as a table, or searched for the fastest that fits.
 
-The search asks the simulator, not a rule: which N x M, policy and expert format is fastest here
-depends on the routing, the CPU and the bus at once.
-
-Many cache settings on one trace: a row of figures for each, on all cores of this machine."""
+`sweep` replays every N x M x policy on all cores of this machine. `choose_cache` and `tune` look
+for the fastest in a memory budget. They ask the simulator, not a rule: which N x M, policy and
+expert format is fastest depends on the routing, the CPU and the bus at once.
+"""
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from moe_offload.errors import UserError
@@ -24,16 +22,13 @@ from moe_offload.simulation.replay import (
     Replay,
     Timeline,
     bound_us,
-    distinct_experts,
     most_hits,
     replay,
 )
-from moe_offload.simulation.traces import N_IDS, RoutingPass, Trace, collected
+from moe_offload.simulation.traces import N_IDS, Routing, RoutingPass, Trace
 from moe_offload.simulation.workload import typical_workload
 
 BELADY = "BELADY"
-# Okabe and Ito's palette, told apart with every kind of colour vision.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,8 @@ class SweepRow:
 
     `hit_expert` and `bound_bypass`, the rate that no policy can exceed, count an expert once in a
     pass, however many tokens of a batch chose it; so does `all_hits`, in percent of every layer's
-    experts, cached or not. Times are 0 without a cost model.
+    experts, cached or not. `fits` says whether the GPU holds so many slots. The speeds are None
+    where it does not, and all three without a machine.
     """
 
     n_indexes: int
@@ -66,23 +62,19 @@ class SweepRow:
     all_hits: float
     fetches: int
     evictions: int
-    tokens_per_s: float
-    bound_tokens_per_s: float
+    tokens_per_s: float | None
+    bound_tokens_per_s: float | None
     synthetic: bool
+    fits: bool | None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A replay, the optimum beside it, and the modelled time of its decode.
-
-    `n_chosen` counts the experts of every decode pass and layer, cached or not, each once.
-    """
+    """A replay and the optimum beside it; times and speeds are 0 without a cost model."""
 
     replay: Replay
     most_hits: int
-    n_chosen: int
     busy: Busy
-    tokens_per_s: float = 0.0
     bound_tokens_per_s: float = 0.0
 
 
@@ -91,32 +83,26 @@ def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) 
     cache = ExpertCache(setting.n_indexes, setting.n_ways, _policy(setting.policy, trace))
     timeline = Timeline(costs) if costs is not None else None
     result = replay(trace.passes, cache, setting.quota, timeline)
-    best = most_hits(trace.packed, cache.n_indexes, setting.n_ways)
-    n_chosen = sum(
-        len(distinct_experts(tokens))
-        for one in trace.passes
-        if one.phase == "decode"
-        for tokens in one.ids
-    )
-    if timeline is None or costs is None or not result.decode_us:
-        return Outcome(result, best, n_chosen, Busy())
+    best = most_hits(trace.passes, cache.n_indexes, setting.n_ways)
+    if timeline is None or costs is None:
+        return Outcome(result, best, Busy())
     n = result.n_decode_passes
-    least_us = n * bound_us(costs, trace.n_layers, best / n, (n_chosen - best) / n)
-    return Outcome(
-        result,
-        best,
-        n_chosen,
-        timeline.busy,
-        tokens_per_s=result.n_decode_tokens / result.decode_us * 1e6,
-        bound_tokens_per_s=result.n_decode_tokens / least_us * 1e6,
-    )
+    least_us = n * bound_us(costs, trace.n_layers, best / n, (trace.n_chosen - best) / n)
+    return Outcome(result, best, timeline.busy, result.n_decode_tokens / least_us * 1e6)
 
 
 def sweep(
-    trace: Trace, settings: Sequence[Setting], costs: CostModel | None = None, processes: int = 1
+    trace: Trace,
+    settings: Sequence[Setting],
+    costs: CostModel | None = None,
+    processes: int = 1,
+    cache_bytes: float = 0.0,
 ) -> list[SweepRow]:
-    """Run every setting, on so many processes; the rows keep the settings' order."""
-    row = partial(_row, trace, costs)
+    """Run every setting, on so many processes; the rows keep the settings' order.
+
+    `cache_bytes` is what the GPU has for slots, where `costs` are given.
+    """
+    row = partial(_row, trace, costs, cache_bytes)
     if processes <= 1 or len(settings) < 2 * processes:
         return [row(setting) for setting in settings]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -135,45 +121,6 @@ def grid(trace: Trace, policies: Iterable[str] = ()) -> list[Setting]:
     ]
 
 
-def write_rows(path: Path, rows: Sequence[SweepRow]) -> None:
-    """Write a sweep as CSV; raises UserError where the file cannot be written."""
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in fields(SweepRow)])
-            for row in rows:
-                values = (f"{v:.4f}" if isinstance(v, float) else v for v in astuple(row))
-                writer.writerow(values)
-    except OSError as error:
-        raise UserError(f"expected to write {path}, found {error}; choose another folder") from None
-
-
-def draw_rows(path: Path, rows: Sequence[SweepRow], title: str) -> None:
-    """Draw hit rate over ways, one line for each policy, at the sweep's largest N."""
-    import matplotlib  # a second of import that only figures need
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    widest = max(row.n_indexes for row in rows)
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    shown = [row for row in rows if row.n_indexes == widest]
-    policies = dict.fromkeys(row.policy for row in shown)
-    for policy, marker, colour in zip(policies, "os^Dvx*", _COLOURS, strict=False):
-        points = sorted((row.n_ways, row.hit_expert) for row in shown if row.policy == policy)
-        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=policy)
-    bound = sorted({(row.n_ways, row.bound_bypass) for row in shown})
-    axes.plot(*zip(*bound, strict=True), "k--", label="optimum with bypass")
-    axes.set_xscale("log", base=2)
-    ways = [row.n_ways for row in shown]
-    axes.set_xticks(sorted(set(ways)), [str(n) for n in sorted(set(ways))])
-    axes.set(xlabel="ways M", ylabel="experts hit in decode (%)", ylim=(0, 100), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def share_one_index(trace: Trace) -> Trace:
     """The same routing for one index that all layers share, as other tools cache.
 
@@ -183,7 +130,7 @@ def share_one_index(trace: Trace) -> Trace:
     if trace.n_layers * E > N_IDS:
         raise UserError(f"--one-index numbers up to {N_IDS} experts, found {trace.n_layers} x {E}")
     info = replace(trace.info, n_layers=1, n_experts=trace.n_layers * E)
-    return Trace(info, collected(_layer_by_layer(trace)))
+    return Trace(info, Routing(_layer_by_layer(trace)))
 
 
 def _layer_by_layer(trace: Trace) -> Iterator[RoutingPass]:
@@ -193,32 +140,33 @@ def _layer_by_layer(trace: Trace) -> Iterator[RoutingPass]:
             first = layer * E
             shifted = tuple(tuple(first + expert for expert in token) for token in tokens)
             yield RoutingPass(one.phase, (shifted,), one.prompt)
-        for layer, seen in enumerate(one.seen):
-            pairs = tuple((layer * E + expert, n) for expert, n in seen)
-            yield RoutingPass(one.phase, (), one.prompt, seen=(pairs,))
 
 
 def _policy(name: str, trace: Trace) -> ReplacementPolicy:
-    return Belady(trace.packed) if name == BELADY else make_policy(name)
+    return Belady(trace.passes) if name == BELADY else make_policy(name)
 
 
-def _row(trace: Trace, costs: CostModel | None, setting: Setting) -> SweepRow:
+def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Setting) -> SweepRow:
+    slots = setting.n_indexes * setting.n_ways
+    fits = None if costs is None else slots * costs.block_bytes <= cache_bytes
     outcome = run_setting(trace, setting, costs)
-    decode = outcome.replay.decode
-    one, two, _ = decode.rates()
+    result = outcome.replay
     return SweepRow(
-        **{name: value for name, value in asdict(setting).items() if name != "quota"},
-        slots=setting.n_indexes * setting.n_ways,
-        hit_one=one,
-        hit_two=two,
-        hit_expert=decode.distinct_percent,
-        bound_bypass=100 * outcome.most_hits / max(decode.experts, 1),
-        all_hits=100 * decode.expert_hits / outcome.n_chosen,
-        fetches=outcome.replay.fetches,
-        evictions=outcome.replay.evictions,
-        tokens_per_s=outcome.tokens_per_s,
-        bound_tokens_per_s=outcome.bound_tokens_per_s,
+        setting.n_indexes,
+        setting.n_ways,
+        setting.policy,
+        slots=slots,
+        hit_one=result.decode.at_least_one_percent,
+        hit_two=result.decode.at_least_two_percent,
+        hit_expert=result.found_percent,
+        bound_bypass=100 * outcome.most_hits / max(result.looked_up, 1),
+        all_hits=100 * result.found / trace.n_chosen,
+        fetches=result.fetches,
+        evictions=result.evictions,
+        tokens_per_s=result.tokens_per_s if fits else None,
+        bound_tokens_per_s=outcome.bound_tokens_per_s if fits else None,
         synthetic=trace.info.synthetic,
+        fits=fits,
     )
 
 
@@ -287,7 +235,7 @@ def choose_cache(
     n_slots = min(free_bytes // block_bytes, n_layers * n_experts)
     if trace is None:
         synthetic = typical_workload(n_layers, n_experts, top_k)
-        passes = synthetic.generate(SEARCH_TOKENS, 0, PROMPT_TOKENS).passes
+        passes = list(synthetic.generate(SEARCH_TOKENS, 0, PROMPT_TOKENS).passes)
         source = "synthetic routing of this shape"
     else:
         passes = first_tokens(trace, SEARCH_TOKENS)
@@ -370,7 +318,7 @@ def layouts(n_slots: int, n_layers: int, n_experts: int) -> Iterator[tuple[int, 
         n_ways = min(n_experts, n_ways + max(1, n_ways // 4))
 
 
-def first_tokens(trace: Trace, n_tokens: int) -> tuple[RoutingPass, ...]:
+def first_tokens(trace: Trace, n_tokens: int) -> list[RoutingPass]:
     """The passes of a trace up to its `n_tokens`th decode pass."""
     kept, left = [], n_tokens
     for one in trace.passes:
@@ -378,14 +326,13 @@ def first_tokens(trace: Trace, n_tokens: int) -> tuple[RoutingPass, ...]:
         left -= one.phase == "decode"
         if not left:
             break
-    return tuple(kept)
+    return kept
 
 
-def _speeds(passes: Iterable[RoutingPass], costs: CostModel) -> Callable[[int, int, str], float]:
+def _speeds(passes: list[RoutingPass], costs: CostModel) -> Callable[[int, int, str], float]:
     def tokens_per_s(n_indexes: int, n_ways: int, policy: str) -> float:
         cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
-        result = replay(passes, cache, timeline=Timeline(costs))
-        return result.n_decode_tokens / result.decode_us * 1e6
+        return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s
 
     return tokens_per_s
 

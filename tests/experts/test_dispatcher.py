@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moe_offload.checkpoint.block import Activation, block_layout
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, SlotState, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.fetcher import ExpertFetcher, HostFetcher, make_fetcher
@@ -292,6 +292,39 @@ def test_memory_that_is_not_pinned_is_copied_only_where_a_layer_waits_for_it(
     run.accelerator.close()
     assert held == ({0} if miss_policy == "cpu" else {0, 1, 2})
     assert run.model.wrong_layers == 0
+
+
+@pytest.mark.parametrize("where", ["admitted", "issued", "launched"])
+def test_a_ctrl_c_leaves_no_slot_in_flight_and_no_wrong_layer(monkeypatch, where, capsys):
+    run = Run(before_compute=lambda n_pairs: time.sleep(0.001))
+    run.steps_without_close(5)
+    # Between the directory and the copy; between the copy and its note; the same of a launch.
+    owner, name = {
+        "admitted": (run.accelerator, "fetch"),
+        "issued": (run.fetcher, "_enqueue"),
+        "launched": (run.fetcher, "mark_released"),
+    }[where]
+    real = getattr(run.fetcher if where != "admitted" else run.accelerator, name)
+
+    def interrupted(*arguments):
+        if where != "admitted":
+            real(*arguments)
+        monkeypatch.setattr(owner, name, real)
+        raise KeyboardInterrupt
+
+    for _ in range(8):
+        monkeypatch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.steps_without_close(40)
+    run.steps_without_close(20)
+    with run.accelerator.lending_slots():  # every copy has been heard of
+        pass
+    states = {run.cache.state(slot) for slot in range(run.cache.n_slots)}
+    run.steps_without_close(20)
+    run.accelerator.close()
+    assert SlotState.IN_FLIGHT not in states and SlotState.READY in states
+    assert run.model.wrong_layers == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_that_nobody_closed_leaves_no_thread():

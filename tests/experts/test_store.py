@@ -133,11 +133,14 @@ def test_staging_memory_that_cannot_be_pinned_is_pageable(monkeypatch, capsys):
         return empty(*size, **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(torch, "empty", refuses)
-    result = HostHandoff().result(3, 5, torch.device("cuda"))
+    handoff = HostHandoff()
+    result = handoff.result(3, 5, torch.device("cuda"))
     assert result.shape == (3, 5) and result.dtype == torch.float32
+    assert not handoff.is_mapped  # no kernel may read it
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("warning: no memory could be pinned to hand layers over (CUDA error: o")
-    assert layer_module._staging(7, torch.uint8).shape == (7,)
+    memory, is_pinned = layer_module._staging(7, torch.uint8)
+    assert (memory.shape, is_pinned) == ((7,), False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from emulated_cuda import DeviceSlots, EmulatedCuda
+from emulated_cuda import DeviceMemory, DeviceSlots, EmulatedCuda
 from torch import Tensor
 
 from moe_offload.experts.fetcher import (
@@ -23,7 +23,7 @@ from moe_offload.experts.fetcher import (
     HostFetcher,
     make_fetcher,
 )
-from moe_offload.machine.streams import HostStream
+from moe_offload.machine.streams import HostEvent, HostStream
 
 BLOCK_BYTES = 4096
 CUDA = [
@@ -208,6 +208,72 @@ def test_the_emulated_link_copies_every_chunk(monkeypatch):
     fetcher.close()
 
 
+# --- one copy engine for a direction --------------------------------------------------------------
+
+
+def order_of_copies(n_blocks: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The slots in the order in which their parts are copied, and -1: something small that the
+    compute stream sends while the first part is on its way and all the others are queued."""
+    monkeypatch.setattr("moe_offload.experts.fetcher._CUDA_CHUNK_BYTES", chunk_bytes)
+    gate, order = threading.Event(), []
+
+    def copies(slot: int) -> None:
+        if not order:
+            assert gate.wait(20)
+        order.append(slot)
+
+    slots, small = empty_slots(n_blocks), torch.zeros(8, dtype=torch.uint8)
+    cuda = EmulatedCuda(before_copy=copies)
+    fetcher = CudaFetcher(DeviceSlots(slots, cuda), cuda)
+    for slot in range(n_blocks):
+        fetcher.fetch(slot, block(slot + 1))
+    cuda.engine.wait_for_askers(1)
+    DeviceMemory(small, cuda).copy_(torch.ones_like(small), non_blocking=True)
+    cuda.engine.wait_for_askers(2)
+    gate.set()
+    cuda.compute.synchronize()
+    fetcher.drain()
+    fetcher.close()
+    cuda.close()
+    assert (small == 1).all()
+    assert all((slots[slot] == slot + 1).all() for slot in range(n_blocks))
+    return order
+
+
+def test_whole_experts_hold_up_whatever_else_is_copied(monkeypatch):
+    """What the engine of the emulation is for; a card's copies waited 12 ms for such a queue."""
+    assert order_of_copies(3, 4 * BLOCK_BYTES, monkeypatch) == [0, 1, 2, -1]
+
+
+@pytest.mark.parametrize(("chunk_bytes", "n_parts"), [(BLOCK_BYTES, 1), (BLOCK_BYTES // 4, 4)])
+def test_a_copy_waits_for_one_chunk_of_experts_at_most(monkeypatch, chunk_bytes, n_parts):
+    order = order_of_copies(3, chunk_bytes, monkeypatch)
+    assert order.index(-1) == 1
+    assert sorted(order) == [-1, *(slot for slot in range(3) for _ in range(n_parts))]
+
+
+def test_a_chunk_that_is_no_divisor_copies_everything(monkeypatch):
+    order = order_of_copies(2, 1000, monkeypatch)  # a block has 4096 bytes
+    assert [slot for slot in order if slot >= 0] == [0] * 5 + [1] * 5
+
+
+def test_what_a_kernel_reads_from_host_memory_waits_for_no_copy():
+    """So the CPU's sum is combined while every queued expert is still to come."""
+    gate = threading.Event()
+    cuda = EmulatedCuda(before_copy=lambda slot: gate.wait())
+    fetcher = CudaFetcher(DeviceSlots(empty_slots(3), cuda), cuda)
+    for slot in range(3):
+        fetcher.fetch(slot, block(1))
+    on_host, out = torch.full((8,), 2.0), torch.zeros(8)
+    cuda.compute.submit(lambda: out.copy_(on_host))  # a kernel's work: no copy command
+    cuda.compute.synchronize()
+    assert fetcher.poll() == [] and (out == 2).all()
+    gate.set()
+    assert len(fetcher.drain()) == 3
+    fetcher.close()
+    cuda.close()
+
+
 # --- shutdown -------------------------------------------------------------------------------------
 
 
@@ -238,7 +304,9 @@ def test_close_does_not_wait_for_a_reader_that_never_ends():
     slots, gate, accelerator = empty_slots(1), threading.Event(), HostStream("reader")
     fetcher = HostFetcher(slots)
     accelerator.submit(gate.wait)
-    fetcher.mark_released([0], accelerator)
+    read = HostEvent()
+    read.record(accelerator)
+    fetcher.mark_released([0], read)
     fetcher.fetch(0, block(7))
     fetcher.close()
     assert (slots[0] == 0).all(), "a cancelled copy overwrote what is being read"
@@ -327,7 +395,9 @@ class Rig:
 
         self.fetcher.wait_ready([slot], self.accelerator)
         self.accelerator.submit(compute)
-        self.fetcher.mark_released([slot], self.accelerator)
+        read = self.fetcher._new_event(timed=False)
+        read.record(self.accelerator)
+        self.fetcher.mark_released([slot], read)
 
     def close(self) -> None:
         self.accelerator.synchronize()

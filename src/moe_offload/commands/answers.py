@@ -1,0 +1,221 @@
+"""The file of answers, `--responses-jsonl`: what is finished is never lost, and is not done twice.
+
+A line for each prompt, written when its answer is finished:
+index, id (where the prompt has one), prompt or messages, response, stop, prompt_tokens,
+generated_tokens, prefill_s, decode_s, and settings: all that the answer depends on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.commands.prompts import Prompt
+from moe_offload.config import Config
+from moe_offload.errors import UserError
+
+
+class Answers:
+    """An answers file that no other run can write, until it is closed.
+
+    An existing file is taken only to `resume` it: its finished answers stay as they are, and what
+    follows the last of them (an interrupted answer, half a line) goes when the next is written.
+    UserError for a file that has answers otherwise, that another run is writing, or that is no
+    file of answers. A device or a pipe is written as it is.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        self._settings = {"model": _model_name(config), "raw": config.prompts.raw}
+        self._lines: list[dict[str, Any]] = []
+        self._was_there = path.exists() or path.is_symlink()
+        self._is_file = not path.exists() or path.is_file()
+        try:
+            self._handle = _locked(path) if self._is_file else _device(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            if self._is_file and os.fstat(self._handle).st_size:
+                if not config.output.resume:
+                    raise UserError(
+                        f"{path} holds answers already: go on with them by --resume, or name "
+                        "another file with --responses-jsonl"
+                    )
+                self._end = self._read()
+            else:
+                self._end = 0
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def n_before(self) -> int:
+        """How many finished answers the file had when it was opened."""
+        return len(self._lines)
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self) -> int:
+        """Take in the finished answers; returns where the last of them ends."""
+        end = place = 0
+        faulty = ""
+        with os.fdopen(os.dup(self._handle), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                place += len(line)
+                if faulty:
+                    raise UserError(f"{faulty}: mend or remove it, or name another file")
+                answer = _answer(line)
+                if answer is None:  # half a line, if it is the last
+                    faulty = f"line {number} of {self.path} is no answer of a run"
+                elif answer["stop"] != "interrupted":
+                    self._lines.append(answer)
+                    end = place
+        return end
+
+    def settings(self, prompt: Prompt) -> dict[str, Any]:
+        """All that the answer to `prompt` depends on besides its text."""
+        options = asdict(prompt.options)
+        del options["batch_size"]
+        return self._settings | options | {"stop": list(prompt.options.stop)}
+
+    def unanswered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that have no finished answer yet: told apart by id, else by their number.
+
+        UserError where an answer is to another prompt, or was made with other settings.
+        """
+        answers: dict[object, list[dict[str, Any]]] = {}
+        for line in self._lines:
+            answers.setdefault(_key(line.get("id"), line["index"]), []).append(line)
+        left = []
+        for prompt in prompts:
+            of_prompt = answers.get(_key(prompt.id, prompt.index))
+            if not of_prompt:
+                left.append(prompt)
+                continue
+            self._require_same(of_prompt.pop(0), prompt)
+        for lines in answers.values():
+            for line in lines:
+                raise UserError(
+                    f"{self.path} holds an answer to a prompt that is not among these (index "
+                    f"{line['index']}): --resume needs the same prompts, or name another file"
+                )
+        return left
+
+    def _require_same(self, line: dict[str, Any], prompt: Prompt) -> None:
+        if any(line.get(key) != value for key, value in _source(prompt).items()):
+            raise UserError(
+                f"{self.path} holds an answer to another prompt than that of {prompt.name}: "
+                "--resume needs the same prompts, or name another file"
+            )
+        before = line.get("settings")
+        before = before if isinstance(before, dict) else {}
+        for name, value in self.settings(prompt).items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{self.path} was answered with {name} {json.dumps(before.get(name))}, now it "
+                    f"is {json.dumps(value)}: --resume needs the same settings, or name another "
+                    "file"
+                )
+
+    def write(self, prompt: Prompt, facts: dict[str, Any]) -> None:
+        """Append a line; it is whole on disk, or UserError says why it is not there at all."""
+        line = {"index": prompt.index} | ({} if prompt.id is None else {"id": prompt.id})
+        line |= _source(prompt) | facts | {"settings": self.settings(prompt)}
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        try:
+            if self._is_file:
+                os.ftruncate(self._handle, self._end)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                if self._is_file:
+                    os.ftruncate(self._handle, self._end)
+            room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise UserError(
+                f"cannot write the answer to {prompt.name} to {self.path}: {error.strerror}; "
+                f"{room}go on with --resume"
+            ) from error
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Give the file up; one that was not there before and got no answer is removed."""
+        if self._handle < 0:
+            return
+        if not self._was_there and not os.fstat(self._handle).st_size:
+            with suppress(OSError):
+                self.path.unlink()
+        os.close(self._handle)
+        self._handle = -1
+
+
+def _locked(path: Path) -> int:
+    """The file, opened and locked; UserError where another run has it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"another run is writing {path}: wait for its end, or name another file"
+            ) from None
+        except OSError:  # a file system without locks
+            return handle
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)  # removed by its owner between the two calls
+
+
+def _device(path: Path) -> int:
+    """A device or a pipe, opened; OSError for a pipe without a reader, which would wait for one."""
+    handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    return handle
+
+
+def _answer(line: bytes) -> dict[str, Any] | None:
+    """The answer that a line holds, None for what is not a whole one."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not (line.endswith(b"\n") and isinstance(found, dict)):
+        return None
+    is_answer = type(found.get("index")) is int and isinstance(found.get("stop"), str)
+    return found if is_answer and isinstance(found.get("response"), str) else None
+
+
+def _key(name: object, index: int) -> object:
+    return index if name is None else ("id", repr(name))
+
+
+def _source(prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt.text, str):
+        return {"prompt": prompt.text}
+    return {"messages": list(prompt.text)}
+
+
+def _model_name(config: Config) -> str:
+    """Which weights answer: the folder's name and what its manifest says of its bytes."""
+    options = config.model
+    if options.model_path is None:
+        layers = "all" if options.dummy_layers is None else options.dummy_layers
+        return f"random weights of {options.dummy_shape}, {layers} layers, {options.dummy_format}"
+    manifest = (options.model_path / MANIFEST_NAME).read_bytes()
+    return f"{options.model_path.resolve().name} {hashlib.sha256(manifest).hexdigest()[:12]}"

@@ -1,0 +1,253 @@
+"""The prompts of a run: of the command line, of standard input, or of the lines of a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from moe_offload.config import GenerationOptions, PromptOptions
+from moe_offload.errors import UserError
+from moe_offload.machine.terminal import say
+
+Messages = tuple[dict[str, str], ...]  # of a chat: each a role and its content
+
+_LARGEST_FILE_BYTES: Final = 64 << 20  # a million long prompts; more is a wrong file
+_TOLD: Final = 10  # so many lines that are left out are told of one by one
+_ROLES: Final = ("system", "user", "assistant")
+# What a line of JSON may say besides its prompt: the kinds, and the field of GenerationOptions.
+_SETTINGS: Final[dict[str, tuple[type, ...]]] = {
+    "max_tokens": (int,),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "top_k": (int,),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
+    "seed": (int,),
+    "stop": (str, list),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, how it is to be answered, and where it comes from.
+
+    `text` is a prompt, or the messages of a chat. `index` counts the prompts of the run from 0.
+    `name` is what messages call it: its line of the file.
+    """
+
+    index: int
+    text: str | Messages
+    options: GenerationOptions
+    id: str | int | None = None
+    name: str = "the prompt"
+
+    @property
+    def shown(self) -> str:
+        """What a person sees of it: of a chat its last message."""
+        return self.text if isinstance(self.text, str) else self.text[-1]["content"]
+
+
+class LeftOut:
+    """The prompts of a file that cannot be answered: each is told of, and the others are run."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.reasons: list[str] = []
+
+    def add(self, error: UserError) -> None:
+        """Raises it where there is no file, and so no other prompt."""
+        if self.path is None:
+            raise error
+        if str(error) not in self.reasons:  # of a file that is run several times over
+            self.reasons.append(str(error))
+            if len(self.reasons) <= _TOLD:
+                say(f"left out: {error}")
+
+    def require_some(self, prompts: Sequence[Prompt]) -> None:
+        """UserError, with the first reason, where nothing is left to run."""
+        if not prompts and self.reasons:
+            raise UserError(self.reasons[0])
+
+    def notes(self) -> list[str]:
+        """Lines for the summary."""
+        n_more = len(self.reasons) - _TOLD
+        notes = [f"left out: {reason}" for reason in self.reasons[:_TOLD]]
+        return notes + ([f"left out: {n_more} more lines"] if n_more > 0 else [])
+
+
+def read_prompts(
+    options: PromptOptions, generation: GenerationOptions
+) -> tuple[list[Prompt], LeftOut]:
+    """The prompts to run, in order; more than the file has cycles through it.
+
+    A file's line ends at a line feed, a carriage return or both, and keeps its spaces; lines
+    without text are skipped. Of a file called *.jsonl each line is an object (docs: README). A line
+    that cannot be used is left out. UserError for an empty prompt, and for a file that is missing,
+    empty, binary or too large to be a list of prompts.
+    """
+    left_out = LeftOut(options.path)
+    if options.path is None:
+        text = _standard_input() if options.prompt == "-" else options.prompt or ""
+        if not text.strip():
+            raise UserError("the prompt is empty: give --prompt some text")
+        found: Sequence[Prompt | None] = [Prompt(0, text, generation)]
+    elif options.path.suffix == ".jsonl":
+        found = list(_json_prompts(options.path, generation, left_out))
+    else:
+        lines = _lines(options.path)
+        found = [Prompt(0, text, generation, None, name) for name, text in lines]
+    n_prompts = options.n_prompts or len(found)
+    prompts = []
+    for index in range(n_prompts):
+        prompt = found[index % len(found)]
+        if prompt is not None:  # else it is left out, and keeps its number
+            prompts.append(replace(prompt, index=index, text=_chat(prompt.text, options.system)))
+    left_out.require_some(prompts)
+    return prompts, left_out
+
+
+def _chat(text: str | Messages, system: str | None) -> str | Messages:
+    if system is None:
+        return text
+    if isinstance(text, str):
+        text = ({"role": "user", "content": text},)
+    # A chat that has a system message of its own keeps it.
+    return text if text[0]["role"] == "system" else ({"role": "system", "content": system}, *text)
+
+
+def _standard_input() -> str:
+    data = sys.stdin.buffer.read(_LARGEST_FILE_BYTES + 1)
+    if len(data) > _LARGEST_FILE_BYTES:
+        raise UserError("standard input has more than 64 MiB: that is no prompt")
+    return _decoded(data, "standard input").removesuffix("\n")
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """The names of the lines that have text, and their texts."""
+    try:
+        if not path.is_file() and path.exists():
+            raise UserError(f"{path} is not a file: expected one of prompts, one per line")
+        size = path.stat().st_size
+        if size > _LARGEST_FILE_BYTES:
+            raise UserError(
+                f"{path} has {size / 1e6:.0f} MB, expected a text file of prompts of at most "
+                f"{_LARGEST_FILE_BYTES / 1e6:.0f} MB: split it"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    text = _decoded(data, str(path))
+    if "\0" in text:
+        raise UserError(f"{path} is a binary file: expected text, one prompt per line")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    found = [
+        (f"line {number} of {path}", line)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise UserError(f"{path} holds no prompt: expected one per line")
+    return found
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name} is not a UTF-8 text file (byte {error.start}, in line {line}): expected one "
+            "prompt per line; convert it to UTF-8"
+        ) from error
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which bytes that are no UTF-8 and JSON escapes give."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _json_prompts(
+    path: Path, generation: GenerationOptions, left_out: LeftOut
+) -> Iterator[Prompt | None]:
+    """A prompt for each line of JSON; None for one that is left out."""
+    lines_of_ids: dict[str, str] = {}
+    for name, line in _lines(path):
+        try:
+            prompt = _json_prompt(line, name, generation)
+            first = name if prompt.id is None else lines_of_ids.setdefault(repr(prompt.id), name)
+            if first != name:
+                raise UserError(f"has the id {prompt.id!r} of {first}: ids must differ")
+            yield prompt
+        except UserError as error:
+            left_out.add(UserError(f"{name} {error}"))
+            yield None
+
+
+def _json_prompt(line: str, line_name: str, generation: GenerationOptions) -> Prompt:
+    """The prompt of a line; UserError, to be read after the line's name, for what is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"is {type(found).__name__}, expected an object with a prompt or messages")
+    known = {"prompt", "messages", "id", *_SETTINGS}
+    if unknown := sorted(found.keys() - known):
+        raise UserError(
+            f"has the unknown field {unknown[0]!r}: known are {', '.join(sorted(known))}"
+        )
+    if ("prompt" in found) == ("messages" in found):
+        raise UserError("needs a prompt or messages, and not both")
+    text = _text(found["prompt"]) if "prompt" in found else _messages(found["messages"])
+    name = found.get("id")
+    if name is not None and (isinstance(name, bool) or not isinstance(name, (str, int))):
+        raise UserError(f"has the id {name!r}: expected a text or a whole number")
+    return Prompt(0, text, _own_options(found, generation), name, line_name)
+
+
+def _own_options(found: dict[str, Any], generation: GenerationOptions) -> GenerationOptions:
+    settings: dict[str, Any] = {}
+    for key, kinds in _SETTINGS.items():
+        value = found.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            words = " or ".join(
+                {"list": "list of texts"}.get(k.__name__, k.__name__) for k in kinds
+            )
+            raise UserError(f"has {value!r} as {key}: expected {words}")
+        settings[key] = value
+    if "stop" in settings:
+        stop = settings["stop"]
+        settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    try:
+        return replace(generation, **settings)
+    except UserError as error:
+        raise UserError(f"has other settings than can be: {error}") from error
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(
+            "has an empty prompt" if value == "" else f"has no text as prompt: {value!r}"
+        )
+    if not _is_unicode(value) or "\0" in value:
+        raise UserError("has text that is not Unicode")
+    return value
+
+
+def _messages(value: object) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise UserError("has no messages: expected a list of objects with role and content")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise UserError("has a message that is not an object with role and content alone")
+        if message["role"] not in _ROLES:
+            raise UserError(f"has a message of role {message['role']!r}, expected {_ROLES}")
+        messages.append({"role": str(message["role"]), "content": _text(message["content"])})
+    return tuple(messages)

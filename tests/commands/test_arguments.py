@@ -1,0 +1,83 @@
+"""The command line is made from the fields of the configuration."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from moe_offload.commands.arguments import build_parser, parse, parse_config, parse_cpu_list
+from moe_offload.config import Config, options_of
+from moe_offload.errors import UserError
+
+RUN = ["--model-path", "m", "--prompt", "x", "--max-tokens", "4"]
+
+
+def test_every_field_has_one_flag() -> None:
+    kinds = get_type_hints(Config).values()
+    flags = Counter(one.flag.name for kind in kinds for one in options_of(kind) if one.flag.help)
+    assert set(flags.values()) == {1}
+    # The cache's seed is the one of the sampling.
+    assert sum(len(fields(kind)) for kind in kinds) == len(flags) + 1
+    parsed = {string for action in build_parser()._actions for string in action.option_strings}
+    others = {"-h", "--help", "--show-calibration", "--debug", "--version"}
+    assert parsed == flags.keys() | others
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    config = parse_config(parse(RUN))
+    for part in fields(config):
+        options = getattr(config, part.name)
+        given = {"model_path", "prompt", "max_tokens"}
+        for one in options_of(type(options)):
+            assert (getattr(options, one.field) == one.default) == (one.field not in given)
+
+
+def test_every_kind_of_flag_is_read() -> None:
+    config = parse_config(
+        parse(
+            [
+                *(*RUN, "--cache-replace-policy", "lfru", "--seed", "7", "--temperature", "0.5"),
+                *("--cpu-affinity", "0-2,5", "--no-record", "--verify", "--stop", "a"),
+                *("--stop", "b", "--responses-jsonl", "r", "--device", "cpu"),
+            ]
+        )
+    )
+    assert config.model.model_path == Path("m")
+    assert (config.model.device, config.model.verify) == ("cpu", True)
+    assert config.model.cpu_affinity == (0, 1, 2, 5)
+    assert (config.cache.policy, config.cache.seed, config.generation.seed) == ("LFRU", 7, 7)
+    assert (config.generation.temperature, config.generation.stop) == (0.5, ("a", "b"))
+    assert (config.output.record, config.output.responses_jsonl) == (False, Path("r"))
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "0-99999999999", "-1", "1,,2"])
+def test_what_is_no_list_of_cpus(text: str) -> None:
+    with pytest.raises(UserError, match="such as 0-7,16"):
+        parse_cpu_list(text)
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--stop", "--system"])
+def test_a_text_is_utf_8_in_any_locale(flag: str) -> None:
+    field = flag.removeprefix("--")
+    in_ascii = "\u00e7a va".encode().decode("ascii", "surrogateescape")
+    assert getattr(parse([flag, in_ascii]), field) in ("\u00e7a va", ["\u00e7a va"])
+    with pytest.raises(UserError, match=f"{flag}: expected UTF-8 text, found other bytes"):
+        parse([flag, b"caf\xe9".decode("ascii", "surrogateescape")])
+
+
+@pytest.mark.parametrize("program", ["main.py", "moe-run"])
+def test_help_calls_the_program_as_it_was_started(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/bin/{program}"])
+    text = build_parser().format_help()
+    assert text.startswith(f"usage: {program} ")
+    installed = program == "moe-run"
+    assert ("  moe-run --model-path M --prompt" in text) == installed
+    assert ("python3 src/main.py --model-path M" in text) == (not installed)
+    assert ("moe-prepare has prepared" in text) == installed
