@@ -123,7 +123,7 @@ def test_slots_that_the_gpu_cannot_hold_are_refused(capsys, mixtral_file, hardwa
     assert "tokens/s" in out
     out = printed(capsys, mixtral_file, *flags[:-1], "8", "--cache-nblocks", "32", code=2)
     assert f"at most {n_slots} slots beside mixtral-8x7b's dense weights" in out
-    assert "found 256 of 90.2 GB; choose a smaller cache" in out
+    assert "found 256 of 90.2 GB; choose a smaller cache or a larger GPU" in out
     out = printed(capsys, mixtral_file, "--cache-nways", "8", "--cache-nblocks", "32")
     assert "256 slots" in out  # hits alone need no GPU
 
@@ -368,9 +368,11 @@ def test_the_papers_table_is_printed(capsys):
             "--memory-gb of at least 0, found -1",
         ),
         (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "nan"],
-         "--memory-gb of at most 1e+06, found nan"),
-        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "inf"],
-         "--memory-gb of at most 1e+06, found inf"),
+         "--memory-gb of at most 21.0914, found nan"),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "90"],
+         "--memory-gb of at most 21.0914, found 90"),  # 25.8 GB, but for dense weights and reserve
+        (["--paper", "--hardware", str(ROOT / "hardware" / "rtx4080.yaml")],
+         "found 56 of 19.7 GB; choose a smaller cache or a larger GPU"),
         (["TRACE", "--one-index", "--cache-nways", "-3"], "--cache-nways of at least 1, found -3"),
         (["--model", "olmoe-1b-7b", "--synthetic", "9" * 30], "expected --synthetic of at most"),
         (["--paper", "--hardware", HARDWARE, "--cores", "9" * 30], "expected --cores of at most"),

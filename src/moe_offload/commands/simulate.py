@@ -17,7 +17,7 @@ from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
 from moe_offload.machine.terminal import answer
 from moe_offload.simulation.machine_file import Machine, load_machine
-from moe_offload.simulation.paper import paper_table
+from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace, write_trace
@@ -132,7 +132,7 @@ def _check_range(flag: str, value: float, least: float, most: float = inf) -> No
     if value < least:
         raise UserError(f"expected {flag} of at least {least}, found {value:g}")
     if not value <= most:  # nor is not-a-number
-        raise UserError(f"expected {flag} of at most {most:g}, found {value:g}")
+        raise UserError(f"expected {flag} of at most {most:.6g}, found {value:g}")
 
 
 def cut_to_model(setting: Setting, trace: Trace) -> Setting:
@@ -154,7 +154,6 @@ def cut_to_model(setting: Setting, trace: Trace) -> Setting:
 DEFAULT_TOKENS = 256
 MOST_TOKENS = 20_000  # 8 million choices of 48 layers' top-8: no more is learnt from more
 MOST_CORES = 4096
-MOST_MEMORY_GB = 1e6
 GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
 
 
@@ -179,6 +178,8 @@ def run(options: argparse.Namespace) -> None:
     if options.paper:
         if machine is None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
+        for name, (n_indexes, n_ways) in CACHES.items():
+            _check_memory(Setting(n_indexes, n_ways, "LRU"), machine, load_shape(name), "bf16")
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -339,8 +340,8 @@ def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: 
         raise UserError(
             f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
             f"{shape.name}'s dense weights in the {machine.gpu_memory_gb:g} GB of {machine.name}, "
-            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache, "
-            "or leave --hardware out for the hits alone"
+            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache "
+            "or a larger GPU, or leave --hardware out for the hits alone"
         )
 
 
@@ -417,14 +418,14 @@ def _sweep(
 
 def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
     memory_bytes = _cache_bytes(machine, shape)
-    if options.memory_gb is not None:
-        _check_range("--memory-gb", options.memory_gb, 0, MOST_MEMORY_GB)
-        memory_bytes = options.memory_gb * 1e9
     if memory_bytes < 0:
         raise UserError(
             f"expected GPU memory for {shape.name}'s dense weights, found "
-            f"{machine.gpu_memory_gb:g} GB; give --memory-gb for the cache alone"
+            f"{machine.gpu_memory_gb:g} GB; give the hardware file of a larger GPU"
         )
+    if options.memory_gb is not None:
+        _check_range("--memory-gb", options.memory_gb, 0, memory_bytes / 1e9)
+        memory_bytes = options.memory_gb * 1e9
     costs = {name: machine.cost_model(shape, name) for name in FAST_FORMATS}
     print(f"on {machine.name}, {machine.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots")
     print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
