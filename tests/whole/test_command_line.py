@@ -345,9 +345,10 @@ def test_damaged_folders(model: Path, run_folder: Path, capsys: pytest.CaptureFi
 
     folder = _damaged(model, run_folder / "d")
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    dropped = manifest["dense"][0]["tensors"].pop()
+    manifest["dense"][0]["tensors"].pop()
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    assert dropped["name"] in refused(capsys, "--model-path", folder, *arguments)
+    message = refused(capsys, "--model-path", folder, *arguments)
+    assert f"{folder / MANIFEST_NAME} is damaged" in message
 
     folder = _damaged(model, run_folder / "e")
     (folder / "tokenizer.model").unlink()
