@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from moe_offload import VERSION
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
-from moe_offload.config import Config, ModelOptions
+from moe_offload.config import Config, GenerationOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.errors import UserError
@@ -82,6 +82,7 @@ def run(
         nvtx=config.output.nvtx,
         say=_unsaid if config.output.quiet else say,
     ) as engine:
+        engine.say = say  # what it finds while it runs is a warning
         if routing is not None:
             engine.dispatcher.forced_routing = routing
             engine.notes.append(
@@ -95,7 +96,9 @@ def run(
         if isinstance(source, PreparedModel):
             options = config.generation
             suggested = source.manifest.generation_config or {}
-            engine.notes += unused_suggestions(suggested, options.temperature, options.top_p)
+            engine.notes += unused_suggestions(
+                suggested, options.temperature, options.top_p, **_further(options)
+            )
             if not stop_ids(engine.model, tokenizer.eos_ids):
                 engine.notes.append(
                     "the model names no token that ends a text: every answer has --max-tokens"
@@ -149,8 +152,13 @@ def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Toke
     return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
 
 
+def _further(options: GenerationOptions) -> dict[str, float]:
+    """How tokens are chosen, besides temperature and top-p; by transformers' names."""
+    return {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
+
+
 def _unsaid(line: str) -> None:
-    """What --quiet says."""
+    """What --quiet says of memory."""
 
 
 def encode_prompts(
@@ -301,7 +309,11 @@ def run_prompts(
                 [ids for _, ids in batch],
                 max_tokens=options.max_tokens,
                 sampler=make_sampler(
-                    options.temperature, options.top_p, options.seed, engine.device
+                    options.temperature,
+                    options.top_p,
+                    options.seed,
+                    engine.device,
+                    **_further(options),
                 ),
                 eos_ids=eos_ids,
                 first_prompt=first,
