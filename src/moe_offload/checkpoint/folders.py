@@ -26,7 +26,7 @@ def require_prepared(folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(
                 f"expected a prepared model folder at {folder}, found "
-                f"{'a file' if folder.exists() else 'nothing'}; check the path"
+                f"{_what_else(folder, 'the path')}"
             )
         if not (folder / MANIFEST_NAME).exists():
             if not any((folder / name).exists() for name in CONFIGS):
@@ -43,15 +43,23 @@ def require_prepared(folder: Path) -> None:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
 
 
+def _what_else(path: Path, where: str) -> str:
+    """What there is in a folder's place, and what to do."""
+    if path.exists():
+        return f"a file; check {where}"
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return (
+            f"nothing; a model of the hub is downloaded first: hf download {path} --local-dir "
+            "FOLDER, and that folder prepared"
+        )
+    return f"nothing; check {where}"
+
+
 def require_source(folder: Path, hugging_face: bool) -> None:
     """UserError for a folder that is no checkpoint: Hugging Face's, or else Mistral's native."""
     if not folder.is_dir():
-        is_hub_name = re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
-        remedy = f"download it first: hf download {folder} --local-dir FOLDER"
         raise UserError(
-            f"expected a model folder at {folder}, found "
-            f"{'a file' if folder.exists() else 'nothing'}; "
-            + (remedy if is_hub_name else "check --input-path")
+            f"expected a model folder at {folder}, found {_what_else(folder, '--input-path')}"
         )
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         for pattern, what in _NO_CHECKPOINTS.items():

@@ -54,6 +54,7 @@ from moe_offload.model.loader import (
     build_skeleton,
     distinct_linears,
     find_moe_sites,
+    given_text_alone,
     install_experts,
     one_pass_at_a_time,
     onednn_linears,
@@ -297,7 +298,7 @@ def load_engine(
     fitted_cache(cache, source, [])  # refuse before loading what would be refused after
     if cache.trace is not None:
         read_trace(cache.trace)
-    notes: list[str] = []
+    notes = given_text_alone(source.config)
     model = build_skeleton(source.config, source.dtype, options.attention)
     source.check(model)
     sites = find_moe_sites(model, source.experts_paths)
