@@ -20,10 +20,15 @@ import torch
 import transformers
 from tiny_models import randomise
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe_offload.checkpoint.model_config import builder_of
 from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
 from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
@@ -245,8 +250,11 @@ def moe_types() -> list[str]:
     return sorted(found)
 
 
-# Models of images and text that transformers has no text model for.
-WRAPPERS = ("aria", "kimi_k25", "minimax_m3_vl", "nemotron_h_omni", "qwen3_vl_moe")
+# Models of images and text, of which transformers has a text model (Qwen's) or none.
+WRAPPERS = (
+    *("aria", "kimi_k25", "minimax_m3_vl", "nemotron_h_omni", "qwen3_5_moe", "qwen3_vl_moe"),
+    "qwen4_exp",
+)
 _IMAGE_PART = {
     **dict.fromkeys(("depth", "num_hidden_layers"), 1),
     **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
@@ -377,7 +385,9 @@ def examine(name: str, folder: Path) -> Row:
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = builder_of(config).from_config(config, dtype=torch.float32).eval()
+        takes_images = type(config) in AutoModelForImageTextToText._model_mapping
+        builder = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+        model = builder.from_config(config, dtype=torch.float32).eval()
     randomise(model, seed=0)
     hub = folder / "hub"
     model.save_pretrained(hub, save_original_format=True)
@@ -459,7 +469,7 @@ def main(names: Sequence[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = rows_of_the_page() if names else {}
-    for name in names or (*moe_types(), *WRAPPERS):
+    for name in names or sorted({*moe_types(), *WRAPPERS}):
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
         try:
             rows[name] = examine(name, folder).line()

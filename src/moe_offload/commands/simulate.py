@@ -15,7 +15,7 @@ from moe_offload.config import FAST_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
-from moe_offload.machine.terminal import answer
+from moe_offload.machine.terminal import answer, plain
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
@@ -248,11 +248,11 @@ def _print_trace(trace: Trace) -> None:
     info = trace.info
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
-        f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{trace.passes.n_decoded} decoded tokens"
+        f"{kind}: {plain(info.model)}, {info.n_layers} layers, top-{info.top_k} of "
+        f"{trace.n_experts}, {trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
-        print(f"note: {note}")
+        print(f"note: {plain(note)}")
     if any(one.phase == "prefill" and not one.ids for one in trace.passes):
         print(
             "note: the trace leaves prompts out: how they warmed the cache is not known and not "

@@ -62,14 +62,19 @@ class ForcedRouting:
                 f"the routing trace holds {info.top_k} of each token's {top_k} experts: the other "
                 f"{top_k - info.top_k} are drawn by how often it chooses each (seed {seed})"
             )
-        fill = _Fill(n_experts, top_k, torch.Generator().manual_seed(seed))
-        self._decoded = [_tensor(trace.passes.decoded(layer)) for layer in range(n_layers)]
-        self._prompt = [_tensor(trace.passes.prompted(layer)) for layer in range(n_layers)]
-        for layer, (prompt, decoded) in enumerate(zip(self._prompt, self._decoded, strict=True)):
-            counts = fill.counts(prompt, decoded)
-            self._decoded[layer] = fill.filled(decoded, counts)
+        generator = torch.Generator().manual_seed(seed)
+        self._decoded: list[Tensor] = []
+        self._prompt: list[Tensor] = []
+        for layer in range(n_layers):
+            decoded = _tensor(trace.passes.decoded(layer))
+            prompt = _tensor(trace.passes.prompted(layer))
+            seen = torch.cat([prompt, decoded]).flatten().int()
+            counts = torch.bincount(seen, minlength=n_experts) + 0.5  # half a time for the unseen
+            self._decoded.append(_filled(decoded, top_k, counts, generator))
             own = len(prompt) > 0
-            self._prompt[layer] = fill.filled(prompt, counts) if own else self._decoded[layer]
+            self._prompt.append(
+                _filled(prompt, top_k, counts, generator) if own else self._decoded[layer]
+            )
         self._next_token = 0
         self._decode = False
         self._n_tokens = 0
@@ -93,32 +98,17 @@ class ForcedRouting:
         return ids, torch.full_like(weights, 1 / index.shape[1])
 
 
-class _Fill:
-    """Completes tokens to `top_k` distinct experts of `n_experts`."""
-
-    def __init__(self, n_experts: int, top_k: int, generator: torch.Generator) -> None:
-        self._n_experts = n_experts
-        self._top_k = top_k
-        self._generator = generator
-
-    def counts(self, *parts: Tensor) -> Tensor:
-        """How often each expert is chosen, half a time more for the unseen: fp32 [E]."""
-        parts_counted = [
-            torch.bincount(p.flatten().int(), minlength=self._n_experts) for p in parts
-        ]
-        return torch.stack(parts_counted).sum(0).float() + 0.5
-
-    def filled(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """`tokens` [T, k] with the missing choices behind them, [T, top_k] of the same dtype."""
-        n_missing = self._top_k - tokens.shape[1]
-        if not n_missing:
-            return tokens
-        chunks = []
-        for chunk in tokens.split(_CHUNK_TOKENS):
-            weights = counts.repeat(len(chunk), 1).scatter_(1, chunk.long(), 0.0)
-            drawn = torch.multinomial(weights, n_missing, generator=self._generator)
-            chunks.append(torch.cat([chunk, drawn.to(tokens.dtype)], dim=1))
-        return torch.cat(chunks)
+def _filled(tokens: Tensor, top_k: int, counts: Tensor, generator: torch.Generator) -> Tensor:
+    """`tokens` [T, k] completed to `top_k` distinct experts, drawn by `counts` fp32 [E]."""
+    n_missing = top_k - tokens.shape[1]
+    if not n_missing:
+        return tokens
+    chunks = []
+    for chunk in tokens.split(_CHUNK_TOKENS):
+        weights = counts.repeat(len(chunk), 1).scatter_(1, chunk.long(), 0.0)
+        drawn = torch.multinomial(weights, n_missing, generator=generator)
+        chunks.append(torch.cat([chunk, drawn.to(tokens.dtype)], dim=1))
+    return torch.cat(chunks)
 
 
 def _tensor(ids: npt.NDArray[Any]) -> Tensor:

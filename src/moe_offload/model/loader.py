@@ -219,14 +219,8 @@ class PreparedModel:
         self.n_experts = [layer.n_experts for layer in manifest.moe_layers]
         self.n_stored_layers = len(self.layouts)
         self.dense_bytes = manifest.dense_bytes
-
-    @property
-    def weight_format(self) -> str:
-        return self.manifest.weight_format
-
-    @property
-    def dense_format(self) -> str:
-        return self.manifest.dense_format
+        self.weight_format = manifest.weight_format
+        self.dense_format = manifest.dense_format
 
     def check(self, model: PreTrainedModel) -> None:
         """UserError for a manifest that does not fit the model which its config builds."""
@@ -267,15 +261,16 @@ def finish_model(model: PreTrainedModel, device: torch.device) -> None:
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + ": prepare the model again with --force"
         )
+    tensor: Any
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
-            _mark_initialised(tensor)
+            tensor._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
     uninitialised = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                filler = torch.full_like(buffer, _filler(buffer.dtype), device=device)
-                module._buffers[name] = filler
+                filler = float("nan") if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, filler, device=device)
                 uninitialised.append((module, name))
     model.initialize_weights()
     for module, name in uninitialised:
@@ -304,15 +299,6 @@ def distinct_linears(linears: Iterable[CpuLinear]) -> list[CpuLinear]:
     for linear in linears:
         by_shape.setdefault((linear.out_features, linear.in_features), linear)
     return list(by_shape.values())
-
-
-def _filler(dtype: torch.dtype) -> float | int:
-    return float("nan") if dtype.is_floating_point else 0
-
-
-def _mark_initialised(tensor: Tensor) -> None:
-    flagged: Any = tensor
-    flagged._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
 
 
 def assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
