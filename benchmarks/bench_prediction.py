@@ -187,8 +187,8 @@ def compared(
         statistics.mean(one.decode_us / one.n_decode_passes / 1e6 for one in modelled),
         int(layers["hits"].sum() + layers["misses"].sum()),
         int(layers["hits"].sum()),
-        statistics.mean(one.decode.expert_hits for one in modelled),
-        statistics.mean(one.decode.expert_hits for one in on_run_clock),
+        statistics.mean(one.decode.hits for one in modelled),
+        statistics.mean(one.decode.hits for one in on_run_clock),
     )
 
 

@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python3 benchmarks/gpu_check.py [--json FILE]
 
-Runs the CUDA-marked tests, then builds models of Mixtral's, Phi-3.5-MoE's and Qwen3-30B's shapes
-with random weights in memory and measures decoding with each way to serve a miss. Caches are sized
-for a 24 GB card unless `--memory-gb` says otherwise.
+Runs the CUDA-marked tests, then builds models of Mixtral's (bf16, int4), Phi-3.5-MoE's (bf16) and
+Qwen3-30B's (int4) shapes with random weights in memory and measures decoding with each way to serve
+a miss and, with three of them, prompts of 512 and 4,096 tokens as far as time allows. Caches are
+sized for a 24 GB card unless `--memory-gb` says otherwise.
 
 The models have all their layers, so that speeds are the real model's, but host memory holds the
 experts of some only, at most 16 GB, which the other layers use again in turn: a machine of 32 GB
@@ -55,13 +56,19 @@ import yaml
 from moe_offload.simulation.shapes import SHAPES_FILE
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-SHAPES = ("mixtral-8x7b", "phi-3.5-moe", "qwen3-30b-a3b")
+Format = Literal["bf16", "int8", "int4"]
+
+# The most telling first: what is not reached in time is the least.
+MODELS: tuple[tuple[str, Format], ...] = (
+    ("mixtral-8x7b", "bf16"),
+    ("mixtral-8x7b", "int4"),
+    ("phi-3.5-moe", "bf16"),
+    ("qwen3-30b-a3b", "int4"),
+)
 MEASURING = ("-m", "benchmarks.gpu_measurements")  # what Python runs
 RUNNING: Final = "running"
 COMPLETE: Final = "complete"
 _KILL_WAIT_S: Final = 8.0  # a driver takes a while to unpin what a process leaves behind
-
-Format = Literal["bf16", "int8", "int4"]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     shapes = sorted(yaml.safe_load(SHAPES_FILE.read_text(encoding="utf-8")))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=shapes, help="each in all --formats")
     parser.add_argument("--formats", nargs="+", choices=get_args(Format), default=["bf16"])
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--tokens", type=int, default=24, help="decode steps measured per setting")
@@ -83,6 +90,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=470.0, help="end all after this (470)")
     parser.add_argument("--json", type=Path, help="where to keep the report")
     return parser.parse_args(argv)
+
+
+def models(arguments: argparse.Namespace) -> list[tuple[str, Format]]:
+    """What to measure, in this order: `--shapes`, else `MODELS`."""
+    if arguments.shapes is None:
+        return list(MODELS)
+    return [(shape, fmt) for shape in arguments.shapes for fmt in arguments.formats]
 
 
 def write_report(path: Path, document: dict[str, Any]) -> None:

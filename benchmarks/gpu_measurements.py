@@ -16,9 +16,9 @@ from datetime import date
 
 import torch
 
-from benchmarks.gpu_check import COMPLETE, ROOT, parse
+from benchmarks.gpu_check import COMPLETE, ROOT, models, parse
 from benchmarks.gpu_models import N_CORE_SETTINGS, load_s_per_byte, open_source, settings
-from benchmarks.gpu_one_setting import PROMPT_TOKENS, run_setting
+from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, run_setting
 from benchmarks.gpu_rows import Report, print_row
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import choose_device, load_engine
@@ -29,7 +29,8 @@ from moe_offload.model.dummy import DummyModel, dummy_routing
 
 LOADING_SHARE = 1 / 3  # of a model's part of the time, for filling and pinning its memory
 TEST_TIMEOUT_S = 150
-_CONTEXT_TOKENS = PROMPT_TOKENS + 224  # a prompt and all its steps, for the KV cache
+# For the KV cache: a prompt and all its steps, or the longest prompt.
+_CONTEXT_TOKENS = max(PROMPT_TOKENS + 224, *PROMPT_LENGTHS)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -109,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     started_s = time.monotonic()
     deadline_s = started_s + 60 * arguments.minutes
-    models = [(shape, fmt) for shape in arguments.shapes for fmt in arguments.formats]
-    report = Report(arguments.json, models)
+    measured = models(arguments)
+    report = Report(arguments.json, measured)
     report.document |= {
         "date": date.today().isoformat(),
         "command": sys.argv,
@@ -124,12 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.document["tests"] = tests
     report.save()
     s_per_byte = load_s_per_byte(arguments.device)
-    for number, (shape, weight_format) in enumerate(models):
+    for number, (shape, weight_format) in enumerate(measured):
         left_s = deadline_s - time.monotonic()
         if left_s < 0:
             report.leave_out(shape, weight_format, "out of time")
             continue
-        n_left = len(models) - number
+        n_left = len(measured) - number
         most_bytes = left_s / n_left * LOADING_SHARE / s_per_byte
         try:
             source = open_source(shape, weight_format, arguments.layers, most_bytes)

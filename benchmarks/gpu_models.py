@@ -30,11 +30,15 @@ _TRIED_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to serve a miss; `forced` routing is the trace's, else the model's own."""
+    """One way to serve a miss; `forced` routing is the trace's, else the model's own.
+
+    With `prompts`, long prompts are measured too.
+    """
 
     name: str
     cache: CacheOptions
     forced: bool = True
+    prompts: bool = False
 
     @property
     def warm_up_steps(self) -> int:
@@ -50,10 +54,10 @@ def settings(shape: str, n_layers: int, n_experts: int, memory_gb: float) -> lis
     cached: dict[str, Any] = {"n_indexes": n, "n_ways": m, "policy": "LRU"}
     prefetching = CacheOptions(miss_policy="fetch", prefetch="next-layer", **cached)
     return [
-        Setting("cpu only", CacheOptions()),
-        Setting("paper", CacheOptions(**cached)),
+        Setting("cpu only", CacheOptions(), prompts=True),
+        Setting("paper", CacheOptions(**cached), prompts=True),
         Setting("--cache-auto", CacheOptions(auto=True, miss_policy="auto", memory_gb=memory_gb)),
-        Setting("fetch on demand", CacheOptions(miss_policy="fetch")),
+        Setting("fetch on demand", CacheOptions(miss_policy="fetch"), prompts=True),
         Setting("next-layer prefetch", prefetching, forced=False),
         Setting("fetch, cached", CacheOptions(miss_policy="fetch", **cached), forced=False),
         Setting("paper, auto misses", CacheOptions(miss_policy="auto", **cached)),

@@ -21,6 +21,7 @@ from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import bound_us
 
 PROMPT_TOKENS = 32
+PROMPT_LENGTHS = (512, 4096)
 LEAST_STEPS = 4
 CHECKED_STEPS = 4
 _CHECKED_LAYERS = 4  # the last of those that are watched: torch's bf16 is slow on some CPUs
@@ -137,6 +138,29 @@ def measure(
     return Measured(recorder, prefill_s, _used_of_prefetched(engine) - used)
 
 
+@torch.inference_mode()
+def prompt_speeds(engine: Engine, budget_s: float) -> dict[int, float]:
+    """Tokens/s of prompts of `PROMPT_LENGTHS` that the context and `budget_s` hold.
+
+    A short one warms up; a longer one is run if it ends in time at the speed of the one before.
+    """
+    context = engine.source.config.get_text_config().max_position_embeddings
+    speeds: dict[int, float] = {}
+    left_s, seen = budget_s, [64, *PROMPT_LENGTHS]
+    for n_tokens in (n for n in seen if n <= context):
+        if speeds and n_tokens / list(speeds.values())[-1] > left_s:
+            break
+        if engine.dispatcher.forced_routing is not None:
+            engine.dispatcher.forced_routing.rewind()
+        ids = torch.arange(n_tokens, device=engine.device)[None] % engine.source.config.vocab_size
+        began_s = time.monotonic()
+        engine.model(input_ids=ids, use_cache=True, logits_to_keep=1)  # ends with a synchronisation
+        took_s = time.monotonic() - began_s
+        left_s -= took_s
+        speeds[n_tokens] = n_tokens / took_s
+    return {n: speed for n, speed in speeds.items() if n in PROMPT_LENGTHS}
+
+
 def _used_of_prefetched(engine: Engine) -> int:
     return 0 if engine.accelerator is None else engine.accelerator.prefetch.used
 
@@ -177,6 +201,7 @@ def run_setting(
     with watched(engine) as samples:
         found = logits(engine, ids)
     error = layer_error(engine, samples)
+    speeds = prompt_speeds(engine, budget_s / 2) if setting.prompts else {}
     reference = found if reference is None else reference
     logit_error = None
     if setting.forced:
@@ -211,6 +236,7 @@ def run_setting(
         prefetch_wasted_gb=None if stats is None else stats.wasted_bytes / 1e9,
         cpu_read_gbps=summary.cpu_read_gbps,
         prefill_tokens_per_s=PROMPT_TOKENS / measured.prefill_s,
+        prompts_tokens_per_s=speeds,
         layer_error=error,
         logit_error=logit_error,
         correct=bool(found.isfinite().all())

@@ -17,7 +17,8 @@ from moe_offload.engine.calibration import UNSTEADY
 class Row:
     """One setting of one shape; times and rates of decoding at batch 1, over `steps` steps.
 
-    The experts of `stored_layers` are in memory, and serve all `layers`.
+    The experts of `stored_layers` are in memory, and serve all `layers`. `prompts_tokens_per_s` is
+    by a prompt's length, where long ones were measured.
     """
 
     shape: str
@@ -40,6 +41,7 @@ class Row:
     prefetch_wasted_gb: float | None
     cpu_read_gbps: float | None
     prefill_tokens_per_s: float
+    prompts_tokens_per_s: dict[int, float]
     layer_error: float
     logit_error: float | None
     correct: bool
@@ -62,6 +64,8 @@ def print_row(row: Row) -> None:
         f"logits {logit_error} {'ok' if row.correct else 'WRONG'}{recall}",
         flush=True,
     )
+    for n_tokens, speed in row.prompts_tokens_per_s.items():
+        print(f"{'':21}a prompt of {n_tokens} tokens: {speed:.1f} tokens/s", flush=True)
     for note in row.notes:
         if not note.startswith(UNSTEADY):  # of every row, and in the report
             print(f"{'':21}{note}", flush=True)

@@ -320,6 +320,17 @@ class GenerationOptions:
     max_tokens: int = option(MISSING, "--max-tokens N", "tokens per prompt (required)", least=1)
     temperature: float = option(0.0, "--temperature X", "0 is greedy (default)", least=0)
     top_p: float = option(1.0, "--top-p P", "nucleus sampling mass (default 1)")
+    top_k: int = option(
+        0, "--top-k K", "sample from the K likeliest tokens (default 0: all)", least=0
+    )
+    min_p: float = option(
+        0.0, "--min-p P", "leave out tokens below P times the likeliest's probability (default 0)",
+        least=0,
+    )  # fmt: skip
+    repetition_penalty: float = option(
+        1.0, "--repetition-penalty X", "divide the scores of tokens there already (default 1: off)",
+        above=0,
+    )  # fmt: skip
     seed: int = option(0, "--seed N", "sampling seed (default 0)")
     batch_size: int = option(1, "--batch-size B", "prompts at a time (default 1)", least=1)
     stop: tuple[str, ...] = option(
@@ -329,10 +340,16 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         _check_fields(self)
         _require(0 < self.top_p <= 1, f"expected --top-p in (0, 1], found {self.top_p}")
-        _require(
-            self.top_p == 1 or self.temperature > 0,
-            "expected --temperature above 0 for --top-p: greedy decoding has nothing to sample",
-        )
+        _require(self.min_p <= 1, f"expected --min-p in [0, 1], found {self.min_p}")
+        for flag, asked in (
+            ("--top-p", self.top_p < 1),
+            ("--top-k", self.top_k > 0),
+            ("--min-p", self.min_p > 0),
+        ):
+            _require(
+                not asked or self.temperature > 0,
+                f"expected --temperature above 0 for {flag}: greedy decoding has nothing to sample",
+            )
         _require_seed(self.seed)
         _require(
             all(isinstance(text, str) and text for text in self.stop),

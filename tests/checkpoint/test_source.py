@@ -184,7 +184,7 @@ def test_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     dense = tiny_models.build_model(LlamaConfig(**sizes, num_attention_heads=2))
     folder = tiny_models.write_hub(dense, tmp_path / "llama")
-    assert "not a Mixture-of-Experts model" in refusal(capsys, folder, "--hf")
+    assert "no Mixture-of-Experts model" in refusal(capsys, folder, "--hf")
 
 
 def test_experts_without_the_convention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

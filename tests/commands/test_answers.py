@@ -129,6 +129,10 @@ def test_a_file_that_is_run_twice_over_has_two_answers_to_an_id(tmp_path: Path) 
             "with temperature 0.0, now it is 0.5",
         ),
         (lambda one: replace(one, options=GenerationOptions(4, seed=1)), "with seed 0"),
+        (
+            lambda one: replace(one, options=GenerationOptions(4, repetition_penalty=1.5)),
+            "with repetition_penalty 1.0, now it is 1.5",
+        ),
         (lambda one: replace(one, options=GenerationOptions(4, stop=("x",))), "with stop []"),
     ],
 )
@@ -169,6 +173,10 @@ def test_nothing_written_leaves_nothing(tmp_path: Path) -> None:
     with opened(tmp_path / "new"):
         assert (tmp_path / "new").exists()
     assert not (tmp_path / "new").exists()
+    (tmp_path / "made").touch()  # as mktemp does
+    with opened(tmp_path / "made", resume=False):
+        pass
+    assert (tmp_path / "made").exists()
 
 
 def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

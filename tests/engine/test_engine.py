@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration
 from moe_offload.engine import engine as engine_module
-from moe_offload.engine.calibration import predicted_step_us
+from moe_offload.engine.calibration import MachineCosts, predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.timing import Steadiness
 from moe_offload.experts import dispatcher
 from moe_offload.experts.cache import ExpertCache, make_policy
-from moe_offload.experts.costs import SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.fetcher import Completion
 from moe_offload.experts.layer import LayerStep
 from moe_offload.experts.plan import plan_decode
@@ -409,3 +411,26 @@ def test_experts_in_the_cpus_cache_are_not_held_against_memory(
         assert engine.cpu_limit_gbps == (engine.costs.read_gbps if is_limit else None)
         lines = "\n".join(engine.costs.describe(engine.experts_in_memory))
         assert ("no measure of memory" in lines) or is_limit
+
+
+def test_a_busy_machine_is_said_at_once_and_noted(folder: Path) -> None:
+    said: list[str] = []
+    looked: list[float | None] = []
+
+    def look(alone_us: Callable[[], float | None]) -> str:
+        looked.append(alone_us())
+        return "busy"
+
+    model = CostModel(
+        SideCost(5, 100, 10), SideCost(5, 20, 1), 1, 10, 5, 1.5, 4096, 50, step_us=700
+    )
+    with open_engine(folder, Recorder()) as engine:
+        engine.say, engine._busy = said.append, SimpleNamespace(look=look)  # type: ignore[assignment]
+        engine.follow_prompts([3, 4])
+        engine.costs = MachineCosts(model, 25.0, Steadiness(0.0, 0.0))
+        engine.follow_prompts([3, 4])
+        assert engine.dispatcher.prompt == 3
+        assert engine.run_notes().count("busy") == 2
+    # Two sequences of two experts each, in four layers.
+    assert looked == [None, 700 + 4 * (50 + 5 + 4 * 110)]
+    assert said == ["busy", "busy"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from against_transformers import prepared
 from tiny_models import CONFIGS, build_model, write_hub
 
+from moe_offload.checkpoint.block import block_layout
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands.arguments import parse, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
@@ -82,3 +84,18 @@ def test_the_line_chooses_the_same_cache_again(
 def test_not_one_slot_is_a_sentence() -> None:
     with pytest.raises(UserError, match="not even one expert fits"):
         setup._shrunk(CacheOptions(n_indexes=2, n_ways=2), 0, [])
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "n_experts", "expected"),
+    [(4096, 8, 2), (2048, 128, 57), (64, 128, 128), (64, 1, 2)],
+)
+def test_a_calibration_takes_more_slots_than_a_gpus_cache_holds(
+    hidden_size: int, n_experts: int, expected: int
+) -> None:
+    """Experts of Mixtral's size, of 4.7 MB as Qwen3's, and tiny ones: of those, all there are."""
+    layout = block_layout("bf16", hidden_size, {4096: 14336, 2048: 384, 64: 32}[hidden_size])
+    source = SimpleNamespace(layouts=[layout], n_experts=[n_experts])
+    n_slots = setup.slots_to_measure(source)  # type: ignore[arg-type]
+    assert n_slots == expected
+    assert n_slots * layout.block_bytes >= 256 << 20 or n_slots == max(2, n_experts)

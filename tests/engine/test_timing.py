@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import threading
 import time
@@ -190,10 +191,20 @@ def test_a_calibration_expires(tmp_path: Path) -> None:
         assert cache.load(HARDWARE, SHAPE) == expected
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"measured_unix_s": "now"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"measured_unix_s": "now"}', "[" * 100_000, "é" * 3, " " * (1 << 21)],
+    ids=lambda text: repr(text[:20]),
+)
 def test_a_damaged_calibration_is_measured_anew(tmp_path: Path, text: str) -> None:
     cache = CalibrationCache(tmp_path)
     cache.path(HARDWARE, SHAPE).write_text(text)
+    assert cache.load(HARDWARE, SHAPE) is None
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    cache = CalibrationCache(tmp_path)
+    os.mkfifo(cache.path(HARDWARE, SHAPE))  # whose reader would wait for ever
     assert cache.load(HARDWARE, SHAPE) is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
+from moe_offload.experts.plan import MissTrial, Plan, plan_decode, plan_prefill
 
 
 def costs(cpu_expert_us: float, gpu_expert_us: float, copy_us: float) -> CostModel:
@@ -79,3 +79,21 @@ def test_every_chosen_expert_is_planned_once() -> None:
             plan = plan_prefill(counts, {2: 0, 4: 1}, mode, model)  # type: ignore[arg-type]
             planned = [*plan.hits, *plan.waited, *plan.cpu]
             assert sorted(planned) == [e for e, n in enumerate(counts) if n]
+
+
+@pytest.mark.parametrize(("costs_s", "cpu_s", "kept"), [(1.0, 2.0, "costs"), (2.0, 1.0, "cpu")])
+def test_the_trial_keeps_the_faster(costs_s: float, cpu_s: float, kept: str) -> None:
+    trial = MissTrial()
+    modes = []
+    for _ in range(100):
+        modes.append(trial.mode)
+        trial.record(costs_s if trial.mode == "costs" else cpu_s)
+    assert {"costs", "cpu"} <= set(modes[:36])
+    assert set(modes[36:]) == {kept}
+    assert trial.line.startswith("miss policy auto: kept ")
+
+
+def test_an_unfinished_trial_says_so() -> None:
+    trial = MissTrial()
+    trial.record(1.0)
+    assert "undecided after 1" in trial.line

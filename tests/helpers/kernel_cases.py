@@ -9,8 +9,9 @@ from cpu_oracle import Layer, Routed
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation
-from moe_offload.kernels.bindings import load_kernels, supported_isas
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import CpuExperts
+from moe_offload.kernels.library import supported_isas
 
 ACTIVATIONS = (
     Activation("silu"),

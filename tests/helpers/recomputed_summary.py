@@ -1,6 +1,6 @@
 """The summary's figures recomputed from a run's files alone, sharing no code with the tool.
 
-`python3 tests/recomputed_summary.py RUN_DIR` prints them.
+`python3 tests/helpers/recomputed_summary.py RUN_DIR` prints them.
 """
 
 from __future__ import annotations

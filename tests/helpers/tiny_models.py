@@ -211,8 +211,13 @@ def build_model(
     """
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # state-space layers keep their own initialisation
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return randomise(model, seed)
+
+
+def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Give `model` the weights that `build_model` describes; state-space layers keep their own."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

@@ -314,7 +314,7 @@ def test_threads_stay_on_the_cpus_they_are_given():
     usable = sorted(os.sched_getaffinity(0))
     script = (
         "import os, threading, torch\n"
-        "from moe_offload.kernels.bindings import CpuKernels, load_kernels\n"
+        "from moe_offload.kernels.bindings import load_kernels\n"
         "from moe_offload.errors import UserError\n"
         f"kernels = load_kernels('native', affinity=({usable[0]},))\n"
         "assert kernels.threads == 1, kernels\n"
@@ -336,7 +336,7 @@ def test_one_openmp_pool_serves_torch_and_the_kernels():
     """
     script = (
         "from pathlib import Path\n"
-        "from moe_offload.kernels.bindings import CpuKernels, load_kernels\n"
+        "from moe_offload.kernels.bindings import load_kernels\n"
         "load_kernels('native').fma_gflops(0.001)\n"
         "lines = Path('/proc/self/maps').read_text().splitlines()\n"
         "names = {line.split()[-1] for line in lines if 'gomp' in line or 'iomp' in line}\n"

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.block import Activation, WeightFormat, block_layout, pack_block
-from moe_offload.kernels.bindings import load_kernels, supported_isas
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
+from moe_offload.kernels.library import supported_isas
 from moe_offload.kernels.oracle import apply_activation
 
 FORMATS: tuple[WeightFormat, ...] = ("fp32", "bf16", "int8", "int4")

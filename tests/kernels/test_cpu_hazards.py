@@ -5,6 +5,7 @@ Comparisons are of bits where the same sums are done: none of this may change a 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.block import Activation, BlockLayout, WeightFormat
-from moe_offload.kernels.bindings import load_kernels, supported_isas
+from moe_offload.kernels import cpu_experts as experts_module
+from moe_offload.kernels import library
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
+from moe_offload.kernels.library import supported_isas
 from moe_offload.kernels.oracle import apply_activation
 
 FORMATS: tuple[WeightFormat, ...] = ("fp32", "bf16", "int8", "int4")
@@ -225,8 +229,113 @@ def test_a_wrong_array_is_refused_before_the_kernels_see_it():
         {"weight": good.weight.t().contiguous().t()},
     )
     for change in wrong:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"expected .* contiguous, on the CPU; found"):
             run(native(layer), layer, dataclasses.replace(good, **change))
+    out = torch.full((6, 80), NAN)
+    for bad in (out[:, ::2], out[:, :39], out[:5, :40].contiguous(), out[:, :40].bfloat16()):
+        with pytest.raises(ValueError, match="expected out to be"):
+            native(layer).run(
+                good.hidden, layer.pointers, good.on_cpu, good.index, good.weight, bad
+            )
+    assert out.isnan().all()
+
+
+def test_what_the_models_own_gate_gives_must_fit():
+    layer = shared_layer("fp32", 40, 24)
+    own = CpuExperts(
+        layer.layout, Activation("module"), act_module=lambda first: first[:, :23], kernel="native"
+    )
+    with pytest.raises(ValueError, match=r"24\] from the model's own activation"):
+        run(own, layer, make_routing(layer, 6))
+
+
+def test_the_c_interface_refuses_what_cannot_be():
+    """It sees numbers and addresses: sizes, formats, threads and null pointers are told there."""
+    assert NATIVE is not None
+    layer = shared_layer("int8", 40, 24)
+    routed = make_routing(layer, 2)
+    out = torch.full((2, 40), NAN)
+    arguments = native(layer)._layer
+    tokens = experts_module.Routed(
+        routed.hidden, layer.pointers, routed.on_cpu, routed.index, routed.weight
+    ).arguments()
+    wrong_layers = (
+        {"weight_format": 4},
+        {"weight_format": -1},
+        {"weight_format": 1},  # bf16 has no scales
+        {"activation": -1},  # the caller's own, which `run` does not compute
+        {"activation": 6},
+        {"hidden_size": 0},
+        {"intermediate_size": -5},
+        {"gate_up": -1},
+        {"down_scale": -1},
+    )
+    wrong_tokens = (
+        {"n_tokens": -1},
+        {"top_k": -1},
+        {"n_experts": -1},
+        *({name: None} for name in ("hidden", "index", "weight", "blocks", "on_cpu")),
+    )
+    cases = [(changed(arguments, change), tokens) for change in wrong_layers]
+    cases += [(arguments, changed(tokens, change)) for change in wrong_tokens]
+    for bad_layer, bad_tokens in cases:
+        with pytest.raises(ValueError, match="CPU kernels, run"):
+            NATIVE.call("run", bad_layer, bad_tokens, out)
+    for threads in (0, -1, 1025):
+        with pytest.raises(ValueError, match="number of threads"):
+            dataclasses.replace(NATIVE, threads=threads).call("run", arguments, tokens, out)
+    with pytest.raises(RuntimeError, match="instruction set"):
+        dataclasses.replace(NATIVE, isa_code=99).call("run", arguments, tokens, out)
+    with pytest.raises(ValueError, match="contiguous tensor on the CPU"):
+        NATIVE.call("run", arguments, tokens, out.t())
+    assert out.isnan().all()
+    NATIVE.call("run", arguments, tokens, out)
+    assert out.isfinite().all()
+
+
+def test_a_burst_of_multiply_adds_is_never_empty():
+    """On a busy machine a thread may first run when the burst is over; rates are divided by."""
+    for isa in ISAS:
+        kernels = load_kernels("native", isa)
+        assert kernels is not None and kernels.fma_gflops(0.0) > 0
+
+
+def test_every_entry_point_refuses_what_cannot_be():
+    assert NATIVE is not None
+    x, y = torch.ones(1, 8), torch.full((1, 8), NAN)
+    index = torch.zeros(1, 8, dtype=torch.int64)
+    weight = x.data_ptr()
+    matrix = {"weight_format": 0, "rows": 8, "cols": 1, "weight": weight}
+    norm = {"form": 0, "epsilon": 1e-5, "width": 8, "weight": weight}
+    attention = {"n_batch": 1, "n_heads": 2, "n_kv_heads": 1, "n_keys": 1, "key_size": 4}
+    attention |= {"value_size": 4, "query": weight, "keys": weight, "values": weight}
+    for change in ({"weight_format": 2}, {"rows": 0}, {"cols": -1}, {"weight": None}):
+        bad = library.MatrixArguments(**matrix | change)
+        with pytest.raises(ValueError, match="linear"):
+            NATIVE.call("linear", bad, x, False, 1, y)
+        with pytest.raises(ValueError, match="route"):
+            NATIVE.call("route", library.RouterArguments(bad, top_k=1), x, 1, y, y, index)
+    good = library.MatrixArguments(**matrix)
+    for top_k in (0, 9):
+        with pytest.raises(ValueError, match="route"):
+            NATIVE.call("route", library.RouterArguments(good, top_k=top_k), x, 1, y, y, index)
+    for change in ({"form": 3}, {"width": 0}, {"weight": None}):
+        with pytest.raises(ValueError, match="rms_norm"):
+            NATIVE.call("rms_norm", library.NormArguments(**norm | change), x, False, 1, y)
+    for change in ({"n_kv_heads": 0}, {"n_heads": 3, "n_kv_heads": 2}, {"key_size": 0}):
+        with pytest.raises(ValueError, match="attend"):
+            NATIVE.call("attend", library.AttentionArguments(**attention | change), y)
+    for change in ({"query": None}, {"values": None}, {"n_keys": -1}):
+        with pytest.raises(ValueError, match="attend"):
+            NATIVE.call("attend", library.AttentionArguments(**attention | change), y)
+    assert y.isnan().all()
+
+
+def changed(arguments: ctypes.Structure, change: dict[str, object]) -> ctypes.Structure:
+    other = type(arguments).from_buffer_copy(arguments)
+    for name, value in change.items():
+        setattr(other, name, value)
+    return other
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -298,5 +407,21 @@ def test_a_linear_never_reads_another_dtype_as_its_own():
     packed = CpuLinear.from_packed(
         linear, *quantization.quantize(linear.weight, 8), 8, kernel="native"
     )
-    with pytest.raises(ValueError):
+    packed(x)  # so that the addresses of now are known
+    with pytest.raises(ValueError, match="int8 as it was made"):
         packed.to(torch.bfloat16)(x)
+    with pytest.raises(ValueError, match="as it was made"):
+        CpuLinear.from_linear(nn.Linear(48, 20), kernel="native").half()(x)
+
+
+def test_a_linear_takes_rows_of_its_width_alone():
+    """[1, 96] holds two rows of 48, and [48, 1] one."""
+    linear = nn.Linear(48, 20).requires_grad_(False)
+    packed = quantization.quantize(linear.weight, 8)
+    for layer in (
+        CpuLinear.from_linear(linear, kernel="native"),
+        CpuLinear.from_packed(linear, *packed, 8, kernel="native"),
+    ):
+        for shape in ((1, 96), (48, 1), (3, 50), (0, 47)):
+            with pytest.raises(ValueError, match="expected rows of 48"):
+                layer(torch.zeros(shape))

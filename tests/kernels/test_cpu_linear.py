@@ -8,8 +8,9 @@ from cpu_oracle import TINY, U, as_quantised
 from torch import Tensor, nn
 
 from moe_offload.checkpoint import quantization
-from moe_offload.kernels.bindings import load_kernels, supported_isas
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_linear import CpuLinear
+from moe_offload.kernels.library import supported_isas
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None

@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: run in Triton's interpreter, compiled for several GPUs.
 
 Both are programs of their own, because Triton decides at its first import whether it interprets.
-Skipped where Triton is not installed; `test_gpu_experts.py` runs the kernels on a GPU.
+Skipped where Triton is not installed; `experts/test_slots.py` runs the kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
     assert compiled
     for n_tokens, top_k in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (3, 6), (8, 8), (32, 16)):
         for base in (-1, 0, 15, 39):
-            slots = torch.full((n_tokens, top_k), base)
+            slots = [base] * (n_tokens * top_k)
             hidden = torch.randn(n_tokens, 64, dtype=dtype)
             triton.grouped(hidden, slots, torch.rand(n_tokens, top_k).to(dtype))
             n_launches += 1
@@ -156,11 +156,10 @@ def test_in_decode_the_slots_are_not_sent():
     triton = triton_experts.TritonExperts(
         case.layout(), case.activation(), torch.zeros(300, case.layout().block_bytes).byte()
     )
-    slots = torch.tensor([[299, -1, 0, 7], [4, 5, 16, -1]])
+    slots = [299, -1, 0, 7, 4, 5, 16, -1]
     in_words, (memory, *words) = triton._slot_arguments(slots)
     assert in_words and memory is triton._no_slots
     found = [(words[p // 4] >> 15 * (p % 4) & 32767) - 1 for p in range(8)]
-    assert found == slots.flatten().tolist()
-    many = torch.arange(32).view(4, 8)
-    in_words, (memory, *_) = triton._slot_arguments(many)
-    assert not in_words and memory.flatten().tolist() == list(range(32))
+    assert found == slots
+    in_words, (memory, *_) = triton._slot_arguments(range(32))
+    assert not in_words and memory.tolist() == list(range(32))

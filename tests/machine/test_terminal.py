@@ -234,3 +234,37 @@ def test_closed_and_full_streams(
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
     if code == 7:
         assert int((tmp_path / "file").read_text()) > 2  # not the place of a closed stream
+
+
+PRINTING = """
+import sys
+from moe_offload.machine.terminal import answer
+
+def work():
+    print("\\u65e5")  # not yet flushed where this is no terminal
+    return 0
+
+sys.exit(answer(work, debug=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "encoding", "code", "out", "err"),
+    [
+        ("", "utf-8", 0, "日\n", ""),
+        ("", "ascii", 0, "\\u65e5\n", ""),
+        (">/dev/full", "utf-8", 2, "", "error: [Errno 28] No space left on device: '<stdout>'\n"),
+        ("| true", "utf-8", 0, "", ""),
+    ],
+)
+def test_what_is_merely_printed_is_shown_as_well(
+    streams: str, encoding: str, code: int, out: str, err: str
+) -> None:
+    environment = {"PYTHONPATH": str(SOURCES), "PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        ["/bin/bash", "-c", f'set -o pipefail; "$0" -c "$1" {streams}', sys.executable, PRINTING],
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (code, out, err)

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from moe_offload.errors import UserError
-from moe_offload.kernels.bindings import CpuKernels, load_kernels, supported_isas
+from moe_offload.kernels.bindings import CpuKernels, load_kernels
+from moe_offload.kernels.library import supported_isas
 from moe_offload.model import attention as attention_module
 from moe_offload.model.attention import CpuAttention, register_kernels
 from moe_offload.model.decode_modules import use_cpu_kernels

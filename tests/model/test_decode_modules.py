@@ -12,12 +12,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from moe_offload.checkpoint.conversion import find_experts
-from moe_offload.kernels.bindings import (
-    DecodeKernels,
-    NormArguments,
-    load_kernels,
-    supported_isas,
-)
+from moe_offload.kernels.bindings import CpuKernels, load_kernels
+from moe_offload.kernels.library import NormArguments, supported_isas
 from moe_offload.model.decode_modules import (
     FORMS,
     CpuNorm,
@@ -32,7 +28,6 @@ from moe_offload.model.decode_modules import (
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None
-KERNELS = DecodeKernels(NATIVE)
 ISAS = supported_isas(NATIVE.library)
 WIDTHS = (1, 7, 16, 33, 100, 300, 2049)
 EPSILON = 1e-5
@@ -43,7 +38,7 @@ def kernel(x: Tensor, weight: Tensor, form: str) -> Tensor:
     arguments = NormArguments(
         FORMS[form], weight.dtype == torch.bfloat16, EPSILON, x.shape[-1], weight.data_ptr()
     )
-    KERNELS.norm(arguments, x, x.dtype == torch.bfloat16, x.numel() // x.shape[-1], y)
+    NATIVE.call("rms_norm", arguments, x, x.dtype == torch.bfloat16, x.numel() // x.shape[-1], y)
     return y
 
 
@@ -107,8 +102,8 @@ def test_each_models_form_is_found_and_gives_its_values(module, form):
         norm.weight.copy_(torch.randn(width))
         x = 3 * torch.randn(2, 3, width).bfloat16()
         expected = norm(x)
-        assert probe_norm(norm, 1e-5, KERNELS) == form
-        assert use_norm_kernels(nn.ModuleList([norm]), KERNELS) == 1
+        assert probe_norm(norm, 1e-5, NATIVE) == form
+        assert use_norm_kernels(nn.ModuleList([norm]), NATIVE) == 1
         assert isinstance(norm.forward, CpuNorm)
         found = norm(x)
         assert found.dtype == x.dtype and found.shape == x.shape
@@ -118,15 +113,15 @@ def test_each_models_form_is_found_and_gives_its_values(module, form):
 
 @pytest.mark.parametrize("what", ["mean", "l1", "clamp"])
 def test_what_computes_something_else_keeps_its_own_code(what):
-    assert use_norm_kernels(nn.ModuleList([Other(64, what).bfloat16()]), KERNELS) == 0
-    assert use_norm_kernels(nn.ModuleList([Other(64, "none").bfloat16()]), KERNELS) == 1
-    assert use_norm_kernels(nn.ModuleList([nn.LayerNorm(64).bfloat16()]), KERNELS) == 0
+    assert use_norm_kernels(nn.ModuleList([Other(64, what).bfloat16()]), NATIVE) == 0
+    assert use_norm_kernels(nn.ModuleList([Other(64, "none").bfloat16()]), NATIVE) == 1
+    assert use_norm_kernels(nn.ModuleList([nn.LayerNorm(64).bfloat16()]), NATIVE) == 0
 
 
 def test_other_calls_go_to_the_modules_own_code():
     norm = MixtralRMSNorm(64, 1e-5).bfloat16().requires_grad_(False)
     plain = MixtralRMSNorm(64, 1e-5).bfloat16().requires_grad_(False)
-    assert use_norm_kernels(nn.ModuleList([norm]), KERNELS) == 1
+    assert use_norm_kernels(nn.ModuleList([norm]), NATIVE) == 1
     for x in (
         torch.randn(2000, 64).bfloat16(),  # a prompt
         torch.randn(3, 64),
@@ -139,17 +134,17 @@ def test_other_calls_go_to_the_modules_own_code():
 
 def test_weights_that_move_are_followed():
     norm = MixtralRMSNorm(32, 1e-5).bfloat16().requires_grad_(False)
-    assert use_norm_kernels(nn.ModuleList([norm]), KERNELS) == 1
+    assert use_norm_kernels(nn.ModuleList([norm]), NATIVE) == 1
     x = torch.randn(1, 32).bfloat16()
     before = norm(x)
     norm.weight = nn.Parameter(torch.full((32,), 2.0).bfloat16(), requires_grad=False)
     assert torch.equal(norm(x), 2 * before)
 
 
-def decode_kernels(isa: str) -> DecodeKernels:
+def kernels_of(isa: str) -> CpuKernels:
     kernels = load_kernels("native", isa)
     assert kernels is not None
-    return DecodeKernels(kernels)
+    return kernels
 
 
 class Router(nn.Module):
@@ -185,7 +180,7 @@ class Router(nn.Module):
 @pytest.mark.parametrize("fp32_scores", [True, False])
 def test_the_same_choice_and_weights_as_the_module(isa, rule, fp32_scores):
     """Exact inputs: small integers over powers of two, so that both sum without rounding."""
-    kernels = decode_kernels(isa)
+    kernels = kernels_of(isa)
     for n_experts, width, top_k in ((3, 5, 1), (8, 64, 2), (17, 33, 4), (60, 100, 4), (130, 96, 2)):
         module = Router(n_experts, width, top_k, rule, fp32_scores)
         router = probe_router(module, kernels)
@@ -204,7 +199,7 @@ def test_the_same_choice_and_weights_as_the_module(isa, rule, fp32_scores):
 
 @pytest.mark.parametrize("rule", ["sigmoid", "top first"])
 def test_other_rules_keep_their_own_code(rule):
-    assert probe_router(Router(16, 64, 4, rule), decode_kernels("auto")) is None
+    assert probe_router(Router(16, 64, 4, rule), kernels_of("auto")) is None
 
 
 def test_a_correction_or_a_bias_keeps_its_own_code():
@@ -213,12 +208,12 @@ def test_a_correction_or_a_bias_keeps_its_own_code():
     biased = Router(16, 64, 4, "plain")
     biased.bias = nn.Parameter(torch.zeros(16).bfloat16())
     for module in (corrected, biased, nn.Linear(64, 16).bfloat16(), nn.LayerNorm(64).bfloat16()):
-        assert probe_router(module, decode_kernels("auto")) is None
+        assert probe_router(module, kernels_of("auto")) is None
 
 
 def test_nan_is_chosen_first_and_infinity_spreads():
     module = Router(16, 64, 4, "plain")
-    router = probe_router(module, decode_kernels("auto"))
+    router = probe_router(module, kernels_of("auto"))
     assert router is not None
     for value in (float("nan"), float("inf")):
         x = torch.randn(2, 64).bfloat16()
@@ -234,7 +229,7 @@ def test_installed_in_a_block_and_followed_when_weights_move():
     block.gate, block.norm = Router(8, 32, 2, "normalised"), nn.LayerNorm(32)
     plain = Router(8, 32, 2, "normalised")
     assert find_router(block, 32) is block.gate
-    router = probe_router(block.gate, decode_kernels("auto"))
+    router = probe_router(block.gate, kernels_of("auto"))
     assert router is not None
     block.gate.forward = router
     for module in (block.gate, plain):
@@ -285,10 +280,10 @@ class Asking(nn.Module):
 
 
 def test_what_raises_when_probed_keeps_its_own_code():
-    assert use_norm_kernels(nn.ModuleList([Gated().bfloat16()]), KERNELS) == 0
+    assert use_norm_kernels(nn.ModuleList([Gated().bfloat16()]), NATIVE) == 0
     block = nn.Module()
     block.gate = Asking()
-    assert probe_router(block.gate, KERNELS) is None
+    assert probe_router(block.gate, NATIVE) is None
     assert find_router(block, 64) is None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build_model, mixtral
-from transformers import PreTrainedModel
+from transformers import MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from moe_offload.errors import UserError
 from moe_offload.model.generation import (
@@ -48,6 +48,52 @@ def samples(
         ):
             records[record.prompt] = record
     return {number: record.ids for number, record in records.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 5}, {"min_p": 0.2}, {"top_k": 9, "min_p": 0.1, "top_p": 0.8}, {"top_k": 99}],
+    ids=str,
+)
+def test_draws_are_from_what_transformers_would_draw_from(settings):
+    n_rows, temperature = 4000, 0.9
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
+    scores = logits / temperature
+    for name, warper in (
+        ("top_k", TopKLogitsWarper),
+        ("top_p", TopPLogitsWarper),
+        ("min_p", MinPLogitsWarper),
+    ):
+        if name in settings:
+            scores = warper(settings[name])(torch.zeros(1, 1, dtype=torch.int64), scores)
+    expected = scores.softmax(dim=-1)[0]
+    further = {name: value for name, value in settings.items() if name != "top_p"}
+    sampler = Sampler(temperature, settings.get("top_p", 1.0), 0, CPU, **further)
+    generators = [sampler.generator(row) for row in range(n_rows)]
+    counts = sampler.choose(logits.expand(n_rows, 40), generators).bincount(minlength=40) / n_rows
+    assert not counts[expected == 0].any()
+    # four standard deviations of a share
+    assert ((counts - expected).abs() <= 4 * (expected * (1 - expected) / n_rows).sqrt()).all()
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 50.0])
+def test_the_repetition_penalty_is_transformers(penalty, model):
+    prompt = [5, 9, 7, 11]
+    sampler = make_sampler(0.0, 1.0, 0, CPU, repetition_penalty=penalty)
+    options = {"max_tokens": 12, "sampler": sampler, "eos_ids": frozenset()}
+    (ids,) = {id(r): r.ids for r, _ in generate_batch(model, [prompt], **options)}.values()
+    expected = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, 4, dtype=torch.int64),
+        max_new_tokens=12,
+        do_sample=False,
+        repetition_penalty=penalty,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert ids == expected[0, 4:].tolist()
+    if penalty == 50.0:
+        assert len({*prompt, *ids}) == 16  # nothing comes twice
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from plotted import is_drawn
 
-from moe_offload.commands import simulate
+from moe_offload.commands import draw, simulate
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
@@ -107,7 +108,7 @@ def test_times_are_printed_with_a_machine(capsys, mixtral_file):
     assert 0 < speed < bound
     assert "8 cores, PCIe 4.0" in out and "12 slots, 4.23 GB" in out
     assert re.search(r"bytes: [\d.]+ GB fetched, [\d.]+ GB read by the CPU", out)
-    assert "layer_us of 700 is 22.4 ms a token: with any cache at most 44.6 tokens/s" in out
+    assert "layer_us of the hardware file, 700, makes 22.4 ms a token: with any cache at" in out
 
 
 @pytest.mark.parametrize("hardware", ["rtx3080", "rtx4090", "desktop-ddr4-rtx4060"])
@@ -122,7 +123,7 @@ def test_slots_that_the_gpu_cannot_hold_are_refused(capsys, mixtral_file, hardwa
     assert "tokens/s" in out
     out = printed(capsys, mixtral_file, *flags[:-1], "8", "--cache-nblocks", "32", code=2)
     assert f"at most {n_slots} slots beside mixtral-8x7b's dense weights" in out
-    assert "found 256 of 90.2 GB; choose a smaller cache" in out
+    assert "found 256 of 90.2 GB; choose a smaller cache or a larger GPU" in out
     out = printed(capsys, mixtral_file, "--cache-nways", "8", "--cache-nblocks", "32")
     assert "256 slots" in out  # hits alone need no GPU
 
@@ -168,6 +169,14 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
         capsys, trace_file, "--one-index", "--cache-nways", "8", "--cache-replace-policy", "LRU"
     )
     assert "cliff" not in out
+
+
+def test_absurd_sizes_are_cut_to_the_model(capsys, trace_file):
+    much = "9" * 30
+    out = printed(capsys, trace_file, "--one-index", "--cache-nways", much, "--cache-quota", much)
+    assert "cut to 1 x 32" in out and "cache: 1 indexes x 32 ways" in out
+    out = printed(capsys, trace_file, "--cache-nblocks", much, "--cache-nways", much)
+    assert "cache: 4 indexes x 8 ways" in out
 
 
 def test_another_models_trace_is_refused(capsys, tmp_path):
@@ -294,7 +303,7 @@ def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
         capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),
         "--cache-nblocks", "16", "--cache-nways", "8",
     )  # fmt: skip
-    assert "tokens/s" in out
+    assert "tokens/s" in out and "J a token" not in out  # powers are not measured
 
 
 def test_the_papers_figures():
@@ -356,8 +365,18 @@ def test_the_papers_table_is_printed(capsys):
         (
             ["--model", "mixtral-8x7b", "--tune", "--hardware",
              str(ROOT / "hardware" / "rtx3080.yaml"), "--memory-gb", "-1"],
-            "--memory-gb of 0 or more, found -1",
+            "--memory-gb of at least 0, found -1",
         ),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "nan"],
+         "--memory-gb of at most 21.0914, found nan"),
+        (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "90"],
+         "--memory-gb of at most 21.0914, found 90"),  # 25.8 GB, but for dense weights and reserve
+        (["--paper", "--hardware", str(ROOT / "hardware" / "rtx4080.yaml")],
+         "found 56 of 19.7 GB; choose a smaller cache or a larger GPU"),
+        (["TRACE", "--one-index", "--cache-nways", "-3"], "--cache-nways of at least 1, found -3"),
+        (["--model", "olmoe-1b-7b", "--synthetic", "9" * 30], "expected --synthetic of at most"),
+        (["--paper", "--hardware", HARDWARE, "--cores", "9" * 30], "expected --cores of at most"),
+        (["TRACE", "--sweep", "--processes", "0"], "expected --processes of at least 1, found 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
@@ -381,6 +400,27 @@ def test_a_trace_that_names_its_model_tells_the_shape(capsys, tmp_path, trace, n
     out = printed(capsys, str(path), "--hardware", HARDWARE, code=2)
     assert out.splitlines()[-1].startswith("error: --hardware needs --model")
     assert out.endswith(f"{hint}\n")
+
+
+def page_commands() -> list[str]:
+    """The simulator's commands on the page that reproduces the paper, in its order."""
+    page = (ROOT / "docs" / "REPRODUCING_THE_PAPER.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python3 src/((?:simulator|patterns)\.py .*)$", page, flags=re.M)
+    return list(dict.fromkeys(lines))
+
+
+def test_the_page_has_commands():
+    assert len(page_commands()) >= 8 and sum("patterns.py" in line for line in page_commands()) == 1
+
+
+@pytest.mark.parametrize("line", page_commands())
+def test_the_page_runs_as_it_stands(capsys, tmp_path, monkeypatch, line):
+    for name in ("hardware", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = shlex.split(line, comments=True)
+    assert {"simulator.py": simulate.main, "patterns.py": draw.patterns}[script](arguments) == 0
+    assert capsys.readouterr().out
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

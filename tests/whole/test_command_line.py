@@ -233,6 +233,12 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--top-k", "5"), "above 0 for --top-k"),
+        (("--prompt", "x", "--max-tokens", "4", "--min-p", "2"), "--min-p in [0, 1], found 2.0"),
+        (("--prompt", "x", "--max-tokens", "4", "--repetition-penalty", "0"), "above 0, found 0"),
+        (("--prompt", "x", "--max-tokens", "4", "--stop", ""), "--stop as a text that is not"),
+        (("--prompt", "x", "--max-tokens", "4", "--system", "y", "--raw-prompt"), "found both"),
+        (("--prompt", "x", "--max-tokens", "4", "--resume"), "--resume needs --responses-jsonl"),
         (("--prompt", "x", "--max-tokens", "4", "--dummy-layers", "2"), "needs --dummy-weights"),
         (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
         (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
@@ -599,6 +605,23 @@ def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
     before = answers.read_bytes()
     assert run(*arguments, *flags, answers, "--resume") == 0
     assert answers.read_bytes() == before, "there is nothing left to do"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_resumed_run_samples_as_a_whole_one(
+    batch_size: int, model: Path, run_folder: Path
+) -> None:
+    (run_folder / "p").write_text("One\nOne\nTwo\nTwo\n")
+    arguments = ("--model-path", model, "--prompt-path", "p", "--max-tokens", 6, "--no-record")
+    arguments += ("--temperature", 1.5, "--batch-size", batch_size, "--hide-resp")
+    assert run(*arguments, "--responses-jsonl", "whole.jsonl") == 0
+    whole = (run_folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    by_index = {json.loads(line)["index"]: json.loads(line)["response"] for line in whole}
+    assert len(set(by_index.values())) == 4, "one text, two samples"
+    (run_folder / "half.jsonl").write_text("".join(whole[:2]))
+    assert run(*arguments, "--responses-jsonl", "half.jsonl", "--resume") == 0
+    resumed = map(json.loads, (run_folder / "half.jsonl").read_text().splitlines())
+    assert {line["index"]: line["response"] for line in resumed} == by_index
 
 
 def test_answers_are_never_truncated(

@@ -18,7 +18,9 @@ from tiny_models import TINY_SHAPE
 
 from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
 from benchmarks.gpu_rows import Row, print_row
+from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration
+from moe_offload.engine.engine import load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts import layer as layer_module
@@ -34,7 +36,7 @@ def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shapes = tmp_path / "shapes.yaml"
     shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
     monkeypatch.setattr(shapes_module, "SHAPES_FILE", shapes)
-    monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
+    monkeypatch.setattr(gpu_check, "MODELS", (("tiny", "bf16"),))
     monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
     return "tiny"
 
@@ -47,7 +49,8 @@ def check(tmp_path: Path, *flags: str) -> tuple[int, dict]:
     return code, json.loads(report.read_text())
 
 
-def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
+def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_one_setting, "PROMPT_LENGTHS", (80, 120, 4096))  # the context holds 128
     code, report = check(tmp_path, "--memory-gb", "0.0001")
     rows = {(row["setting"], row["routing"]): row for row in report["rows"]}
     assert list(rows) == [
@@ -68,6 +71,11 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
         assert 0 < row["layer_error"] < 0.02
         assert row["bound_ms"] > 0
         assert row["percent_of_bound"] == pytest.approx(100 * row["bound_ms"] / row["step_ms"])
+        with_prompts = row["setting"] in ("cpu only", "paper", "fetch on demand")
+        speeds = row["prompts_tokens_per_s"]
+        assert set(speeds) <= ({"80", "120"} if with_prompts else set())
+        assert "80" in speeds or not with_prompts
+        assert all(speed > 0 for speed in speeds.values())
         assert (row["logit_error"] is None) == (row["routing"] == "model")
     # Nothing is in a cache that is not there, whoever computed it.
     assert rows["fetch on demand", "forced"]["hit_percent"] == 0
@@ -82,6 +90,17 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--cache-auto chose" in printed
     assert "WRONG" not in printed
+
+
+def test_a_prompt_that_does_not_end_in_time_is_not_begun(tiny_shape, monkeypatch):
+    monkeypatch.setattr(gpu_one_setting, "PROMPT_LENGTHS", (80, 120))
+    source = gpu_models.open_source(tiny_shape, "bf16", None)
+    options = ModelOptions(None, device="cpu", dummy_shape=tiny_shape)
+    with load_engine(source, options, CacheOptions()) as engine:
+        recorder = engine.dispatcher.recorder = Recorder()
+        assert gpu_one_setting.prompt_speeds(engine, 0.0) == {}
+        assert recorder.pass_table()["n_tokens"].tolist() == [64]  # to warm up
+        assert list(gpu_one_setting.prompt_speeds(engine, 1e9)) == [80, 120]
 
 
 def test_every_setting_runs_on_a_gpu_of_pretence(tiny_shape, tmp_path, monkeypatch, capsys):
@@ -157,7 +176,7 @@ def test_a_cgroups_memory_decides_how_many_layers_are_in_memory(tiny_shape, monk
         gpu_models.open_source(tiny_shape, "bf16", None)
 
 
-@pytest.mark.parametrize("name", gpu_check.SHAPES)
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in gpu_check.MODELS))
 def test_a_model_has_all_layers_and_few_of_them_in_memory(name):
     source = gpu_models.open_source(name, "bf16", None, 40e9)
     layer_bytes = source.layouts[0].block_bytes * source.n_experts[0]
@@ -177,7 +196,7 @@ def test_a_model_that_has_had_its_time_leaves_the_lesser_settings_out(
 
     run_setting = gpu_measurements.run_setting
     monkeypatch.setattr(gpu_measurements, "run_setting", slow)
-    monkeypatch.setattr(gpu_check, "SHAPES", ("tiny",))
+    monkeypatch.setattr(gpu_check, "MODELS", (("tiny", "bf16"),))
     source = gpu_models.open_source("tiny", "bf16", None)
     arguments = gpu_check.parse(["--device", "cpu", "--tokens", "4", "--shapes", "mixtral-8x7b"])
     report = gpu_measurements.Report(None, [("tiny", "bf16")])
@@ -271,10 +290,13 @@ def test_the_report_on_disk_has_every_row_as_it_comes(tiny_shape, tmp_path, monk
 def test_a_row_is_printed_with_its_own_notes_only(capsys):
     costs = replace(OneStep(True).costs, steadiness=Steadiness(0.9, 0.0))
     values = dict.fromkeys((one.name for one in fields(Row)), 0)
-    print_row(Row(**values | {"notes": [costs.note, "4 of 8 cache slots fit"]}))
-    assert "varied" in costs.note
+    (note,) = costs.notes()
+    values["prompts_tokens_per_s"] = {512: 300.0}
+    print_row(Row(**values | {"notes": [note, "4 of 8 cache slots fit"]}))
+    assert "varied" in note
     out = capsys.readouterr().out
     assert "4 of 8 cache slots fit" in out and "varied" not in out
+    assert "a prompt of 512 tokens: 300.0 tokens/s" in out
 
 
 def test_a_setting_that_fails_leaves_the_others_alone(tiny_shape, tmp_path, monkeypatch, capsys):
@@ -315,7 +337,7 @@ from benchmarks import gpu_check, gpu_measurements, gpu_one_setting
 
 shapes_module.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
 shapes_module.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
-gpu_check.SHAPES = ("tiny",)
+gpu_check.MODELS = (("tiny", "bf16"),)
 calibration._STEP_BUDGET_S = 0.01
 measure, calls = gpu_one_setting.measure, []
 

@@ -62,7 +62,8 @@ def script_and_flags(line: str) -> tuple[str, set[str]] | None:
         return None
     if not words[1].endswith(".py"):
         return None
-    return words[1], {word.split("=")[0] for word in words[2:] if FLAG.match(word)}
+    own = words[2 : words.index("--")] if "--" in words else words[2:]  # behind it: another's
+    return words[1], {word.split("=")[0] for word in own if FLAG.match(word)}
 
 
 def test_flag_table_is_the_parser() -> None:

@@ -102,8 +102,8 @@ def find_experts(model: nn.Module) -> tuple[ExpertsModule, ...]:
             )
     if not found:
         raise UserError(
-            f"{type(model).__name__} is not a Mixture-of-Experts model: it has no experts module; "
-            "run it with transformers itself"
+            f"{type(model).__name__} has no experts module as transformers 5 describes one: it is "
+            "no Mixture-of-Experts model, or has its experts elsewhere; run it with transformers"
         )
     return tuple(found)
 

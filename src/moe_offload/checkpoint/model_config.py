@@ -11,6 +11,8 @@ from typing import Any, Final
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -55,6 +57,17 @@ def require_plausible_depth(found: dict[str, Any], path: Path, remedy: str) -> N
             )
         if isinstance(value, dict):  # a multimodal model's text_config
             require_plausible_depth(value, path, remedy)
+
+
+def builder_of(config: PretrainedConfig) -> Any:
+    """transformers' class that builds a model of `config` which answers text.
+
+    Where it has no text model for it, one that takes images too, to be given text alone.
+    """
+    takes_images = type(config) in AutoModelForImageTextToText._model_mapping
+    if takes_images and type(config) not in AutoModelForCausalLM._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def experts_per_token(config: PretrainedConfig) -> int | None:

@@ -16,12 +16,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
 from moe_offload.checkpoint.folders import require_source
 from moe_offload.checkpoint.mistral import to_hub_tensors
 from moe_offload.checkpoint.model_config import (
+    builder_of,
     read_hub_config,
     read_native_config,
     require_experts_per_token,
@@ -187,7 +188,7 @@ def _build_meta_model(
         transformers_told(task, "expected a text-generation (causal LM) model"),
         torch.device("meta"),
     ):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = builder_of(config).from_config(
             # eager, whatever the config asks for: a name like "org/kernel" is code from the hub
             config,
             dtype=dtype,

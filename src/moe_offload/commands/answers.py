@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Answers:
         self.path = path
         self._settings = {"model": _model_name(config), "raw": config.prompts.raw}
         self._lines: list[dict[str, Any]] = []
+        self._was_there = path.exists() or path.is_symlink()
         self._is_file = not path.exists() or path.is_file()
         try:
             self._handle = _locked(path) if self._is_file else _device(path)
@@ -85,14 +87,9 @@ class Answers:
 
     def settings(self, prompt: Prompt) -> dict[str, Any]:
         """All that the answer to `prompt` depends on besides its text."""
-        options = prompt.options
-        return self._settings | {
-            "max_tokens": options.max_tokens,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "seed": options.seed,
-            "stop": list(options.stop),
-        }
+        options = asdict(prompt.options)
+        del options["batch_size"]
+        return self._settings | options | {"stop": list(prompt.options.stop)}
 
     def unanswered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that have no finished answer yet: told apart by id, else by their number.
@@ -156,10 +153,10 @@ class Answers:
         self._end += len(data)
 
     def close(self) -> None:
-        """Give the file up; one that is empty is removed."""
+        """Give the file up; one that was not there before and got no answer is removed."""
         if self._handle < 0:
             return
-        if self._is_file and not os.fstat(self._handle).st_size:
+        if not self._was_there and not os.fstat(self._handle).st_size:
             with suppress(OSError):
                 self.path.unlink()
         os.close(self._handle)

@@ -36,6 +36,87 @@ from moe_offload.simulation.trace_files import TraceReader
 _FLAGS = {"breakdown": "--breakdown-csv", "cachehit": "--cachehit-csv"}
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    open_closed_streams()
+    with Interruption() as interruption:
+        try:
+            return _main(argv, interruption)
+        except KeyboardInterrupt:
+            say(f"interrupted ({interruption.name}) before any token: no file was written")
+            return interruption.exit_code
+        except BrokenPipeError:  # such as `| head`: there is nobody left to tell
+            return EXIT_USER_ERROR
+        except (UserError, OSError) as error:
+            if "--debug" in argv:
+                traceback.print_exc()
+            complain(error)
+            return EXIT_USER_ERROR
+
+
+def _main(argv: Sequence[str], interruption: Interruption) -> int:
+    arguments = parse(argv)
+    if arguments.version:
+        show(_version_text())
+        return 0
+    if not argv:
+        build_parser().print_usage(sys.stderr)
+    config = parse_config(arguments)
+    _check_sources(config)
+    # The imports below are not at the top because torch and transformers take seconds to load:
+    # help, versions and what is found wrong so far need not wait for them.
+    if arguments.show_calibration:
+        say("loading, then measuring ...")
+        from moe_offload.commands.measure import show_calibration
+
+        show_calibration(config)
+        return 0
+    prompts, left_out = read_prompts(config.prompts, config.generation)
+    paths = ReportPaths.in_folder(
+        config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
+    )
+    check_destinations(config, paths)
+    with ExitStack() as stack:
+        answers = None
+        if config.output.responses_jsonl is not None:
+            answers = stack.enter_context(Answers(config.output.responses_jsonl, config))
+            prompts = answers.unanswered(prompts)
+            if not prompts:
+                say(f"all {answers.n_before} prompts are answered in {answers.path}")
+                return _left_out_code(left_out)
+        if not config.output.quiet:
+            say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
+        from moe_offload.commands.run import run
+
+        command = [started_as("src/main.py"), *argv]
+        code = run(config, prompts, left_out, answers, paths, command, interruption)
+    return code or _left_out_code(left_out)
+
+
+def _left_out_code(left_out: LeftOut) -> int:
+    """The exit code of a run that did all the others."""
+    if not left_out.reasons:
+        return 0
+    n_lines = len(left_out.reasons)
+    complain(
+        f"{n_lines} line{'s'[: n_lines > 1]} of {left_out.path} could not be answered (left out, "
+        "see above); all others are"
+    )
+    return EXIT_USER_ERROR
+
+
+def _check_sources(config: Config) -> None:
+    """UserError where the model or a trace is not there, or is not one."""
+    if config.model.model_path is not None:
+        require_prepared(config.model.model_path)
+    if config.model.dummy_shape is not None:
+        shape_config(config.model.dummy_shape, config.model.dummy_layers)
+    for trace in (config.model.routing_trace, config.cache.trace):
+        if trace is not None:
+            TraceReader(trace)
+
+
 def check_destinations(config: Config, paths: ReportPaths) -> None:
     """Make the folders of all results and try them; no file is left in them.
 
@@ -95,86 +176,6 @@ def _try_folder(folder: Path, flag: str) -> None:
         raise UserError(
             f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}{remedy}"
         ) from error
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    open_closed_streams()
-    with Interruption() as interruption:
-        try:
-            return _main(argv, interruption)
-        except KeyboardInterrupt:
-            say(f"interrupted ({interruption.name}) before any token: no file was written")
-            return interruption.exit_code
-        except BrokenPipeError:  # such as `| head`: there is nobody left to tell
-            return EXIT_USER_ERROR
-        except (UserError, OSError) as error:
-            if "--debug" in argv:
-                traceback.print_exc()
-            complain(error)
-            return EXIT_USER_ERROR
-
-
-def _main(argv: Sequence[str], interruption: Interruption) -> int:
-    arguments = parse(argv)
-    if arguments.version:
-        show(_version_text())
-        return 0
-    if not argv:
-        build_parser().print_usage(sys.stderr)
-    config = parse_config(arguments)
-    _check_sources(config)
-    # The imports below are not at the top because torch and transformers take seconds to load:
-    # help, versions and what is found wrong so far need not wait for them.
-    if arguments.show_calibration:
-        from moe_offload.commands.measure import show_calibration
-
-        show_calibration(config)
-        return 0
-    prompts, left_out = read_prompts(config.prompts, config.generation)
-    paths = ReportPaths.in_folder(
-        config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
-    )
-    check_destinations(config, paths)
-    with ExitStack() as stack:
-        answers = None
-        if config.output.responses_jsonl is not None:
-            answers = stack.enter_context(Answers(config.output.responses_jsonl, config))
-            prompts = answers.unanswered(prompts)
-            if not prompts:
-                say(f"all {answers.n_before} prompts are answered in {answers.path}")
-                return _left_out_code(left_out)
-        if not config.output.quiet:
-            say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
-        from moe_offload.commands.run import run
-
-        command = [started_as("src/main.py"), *argv]
-        code = run(config, prompts, left_out, answers, paths, command, interruption)
-    return code or _left_out_code(left_out)
-
-
-def _left_out_code(left_out: LeftOut) -> int:
-    """The exit code of a run that did all the others."""
-    if not left_out.reasons:
-        return 0
-    n_lines = len(left_out.reasons)
-    complain(
-        f"{n_lines} line{'s'[: n_lines > 1]} of {left_out.path} could not be answered (left out, "
-        "see above); all others are"
-    )
-    return EXIT_USER_ERROR
-
-
-def _check_sources(config: Config) -> None:
-    """UserError where the model or a trace is not there, or is not one."""
-    if config.model.model_path is not None:
-        require_prepared(config.model.model_path)
-    if config.model.dummy_shape is not None:
-        shape_config(config.model.dummy_shape, config.model.dummy_layers)
-    for trace in (config.model.routing_trace, config.cache.trace):
-        if trace is not None:
-            TraceReader(trace)
 
 
 def _version_text() -> str:

@@ -34,7 +34,7 @@ def measure_machine(path: Path, shape: ModelShape) -> Machine:
         on_gpu = engine.device.type == "cuda"
         facts = read_hardware()
         gpu_name = "emulated accelerator"
-        gpu_memory_gb = 0.0
+        gpu_memory_gb = (facts.memory_limit_bytes or facts.memory_bytes) / 1e9  # where slots are
         if on_gpu:
             properties = torch.cuda.get_device_properties(engine.device)
             gpu_name, gpu_memory_gb = properties.name, properties.total_memory / 1e9

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from moe_offload.checkpoint.folders import require_source
 from moe_offload.commands.arguments import ArgumentParser, a_path
 from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
+from moe_offload.machine.terminal import complain, open_closed_streams, say, show
 
 _ANOTHER: Final = "choose another --output-path"
 
@@ -68,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done or already done, 2 a user mistake, a bad file or a full disk, 130 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    open_closed_streams()
     try:
         options = build_parser().parse_args(arguments)
         require_source(options.input_path, options.hf)
@@ -75,16 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # path need not wait for them, and Ctrl-C while they load is one line as well.
         from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
 
-        print(prepare_model(PrepareOptions(**vars(options))))
+        done = prepare_model(PrepareOptions(**vars(options)))
+        with suppress(OSError):  # nobody reads it; prepared is prepared
+            show(done)
         return 0
     except (UserError, OSError, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+            say("interrupted; run the same command again to go on")
             return 130
         reason = _explain(error, options.output_path) if isinstance(error, OSError) else error
-        print(f"error: {reason}", file=sys.stderr)
+        complain(reason)
         return 2
 
 

@@ -23,6 +23,9 @@ _SETTINGS: Final[dict[str, tuple[type, ...]]] = {
     "max_tokens": (int,),
     "temperature": (int, float),
     "top_p": (int, float),
+    "top_k": (int,),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
     "seed": (int,),
     "stop": (str, list),
 }

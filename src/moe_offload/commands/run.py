@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from moe_offload import VERSION
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
-from moe_offload.config import Config, ModelOptions
+from moe_offload.config import Config, GenerationOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.errors import UserError
@@ -95,7 +95,9 @@ def run(
         if isinstance(source, PreparedModel):
             options = config.generation
             suggested = source.manifest.generation_config or {}
-            engine.notes += unused_suggestions(suggested, options.temperature, options.top_p)
+            engine.notes += unused_suggestions(
+                suggested, options.temperature, options.top_p, **_further(options)
+            )
             if not stop_ids(engine.model, tokenizer.eos_ids):
                 engine.notes.append(
                     "the model names no token that ends a text: every answer has --max-tokens"
@@ -147,6 +149,11 @@ def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Toke
         return dummy, DummyTokenizer(dummy.config.get_text_config().vocab_size)
     prepared = open_prepared(options)
     return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
+
+
+def _further(options: GenerationOptions) -> dict[str, float]:
+    """How tokens are chosen, besides temperature and top-p; by transformers' names."""
+    return {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
 
 
 def _unsaid(line: str) -> None:
@@ -301,7 +308,11 @@ def run_prompts(
                 [ids for _, ids in batch],
                 max_tokens=options.max_tokens,
                 sampler=make_sampler(
-                    options.temperature, options.top_p, options.seed, engine.device
+                    options.temperature,
+                    options.top_p,
+                    options.seed,
+                    engine.device,
+                    **_further(options),
                 ),
                 eos_ids=eos_ids,
                 first_prompt=first,

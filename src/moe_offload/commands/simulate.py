@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
@@ -15,8 +15,9 @@ from moe_offload.config import FAST_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
+from moe_offload.machine.terminal import answer
 from moe_offload.simulation.machine_file import Machine, load_machine
-from moe_offload.simulation.paper import paper_table
+from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace, write_trace
@@ -114,25 +115,24 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def asked_setting(options: argparse.Namespace) -> Setting:
     """The cache that the flags ask for; raises UserError with the flag that is missing or wrong."""
-    flags = {
-        "--cache-nblocks": (options.cache_nblocks, 1),
-        "--cache-nways": (options.cache_nways, 1),
-        "--cache-quota": (options.cache_quota, 0),
-    }
-    for flag, (value, least) in flags.items():
+    n_indexes = 1 if options.one_index else options.cache_nblocks
+    for flag, value in (("--cache-nblocks", n_indexes), ("--cache-nways", options.cache_nways)):
         if value is None:
             raise UserError(
-                f"expected {flag} of at least {least}, found none; give it, or --sweep, --tune or "
-                "--paper"
+                f"expected {flag} of at least 1, found none; give it, or --sweep, --tune or --paper"
             )
-        if value < least:
-            raise UserError(f"expected {flag} of at least {least}, found {value}")
+        _check_range(flag, value, 1)
+    _check_range("--cache-quota", options.cache_quota, 0)
     return Setting(
-        options.cache_nblocks,
-        options.cache_nways,
-        options.cache_replace_policy,
-        options.cache_quota,
+        n_indexes, options.cache_nways, options.cache_replace_policy, options.cache_quota
     )
+
+
+def _check_range(flag: str, value: float, least: float, most: float = inf) -> None:
+    if value < least:
+        raise UserError(f"expected {flag} of at least {least}, found {value:g}")
+    if not value <= most:  # nor is not-a-number
+        raise UserError(f"expected {flag} of at most {most:.6g}, found {value:g}")
 
 
 def cut_to_model(setting: Setting, trace: Trace) -> Setting:
@@ -152,36 +152,34 @@ def cut_to_model(setting: Setting, trace: Trace) -> Setting:
 
 
 DEFAULT_TOKENS = 256
+MOST_TOKENS = 20_000  # 8 million choices of 48 layers' top-8: no more is learnt from more
+MOST_CORES = 4096
 GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> int:
         run(parse_simulation(argv))
-        sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UserError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return answer(work, "--debug" in argv)
 
 
 def run(options: argparse.Namespace) -> None:
     """Carry out what the command line asks for, printing as it goes; raises UserError."""
     machine = None
     if options.hardware is not None:
+        if options.cores is not None:
+            _check_range("--cores", options.cores, 1, MOST_CORES)
         machine = load_machine(options.hardware).variant(options.cores, options.pcie)
     if options.paper:
         if machine is None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
+        for name, (n_indexes, n_ways) in CACHES.items():
+            _check_memory(Setting(n_indexes, n_ways, "LRU"), machine, load_shape(name), "bf16")
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -215,14 +213,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
-    for flag, value in (("--synthetic", options.synthetic), ("--processes", options.processes)):
-        if value is not None and value < 1:
-            raise UserError(f"expected {flag} of at least 1, found {value}")
     if options.trace is None:
         if shape is None:
             raise UserError("expected a TRACE, or --model for typical synthetic routing")
         workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
-        n_tokens = options.synthetic or DEFAULT_TOKENS
+        n_tokens = DEFAULT_TOKENS if options.synthetic is None else options.synthetic
+        _check_range("--synthetic", n_tokens, 1, MOST_TOKENS)
         return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
     if options.synthetic is not None:
         raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
@@ -282,14 +278,12 @@ def _one_setting(
                 "expert before its layer comes round again; use one index for each layer"
             )
         trace = share_one_index(trace)
-        setting = Setting(1, options.cache_nways, options.cache_replace_policy, options.cache_quota)
-    else:
-        setting = cut_to_model(asked_setting(options), trace)
-        if setting.n_ways < trace.info.top_k:
-            print(
-                f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "
-                "experts of one token: most of what is fetched is evicted unused"
-            )
+    setting = cut_to_model(asked_setting(options), trace)
+    if setting.n_ways < trace.info.top_k:
+        print(
+            f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "
+            "experts of one token: most of what is fetched is evicted unused"
+        )
     expert_bytes = trace.info.expert_bytes
     if shape is not None:
         expert_bytes = shape.block_bytes(options.expert_dtype)
@@ -346,19 +340,19 @@ def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: 
         raise UserError(
             f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
             f"{shape.name}'s dense weights in the {machine.gpu_memory_gb:g} GB of {machine.name}, "
-            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache, "
-            "or leave --hardware out for the hits alone"
+            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache "
+            "or a larger GPU, or leave --hardware out for the hits alone"
         )
 
 
 def _host_limit(machine: Machine, n_layers: int) -> str:
-    """What no cache can change: the time of the host in each layer's dense part."""
-    step_ms = n_layers * machine.layer_us / 1e3
+    """What no cache can change: the host's own time for the dense part of a step."""
+    step_ms = (n_layers * machine.layer_us + machine.step_us) / 1e3
     if not step_ms:
-        return "the hardware file's layer_us is 0: the host's own time is left out"
+        return "layer_us of the hardware file is 0: the host's own time is left out"
     return (
-        f"the hardware file's layer_us of {machine.layer_us:g} is {step_ms:.1f} ms a token: with "
-        f"any cache at most {1e3 / step_ms:.1f} tokens/s"
+        f"layer_us of the hardware file, {machine.layer_us:g}, makes {step_ms:.1f} ms a token: "
+        f"with any cache at most {1e3 / step_ms:.1f} tokens/s"
     )
 
 
@@ -366,10 +360,10 @@ def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
     result, busy = outcome.replay, outcome.busy
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
+    energy = f", {joules / result.n_decode_tokens:.1f} J a token" if joules else ""
     print(f"predicted on {machine.name}, {machine.cores} cores, PCIe {machine.pcie}.0:")
     print(
-        f"  {result.tokens_per_s:.2f} tokens/s, {1e3 / result.tokens_per_s:.1f} ms a token, "
-        f"{joules / result.n_decode_tokens:.1f} J a token"
+        f"  {result.tokens_per_s:.2f} tokens/s, {1e3 / result.tokens_per_s:.1f} ms a token{energy}"
     )
     cpu, bus, gpu = (100 * us / total_us for us in (busy.cpu_us, busy.copy_us, busy.gpu_us))
     print(f"  busy: CPU {cpu:.0f}%, bus {bus:.0f}%, GPU {gpu:.0f}%")
@@ -391,8 +385,10 @@ def _sweep(
     from moe_offload.report.sweep_figure import draw_sweep
 
     _make_folder(options.output_dir)
+    _check_range("--processes", options.processes, 1)
+    processes = min(options.processes, os.cpu_count() or 1)  # more of them compute nothing sooner
     free_bytes = _cache_bytes(machine, shape) if machine and shape else 0.0
-    rows = sweep(trace, grid(trace), costs, options.processes, free_bytes)
+    rows = sweep(trace, grid(trace), costs, processes, free_bytes)
     if costs is not None and not any(row.fits for row in rows):
         raise UserError(
             f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
@@ -422,15 +418,14 @@ def _sweep(
 
 def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
     memory_bytes = _cache_bytes(machine, shape)
-    if options.memory_gb is not None:
-        memory_bytes = options.memory_gb * 1e9
-        if memory_bytes < 0:
-            raise UserError(f"expected --memory-gb of 0 or more, found {options.memory_gb:g}")
     if memory_bytes < 0:
         raise UserError(
             f"expected GPU memory for {shape.name}'s dense weights, found "
-            f"{machine.gpu_memory_gb:g} GB; give --memory-gb for the cache alone"
+            f"{machine.gpu_memory_gb:g} GB; give the hardware file of a larger GPU"
         )
+    if options.memory_gb is not None:
+        _check_range("--memory-gb", options.memory_gb, 0, memory_bytes / 1e9)
+        memory_bytes = options.memory_gb * 1e9
     costs = {name: machine.cost_model(shape, name) for name in FAST_FORMATS}
     print(f"on {machine.name}, {machine.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots")
     print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")

@@ -104,20 +104,18 @@ class OnednnChoice:
         fixed_us, token_us = fit_line(self.experts.tokens, self.experts.onednn_us)
         return SideCost(0.0, fixed_us / self.n_experts, token_us / self.n_experts)
 
-    def describe(self) -> list[str]:
-        """What computes many tokens, as lines for people."""
+    def describe(self, only_used: bool = False) -> list[str]:
+        """What computes many tokens, as lines for people; `only_used`: where oneDNN does."""
         n = f"{self.n_experts} " if self.n_experts > 1 else ""
+        found = (
+            (f"{n}experts with many tokens", self.experts),
+            ("a layer's dense part, many tokens", self.dense),
+        )
         return [
-            *([] if self.experts is None else [f"{n}experts with many tokens: {self.experts}"]),
-            *([] if self.dense is None else [f"a layer's dense part, many tokens: {self.dense}"]),
+            f"{what}: {crossover}"
+            for what, crossover in found
+            if crossover is not None and not (only_used and crossover.from_tokens is None)
         ]
-
-    def notes(self) -> list[str]:
-        """The lines of `describe` for what does go through oneDNN."""
-        used = self.expert_tokens is not None, self.dense_tokens is not None
-        return OnednnChoice(
-            self.experts if used[0] else None, self.dense if used[1] else None, self.n_experts
-        ).describe()
 
 
 @dataclass(frozen=True)
@@ -139,15 +137,13 @@ class MachineCosts:
         data = asdict(self)
         return {"costs": data.pop("model"), **data}
 
-    @property
-    def note(self) -> str | None:
-        """A line for the user where the figures are not to be trusted."""
+    def notes(self) -> list[str]:
+        """Lines for the user: where the figures are not to be trusted, what oneDNN computes."""
+        lines = self.onednn.describe(only_used=True)
         if self.steadiness.is_quiet:
-            return None
-        return (
-            f"{UNSTEADY} ({self.steadiness}): take "
-            "predictions and shares of limits as rough; the next run measures again"
-        )
+            return lines
+        rough = "take predictions and shares of limits as rough; the next run measures again"
+        return [f"{UNSTEADY} ({self.steadiness}): {rough}", *lines]
 
     def describe(self, in_memory: bool = True) -> list[str]:
         """The figures as lines for people; `in_memory`: no cache of the CPU's holds the experts."""
@@ -230,7 +226,7 @@ def machine_costs(
     known = None if again else kept.load(hardware.key(), shape)
     if known is not None:
         # Damaged, of another version, or what no machine does: measured anew.
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             costs = from_json(MachineCosts, known)
             if costs.model.block_bytes == store.layouts[0].block_bytes:
                 return costs

@@ -54,6 +54,7 @@ from moe_offload.model.loader import (
     build_skeleton,
     distinct_linears,
     find_moe_sites,
+    given_text_alone,
     install_experts,
     one_pass_at_a_time,
     onednn_linears,
@@ -214,21 +215,25 @@ class Engine:
                 self.say(line)
 
     def _step_alone_us(self, n_sequences: int) -> float | None:
-        """At most what a decode step of short sequences takes: the CPU computes every expert."""
+        """At most what a decode step of short sequences takes: every expert missed.
+
+        The CPU computes all of them, or all are copied, whichever takes longer.
+        """
         if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
             return None
         costs = self.costs.model
         n_pairs = n_sequences * (experts_per_token(self.source.config) or 2)
-        cpu_us = costs.cpu.us(min(n_pairs, self.store.n_experts[0]), n_pairs)
-        return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + cpu_us)
+        n_experts = min(n_pairs, self.store.n_experts[0])
+        missed_us = costs.cpu.us(n_experts, n_pairs)
+        if self.accelerator is not None:
+            missed_us = max(missed_us, n_experts * costs.copy_us(shared=True))
+        return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + missed_us)
 
     def run_notes(self) -> list[str]:
         """`notes`, and what the accelerator learnt during the run."""
         lines = list(self.notes)
-        if self.costs is not None and self.costs.note is not None:
-            lines.append(self.costs.note)
         if self.costs is not None:
-            lines += self.costs.onednn.notes()
+            lines += self.costs.notes()
         if self.accelerator is not None:
             lines += self.accelerator.notes()
         return lines
@@ -293,7 +298,7 @@ def load_engine(
     fitted_cache(cache, source, [])  # refuse before loading what would be refused after
     if cache.trace is not None:
         read_trace(cache.trace)
-    notes: list[str] = []
+    notes = given_text_alone(source.config)
     model = build_skeleton(source.config, source.dtype, options.attention)
     source.check(model)
     sites = find_moe_sites(model, source.experts_paths)

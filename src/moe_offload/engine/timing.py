@@ -45,6 +45,7 @@ _WINDOW_S = 2.0
 _SLOW_PASS = 2.0
 _MAX_UNKNOWN_LOAD = 0.25
 MAX_AGE_S = 30 * 24 * 3600.0
+_MOST_BYTES = 1 << 20  # of a calibration, which has some 5 KB: beyond, it is something else
 
 
 class OtherLoad:
@@ -348,12 +349,15 @@ class CalibrationCache:
 
     def load(self, hardware: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any] | None:
         """The calibration stored for these facts, or None: never stored, expired or unreadable."""
+        path = self.path(hardware, shape)
         try:
-            document = json.loads(self.path(hardware, shape).read_text())
+            if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+                return None
+            document = json.loads(path.read_text())
             age_s = time.time() - document["measured_unix_s"]
             calibration = document["calibration"]
             owner = document.get("process")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         fresh = 0 <= age_s <= self._max_age_s and owner in (None, _this_process())
         return calibration if fresh and isinstance(calibration, dict) else None

@@ -7,12 +7,10 @@ the hits, starts the copies, computes the misses on the calling thread and adds 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,15 +21,9 @@ from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
 from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
-from moe_offload.experts.slots import Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
-
-_TWO_THREADS = (
-    "expected one thread at a time to run this model, found a second one inside: generate from one "
-    "thread, or put a lock around it"
-)
 
 
 class RoutingChoice(Protocol):
@@ -60,8 +52,6 @@ class MoeExperts(nn.Module):
 class MoeDispatcher:
     """Runs the MoE layers of one model, driven by the one thread that calls the model.
 
-    A second thread that calls it meanwhile gets a RuntimeError, or the first one, whichever goes on
-    later: a pass's state and the staging memory exist once.
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
     as they begin. `forced_routing` replaces the routers.
@@ -83,9 +73,7 @@ class MoeDispatcher:
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
-        self._inside = threading.Lock()
-        self._owner: int | None = None  # the thread that began the latest pass
-        self._is_open = False  # that pass has not ended
+        self._is_open = False  # the pass begun last has not ended
         self._device: torch.device | None = None  # the model's, as a layer sees it
         self._decode = False
         self._skip_experts = False
@@ -105,22 +93,7 @@ class MoeDispatcher:
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Inside, no other thread is at work here; RuntimeError where one is."""
-        if not self._inside.acquire(blocking=False):
-            raise RuntimeError(_TWO_THREADS)
-        try:
-            yield
-        finally:
-            self._inside.release()
-
     def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with self._alone():
-            self._owner = threading.get_ident()
-            self._begin_pass(args, kwargs)
-
-    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
             self.accelerator.recover()
         self._is_open = True
@@ -155,8 +128,6 @@ class MoeDispatcher:
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._owner != threading.get_ident():
-            raise RuntimeError(_TWO_THREADS)
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
@@ -188,13 +159,7 @@ class MoeDispatcher:
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
         batch are left out: their rows are zero. UserError where the accelerator has no room left.
         """
-        with self._alone():
-            if self._owner not in (None, threading.get_ident()):
-                raise RuntimeError(_TWO_THREADS)
-            self._device = hidden.device
-            return self._run(layer, hidden, index, weights)
-
-    def _run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self._device = hidden.device
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
@@ -219,20 +184,11 @@ class MoeDispatcher:
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
-        step = LayerStep(
-            self.store,
-            self.cpu[layer],
-            self._handoff,
-            accelerator,
-            layer,
-            hidden,
-            index,
-            weights,
-            guess,
-        )
+        parts = self.store, self.cpu[layer], self._handoff, accelerator
+        step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
         self._ranges.part(layer, "plan")
-        evictions = 0 if accelerator is None else accelerator.cache.evictions
+        evicted = 0 if accelerator is None else accelerator.cache.evictions
         if accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.ids)), ())
         elif self._decode:
@@ -252,26 +208,42 @@ class MoeDispatcher:
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
         ended_s = time.perf_counter()
-        if self.recorder.enabled:
-            done = _DoneLayer(
+        began_s, block_began_s = self._last_end_s, self._block_started_s
+        is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
+        evictions = 0 if accelerator is None else accelerator.cache.evictions - evicted
+        ids, launches, fetches = step.ids, step.launches, step.n_fetches
+        waited = () if self._decode else plan.waited
+
+        def event() -> LayerEvent:
+            """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
+            block_bytes = self.store.layouts[layer].block_bytes
+            tokens = [token for token in ids if token[0] >= 0]  # the others are padding
+            hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
+            n_hits = sum(hits_of_token)
+            return LayerEvent(
                 layer=layer,
-                is_cached=accelerator is not None and layer < accelerator.cache.n_indexes,
-                is_decode=self._decode,
-                block_bytes=self.store.layouts[layer].block_bytes,
-                ids=step.ids,
-                plan=plan,
-                launches=[pending for pending, _ in step.launches],
-                fetches=step.n_fetches,
-                evictions=0 if accelerator is None else accelerator.cache.evictions - evictions,
-                began_s=self._last_end_s,
-                block_began_s=self._block_started_s,
-                routed_s=routed_s,
-                planned_s=planned_s,
-                computed_s=computed_s,
-                waited_s=waited_s,
-                ended_s=ended_s,
+                ids=tokens,
+                n_hits_of_token=hits_of_token if is_cached else None,
+                hits=n_hits if is_cached else 0,
+                misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
+                fetches=fetches,
+                evictions=evictions,
+                attention_us=(block_began_s - began_s) * 1e6,
+                router_us=(routed_s - block_began_s) * 1e6,
+                plan_us=(planned_s - routed_s) * 1e6,
+                cpu_us=(computed_s - planned_s) * 1e6,
+                gpu_us=sum(pending.resolve() for pending, _ in launches),
+                copy_wait_us=(waited_s - computed_s) * 1e6,
+                combine_us=(ended_s - waited_s) * 1e6,
+                cpu_bytes=len(plan.cpu) * block_bytes,
+                gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
+                waited_bytes=len(plan.waited) * block_bytes,
+                fetch_bytes=fetches * block_bytes,
+                waited=waited,
             )
-            self.recorder.at_end(done.event)
+
+        if self.recorder.enabled:
+            self.recorder.at_end(event)
         self._last_end_s = ended_s
         self._next_layer = layer + 1
         is_last = self._next_layer == self.store.n_layers
@@ -324,56 +296,6 @@ class MoeDispatcher:
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)
         return plan
-
-
-@dataclass(slots=True)
-class _DoneLayer:
-    """What is kept of a layer until its pass has ended: no tensor, no arithmetic yet."""
-
-    layer: int
-    is_cached: bool
-    is_decode: bool
-    block_bytes: int
-    ids: list[list[int]]
-    plan: Plan
-    launches: list[Pending]
-    fetches: int
-    evictions: int
-    began_s: float
-    block_began_s: float
-    routed_s: float
-    planned_s: float
-    computed_s: float
-    waited_s: float
-    ended_s: float
-
-    def event(self) -> LayerEvent:
-        """What is recorded of it; waits for what the accelerator times."""
-        hits, waited = self.plan.hits, self.plan.waited
-        ids = [token for token in self.ids if token[0] >= 0]  # the others are padding
-        hits_of_token = [sum(e in hits for e in token) for token in ids] if self.is_cached else None
-        n_hits = sum(hits_of_token or ())
-        return LayerEvent(
-            layer=self.layer,
-            ids=ids,
-            n_hits_of_token=hits_of_token,
-            hits=n_hits,
-            misses=sum(map(len, ids)) - n_hits if self.is_cached else 0,
-            fetches=self.fetches,
-            evictions=self.evictions,
-            attention_us=(self.block_began_s - self.began_s) * 1e6,
-            router_us=(self.routed_s - self.block_began_s) * 1e6,
-            plan_us=(self.planned_s - self.routed_s) * 1e6,
-            cpu_us=(self.computed_s - self.planned_s) * 1e6,
-            gpu_us=sum(pending.resolve() for pending in self.launches),
-            copy_wait_us=(self.waited_s - self.computed_s) * 1e6,
-            combine_us=(self.ended_s - self.waited_s) * 1e6,
-            cpu_bytes=len(self.plan.cpu) * self.block_bytes,
-            gpu_bytes=(len(hits) + len(waited)) * self.block_bytes,
-            waited_bytes=len(waited) * self.block_bytes,
-            fetch_bytes=self.fetches * self.block_bytes,
-            waited=() if self.is_decode else waited,
-        )
 
 
 def _counts(pairs: list[list[int]]) -> dict[int, int]:

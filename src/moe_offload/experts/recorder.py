@@ -17,7 +17,6 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from operator import attrgetter
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -75,7 +74,8 @@ DURATIONS = tuple(name for name in LayerEvent._fields if name.endswith("_us"))
 BYTES = tuple(name for name in LayerEvent._fields if name.endswith("_bytes"))
 _SHAPE = ("pass_index", "layer", "n_tokens", "top_k", "cached")
 _COUNTS = ("hits", "misses", "fetches", "evictions")
-_packed = attrgetter(*_COUNTS, *DURATIONS, *BYTES)
+_PACKED = slice(3, -2)  # all but the layer, the lists and the pass
+assert tuple(LayerEvent._fields)[_PACKED] == (*_COUNTS, *DURATIONS, *BYTES)
 
 LAYER_DTYPE = np.dtype(
     [(name, "<i4") for name in (*_SHAPE, *_COUNTS)]
@@ -144,7 +144,7 @@ class Recorder:
             self._n_hits_of_token.extend(hits_of_token)
         top_k = len(ids[0]) if n_tokens else 0
         shape = (len(self._passes), event.layer, n_tokens, top_k, hits_of_token is not None)
-        self._layers += _LAYER_ROW.pack(*shape, *_packed(event))
+        self._layers += _LAYER_ROW.pack(*shape, *tuple(event)[_PACKED])
 
     def end_pass(self, duration_s: float, unix_s: float | None = None) -> None:
         """The pass begun last is done, by default now; `duration_s` is its wall-clock time."""

@@ -8,6 +8,7 @@ as the CPU computes the misses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ class GpuExperts:
 
         pending.start.record(stream)
         if self._thread is None:
-            with torch.cuda.device(self.device):  # Triton launches on the current one
+            with self._as_current_device():
                 _run_keeping_error(work, pending)
         else:
             self._thread.submit(lambda: _run_keeping_error(work, pending))
@@ -205,7 +206,7 @@ class GpuExperts:
         """
         from moe_offload.kernels.triton_combine import add_from_host
 
-        with torch.cuda.device(self.device):
+        with self._as_current_device():
             return add_from_host(on_device, on_host, like)
 
     def synchronize(self) -> None:
@@ -221,6 +222,10 @@ class GpuExperts:
             self._thread.close()
         else:
             torch.cuda.synchronize(self.device)
+
+    def _as_current_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device, whatever its arguments are on."""
+        return torch.cuda.device(self.device) if self._thread is None else nullcontext()
 
     def _new_events(self) -> tuple[Any, Any]:
         if self._thread is not None:
@@ -304,7 +309,10 @@ class GpuExperts:
 
     def _warm_up_sum(self, dtype: torch.dtype) -> None:
         like = torch.empty(1, self.layout.hidden_size, dtype=dtype, device=self.device)
-        on_host = torch.zeros(like.shape, pin_memory=True)
+        try:
+            on_host = torch.zeros(like.shape, pin_memory=True)
+        except RuntimeError:  # a machine that pins nothing: nothing will be read from the host
+            return
         for on_device in (None, like.float()):
             self.add_from_host(on_device, on_host, like)
         torch.cuda.current_stream(self.device).synchronize()  # `on_host` is read until then
@@ -312,7 +320,7 @@ class GpuExperts:
     def _triton_if_it_runs(self, dtype: torch.dtype) -> TritonExperts | None:
         """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
         try:
-            with torch.cuda.device(self.device):
+            with self._as_current_device():
                 triton = self._triton()
                 triton.warm_up(dtype)
                 self._warm_up_sum(dtype)

@@ -22,26 +22,12 @@ from moe_offload.errors import UserError
 from moe_offload.kernels.library import (
     MOST_THREADS,
     AttentionArguments,
-    NormArguments,
-    RouterArguments,
     TokenArguments,
     default_threads,
     describe,
     isa_code,
     open_library,
     supported_isas,
-)
-
-__all__ = (
-    "AttentionArguments",
-    "CpuKernels",
-    "DecodeKernels",
-    "KernelChoice",
-    "NormArguments",
-    "RouterArguments",
-    "is_plain",
-    "load_kernels",
-    "supported_isas",
 )
 
 KernelChoice = Literal["auto", "native", "torch"]
@@ -170,28 +156,3 @@ def is_plain(x: Tensor) -> bool:
         and x.is_contiguous()
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
-
-
-class DecodeKernels:
-    """The small operations of a decode step in one call each; see api.h for shapes.
-
-    Each takes torch half a dozen operations. What they cost is not arithmetic: a step streams its
-    weights through the same caches, so each operation's own code and data come from memory again.
-    """
-
-    def __init__(self, kernels: CpuKernels) -> None:
-        self.kernels = kernels
-
-    def norm(self, norm: NormArguments, x: Tensor, is_bf16: bool, n_rows: int, y: Tensor) -> None:
-        self.kernels.call("rms_norm", norm, x, is_bf16, n_rows, y)
-
-    def route(
-        self,
-        router: RouterArguments,
-        x: Tensor,
-        n_tokens: int,
-        logits: Tensor,
-        scores: Tensor,
-        index: Tensor,
-    ) -> None:
-        self.kernels.call("route", router, x, n_tokens, logits, scores, index)

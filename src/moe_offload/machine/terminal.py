@@ -7,6 +7,7 @@ far a run has come, on stderr: only on a terminal, and not in the first second.
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
 import signal
@@ -55,14 +56,20 @@ def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
         file.write(whole)
         file.flush()
     except OSError as error:
-        descriptor = file.fileno()
-        was_terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, descriptor)  # the flush at exit would fail too, and change the exit code
-        os.close(nowhere)
+        status = os.fstat(file.fileno())
+        was_terminal = stat.S_ISCHR(status.st_mode) and not os.isatty(file.fileno())
+        _give_up(file)
         if error.errno != errno.EIO or not was_terminal:
             error.filename = getattr(file, "name", None)
             raise
+
+
+def _give_up(file: TextIO) -> None:
+    """Let what `file` could not write go nowhere: the flush at exit would fail again, and change
+    the exit code."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
 
 
 def say(text: str) -> None:
@@ -79,13 +86,16 @@ def complain(error: object) -> None:
 def open_closed_streams() -> None:
     """Stands /dev/null in for a standard stream that was closed before the start (`>&-`).
 
-    Else the next file that is opened would take its number, and receive what is printed.
+    Else the next file that is opened would take its number, and receive what is printed. Standard
+    output shows what it cannot encode as its escape from now on, whoever prints it.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for name in closed:  # in the order of the numbers that they take, which are the lowest free
         setattr(
             sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w")
         )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "stdout" in closed:
         say("standard output is closed: what this program prints is lost")
 
@@ -94,11 +104,13 @@ def answer(work: Callable[[], int], debug: bool) -> int:
     """The exit code of `work`; what ends it early is told in one sentence.
 
     A mistake that a person can mend gives 2, Ctrl-C what a shell expects. A reader that has seen
-    enough, as `| head`, is no mistake.
+    enough, as `| head`, is no mistake; a full disk behind stdout is one.
     """
     open_closed_streams()
     try:
-        return work()
+        code = work()
+        show("", end="")  # what was printed and not flushed
+        return code
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
@@ -109,6 +121,9 @@ def answer(work: Callable[[], int], debug: bool) -> int:
             traceback.print_exc()
         complain(error)
         return EXIT_USER_ERROR
+    finally:
+        with suppress(OSError):  # of what was printed before an error
+            show("", end="")
 
 
 class Interruption:

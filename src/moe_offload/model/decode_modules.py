@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_offload.kernels.bindings import (
-    DecodeKernels,
+    CpuKernels,
     KernelChoice,
-    NormArguments,
-    RouterArguments,
     is_plain,
     load_kernels,
 )
 from moe_offload.kernels.cpu_linear import CpuLinear
-from moe_offload.kernels.library import FORMAT_CODES, MatrixArguments
+from moe_offload.kernels.library import (
+    FORMAT_CODES,
+    MatrixArguments,
+    NormArguments,
+    RouterArguments,
+)
 from moe_offload.model.attention import register_kernels, takes_other_attention
 from moe_offload.model.loader import install_experts
 
@@ -62,10 +65,9 @@ def use_cpu_kernels(
             install_experts(model, path, linear)
             replaced += 1
     if kernels is not None and model.dtype == torch.bfloat16:
-        decode = DecodeKernels(kernels)
-        use_norm_kernels(model, decode)
+        use_norm_kernels(model, kernels)
         for module in routers:
-            router = probe_router(module, decode)
+            router = probe_router(module, kernels)
             if router is not None:
                 module.forward = router
     return replaced
@@ -119,9 +121,7 @@ def _chosen(output: object) -> Tensor | None:
 class CpuNorm:
     """The forward of a norm module: y = norm(x) over the last dimension, bf16."""
 
-    def __init__(
-        self, module: nn.Module, form: str, epsilon: float, kernels: DecodeKernels
-    ) -> None:
+    def __init__(self, module: nn.Module, form: str, epsilon: float, kernels: CpuKernels) -> None:
         self.own = module.forward
         self._parameters = module._parameters
         self._kernels = kernels
@@ -139,11 +139,11 @@ class CpuNorm:
             return result
         out = torch.empty_like(hidden_states)
         self._arguments.weight = _weight(self._parameters).data_ptr()  # of now: it may have moved
-        self._kernels.norm(self._arguments, hidden_states, True, n // self._width, out)
+        self._kernels.call("rms_norm", self._arguments, hidden_states, True, n // self._width, out)
         return out
 
 
-def use_norm_kernels(model: nn.Module, kernels: DecodeKernels) -> int:
+def use_norm_kernels(model: nn.Module, kernels: CpuKernels) -> int:
     """Give each bf16 norm that a form describes our forward; returns how many."""
     known: dict[tuple[object, ...], str | None] = {}
     installed = 0
@@ -168,7 +168,7 @@ def use_norm_kernels(model: nn.Module, kernels: DecodeKernels) -> int:
 
 
 @torch.no_grad()
-def probe_norm(module: nn.Module, epsilon: float, kernels: DecodeKernels) -> str | None:
+def probe_norm(module: nn.Module, epsilon: float, kernels: CpuKernels) -> str | None:
     """The form that gives what `module` gives for values of all sizes; None where none does."""
     probe = copy.deepcopy(module)
     weight = _weight(probe._parameters)
@@ -212,7 +212,7 @@ class CpuRouter:
         top_k: int,
         normalise: bool,
         scores_dtype: torch.dtype,
-        kernels: DecodeKernels,
+        kernels: CpuKernels,
     ) -> None:
         self.own = module.forward
         self._parameters = module._parameters
@@ -241,14 +241,20 @@ class CpuRouter:
         }
         arguments = self._arguments
         arguments.matrix.weight = _weight(self._parameters).data_ptr()  # of now, as in CpuNorm
-        self._kernels.route(
-            arguments, hidden_states, n_tokens, parts["logits"], parts["scores"], parts["index"]
+        self._kernels.call(
+            "route",
+            arguments,
+            hidden_states,
+            n_tokens,
+            parts["logits"],
+            parts["scores"],
+            parts["index"],
         )
         return tuple(parts[part] for part in self._order)
 
 
 @torch.no_grad()
-def probe_router(module: nn.Module, kernels: DecodeKernels) -> CpuRouter | None:
+def probe_router(module: nn.Module, kernels: CpuKernels) -> CpuRouter | None:
     """Our forward for a router, or None where the kernel does not give what `module` gives.
 
     Known is a linear layer, softmax in fp32, the k most probable experts, their probabilities

@@ -40,7 +40,12 @@ class Generated:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Chooses the next token: greedy at temperature 0, else nucleus sampling of mass `top_p`.
+    """Chooses the next token: greedy at temperature 0, else drawn by its probability.
+
+    It is drawn from the `top_k` likeliest (0: all), of them from the nucleus of mass `top_p`, and
+    from those of at least `min_p` times the largest probability. Before all that, the scores of
+    tokens that the text has already are divided by `repetition_penalty`, negative ones multiplied.
+    Each of the four is transformers' own of that name.
 
     Each prompt draws from a generator of its own, seeded by `seed` and its number, so that its
     sample depends neither on the prompts beside it nor on those before.
@@ -50,6 +55,9 @@ class Sampler:
     top_p: float
     seed: int
     device: torch.device
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def generator(self, prompt: int) -> torch.Generator | None:
         """Prompt number `prompt`'s own stream of random numbers; None where nothing is drawn."""
@@ -58,18 +66,35 @@ class Sampler:
         seed = random.Random(f"{self.seed} {prompt}").getrandbits(63)
         return torch.Generator(self.device).manual_seed(seed)
 
-    def choose(self, logits: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-        """int64 [B] from logits [B, vocabulary], row by row with its generator."""
+    def choose(
+        self,
+        logits: Tensor,
+        generators: Sequence[torch.Generator | None],
+        texts: Sequence[Sequence[int]] = (),
+    ) -> Tensor:
+        """int64 [B] from logits [B, vocabulary], row by row with its generator.
+
+        `texts` are each row's tokens so far, which only the repetition penalty needs.
+        """
+        if self.repetition_penalty != 1:
+            logits = self._penalized(logits, texts)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         # less the largest first: a tiny temperature would make an infinity of it
         logits = logits.float() - logits.amax(dim=-1, keepdim=True).float()
-        probabilities = torch.softmax(logits / max(self.temperature, _LOWEST_TEMPERATURE), dim=-1)
+        logits = logits / max(self.temperature, _LOWEST_TEMPERATURE)
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        probabilities = torch.softmax(logits, dim=-1)
         order = None
         if self.top_p < 1:
             probabilities, order = probabilities.sort(dim=-1, descending=True)
             outside = probabilities.cumsum(dim=-1) - probabilities >= self.top_p
             probabilities = probabilities.masked_fill(outside, 0.0)
+        if self.min_p > 0:
+            least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
         drawn = torch.cat(
             [
                 torch.multinomial(row, 1, generator=generator)
@@ -78,9 +103,20 @@ class Sampler:
         )
         return drawn if order is None else order.gather(-1, drawn[:, None]).squeeze(-1)
 
+    def _penalized(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+        logits = logits.float().clone()
+        for row, text in zip(logits, texts, strict=True):
+            there = torch.tensor(sorted(set(text)), device=row.device)
+            scores, penalty = row[there], self.repetition_penalty
+            row[there] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        return logits
 
-def make_sampler(temperature: float, top_p: float, seed: int, device: torch.device) -> Sampler:
-    return Sampler(temperature, top_p, seed, device)
+
+def make_sampler(
+    temperature: float, top_p: float, seed: int, device: torch.device, **more: float
+) -> Sampler:
+    """`more`: the sampler's further fields."""
+    return Sampler(temperature, top_p, seed, device, **more)  # type: ignore[arg-type]
 
 
 def stop_ids(model: PreTrainedModel, tokenizer_eos: frozenset[int]) -> frozenset[int]:
@@ -143,9 +179,14 @@ _SUGGESTIONS: dict[str, tuple[object, ...]] = {
 }
 
 
-def unused_suggestions(suggested: dict[str, Any], temperature: float, top_p: float) -> list[str]:
-    """A line for the user where the checkpoint's generation defaults suggest other sampling."""
-    used: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+def unused_suggestions(
+    suggested: dict[str, Any], temperature: float, top_p: float, **more: float
+) -> list[str]:
+    """A line for the user where the checkpoint's generation defaults suggest other sampling.
+
+    `more` are further settings of the run, by the checkpoint's names for them.
+    """
+    used: dict[str, Any] = {"temperature": temperature, "top_p": top_p} | more
     if not suggested.get("do_sample"):  # greedy: what shapes a draw has no effect
         used |= {name: suggested.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
     unused = [
@@ -158,7 +199,7 @@ def unused_suggestions(suggested: dict[str, Any], temperature: float, top_p: flo
     line = shorten(", ".join(unused), 200, placeholder=" ...")
     return [
         f"the checkpoint suggests {line}; this run has temperature {temperature:g} and top-p "
-        f"{top_p:g}, and no penalties or suppressed tokens"
+        f"{top_p:g}, and of all else what its flags say"
     ]
 
 
@@ -215,7 +256,11 @@ def generate_batch(
         positions = _positions(mask, inputs, n_past)
         logits, cache = _forward(model, inputs, mask, positions, cache)
         _require_finite(logits, active)
-        tokens = sampler.choose(logits, [generators[record.prompt] for record in active])
+        texts: list[list[int]] = []
+        if sampler.repetition_penalty != 1:
+            texts = [[*prompts[one.prompt - first_prompt], *one.ids] for one in active]
+        generators_of_rows = [generators[record.prompt] for record in active]
+        tokens = sampler.choose(logits, generators_of_rows, texts)
         if forced is not None:
             tokens = torch.full_like(tokens, forced[step])
         chosen = tokens.tolist()

@@ -27,6 +27,7 @@ from moe_offload.checkpoint.block import Activation, BlockLayout
 from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
+    builder_of,
     require_experts_per_token,
     require_generation_config,
     require_plausible_depth,
@@ -87,7 +88,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    builder = builder_of(config)
+    model_class = builder._model_mapping[type(config)]
     if not model_class._supports_sdpa:
         if attention != "sdpa":
             raise UserError(
@@ -102,10 +104,17 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
         )
     task = "build the model that the prepared folder describes"
     with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = builder.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
     return model.eval()
+
+
+def given_text_alone(config: PretrainedConfig) -> list[str]:
+    """A line for the user where the model could take more than text."""
+    if builder_of(config) is AutoModelForCausalLM:
+        return []
+    return [f"{config.model_type} is a model of images and text: it is given text alone"]
 
 
 def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:

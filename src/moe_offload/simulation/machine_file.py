@@ -6,7 +6,6 @@ number, and the simulator's --calibrate writes one for the machine it runs on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,9 +112,11 @@ _PLACES = {
     "bus_watts": "watts.bus", "gpu_watts": "watts.gpu",
 }  # fmt: skip
 _OPTIONAL = ("step_us",)
-_INTEGERS = ("cores", "pcie")
-_MAY_BE_ZERO = ("_us", "_watts")
-_LEAST, _MOST = 1e-6, 1e9  # of any number, in its unit: beyond, clocks and costs mean nothing
+_WHOLE = ("cores", "pcie")
+# The least that a number may be, by how its name ends. Of others, and for the most: beyond, clocks
+# and costs mean nothing.
+_LEAST = {"_us": 0.0, "_watts": 0.0, "_factor": 1.0, "cores": 1.0, "pcie": 1.0}
+_POSITIVE, _MOST = 1e-6, 1e9
 
 
 def load_machine(path: Path) -> Machine:
@@ -133,19 +134,8 @@ def load_machine(path: Path) -> Machine:
     for name, place in _PLACES.items():
         if name in _OPTIONAL and isinstance(data, dict) and place not in data:
             continue
-        fields[name] = _number(path, data, place, name.endswith(_MAY_BE_ZERO))
-        if name.endswith("_factor") and fields[name] < 1:
-            raise UserError(
-                f"expected {place} of at least 1 in {path} (how many times longer), found "
-                f"{fields[name]:g}; correct it"
-            )
-        if name in _INTEGERS:
-            if not fields[name].is_integer():
-                raise UserError(
-                    f"expected a whole number at {place} in {path}, found {fields[name]:g}; "
-                    "correct it"
-                )
-            fields[name] = int(fields[name])
+        least = next((n for end, n in _LEAST.items() if name.endswith(end)), _POSITIVE)
+        fields[name] = _number(path, data, place, least, name in _WHOLE)
     by_generation = data["bus"].get("gbps")
     if (
         not isinstance(by_generation, dict)
@@ -157,7 +147,7 @@ def load_machine(path: Path) -> Machine:
             f"them, found {by_generation!r}; correct it"
         )
     bus_gbps = {
-        int(generation): _number(path, data, f"bus.gbps.{generation}", False)
+        int(generation): _number(path, data, f"bus.gbps.{generation}")
         for generation in by_generation
     }
     return Machine(name=str(data.get("name", path.stem)), bus_gbps=bus_gbps, **fields)
@@ -231,18 +221,17 @@ def _side(call_us: float, read_us: float, token_us: float) -> SideCost:
     return SideCost(call_us, max(read_us - token_us, 0.0), token_us)
 
 
-def _number(path: Path, data: Any, place: str, may_be_zero: bool) -> float:
+def _number(
+    path: Path, data: Any, place: str, least: float = _POSITIVE, whole: bool = False
+) -> float:
     value = data
     for key in place.split("."):
         table = value if isinstance(value, dict) else {}
         value = table.get(key, table.get(int(key)) if key.isdigit() else None)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise UserError(f"expected a number at {place} in {path}, found {value!r}; add it")
-    if value < 0 or (value == 0 and not may_be_zero):
-        raise UserError(f"expected {place} above 0 in {path}, found {value}; correct it")
-    if value and not _LEAST <= value <= _MOST:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= _MOST or (whole and value != int(value)):
         raise UserError(
-            f"expected {place} from {_LEAST:g} to {_MOST:g} in {path}, found {value}: no machine "
-            "has it; correct it"
+            f"expected {'a whole' if whole else 'a'} number from {least:g} to {_MOST:g} at {place} "
+            f"in {path}, found {value!r}; correct it"
         )
-    return float(value)
+    return int(value) if whole else float(value)

@@ -88,7 +88,7 @@ CPUX_EXPORT int cpux_attend(int isa, int threads, const cpux_attention* attentio
 
 // RMSNorm of [n_rows, width]: x and y both bf16 or both fp32. Computed by the calling thread.
 struct cpux_norm {
-  int32_t form;  // NormForm of norm.h
+  int32_t form;  // NormForm of norm.cpp
   int32_t weight_is_bf16;  // else fp32
   float epsilon;
   int64_t width;

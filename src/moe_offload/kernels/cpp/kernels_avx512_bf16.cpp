@@ -30,15 +30,8 @@ struct Bf16Product {
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {
-  const uint32_t* w = static_cast<const uint32_t*>(w_panel);
-  const uint32_t* x = static_cast<const uint32_t*>(x_panel);
-  const int steps = depth / 2;
-  switch (width) {
-    case 16: return multiply_rows<Float16, Bf16Product, 1, 12>(w, rows, steps, x, accumulate, ahead, c);
-    case 32: return multiply_rows<Float16, Bf16Product, 2, 12>(w, rows, steps, x, accumulate, ahead, c);
-    case 48: return multiply_rows<Float16, Bf16Product, 3, 8>(w, rows, steps, x, accumulate, ahead, c);
-    default: return multiply_rows<Float16, Bf16Product, 4, 6>(w, rows, steps, x, accumulate, ahead, c);
-  }
+  multiply_512<Bf16Product>(static_cast<const uint32_t*>(w_panel), rows, depth / 2,
+                            static_cast<const uint32_t*>(x_panel), width, accumulate, ahead, c);
 }
 
 void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, int64_t x_stride,

@@ -1,7 +1,5 @@
 // RMSNorm of a few rows, as a model's own module rounds it. Serial: a row is 16 KiB at most. Every
 // instruction set computes the same: fp32, the sum of squares in 16 chains that are added in fp64.
-#include "norm.h"
-
 #include <cmath>
 #include <cstring>
 
@@ -12,6 +10,13 @@
 namespace cpux {
 
 namespace {
+
+// How y follows from h = x / sqrt(mean(x^2) + epsilon), which is fp32; round() is to y's type.
+enum NormForm : int32_t {
+  kRoundThenWeight = 0,  // round(weight * round(h)): Llama and most others
+  kWeightThenRound = 1,  // round(weight * h)
+  kOnePlusWeight = 2,    // round((1 + weight) * h): Gemma
+};
 
 constexpr int kLanes = 16;  // chains of the sum: one order on every machine
 
@@ -28,8 +33,7 @@ float mean_square(const float* x, int64_t n) {
 
 inline float rounded(float value) { return float_of_bf16(bf16_of_float(value)); }
 
-}  // namespace
-
+// One row: x fp32 [width], y [width]; scratch [width].
 void norm_row(const cpux_norm& norm, bool is_bf16, const float* x, float* scratch, void* y) {
   const int64_t n = norm.width;
   const float scale = 1.0f / std::sqrt(mean_square(x, n) + norm.epsilon);
@@ -51,16 +55,18 @@ void norm_row(const cpux_norm& norm, bool is_bf16, const float* x, float* scratc
   }
 }
 
-bool is_valid_norm(const cpux_norm& norm) {
+bool is_valid(const cpux_norm& norm) {
   return norm.form >= kRoundThenWeight && norm.form <= kOnePlusWeight && norm.width > 0 &&
          norm.weight != nullptr;
 }
+
+}  // namespace
 
 }  // namespace cpux
 
 int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x, int is_bf16,
                   int64_t n_rows, void* y) {
-  const bool valid = cpux::is_valid_norm(*norm) && n_rows >= 0 &&
+  const bool valid = cpux::is_valid(*norm) && n_rows >= 0 &&
                      (n_rows == 0 || (x != nullptr && y != nullptr));
   return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels&) {
     cpux::Arena& arena = cpux::fresh_arena();

@@ -4,10 +4,12 @@
 // A 64-byte line of weights is 16 rows x 4 columns, so four activation bytes broadcast to every
 // lane give each row its partial sum: no horizontal sum, no permutation.
 //
-// Q: lanes (rows of one vector), Int, Float, zero, load, start(const int32_t*), to_float,
-//    load_scales(const uint16_t*), broadcast(const float*), mul, fma, load_float, store_float, and
-//    Product<format>: the integer product of one line (below).
+// Q: lanes (rows of one vector), Float, zero_float, to_float, load_scales(const uint16_t*),
+//    broadcast(const float*), mul, fma, load_float, store_float, and Product<format>: the integer
+//    product of one line, of those at the end, over I: Type and the vector's instructions.
 #pragma once
+
+#include <type_traits>
 
 #include "elementwise.h"
 
@@ -28,7 +30,8 @@ inline void keep(V& sum) {
 //   kLines                lines (of 64 bytes) of weights in a group
 //   Weights, prepare(const uint8_t*)                     one vector of a line, unpacked
 //   add(Sum, Weights, const uint8_t* x, int line)        x: the token's group of activations
-//   first(const int32_t* start), finish(Sum, const int32_t* start) -> Int
+//   first(const int32_t* start), finish(Sum, const int32_t* start) -> int32 per row
+//   kValueBytes, quantise(x, valid, values, scale, start)   a group of activations, as add reads it
 template <class Q, int kFormat, int kTokens>
 inline void quant_block(const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
                         const uint8_t* x, const float* scales, const int32_t* starts,
@@ -157,6 +160,144 @@ inline void quantize_pairs(const float* x, int valid, void* values, float* scale
     out[i + 3] = static_cast<int16_t>(levels[i + 3]);
   }
   *start = 0;
+}
+
+// The 8-bit product (vpmaddubsw) saturates at |q| = 127 twice, so int8 multiplies 16-bit pairs
+// (vpmaddwd).
+template <class I>
+struct PairProduct8 {
+  using Sum = typename I::Type;  // int32 per row
+  static constexpr int kLines = 8;
+  static constexpr int kValueBytes = 64;
+  struct Weights {
+    typename I::Type even, odd;  // int16: columns 0 and 2, columns 1 and 3
+  };
+  static Weights prepare(const uint8_t* p) {
+    const auto w = I::load(p);
+    return {I::shift_right_signed16(I::shift_left16(w)), I::shift_right_signed16(w)};
+  }
+  static Sum first(const int32_t*) { return I::zero(); }
+  template <int kVectors>
+  static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
+    const auto even = I::broadcast4(x + line * 8);
+    const auto odd = I::broadcast4(x + line * 8 + 4);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = I::add32(sum[v], I::multiply_add16(w[v].even, even));
+      sum[v] = I::add32(sum[v], I::multiply_add16(w[v].odd, odd));
+      keep(sum[v]);
+    }
+  }
+  static Sum finish(Sum sum, const int32_t*) { return sum; }
+  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
+    quantize_pairs(x, valid, values, scale, start);
+  }
+};
+
+// Both nibbles of a line of int4, as q + 8.
+template <class I>
+struct Nibbles {
+  typename I::Type low, high;
+  static Nibbles of(const uint8_t* p) {
+    const auto mask = I::broadcast8(15);
+    const auto w = I::load(p);
+    return {I::bit_and(w, mask), I::bit_and(I::shift_right4(w), mask)};
+  }
+};
+
+// int4 does use it: 8 products of 15 * 127 * 2 stay below 2^15.
+template <class I>
+struct ByteProduct4 {
+  using Sum = typename I::Type;  // int16 per row, twice
+  using Weights = Nibbles<I>;
+  static constexpr int kLines = 4;
+  static constexpr int kValueBytes = 32;
+  static Weights prepare(const uint8_t* p) { return Weights::of(p); }
+  static Sum first(const int32_t*) { return I::zero(); }
+  template <int kVectors>
+  static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
+    const auto low = I::broadcast4(x + line * 4);
+    const auto high = I::broadcast4(x + line * 4 + 16);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = I::add16(sum[v], I::multiply_add8(w[v].low, low));
+      sum[v] = I::add16(sum[v], I::multiply_add8(w[v].high, high));
+      keep(sum[v]);
+    }
+  }
+  static Sum finish(Sum sum, const int32_t* start) {
+    return I::add32(I::multiply_add16(sum, I::broadcast16(1)), I::broadcast32(*start));
+  }
+  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
+    quantize_bytes(x, valid, 8, values, scale, start);
+  }
+};
+
+// Four byte products per lane in one instruction (vpdpbusd, I::dot). The weight is the unsigned
+// operand: int8 as q + 128 (a flipped sign bit), int4 as stored, q + 8; the sum starts from minus
+// the offset times the sum of the activations.
+template <class I>
+struct DotProduct8 {
+  using Sum = typename I::Type;  // int32 per row
+  using Weights = typename I::Type;
+  static constexpr int kLines = 8;
+  static constexpr int kValueBytes = 32;
+  static Weights prepare(const uint8_t* p) { return I::bit_xor(I::load(p), I::broadcast8(-128)); }
+  static Sum first(const int32_t* start) { return I::broadcast32(*start); }
+  template <int kVectors>
+  static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
+    const auto values = I::broadcast4(x + line * 4);
+    for (int v = 0; v < kVectors; ++v) sum[v] = I::dot(sum[v], w[v], values);
+  }
+  static Sum finish(Sum sum, const int32_t*) { return sum; }
+  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
+    quantize_bytes(x, valid, 128, values, scale, start);
+  }
+};
+
+template <class I>
+struct DotProduct4 {
+  using Sum = typename I::Type;  // int32 per row
+  using Weights = Nibbles<I>;
+  static constexpr int kLines = 4;
+  static constexpr int kValueBytes = 32;
+  static Weights prepare(const uint8_t* p) { return Weights::of(p); }
+  static Sum first(const int32_t* start) { return I::broadcast32(*start); }
+  template <int kVectors>
+  static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
+    const auto low = I::broadcast4(x + line * 4);
+    const auto high = I::broadcast4(x + line * 4 + 16);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v] = I::dot(sum[v], w[v].low, low);
+      sum[v] = I::dot(sum[v], w[v].high, high);
+    }
+  }
+  static Sum finish(Sum sum, const int32_t*) { return sum; }
+  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
+    quantize_bytes(x, valid, 8, values, scale, start);
+  }
+};
+
+// Base `B`, a vector of rows, with its products of int8 and int4.
+template <class B, class Int8, class Int4>
+struct Quant : B {
+  template <int kFormat>
+  using Product = std::conditional_t<kFormat == kInt8, Int8, Int4>;
+};
+
+// What Kernels::quant, quantize_group and quant_rows hold for a Quant.
+template <class Q>
+constexpr QuantFormat quant_format(int format) {
+  return {format == kInt8 ? Q::template Product<kInt8>::kValueBytes
+                          : Q::template Product<kInt4>::kValueBytes,
+          Q::block_tokens};
+}
+
+template <class Q>
+inline void quantize_group(const float* x, int valid, int format, void* values, float* scale,
+                           int32_t* start) {
+  if (format == kInt8)
+    Q::template Product<kInt8>::quantise(x, valid, values, scale, start);
+  else
+    Q::template Product<kInt4>::quantise(x, valid, values, scale, start);
 }
 
 }  // namespace

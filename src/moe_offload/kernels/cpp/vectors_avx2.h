@@ -46,15 +46,31 @@ struct Quant8 {
   }
 };
 
-inline __m256i load_line_256(const uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-
-inline __m256i broadcast4_256(const uint8_t* p) {
-  int32_t word;
-  memcpy(&word, p, sizeof word);
-  return _mm256_set1_epi32(word);
-}
+// The instructions of quant_kernels.h's products.
+struct Int256 {
+  using Type = __m256i;
+  static Type zero() { return _mm256_setzero_si256(); }
+  static Type load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static Type broadcast4(const uint8_t* p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return _mm256_set1_epi32(word);
+  }
+  static Type broadcast8(char value) { return _mm256_set1_epi8(value); }
+  static Type broadcast16(int16_t value) { return _mm256_set1_epi16(value); }
+  static Type broadcast32(int32_t value) { return _mm256_set1_epi32(value); }
+  static Type bit_and(Type a, Type b) { return _mm256_and_si256(a, b); }
+  static Type bit_xor(Type a, Type b) { return _mm256_xor_si256(a, b); }
+  static Type shift_left16(Type a) { return _mm256_slli_epi16(a, 8); }
+  static Type shift_right_signed16(Type a) { return _mm256_srai_epi16(a, 8); }
+  static Type shift_right4(Type a) { return _mm256_srli_epi16(a, 4); }
+  static Type add16(Type a, Type b) { return _mm256_add_epi16(a, b); }
+  static Type add32(Type a, Type b) { return _mm256_add_epi32(a, b); }
+  static Type multiply_add16(Type a, Type b) { return _mm256_madd_epi16(a, b); }
+  static Type multiply_add8(Type a, Type b) { return _mm256_maddubs_epi16(a, b); }
+};
 
 }  // namespace
 }  // namespace cpux

@@ -43,12 +43,40 @@ struct Quant16 {
   }
 };
 
-inline __m512i load_line_512(const uint8_t* p) { return _mm512_loadu_si512(p); }
+struct Int512 {
+  using Type = __m512i;
+  static Type zero() { return _mm512_setzero_si512(); }
+  static Type load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Type broadcast4(const uint8_t* p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return _mm512_set1_epi32(word);
+  }
+  static Type broadcast8(char value) { return _mm512_set1_epi8(value); }
+  static Type broadcast16(int16_t value) { return _mm512_set1_epi16(value); }
+  static Type broadcast32(int32_t value) { return _mm512_set1_epi32(value); }
+  static Type bit_and(Type a, Type b) { return _mm512_and_si512(a, b); }
+  static Type bit_xor(Type a, Type b) { return _mm512_xor_si512(a, b); }
+  static Type shift_left16(Type a) { return _mm512_slli_epi16(a, 8); }
+  static Type shift_right_signed16(Type a) { return _mm512_srai_epi16(a, 8); }
+  static Type shift_right4(Type a) { return _mm512_srli_epi16(a, 4); }
+  static Type add16(Type a, Type b) { return _mm512_add_epi16(a, b); }
+  static Type add32(Type a, Type b) { return _mm512_add_epi32(a, b); }
+  static Type multiply_add16(Type a, Type b) { return _mm512_madd_epi16(a, b); }
+  static Type multiply_add8(Type a, Type b) { return _mm512_maddubs_epi16(a, b); }
+};
 
-inline __m512i broadcast4_512(const uint8_t* p) {
-  int32_t word;
-  memcpy(&word, p, sizeof word);
-  return _mm512_set1_epi32(word);
+// A full or narrow panel of a Gemm with 16 lanes; P is the product, `steps` its columns.
+template <class P>
+inline void multiply_512(const typename P::Weight* w, int rows, int steps,
+                         const typename P::Weight* x, int width, bool accumulate,
+                         const Ahead& ahead, float* c) {
+  switch (width) {
+    case 16: return multiply_rows<Float16, P, 1, 12>(w, rows, steps, x, accumulate, ahead, c);
+    case 32: return multiply_rows<Float16, P, 2, 12>(w, rows, steps, x, accumulate, ahead, c);
+    case 48: return multiply_rows<Float16, P, 3, 8>(w, rows, steps, x, accumulate, ahead, c);
+    default: return multiply_rows<Float16, P, 4, 6>(w, rows, steps, x, accumulate, ahead, c);
+  }
 }
 
 }  // namespace

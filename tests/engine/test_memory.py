@@ -1,48 +1,14 @@
-"""The run's own decisions: the miss trial, the guess of the next layer, the memory check."""
+"""The memory check before loading: what is counted, and which remedies are named."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import CONFIGS, build_model
-from torch import nn
 
-from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.engine.memory import Budget, Need, free_slot_bytes, make_budget
 from moe_offload.errors import UserError
-from moe_offload.experts.accelerator import PrefetchStats
-from moe_offload.experts.layer import HostHandoff
-from moe_offload.experts.plan import MissTrial
-from moe_offload.kernels.oracle import apply_activation, probe_activation
 
-
-@pytest.mark.parametrize(("costs_s", "cpu_s", "kept"), [(1.0, 2.0, "costs"), (2.0, 1.0, "cpu")])
-def test_the_trial_keeps_the_faster(costs_s: float, cpu_s: float, kept: str) -> None:
-    trial = MissTrial()
-    modes = []
-    for _ in range(100):
-        modes.append(trial.mode)
-        trial.record(costs_s if trial.mode == "costs" else cpu_s)
-    assert {"costs", "cpu"} <= set(modes[:36])
-    assert set(modes[36:]) == {kept}
-    assert trial.line.startswith("miss policy auto: kept ")
-
-
-def test_an_unfinished_trial_says_so() -> None:
-    trial = MissTrial()
-    trial.record(1.0)
-    assert "undecided after 1" in trial.line
-
-
-def test_prefetch_statistics() -> None:
-    stats = PrefetchStats(block_bytes=100)
-    stats.guess(1, [3, 4])
-    stats.fetch(slot=8, layer=1, expert=3)
-    stats.fetch(slot=9, layer=1, expert=4)
-    stats.observe(1, {3: 8}, [3, 5])
-    assert (stats.recall, stats.used, stats.wasted_bytes) == (0.5, 1, 100)
-    stats.observe(1, {3: 8}, [3, 5])  # no guess was made for this step
-    assert (stats.chosen, stats.used) == (2, 1)
+GB = 10**9
 
 
 def test_memory_table_and_refusals() -> None:
@@ -59,9 +25,6 @@ def test_memory_table_and_refusals() -> None:
         budget.check("int4", 100)
     nothing = {"dense_bytes": 0, "kv_bytes": 0, "slot_bytes": 0}
     make_budget(torch.device("cpu"), expert_bytes=0, **nothing).check("bf16", 100)
-
-
-GB = 10**9
 
 
 def test_what_torch_keeps_for_later_is_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,35 +70,3 @@ def test_remedies_name_only_what_helps(
     assert all(text in message for text in named), message
     assert not any(text in message for text in unnamed), message
     assert f"of {memory} memory and 10.0 GB are available" in message
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe"])
-def test_the_probe_names_the_fused_activation(name: str) -> None:
-    model = build_model(CONFIGS[name]())
-    experts = model.get_submodule(find_experts(model)[0].name)
-    activation, own = probe_activation(experts)
-    assert activation.kind == ("clamped_swiglu" if name == "gpt_oss" else "silu")
-    first = torch.randn(7, 20) * 3
-    expected = apply_activation(first, activation, has_gate=True)
-    torch.testing.assert_close(own(first), expected)
-
-
-def test_an_unknown_gate_stays_the_models_own() -> None:
-    class Experts(nn.Module):
-        has_gate = True
-        is_concatenated = True
-
-        def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
-            gate, up = first.chunk(2, dim=-1)
-            return torch.tanh(gate) * up
-
-    activation, own = probe_activation(Experts())
-    assert activation.kind == "module"
-    assert torch.equal(own(torch.tensor([[0.5, 2.0]])), torch.tanh(torch.tensor([[0.5]])) * 2)
-
-
-def test_nothing_moves_on_the_cpu() -> None:
-    hidden, index = torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.int64)
-    moved = HostHandoff().to_host(hidden, index)
-    assert moved[0].data_ptr() == hidden.data_ptr()
-    assert moved[1].data_ptr() == index.data_ptr()

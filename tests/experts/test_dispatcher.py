@@ -327,46 +327,6 @@ def test_a_ctrl_c_leaves_no_slot_in_flight_and_no_wrong_layer(monkeypatch, where
     assert capsys.readouterr().err == ""
 
 
-def test_a_second_thread_gets_an_error_not_the_first_ones_memory():
-    inside, gate = threading.Event(), threading.Event()
-
-    def held(_: int) -> None:
-        inside.set()
-        gate.wait(20)
-
-    run = Run(before_compute=held, miss_policy="fetch")
-    first = threading.Thread(target=run.steps_without_close, args=(1,))
-    first.start()
-    assert inside.wait(20)
-    with pytest.raises(RuntimeError, match="expected one thread at a time"):
-        run.steps_without_close(1)  # the other is inside a layer
-    gate.set()
-    first.join()
-    run.steps_without_close(20)  # one after the other is fine
-    run.accelerator.close()
-    assert run.model.wrong_layers == 0
-
-
-def test_a_thread_whose_pass_another_one_interrupted_gets_an_error():
-    run = Run()
-    hidden, index, weights = torch.randn(1, HIDDEN), torch.tensor([[0, 1]]), torch.rand(1, TOP_K)
-    token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
-    run.dispatcher._before_pass(run.model, (), token)
-    run.model.layers[0](hidden, index, weights)
-    other = threading.Thread(target=run.dispatcher._before_pass, args=(run.model, (), token))
-    other.start()
-    other.join()
-    for going_on in (
-        lambda: run.model.layers[1](hidden, index, weights),
-        lambda: run.dispatcher._after_pass(run.model, (), None),
-    ):
-        with pytest.raises(RuntimeError, match="expected one thread at a time"):
-            going_on()
-    run.steps_without_close(5)
-    run.accelerator.close()
-    assert run.model.wrong_layers == 0
-
-
 def test_a_model_that_nobody_closed_leaves_no_thread():
     before = set(threading.enumerate())
     run = Run()

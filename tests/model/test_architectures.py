@@ -1,0 +1,30 @@
+"""Every MoE architecture of transformers: docs/ARCHITECTURES.md says what each is found to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from architectures import examine, moe_types, rows_of_the_page
+from transformers import CONFIG_MAPPING
+
+ROWS = rows_of_the_page()
+# Of the kinds that once failed: a norm that needs a gate, head sizes that differ between layers,
+# top-k as a list, a head kept in fp32, experts
+# outside the convention, a model that takes images too.
+OFTEN = ("qwen3_next", "gemma4_text", "hunyuan_v1_moe", "hy_v4", "llama4_text", "qwen3_vl_moe")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.nightly) for name in ROWS],
+)
+def test_is_what_its_row_says(name: str, tmp_path: Path) -> None:
+    if name not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers has no such model")
+    assert examine(name, tmp_path).line() == ROWS[name]
+
+
+@pytest.mark.nightly
+def test_each_has_a_row() -> None:
+    assert set(moe_types()) <= ROWS.keys()
