@@ -52,7 +52,7 @@ from moe_offload.checkpoint.safetensors_file import (
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import from_json, write_atomically
+from moe_offload.files import LARGEST_JSON_BYTES, from_json, require_regular, write_atomically
 
 SHARD_BYTES: Final = 4 << 30
 RECORD_NAME: Final = "preparation.json"
@@ -350,8 +350,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of an interrupted preparation, empty when there is none or it is unreadable."""
-    with suppress(OSError, ValueError, RecursionError):
-        data = json.loads((folder / RECORD_NAME).read_bytes())
+    path = folder / RECORD_NAME
+    with suppress(UserError, OSError, ValueError, RecursionError):
+        require_regular(path, LARGEST_JSON_BYTES)
+        data = json.loads(path.read_bytes())
         if isinstance(data, dict) and isinstance(data.get("shards"), dict):
             return data
     return {}
@@ -380,6 +382,7 @@ def claim(folder: Path, source: Path) -> None:
     manifest = folder / MANIFEST_NAME
     shards: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        require_regular(manifest, LARGEST_JSON_BYTES)
         data = json.loads(manifest.read_bytes())
         if "format_version" not in data:
             raise UserError(

@@ -15,6 +15,7 @@ import yaml
 
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.files import require_regular
 from moe_offload.simulation.shapes import ModelShape
 
 
@@ -117,11 +118,13 @@ _WHOLE = ("cores", "pcie")
 # and costs mean nothing.
 _LEAST = {"_us": 0.0, "_watts": 0.0, "_factor": 1.0, "cores": 1.0, "pcie": 1.0}
 _POSITIVE, _MOST = 1e-6, 1e9
+_LARGEST_FILE_BYTES = 1 << 20
 
 
 def load_machine(path: Path) -> Machine:
     """Read a hardware file; raises UserError for what is missing or cannot be."""
     try:
+        require_regular(path, _LARGEST_FILE_BYTES)
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)
