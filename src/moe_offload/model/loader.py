@@ -30,7 +30,7 @@ from moe_offload.checkpoint.model_config import (
     builder_of,
     require_experts_per_token,
     require_generation_config,
-    require_plausible_depth,
+    require_plausible,
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import (
@@ -73,7 +73,7 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
             "transformers does not know: install a newer transformers"
         )
     path = manifest.folder / MANIFEST_NAME
-    require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
+    require_plausible(manifest.config, path, PREPARE_AGAIN)
     with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
         config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
