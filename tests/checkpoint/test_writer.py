@@ -17,7 +17,6 @@ import tiny_models
 
 from moe_offload.checkpoint import safetensors_file
 from moe_offload.checkpoint.prepared import read_manifest, verify
-from moe_offload.checkpoint.safetensors_file import ShardWriter
 from moe_offload.checkpoint.writer import exclusive
 from moe_offload.commands import prepare
 
@@ -71,19 +70,12 @@ def fail_at(
 
 
 def without_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave, remove = ShardWriter.__exit__, Path.unlink
-
-    def exit_writer(writer: ShardWriter, *details: object) -> None:
-        if details and details[0] is KilledError:
-            os.close(writer._file)
-        else:
-            leave(writer, *details)
+    remove = Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if sys.exc_info()[0] is not KilledError:
             remove(path, missing_ok=missing_ok)
 
-    monkeypatch.setattr(ShardWriter, "__exit__", exit_writer)
     monkeypatch.setattr(Path, "unlink", unlink)
 
 
@@ -118,14 +110,13 @@ def test_killed_by_the_system_in_the_middle(
 ) -> None:
     output = tmp_path / "out"
     slow = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from moe_offload.commands import prepare\n"
-        "from moe_offload.checkpoint import safetensors_file\n"
-        "write = safetensors_file.ShardWriter.write\n"
+        "pwrite = os.pwrite\n"
         "def slowly(*arguments):\n"
         "    time.sleep(0.05)\n"
-        "    return write(*arguments)\n"
-        "safetensors_file.ShardWriter.write = slowly\n"
+        "    return pwrite(*arguments)\n"
+        "os.pwrite = slowly\n"
         "sys.exit(prepare.main(sys.argv[1:]))\n"
     )
     paths = ["--input-path", str(source), "--output-path", str(output), "--hf"]

@@ -137,13 +137,13 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
     require_source(folder, hugging_face)
     if hugging_face:
         config = read_hub_config(folder)
-        files = open_hugging_face(folder)
-        tensors = files.tensors
+        found = tensors = open_hugging_face(folder)
     else:
         config = read_native_config(folder)
-        files = open_mistral_native(folder)
-        tensors = to_hub_tensors(files.tensors, config)
-    paths = (folder / ("config.json" if hugging_face else "params.json"), *files.paths)
+        found = open_mistral_native(folder)
+        tensors = to_hub_tensors(found, config)
+    weights = sorted({tensor.path for tensor in found.values()})
+    paths = (folder / ("config.json" if hugging_face else "params.json"), *weights)
     model = _build_meta_model(folder, config, dtype)
     experts = find_experts(model)
     require_experts_per_token(
