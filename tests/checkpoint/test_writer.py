@@ -161,6 +161,19 @@ def test_interrupted_with_other_settings_starts_over(
     assert_completed(source, output, reference)
 
 
+def test_what_a_killed_run_left_half_written_goes(
+    source: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    ours = ["dense.safetensors.partial", "experts-00001.safetensors.partial"]
+    ours += [".manifest.json.4711.tmp", ".tokenizer.json.4711.tmp"]
+    for name in (*ours, "download.partial", ".hidden"):
+        (output / name).touch()
+    assert run(source, output) == 0
+    assert contents(output) == reference | {"download.partial": b"", ".hidden": b""}
+
+
 def test_damaged_record_starts_over(
     source: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -8,10 +8,10 @@ from typing import get_args
 
 import pytest
 import torch
-from cpu_oracle import expected, make_layer, make_routing
+from cpu_oracle import expected, make_layer, make_routing, unpack_block
 from kernel_cases import SILU, run_experts
 
-from moe_offload.checkpoint.block import block_layout, pack_block, unpack_block
+from moe_offload.checkpoint.block import block_layout, pack_block
 from moe_offload.commands import prepare
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat, smaller_format
 from moe_offload.kernels.cpu_experts import CpuExperts

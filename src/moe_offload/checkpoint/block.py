@@ -152,13 +152,3 @@ def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "
     )
     scale = layout.field(f"{name}_scale").view(block)
     return quantization.dequantize(stored, scale, rows, columns, facts.bits)
-
-
-def unpack_block(layout: BlockLayout, block: Tensor) -> dict[str, Tensor]:
-    """A block's logical weights in fp32: `gate_up` [R, H], `down` [H, I] and the biases."""
-    weights = {"gate_up": unpack_matrix(layout, block, "gate_up").float()}
-    weights["down"] = unpack_matrix(layout, block, "down").float()
-    if layout.has_bias:
-        weights["gate_up_bias"] = layout.field("gate_up_bias").view(block)
-        weights["down_bias"] = layout.field("down_bias").view(block)
-    return weights

@@ -22,7 +22,7 @@ import json
 import math
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -299,19 +299,18 @@ def check_header(shard: DenseShard | MoeLayer) -> None:
     said = f"the header of {shard.file.name} says otherwise"
     require(0 <= shard.data_offset_bytes <= shard.bytes, said)
     header = torch.empty(shard.data_offset_bytes, dtype=torch.uint8)
-    read_into(shard.file, 0, header)
-    if checksum(header) != shard.header_checksum:
-        raise _corrupt(shard.file, "its header")
+    _read_checked(shard.file, 0, header, shard.header_checksum, "its header")
     require(read_header(shard.file) == shard.entries, said)
 
 
-def read_dense_tensor(shard: DenseShard, tensor: DenseTensor) -> Tensor:
-    """One dense tensor in new CPU memory; UserError when its bytes do not match its checksum."""
-    out = torch.empty(tensor.shape, dtype=tensor.torch_dtype)
-    read_into(shard.file, tensor.offset_bytes, out)
-    if checksum(out) != tensor.checksum:
-        raise _corrupt(shard.file, f"tensor {tensor.name}")
-    return out
+def _read_checked(path: Path, offset_bytes: int, out: Tensor, wanted: int, part: str) -> None:
+    """Fill `out`; UserError when its bytes do not have the checksum `wanted`."""
+    read_into(path, offset_bytes, out)
+    if checksum(out) != wanted:
+        raise UserError(
+            f"{path} is corrupt: the checksum of {part} does not match the manifest; "
+            f"{PREPARE_AGAIN}"
+        )
 
 
 def read_block(layer: MoeLayer, expert: int, out: Tensor) -> None:
@@ -320,16 +319,18 @@ def read_block(layer: MoeLayer, expert: int, out: Tensor) -> None:
     Thread-safe for distinct `out`. UserError when the bytes do not match their checksum.
     """
     assert out.dtype == torch.uint8 and out.numel() == layer.layout.block_bytes
-    read_into(layer.file, layer.block_offset_bytes(expert), out)
-    if checksum(out) != layer.block_checksums[expert]:
-        raise _corrupt(layer.file, f"expert {expert}")
+    wanted = layer.block_checksums[expert]
+    _read_checked(layer.file, layer.block_offset_bytes(expert), out, wanted, f"expert {expert}")
 
 
-def iterate_dense(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor by its stored name, one at a time, each checked."""
-    for shard in manifest.dense:
-        for tensor in shard.tensors:
-            yield tensor.name, read_dense_tensor(shard, tensor)
+def iterate_dense(shards: Iterable[DenseShard]) -> Iterator[tuple[str, Tensor]]:
+    """Every dense tensor by its stored name, one at a time in new CPU memory, each checked."""
+    for shard in shards:
+        for entry in shard.tensors:
+            out = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            what = f"tensor {entry.name}"
+            _read_checked(shard.file, entry.offset_bytes, out, entry.checksum, what)
+            yield entry.name, out
 
 
 def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None) -> None:
@@ -344,11 +345,10 @@ def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None)
         path = manifest.folder / name
         try:
             require_regular(path, LARGEST_JSON_BYTES)
-            found = checksum(path.read_bytes())
+            data = torch.empty(path.stat().st_size, dtype=torch.uint8)
         except OSError as error:
             raise UserError(f"{path} is missing or unreadable; {PREPARE_AGAIN}") from error
-        if found != wanted:
-            raise _corrupt(path, "the file")
+        _read_checked(path, 0, data, wanted, "the file")
     for shard in manifest.shards:
         verify_shard(shard, on_bytes)
 
@@ -359,16 +359,10 @@ def verify_shard(
     """Check header and every checksum of one file; `on_bytes` hears of bytes as they pass."""
     check_header(shard)
     if isinstance(shard, DenseShard):
-        for tensor in shard.tensors:
-            on_bytes(read_dense_tensor(shard, tensor).nbytes)
+        for _, tensor in iterate_dense([shard]):
+            on_bytes(tensor.nbytes)
     else:
         block = torch.empty(shard.layout.block_bytes, dtype=torch.uint8)
         for expert in range(shard.n_experts):
             read_block(shard, expert, block)
             on_bytes(block.numel())
-
-
-def _corrupt(path: Path, part: str) -> UserError:
-    return UserError(
-        f"{path} is corrupt: the checksum of {part} does not match the manifest; {PREPARE_AGAIN}"
-    )

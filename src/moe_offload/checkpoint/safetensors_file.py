@@ -1,7 +1,7 @@
 """One safetensors file: its header, plain reads of its bytes, and writing it without a torn state.
 
 The `safetensors` package decides what a valid file is. Our own are three things it does not do:
-reading through `pread` (it maps the file, and mapped pages count as resident memory, so a map would
+plain reads (it maps the file, and mapped pages count as resident memory, so a map would
 let the page cache break the memory bound of a streaming conversion), data that starts at a multiple
 of 4096 bytes, and writing piece by piece under a temporary name.
 """
@@ -143,21 +143,16 @@ def read_into(path: Path, offset_bytes: int, out: Tensor) -> None:
     """
     view = _view(out)
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < len(view):
-                got = os.preadv(file, [view[done:]], offset_bytes + done)
-                if got == 0:
-                    raise UserError(
-                        f"{path} is truncated: it ends {len(view) - done} bytes early; "
-                        "copy it again or prepare the folder again"
-                    )
-                done += got
-        finally:
-            os.close(file)
+        with path.open("rb") as file:
+            file.seek(offset_bytes)
+            missing = len(view) - file.readinto(view)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if missing:
+        raise UserError(
+            f"{path} is truncated: it ends {missing} bytes early; copy it again or prepare the "
+            "folder again"
+        )
 
 
 def write_file(path: Path, n_bytes: int, parts: Iterable[bytes | Tensor]) -> list[int]:

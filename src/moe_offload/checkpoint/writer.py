@@ -43,11 +43,12 @@ from moe_offload.checkpoint.safetensors_file import TEMPORARY_SUFFIX, plan_heade
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import write_atomically
+from moe_offload.files import read_json_object, write_atomically
 
 SHARD_BYTES: Final = 4 << 30
 RECORD_NAME: Final = "preparation.json"
-_OUR_SHARD: Final = re.compile(r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors")
+_SHARD: Final = r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors"
+_TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # write_atomically's
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,14 @@ class Preparation:
         """The checksums of an interrupted run's shards that are whole; others of ours go."""
         remove_temporary_files(self._output)
         record = read_record(self._output)
-        found = record.get("shards", {}) if record.get("key") == self._record_key else {}
+        found = record["shards"] if record["key"] == self._record_key else {}
         kept: dict[str, list[int]] = {}
         for name, file in self._files.items():
             with suppress(UserError, OSError, KeyError, ValueError, TypeError):
                 verify_shard(file.shard.sealed(found[name]))
                 kept[name] = found[name]
                 on_bytes(file.data_bytes)
-        remove_shards(self._output, record.get("shards", {}).keys() - kept.keys())
+        remove_shards(self._output, record["shards"].keys() - kept.keys())
         self._write_record(kept)
         return kept
 
@@ -261,12 +262,13 @@ def plan_dense(source: SourceCheckpoint, dense_format: str) -> list[list[DensePa
     for name in source.dense_names:
         shape = tuple(source.plan.expected(name).shape)
         if name in packable:
-            packed, scale = quantization.packed_shapes(shape[0], shape[1], facts.bits)
+            rows, columns = shape
+            packed, scale = quantization.packed_shapes(rows, columns, facts.bits)
             stored: Any = (
                 (f"{name}.packed", torch.uint8, packed),
                 (f"{name}.scale", torch.float16, scale),
             )
-            weight = PackedWeight(name, 8 if facts.bits == 8 else 4, shape[0], shape[1])
+            weight = PackedWeight(name, 8 if facts.bits == 8 else 4, rows, columns)
             parts.append(DensePart(name, weight, stored))
         else:
             parts.append(DensePart(name, None, ((name, stored_dtype(source.model, name), shape),)))
@@ -297,10 +299,8 @@ def _packable(model: PreTrainedModel) -> set[str]:
     }
     head = model.get_output_embeddings()
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    for path, module in model.named_modules():
-        if module is head and type(head) is nn.Linear and f"{path}.weight" not in tied:
-            names.add(f"{path}.weight")
-    return names
+    heads = {f"{path}.weight" for path, module in model.named_modules() if module is head}
+    return names | (heads - tied if type(head) is nn.Linear else set())
 
 
 @contextmanager
@@ -324,19 +324,18 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an interrupted preparation, empty when there is none or it is unreadable."""
-    with suppress(OSError, ValueError, RecursionError):
-        data = json.loads((folder / RECORD_NAME).read_bytes())
-        if isinstance(data, dict) and isinstance(data.get("shards"), dict):
-            return data
-    return {}
+    """The record of an interrupted preparation; an empty one when there is none to be read."""
+    with suppress(UserError):
+        record = read_json_object(folder / RECORD_NAME)
+        if isinstance(record.get("shards"), dict):
+            return {"key": {}, **record}
+    return {"key": {}, "shards": {}}
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Remove what a killed run left half-written."""
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        name = path.name.removesuffix(TEMPORARY_SUFFIX)
-        if _OUR_SHARD.fullmatch(name) or name in (MANIFEST_NAME, RECORD_NAME):
+    for path in list(folder.iterdir()):
+        if re.fullmatch(_TEMPORARY, path.name):
             path.unlink(missing_ok=True)
 
 
@@ -380,7 +379,7 @@ def claim(folder: Path, source: Path) -> None:
 def remove_shards(folder: Path, names: Iterable[str]) -> None:
     """Remove these shards; a name that no shard of ours can have is left alone."""
     for name in names:
-        if _OUR_SHARD.fullmatch(name):
+        if re.fullmatch(_SHARD, name):
             (folder / name).unlink(missing_ok=True)
 
 

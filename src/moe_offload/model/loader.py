@@ -27,6 +27,7 @@ from moe_offload.checkpoint.block import Activation, BlockLayout
 from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
+    build_on_meta,
     builder_of,
     require_experts_per_token,
     require_generation_config,
@@ -88,8 +89,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
-    builder = builder_of(config)
-    model_class = builder._model_mapping[type(config)]
+    model_class = builder_of(config)._model_mapping[type(config)]
     if not model_class._supports_sdpa:
         if attention != "sdpa":
             raise UserError(
@@ -103,11 +103,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
             "know: use --attention sdpa"
         )
     task = "build the model that the prepared folder describes"
-    with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
-        model: PreTrainedModel = builder.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    return model.eval()
+    return build_on_meta(config, dtype, attention, task, PREPARE_AGAIN).eval()
 
 
 def given_text_alone(config: PretrainedConfig) -> list[str]:
@@ -233,7 +229,7 @@ class PreparedModel:
         """
         packed = {weight.name: weight for weight in self.manifest.packed_weights}
         parts: dict[str, dict[str, Tensor]] = {}
-        for stored_name, tensor in iterate_dense(self.manifest):
+        for stored_name, tensor in iterate_dense(self.manifest.dense):
             progress(tensor.nbytes)
             name, _, part = stored_name.rpartition(".")
             if name not in packed:
