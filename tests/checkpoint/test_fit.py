@@ -124,7 +124,7 @@ def fewer_experts(manifest: dict[str, Any]) -> None:
         (lambda m: m["moe_layers"][0]["block_checksums"].pop(), "not one checksum per expert"),
         (lambda m: m["moe_layers"][0].update(data_offset_bytes=-4096), "header"),
         (lambda m: m["moe_layers"][0]["layout"].update(block_bytes=1 << 60), "header"),
-        (lambda m: m.update(weight_format="bf16"), "in the format it names"),
+        (lambda m: m.update(weight_format="bf16"), "are of other number or sizes"),
         (lambda m: m["config"].update(num_experts=12), "are of other number or sizes"),
         (lambda m: m["config"].update(hidden_size=64), "of other number or sizes"),
         (lambda m: m["config"].update(num_hidden_layers=4), "transformers cannot use the config"),

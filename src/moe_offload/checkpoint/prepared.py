@@ -25,7 +25,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any, Final, Literal
 
 import torch
@@ -33,12 +32,7 @@ from torch import Tensor
 
 from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.folders import MANIFEST_NAME, require_prepared
-from moe_offload.checkpoint.safetensors_file import (
-    TensorEntry,
-    checksum,
-    read_header,
-    read_into,
-)
+from moe_offload.checkpoint.safetensors_file import TensorEntry, checksum, read_header, read_into
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
@@ -111,6 +105,9 @@ class MoeLayer:
     header_checksum: int
     block_checksums: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        require(len(self.block_checksums) == self.n_experts, "not one checksum per expert")
+
     @property
     def entries(self) -> list[TensorEntry]:
         """What its header must say."""
@@ -120,7 +117,6 @@ class MoeLayer:
     def sealed(self, checksums: list[int]) -> MoeLayer:
         """With the checksums of its header and of its blocks, in this order."""
         header, *blocks = checksums
-        require(len(blocks) == self.n_experts, "not one checksum per expert")
         return replace(self, header_checksum=header, block_checksums=tuple(blocks))
 
     def block_offset_bytes(self, expert: int) -> int:
@@ -188,21 +184,15 @@ def dense_file_name(position: int, n_shards: int) -> str:
     return f"dense-{position + 1:05d}-of-{n_shards:05d}.safetensors"
 
 
-def to_json(value: Any) -> Any:
-    """A dataclass of this module as JSON; a path becomes its name.
-
-    Infinity and NaN, which some configs hold and JSON does not know, as transformers writes them.
-    """
+def _encode(value: Any) -> Any:
+    """As JSON; a path becomes its name, Infinity and NaN what transformers makes of them."""
     if isinstance(value, float) and not math.isfinite(value):
-        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        return {"__float__": name}
+        return {"__float__": json.dumps(value)}
     if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
+        return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, Path):
-        return value.name
-    return value if isinstance(value, (bool, int, float, str, NoneType)) else to_json(asdict(value))
+        return [_encode(item) for item in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def decode_floats(data: dict[str, Any]) -> Any:
@@ -218,8 +208,8 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
-    data: dict[str, Any] = to_json(manifest)
-    return {key: value for key, value in data.items() if key not in ("folder", "checksum")}
+    data = asdict(manifest)
+    return {key: _encode(data[key]) for key in data if key not in ("folder", "checksum")}
 
 
 def _own_checksum(manifest: Manifest) -> int:
@@ -252,10 +242,6 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = _located(from_json(Manifest, {**data, "folder": str(folder)}))
         if manifest.checksum is not None and manifest.checksum != _own_checksum(manifest):
             raise ValueError("it is not what was written: its checksum does not match")
-        for layer in manifest.moe_layers:
-            fits = layer.layout.weight_format == manifest.weight_format
-            require(fits, f"no experts of {layer.module!r:.80} in the format it names")
-            require(len(layer.block_checksums) == layer.n_experts, "not one checksum per expert")
         require(manifest.moe_layers != (), "no experts")
         for shard in manifest.shards:
             check_header(shard)

@@ -1,7 +1,7 @@
 """The files of a source checkpoint as tensors that are known but not yet read.
 
 Both safetensors and zipped `torch.save` files keep each tensor's bytes in one piece, so one kind of
-lazy tensor serves both: a place in a file. Reading is plain `pread` (see `safetensors_file.py`).
+lazy tensor serves both: a place in a file, read by plain reads (see `safetensors_file.py`).
 Which files count is transformers' own order: model.safetensors, its index, pytorch_model.bin, its
 index.
 """

@@ -225,7 +225,7 @@ def _plan_experts_file(
         n_experts=module.n_experts,
         layout=layout,
         header_checksum=0,
-        block_checksums=(),
+        block_checksums=(0,) * module.n_experts,
     )
     return _Planned(layer, header, data)
 
