@@ -146,6 +146,9 @@ def test_a_flipped_bit_is_found_wherever_it_is(prepared: Manifest) -> None:
             changed[position] ^= 16
             shard.file.write_bytes(changed)
             assert f"{shard.file} is corrupt" in refused(prepared.folder)
+            if position < start:  # told without reading any weight
+                with pytest.raises(UserError, match="the checksum of its header"):
+                    read_manifest(prepared.folder)
         shard.file.write_bytes(whole)
     verify(read_manifest(prepared.folder))
 

@@ -150,6 +150,28 @@ def test_a_finished_file_that_changed_is_written_again(
     assert_completed(source, output, reference)
 
 
+@pytest.mark.parametrize(
+    "recorded", [{"file": "dense.safetensors", "bytes": 1, "tensors": []}, [], [1, 2], 3, "text"]
+)
+def test_a_record_of_another_version_is_written_again(
+    recorded: object,
+    source: Path,
+    reference: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_at(patch, "posix_fallocate", 2, KilledError())
+        with pytest.raises(KilledError):
+            run(source, output)
+    path = output / "preparation.json"
+    record = json.loads(path.read_text())
+    assert record["shards"]
+    path.write_text(json.dumps({**record, "shards": dict.fromkeys(record["shards"], recorded)}))
+    assert_completed(source, output, reference)
+
+
 def test_interrupted_with_other_settings_starts_over(
     source: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
