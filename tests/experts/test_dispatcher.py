@@ -327,6 +327,22 @@ def test_a_ctrl_c_leaves_no_slot_in_flight_and_no_wrong_layer(monkeypatch, where
     assert capsys.readouterr().err == ""
 
 
+def test_after_a_ctrl_c_another_thread_has_its_turn(monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = Run()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.accelerator, "fetch", interrupted)
+        run.steps_without_close(1)
+    other = threading.Thread(target=run.steps_without_close, args=(20,), daemon=True)
+    other.start()
+    other.join(timeout=20)
+    assert not other.is_alive()
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+
+
 def test_a_model_that_nobody_closed_leaves_no_thread():
     before = set(threading.enumerate())
     run = Run()
@@ -383,7 +399,7 @@ def test_a_prompt_of_one_token_is_a_prompt(name, n_past, is_decode):
 
     run = Run()
     one_token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), name: Past()}
-    run.dispatcher._before_pass(run.model, (), one_token)
+    run.dispatcher._before_pass((), one_token)
     assert run.dispatcher._decode == is_decode
     run.accelerator.close()
 

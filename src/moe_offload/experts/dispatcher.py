@@ -7,6 +7,8 @@ the hits, starts the copies, computes the misses on the calling thread and adds 
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +52,7 @@ class MoeExperts(nn.Module):
 
 
 class MoeDispatcher:
-    """Runs the MoE layers of one model, driven by the one thread that calls the model.
+    """Runs the MoE layers of one model, driven by the thread whose turn it is to call the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
@@ -89,15 +91,29 @@ class MoeDispatcher:
         self._block_started_s = 0.0
 
     def attach(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Follow `model`'s forward passes and the start of each MoE block."""
-        model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        model.register_forward_hook(self._after_pass)
+        """Follow `model`'s forward passes and the start of each MoE block.
+
+        Threads take turns from now on: what is kept of a pass is one pass's. Hooks would not do,
+        for none is called after a Ctrl-C, and the turn must end then too.
+        """
+        turn = threading.RLock()  # one pass may call the model again
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def one_pass(*args: Any, **kwargs: Any) -> Any:
+            with turn:
+                self._before_pass(args, kwargs)
+                output = forward(*args, **kwargs)
+                self._after_pass()
+            return output
+
+        model.forward = one_pass
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
         parameter = next(model.parameters(), None)
         self._device = None if parameter is None else parameter.device
 
-    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
             self.accelerator.recover()
         self._is_open = True
@@ -131,7 +147,7 @@ class MoeDispatcher:
             self._quota_left = self.accelerator.quota
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
-    def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_pass(self) -> None:
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
