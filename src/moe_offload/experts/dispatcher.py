@@ -63,7 +63,7 @@ class MoeDispatcher:
         self,
         store: ExpertStore,
         cpu: Sequence[CpuExperts],
-        recorder: Recorder | NullRecorder,
+        recorder: Recorder,
         accelerator: Accelerator | None = None,
         ranges: NvtxRanges | None = None,
     ) -> None:
@@ -84,7 +84,6 @@ class MoeDispatcher:
         self._token_mask: Tensor | None = None
         self._batch_prompt = 0  # of the batch that is running, and of the next to begin
         self._next_prompt = 0
-        self._quota_left = 0
         self._next_layer = 0
         self._pass_started_s = 0.0
         self._last_end_s = 0.0
@@ -144,7 +143,7 @@ class MoeDispatcher:
         prompt = self._batch_prompt if self.prompt is None else self.prompt
         self.recorder.begin_pass(phase, n_tokens, prompt, batch)
         if self.accelerator is not None:
-            self._quota_left = self.accelerator.quota
+            self.accelerator.begin_pass()
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self) -> None:
@@ -190,7 +189,7 @@ class MoeDispatcher:
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
-            self._handoff.to_host(hidden, index, weights)
+            self._handoff.to_host(index.long(), weights.float(), hidden)
             return torch.zeros_like(hidden)
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)
@@ -218,15 +217,13 @@ class MoeDispatcher:
         if block_events is not None:
             block_events[1].record(torch.cuda.current_stream(self._device))
         self._ranges.part(layer, "plan")
-        evicted = 0 if accelerator is None else accelerator.cache.evictions
+        before = self._counters()
         if accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.ids)), ())
         elif self._decode:
             plan = self._start_decode(accelerator, step)
             if guess is not None:
-                self._spend(
-                    step, accelerator.fetch_ahead(layer + 1, step.guessed, self._quota_left)
-                )
+                accelerator.fetch_ahead(layer + 1, step.guessed)
         else:
             plan = self._start_prefill(accelerator, step)
         planned_s = time.perf_counter()
@@ -240,13 +237,14 @@ class MoeDispatcher:
         ended_s = time.perf_counter()
         began_s, block_began_s = self._last_end_s, self._block_started_s
         is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
-        evictions = 0 if accelerator is None else accelerator.cache.evictions - evicted
-        ids, launches, fetches = step.ids, step.launches, step.n_fetches
+        after = self._counters()
+        ids, launches = step.ids, step.launches
         waited = () if self._decode else plan.waited
 
         def event() -> LayerEvent:
             """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
             block_bytes = self.store.layouts[layer].block_bytes
+            fetches = after[1] - before[1]
             router_us = (routed_s - block_began_s) * 1e6
             if block_events is not None:  # the host ran ahead: attention ended in the block's time
                 on_device_us = float(block_events[0].elapsed_time(block_events[1])) * 1e3
@@ -261,7 +259,7 @@ class MoeDispatcher:
                 hits=n_hits if is_cached else 0,
                 misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
                 fetches=fetches,
-                evictions=evictions,
+                evictions=after[0] - before[0],
                 attention_us=(routed_s - began_s) * 1e6 - router_us,
                 router_us=router_us,
                 plan_us=(planned_s - routed_s) * 1e6,
@@ -284,6 +282,12 @@ class MoeDispatcher:
         self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
+    def _counters(self) -> tuple[int, int]:
+        """The evictions and the copies begun so far."""
+        if self.accelerator is None:
+            return 0, 0
+        return self.accelerator.cache.evictions, self.accelerator.fetcher.begun
+
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a decode step's layer, launch its hits and start its copies."""
         counts = _counts(step.ids)
@@ -295,17 +299,10 @@ class MoeDispatcher:
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
             step.launch_waited(plan.waited)
-        self._spend(
-            step, accelerator.fetch_background(step.layer, plan.background, self._quota_left)
-        )
+        accelerator.fetch_background(step.layer, plan.background)
         accelerator.cache.end_step(step.layer)
         accelerator.prefetch.observe(step.layer, plan.hits, counts)
         return plan
-
-    def _spend(self, step: LayerStep, fetches: int) -> None:
-        """Count what `step` fetched in the background."""
-        self._quota_left -= fetches
-        step.n_fetches += fetches
 
     def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a prompt's layer, launch its accelerator part, and warm the decode cache.
@@ -321,12 +318,9 @@ class MoeDispatcher:
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
-            quota = accelerator.background_quota(step.layer, self._quota_left)
-            warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
-            self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
-            step.n_fetches += len(warmed)
-            step.launch_waited(plan.waited, keep=dict(warmed))
-            for expert, slot in warmed:  # for the tokens to come: behind what is waited for
+            warmed = accelerator.warm(step.layer, tokens, plan.waited)
+            step.launch_waited(plan.waited, keep=warmed)
+            for expert, slot in warmed.items():  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)
         return plan

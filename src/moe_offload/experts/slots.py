@@ -23,8 +23,6 @@ from moe_offload.machine.streams import HostEvent, HostStream, is_out_of_memory
 if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
     from moe_offload.kernels.triton_experts import TritonExperts
 
-Allocator = Callable[[int, int, torch.device], Tensor]
-
 # Above this many tokens per hit expert the weights are better unpacked once for a GEMM than read by
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
@@ -100,14 +98,13 @@ class GpuExperts:
         dtype: torch.dtype = torch.bfloat16,
         kernels: str = "auto",
         before_compute: Callable[[int], None] | None = None,
-        allocate: Allocator | None = None,
     ) -> None:
         self.layout = layout
         self.activation = activation
         self.act_module = act_module
         self.device = torch.device(device)
         self.notices: list[str] = []
-        self.slots = self._allocate(n_slots, allocate or _allocate_bytes)
+        self.slots = self._allocate(n_slots)
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
         self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
@@ -125,15 +122,13 @@ class GpuExperts:
         slot_of_pair: Sequence[int],
         top_k_weights: Tensor,
         fetcher: ExpertFetcher,
-        out: Tensor | None = None,
     ) -> Pending:
         """Start computing the pairs that hit.
 
         `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` has T * K entries, a slot or -1
         for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for copies
         into its slots in its stream, not on the host, and later copies wait for it. None of the
-        arguments may be written before `result`. With `out`, fp32 [T, H] on the device, the result
-        is added to it and is it: several launches share one tensor.
+        arguments may be written before `result`.
         """
         pairs: dict[int, list[int]] = {}  # slot -> its pairs, as t * K + k
         for pair, slot in enumerate(slot_of_pair):
@@ -143,7 +138,7 @@ class GpuExperts:
             list(pairs),
             sum(map(len, pairs.values())),
             fetcher,
-            lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs, out),
+            lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs),
         )
 
     def launch_expert(
@@ -157,8 +152,9 @@ class GpuExperts:
     ) -> Pending:
         """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
 
-        `pairs` are the expert's, t * K + k, int64 [n] on the device: the host touches and sends
-        nothing that grows with the number of tokens.
+        The result is `out` itself: several launches share it. `pairs` are the expert's, as
+        t * K + k, int64 [n] on the device: the host touches and sends nothing that grows with the
+        number of tokens.
         """
 
         def forward() -> Tensor:
@@ -211,17 +207,17 @@ class GpuExperts:
 
     def synchronize(self) -> None:
         """Wait until what was launched has ended."""
-        if self._thread is not None:
-            self._thread.synchronize()
-        else:
+        if self._thread is None:
             torch.cuda.synchronize(self.device)
+        else:
+            self._thread.synchronize()
 
     def close(self) -> None:
         """Finish what was launched; end the emulated accelerator's thread."""
-        if self._thread is not None:
-            self._thread.close()
-        else:
+        if self._thread is None:
             torch.cuda.synchronize(self.device)
+        else:
+            self._thread.close()
 
     def _as_current_device(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device, whatever its arguments are on."""
@@ -239,15 +235,12 @@ class GpuExperts:
         slot_of_pair: Sequence[int],
         top_k_weights: Tensor,
         pairs: dict[int, list[int]],
-        out: Tensor | None,
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
         few = len(slot_of_pair) <= PAIRS_FOR_TABLE
         if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
-            result = self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
-            return result if out is None else out.add_(result)
-        if out is None:
-            out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            return self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         if len(hidden) > 1:
             # One small copy for all slots; what is pageable and small does not hold the host up.
             members = torch.tensor([pair for of_slot in pairs.values() for pair in of_slot])
@@ -276,14 +269,14 @@ class GpuExperts:
             return self._kernels.expert(slot, x)
         return expert_ffn(self.layout, self.slots[slot], x, self.activation, self.act_module)
 
-    def _allocate(self, wanted: int, allocate: Allocator) -> Tensor:
+    def _allocate(self, wanted: int) -> Tensor:
         """As many of `wanted` slots as fit, by bisection."""
         slots = None
         fit, too_many, n_slots = 0, wanted + 1, wanted
         while fit + 1 < too_many or slots is None:
             slots = None  # the smaller allocation makes room for the larger
             try:
-                slots = allocate(n_slots, self.layout.block_bytes, self.device)
+                slots = _allocate_bytes(n_slots, self.layout.block_bytes, self.device)
                 fit = n_slots
             except RuntimeError as error:
                 if n_slots == 0 or not is_out_of_memory(error):

@@ -67,11 +67,6 @@ class ExpertStore:
     def n_layers(self) -> int:
         return len(self.layouts)
 
-    @property
-    def pinned(self) -> bool:
-        """Whether all of it is."""
-        return len(self._registered) == self.n_stored
-
     def is_pinned(self, layer: int) -> bool:
         """Whether a GPU copies this layer's blocks without the host's help."""
         return layer % self.n_stored in self._registered
