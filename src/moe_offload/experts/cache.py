@@ -198,19 +198,17 @@ class ExpertCache:
             return [-1] * len(experts)
         slot_of = self._slots[layer]
         found = []
-        n_hits = 0
         for expert in experts:
             slot = slot_of.get(expert, -1)
-            if slot >= 0:
-                if self._state[slot] == _READY:
-                    n_hits += 1
-                    self._used_in_step[slot] = self._step[layer]
-                    self.policy.hit(slot)
-                else:
-                    slot = -1
+            if slot >= 0 and self._state[slot] == _READY:
+                self._used_in_step[slot] = self._step[layer]
+                self.policy.hit(slot)
+            else:
+                slot = -1
             found.append(slot)
-        self.hits += n_hits
-        self.misses += len(found) - n_hits
+        n_misses = found.count(-1)
+        self.hits += len(found) - n_misses
+        self.misses += n_misses
         return found
 
     def admit(self, layer: int, expert: int) -> int | None:

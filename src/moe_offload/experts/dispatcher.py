@@ -76,7 +76,7 @@ class MoeDispatcher:
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
         self._is_open = False  # the pass begun last has not ended
-        self._device: torch.device | None = None  # the model's, as a layer sees it
+        self._device = torch.device("cpu")  # the model's, as a layer sees it
         # On a GPU, by layer: events where its block begins and where the host has its routing.
         self._block_events: dict[int, tuple[Any, Any]] = {}
         self._decode = False
@@ -109,8 +109,11 @@ class MoeDispatcher:
         model.forward = one_pass
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
-        parameter = next(model.parameters(), None)
-        self._device = None if parameter is None else parameter.device
+        self._device = next((parameter.device for parameter in model.parameters()), self._device)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
 
     def _before_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
@@ -147,7 +150,7 @@ class MoeDispatcher:
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self) -> None:
-        if self._device is not None and self._device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
@@ -159,7 +162,7 @@ class MoeDispatcher:
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
-        if self.recorder.enabled and self._device is not None and self._device.type == "cuda":
+        if self.recorder.enabled and self._on_gpu:
             cuda: Any = torch.cuda
             if self._next_layer not in self._block_events:
                 pair = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)

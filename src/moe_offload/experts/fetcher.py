@@ -126,12 +126,15 @@ class ExpertFetcher(ABC):
     def drain(self) -> list[Copy]:
         """Block until no copy is in flight; returns what `poll` had not reported."""
         for copy in self._in_flight:
-            self._synchronize(copy)
+            try:
+                copy.ready.synchronize()
+            except Exception as error:  # CUDA reports a failed copy where it is asked for
+                copy.error = error
         return self.poll()
 
-    @abstractmethod
     def close(self) -> None:
         """End all copies, those in flight included; the slots may be freed afterwards."""
+        self.drain()
 
     @abstractmethod
     def _new_event(self) -> Any: ...
@@ -144,13 +147,6 @@ class ExpertFetcher(ABC):
         if event is not None:
             stream.wait_event(event)
 
-    @staticmethod
-    def _synchronize(copy: Copy) -> None:
-        try:
-            copy.ready.synchronize()
-        except Exception as error:
-            copy.error = error
-
     def _has_ended(self, copy: Copy) -> bool:
         try:
             if not copy.issued:
@@ -158,7 +154,7 @@ class ExpertFetcher(ABC):
                 copy.error = CopyCancelledError(f"copy into slot {copy.slot}")
             if copy.error is None and not copy.ready.query():
                 return False
-        except Exception as error:  # CUDA reports a failed copy where it is asked for
+        except Exception as error:  # see drain()
             copy.error = error
         copy.done = True
         copy.source = None
@@ -183,10 +179,6 @@ class CudaFetcher(ExpertFetcher):
         self._gap_stream = cuda.Stream(device=slots.device)
         self._gap_events = self._new_event(), self._new_event()
         self._ungapped_bytes = 0
-
-    def close(self) -> None:
-        for copy in self._in_flight:
-            self._synchronize(copy)
 
     def _new_event(self) -> Any:
         # Blocking: a host that waits (`drain`) sleeps, and takes no core from the CPU's experts.

@@ -42,16 +42,16 @@ class Pending:
     `copies` are those it waited for: where one failed the work was left out, and `result` raises.
     """
 
-    _out: Tensor | None
-    _copies: list[Copy]
+    copies: list[Copy]
     start: Any
     end: Any
-    _error: Exception | None = None
+    out: Tensor | None = None
+    error: Exception | None = None
 
     @property
     def copy_failed(self) -> bool:
         """Whether a copy that the work needed failed; final once `result` has raised."""
-        return any(copy.error is not None for copy in self._copies)
+        return any(copy.error is not None for copy in self.copies)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
@@ -62,10 +62,10 @@ class Pending:
         """
         if isinstance(self.end, HostEvent):
             self.end.synchronize()
-        for error in (self._error, *(copy.error for copy in self._copies)):
+        for error in (self.error, *(copy.error for copy in self.copies)):
             if error is not None:
                 raise error
-        out, self._out = self._out, None  # timings outlive the run's outputs
+        out, self.out = self.out, None  # timings outlive the run's outputs
         assert out is not None, "result() hands over once"
         return out
 
@@ -108,7 +108,11 @@ class GpuExperts:
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
         self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
-        self._kernels = self._load_kernels(kernels, dtype)
+        self._kernels: TritonExperts | None = None
+        if kernels == "triton":
+            self._kernels = self._triton()
+        elif kernels == "auto" and self._thread is None:
+            self._kernels = self._triton_if_it_runs(dtype)
 
     @property
     def description(self) -> str:
@@ -168,24 +172,26 @@ class GpuExperts:
     ) -> Pending:
         """`forward` in the stream, behind copies into `slots` and before later ones."""
         stream: Any = self._thread or torch.cuda.current_stream(self.device)
-        copies = fetcher.wait_ready(slots, stream)
-        pending = Pending(None, copies, *self._new_events())
+        pending = Pending(fetcher.wait_ready(slots, stream), self._new_event(), self._new_event())
         # The mode belongs to a thread. The caller's, so that it may use the result as its own.
         inference = torch.is_inference_mode_enabled()
 
         def work() -> None:
-            if self._before_compute is not None:
-                self._before_compute(n_pairs)
-            with torch.inference_mode(inference), torch.no_grad():
-                if not pending.copy_failed:
-                    pending._out = forward()
+            try:
+                if self._before_compute is not None:
+                    self._before_compute(n_pairs)
+                with torch.inference_mode(inference), torch.no_grad():
+                    if not pending.copy_failed:
+                        pending.out = forward()
+            except Exception as error:  # raised again by result()
+                pending.error = error
 
         pending.start.record(stream)
         if self._thread is None:
             with self._as_current_device():
-                _run_keeping_error(work, pending)
+                work()
         else:
-            self._thread.submit(lambda: _run_keeping_error(work, pending))
+            self._thread.submit(work)
         pending.end.record(stream)
         fetcher.mark_released(slots, pending.end)
         return pending
@@ -223,11 +229,9 @@ class GpuExperts:
         """Triton launches on the current device, whatever its arguments are on."""
         return torch.cuda.device(self.device) if self._thread is None else nullcontext()
 
-    def _new_events(self) -> tuple[Any, Any]:
-        if self._thread is not None:
-            return HostEvent(), HostEvent()
+    def _new_event(self) -> Any:
         cuda: Any = torch.cuda
-        return cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        return HostEvent() if self._thread is not None else cuda.Event(enable_timing=True)
 
     def _forward(
         self,
@@ -290,11 +294,6 @@ class GpuExperts:
             )
         return slots
 
-    def _load_kernels(self, kernels: str, dtype: torch.dtype) -> TritonExperts | None:
-        if kernels == "torch" or (kernels == "auto" and self._thread is not None):
-            return None
-        return self._triton() if kernels == "triton" else self._triton_if_it_runs(dtype)
-
     def _triton(self) -> TritonExperts:
         from moe_offload.kernels.triton_experts import TritonExperts
 
@@ -340,10 +339,3 @@ def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Ten
         # to supply took several times as long, and the first tokens' hits came late.
         slots.zero_()
     return slots
-
-
-def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
-    try:
-        work()
-    except Exception as error:  # raised again by result()
-        pending._error = error
