@@ -6,14 +6,11 @@ from moe_offload.experts.accelerator import PrefetchStats
 
 
 def test_prefetch_statistics() -> None:
-    stats = PrefetchStats(block_bytes=100_000_000)
+    stats = PrefetchStats(block_bytes=100)
     stats.guess(1, [3, 4])
     stats.fetch(slot=8, layer=1, expert=3)
     stats.fetch(slot=9, layer=1, expert=4)
     stats.observe(1, {3: 8}, [3, 5])
-    assert (stats.recalled, stats.used) == (1, 1)
-    assert stats.line == (
-        "next-layer prefetch: recall 50.0%, 2 experts fetched, 0.100 GB of it wasted"
-    )
+    assert (stats.recall, stats.used, stats.wasted_bytes) == (0.5, 1, 100)
     stats.observe(1, {3: 8}, [3, 5])  # no guess was made for this step
     assert (stats.chosen, stats.used) == (2, 1)

@@ -182,7 +182,11 @@ class Accelerator:
         """What was learnt during the run, as lines for the summary."""
         lines = [] if self.trial is None else [self.trial.line]
         if self.prefetch.chosen:
-            lines.append(self.prefetch.line)
+            lines.append(
+                f"next-layer prefetch: recall {100 * self.prefetch.recall:.1f}%, "
+                f"{self.prefetch.fetched} experts fetched, "
+                f"{self.prefetch.wasted_bytes / 1e9:.3f} GB of it wasted"
+            )
         if self.failed_copies:
             lines.append(f"{self.failed_copies} copies failed; the CPU computed those experts")
         return lines
@@ -225,13 +229,12 @@ class PrefetchStats:
     _guessed: dict[int, Sequence[int]] = field(default_factory=dict)
 
     @property
-    def line(self) -> str:
-        """For the summary, once experts have been chosen."""
-        return (
-            f"next-layer prefetch: recall {100 * self.recalled / self.chosen:.1f}%, {self.fetched} "
-            f"experts fetched, {(self.fetched - self.used) * self.block_bytes / 1e9:.3f} GB of it "
-            "wasted"
-        )
+    def recall(self) -> float:
+        return self.recalled / max(self.chosen, 1)
+
+    @property
+    def wasted_bytes(self) -> int:
+        return (self.fetched - self.used) * self.block_bytes
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         self._guessed[layer] = experts

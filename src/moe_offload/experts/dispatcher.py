@@ -222,7 +222,7 @@ class MoeDispatcher:
         self._ranges.part(layer, "plan")
         before = self._counters()
         if accelerator is None:
-            plan = Plan({}, (), tuple(_counts(step.ids)), ())
+            plan = Plan({}, (), tuple(_counts(step.ids)))
         elif self._decode:
             plan = self._start_decode(accelerator, step)
             if guess is not None:
@@ -302,7 +302,7 @@ class MoeDispatcher:
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
             step.launch_waited(plan.waited)
-        accelerator.fetch_background(step.layer, plan.background)
+        accelerator.fetch_background(step.layer, plan.cpu)
         accelerator.cache.end_step(step.layer)
         accelerator.prefetch.observe(step.layer, plan.hits, counts)
         return plan

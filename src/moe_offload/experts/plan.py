@@ -21,15 +21,13 @@ class Plan:
     """One layer's experts by the side that computes them.
 
     `hits` maps experts that are ready on the accelerator to their slots. `waited` are computed
-    there once their copies arrive; `cpu` on the CPU; `background` are missed experts to fetch
-    for the tokens to come, in this order. `hits`, `waited` and `cpu` are disjoint and together
-    hold every chosen expert once.
+    there once their copies arrive, `cpu` on the CPU; in decode these are fetched in the background
+    for the tokens to come, in this order. Each chosen expert is in one of the three.
     """
 
     hits: Mapping[int, int]
     waited: tuple[int, ...]
     cpu: tuple[int, ...]
-    background: tuple[int, ...]
 
 
 def plan_decode(
@@ -49,13 +47,12 @@ def plan_decode(
     hits = {e: slot for e, slot in zip(counts, slots, strict=True) if slot >= 0}
     missed = {e: n for e, n in counts.items() if e not in hits}
     if mode == "fetch":
-        return Plan(hits, tuple(missed), (), ())
+        return Plan(hits, tuple(missed), ())
     waited: tuple[int, ...] = ()
     if mode == "costs" and costs is not None and missed:
         split = costs.split(dict.fromkeys(hits, 1), missed, backlog_us)
         waited = tuple(e for e in missed if e not in split.cpu_experts)
-    left = tuple(e for e in missed if e not in waited)
-    return Plan(hits, waited, left, left)
+    return Plan(hits, waited, tuple(e for e in missed if e not in waited))
 
 
 def plan_prefill(
@@ -71,18 +68,17 @@ def plan_prefill(
     accelerator to their slots. With `costs`, the split that is predicted to finish first, so a
     short prompt does not stream the model and a long one does not wait for the CPU. `fetch`
     streams every expert that is not there. `backlog_us` is the copy time already queued, such as
-    the warm-up of the layer before. Background fetches are the dispatcher's warm-up,
-    after the layer, and not part of this plan.
+    the warm-up of the layer before.
     """
     chosen = [e for e, n in enumerate(counts) if n]
     hits = {e: ready[e] for e in chosen if e in ready}
     missed = tuple(e for e in chosen if e not in ready)
     if mode == "fetch":
-        return Plan(hits, missed, (), ())
+        return Plan(hits, missed, ())
     if costs is None:
-        return Plan(hits, (), missed, ())
+        return Plan(hits, (), missed)
     split = costs.split_prefill(counts, hits, backlog_us)
-    return Plan(hits, split.gpu_experts[len(hits) :], split.cpu_experts, ())
+    return Plan(hits, split.gpu_experts[len(hits) :], split.cpu_experts)
 
 
 _WARM_UP_STEPS = 4  # the cache is still filling

@@ -80,9 +80,8 @@ class GpuExperts:
 
     `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it, as
     many as fit: `n_slots` is what it came to and `notices` says so. What computing an expert needs
-    beside them is reserved with them. `kernels` is "triton", "torch" or "auto": Triton on CUDA
-    where it runs, else torch, with a notice. What a run in `dtype` will launch is compiled here, so
-    that nothing is compiled while decoding.
+    beside them is reserved with them. On CUDA Triton computes where it runs, else torch, with a
+    notice. What a run in `dtype` will launch is compiled here, so that nothing is while decoding.
     `before_compute` is called with the number of hits on the emulated accelerator's thread before
     each launch's work: it may sleep, or raise.
     """
@@ -96,7 +95,6 @@ class GpuExperts:
         act_module: ActivationModule | None = None,
         *,
         dtype: torch.dtype = torch.bfloat16,
-        kernels: str = "auto",
         before_compute: Callable[[int], None] | None = None,
     ) -> None:
         self.layout = layout
@@ -108,11 +106,7 @@ class GpuExperts:
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
         self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
-        self._kernels: TritonExperts | None = None
-        if kernels == "triton":
-            self._kernels = self._triton()
-        elif kernels == "auto" and self._thread is None:
-            self._kernels = self._triton_if_it_runs(dtype)
+        self._kernels = self._triton_if_it_runs(dtype) if self._thread is None else None
 
     @property
     def description(self) -> str:
