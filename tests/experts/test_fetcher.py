@@ -354,7 +354,7 @@ class Rig:
 
     def __init__(self, back_end: str, mutation: Mutation, n_slots: int) -> None:
         self.memory = empty_slots(n_slots)
-        self.copy_delay_s = self.compute_delay_s = 0.0
+        self.copy_delay_s = 0.0
         self.corrupt: list[tuple[int, int]] = []
         self._closers: list[Callable[[], None]] = []
         if back_end == "host":
