@@ -409,22 +409,18 @@ def test_a_prompt_of_one_token_is_a_prompt(name, n_past, is_decode):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 6])
-def test_a_decode_step_hands_a_layer_over_once_each_way(monkeypatch, n_tokens):
+def test_a_decode_step_hands_a_layer_to_the_host_once(monkeypatch, n_tokens):
     run = Run(n_ways=2)
     run.steps_without_close(20)
-    handoff, moves = run.dispatcher._handoff, []
-    to_host, to_device = handoff.to_host, handoff.to_device
-    monkeypatch.setattr(handoff, "to_host", lambda *a: moves.append("host") or to_host(*a))
-    monkeypatch.setattr(handoff, "to_device", lambda *a: moves.append("device") or to_device(*a))
-    hits = run.cache.hits
+    handoff, moves, hits = run.dispatcher._handoff, [], run.cache.hits
+    to_host = handoff.to_host
+    monkeypatch.setattr(handoff, "to_host", lambda *a: moves.append(a) or to_host(*a))
     with torch.no_grad():
         for _ in range(10):
             run.model(torch.zeros(n_tokens, 1, dtype=torch.int64))
     run.accelerator.close()
     assert run.cache.hits > hits
-    assert moves.count("host") == 10 * N_LAYERS
-    # None back where every expert hit, never two.
-    assert "device" in moves and "device device" not in " ".join(moves)
+    assert len(moves) == 10 * N_LAYERS
     assert run.model.wrong_layers == 0
 
 

@@ -137,7 +137,7 @@ class LayerStep:
             gpu = None if self.accelerator is None else self.accelerator.gpu
             if gpu is not None and gpu.reads_host and self.handoff.is_mapped:
                 return gpu.add_from_host(on_device, cpu_out, self.hidden)
-            sent = self.handoff.to_device(cpu_out, self.hidden.device)
+            sent = cpu_out.to(self.hidden.device, non_blocking=True)
             on_device = sent if on_device is None else on_device + sent
         if on_device is None:
             return torch.zeros_like(self.hidden)
@@ -173,7 +173,7 @@ class LayerStep:
 class HostHandoff:
     """Staging memory for one model; grows to the largest prompt seen.
 
-    Not thread-safe. A result is read asynchronously, by a kernel or by `to_device`'s copy; its
+    Not thread-safe. A result is read asynchronously, by a kernel or by a copy to the GPU; its
     memory is used again by the next layer only after that layer's `to_host`, which waits for the
     stream, so nobody still reads it. `is_mapped`: a GPU's kernels can read what `result` gave.
     """
@@ -210,10 +210,6 @@ class HostHandoff:
         if self._result.numel() < size:
             self._result, self.is_mapped = _staging(size, torch.float32)
         return self._result[:size].view(n_tokens, hidden_size)
-
-    def to_device(self, result: Tensor, device: torch.device) -> Tensor:
-        """`result` on `device`, asynchronously on a GPU."""
-        return result if device.type == "cpu" else result.to(device, non_blocking=True)
 
 
 def _staging(size: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
