@@ -14,7 +14,7 @@ from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.experts.fetcher import Completion
+from moe_offload.experts.fetcher import Copy
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.generation import generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
@@ -63,7 +63,7 @@ def run(
     options: CacheOptions,
     batches: list[list[list[int]]],
     costs: CostModel = SLOW_BUS,
-    told: Callable[[list[Completion]], list[Completion]] = list,
+    told: Callable[[list[Copy]], list[Copy]] = list,
 ) -> Recorder:
     """Generate with copies that end before the next layer begins.
 
@@ -76,7 +76,7 @@ def run(
     fetcher = accelerator.fetcher
     poll = fetcher.poll
 
-    def poll_when_done() -> list[Completion]:
+    def poll_when_done() -> list[Copy]:
         fetcher.poll = poll  # drain() itself polls
         try:
             return told(fetcher.drain())
@@ -216,15 +216,15 @@ def run_late(engine: Engine, options: CacheOptions) -> tuple[Recorder, list[list
     Returns the slots that each layer was told of, too.
     """
     looks: list[list[int]] = []
-    waiting: list[tuple[int, Completion]] = []  # until which look
+    waiting: list[tuple[int, Copy]] = []  # until which look
 
-    def late(ended: list[Completion]) -> list[Completion]:
-        for completion in ended:
+    def late(ended: list[Copy]) -> list[Copy]:
+        for copy in ended:
             earliest = waiting[-1][0] if waiting else 0
-            waiting.append((max(earliest, len(looks) + 5 * len(looks) % 7), completion))
-        told = [completion for until, completion in waiting if until <= len(looks)]
+            waiting.append((max(earliest, len(looks) + 5 * len(looks) % 7), copy))
+        told = [copy for until, copy in waiting if until <= len(looks)]
         del waiting[: len(told)]
-        looks.append([completion.slot for completion in told])
+        looks.append([copy.slot for copy in told])
         return told
 
     recorder = run(engine, options, [[prompt] for prompt in PROMPTS], told=late)

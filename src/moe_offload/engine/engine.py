@@ -56,7 +56,6 @@ from moe_offload.model.loader import (
     find_moe_sites,
     given_text_alone,
     install_experts,
-    one_pass_at_a_time,
     onednn_linears,
     refuse_saving,
 )
@@ -331,7 +330,6 @@ def load_engine(
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
-    one_pass_at_a_time(model)
     refuse_saving(model)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size

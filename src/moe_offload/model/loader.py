@@ -8,7 +8,6 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -146,23 +145,6 @@ def refuse_saving(model: PreTrainedModel) -> None:
         )
 
     model.save_pretrained = save_pretrained
-
-
-def one_pass_at_a_time(model: PreTrainedModel) -> None:
-    """Let threads take turns: a forward pass begins when another thread's has ended.
-
-    What the experts keep of a pass is one pass's. To be called when all other hooks are in place.
-    """
-    lock = threading.RLock()  # one pass may call the model again
-
-    def begin(*_: object) -> None:
-        lock.acquire()
-
-    def end(*_: object) -> None:
-        lock.release()
-
-    model.register_forward_pre_hook(begin, prepend=True)
-    model.register_forward_hook(end, always_call=True)
 
 
 class ModelSource(Protocol):
