@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import Machine
-from moe_offload.simulation.replay import Replay, Timeline, prefetch_step_us, replay
+from moe_offload.simulation.replay import Busy, Replay, Timeline, prefetch_step_us, replay
 from moe_offload.simulation.shapes import ModelShape, load_shape
 from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.workload import MIXTRAL_OVERLAP, Workload, even_workload
@@ -66,16 +66,15 @@ def paper_cells(machine: Machine) -> Iterator[Cell]:
             variant = machine.variant(cores=cores)
             if method == COLLABORATIVE:
                 result, timeline = _collaborative(variant, shape)
-                busy = timeline.busy
                 per_s = result.tokens_per_s
-                total = variant.joules(timeline.now_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
-                energy = total / result.n_decode_tokens
+                energy = variant.joules(timeline.now_us, timeline.busy) / result.n_decode_tokens
             else:
                 costs = variant.cost_model(shape, "bf16")
                 step_us = prefetch_step_us(costs, shape.n_layers, shape.top_k)
                 per_s = 1e6 / step_us
                 gpu_us = costs.dense_us_per_layer + costs.gpu.us(shape.top_k, shape.top_k)
-                energy = variant.joules(step_us, 0, step_us, shape.n_layers * gpu_us)
+                busy = Busy(gpu_us=shape.n_layers * gpu_us, copy_us=step_us)
+                energy = variant.joules(step_us, busy)
             if name == "mixtral-8x7b":
                 joules[method] = energy
                 if method == COLLABORATIVE:
