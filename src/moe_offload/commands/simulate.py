@@ -313,10 +313,9 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
     if result.looked_up != result.decode.hits + result.decode.misses:  # a batch
         once = f"each expert counted once in a pass, hits: {result.found_percent:.1f}%; "
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.looked_up, 1)
     print(
         f"{once}Belady's optimum: {optimum.replay.found_percent:.1f}% without bypass, "
-        f"{bypass:.1f}% with"
+        f"{outcome.bypass_percent:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
@@ -357,7 +356,7 @@ def _host_limit(machine: Machine, n_layers: int) -> str:
 
 
 def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
-    result, busy = outcome.replay, outcome.busy
+    result, busy = outcome.replay, outcome.replay.busy
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy)
     energy = f", {joules / result.n_decode_tokens:.1f} J a token" if joules else ""

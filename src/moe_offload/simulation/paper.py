@@ -13,7 +13,6 @@ from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import Machine
 from moe_offload.simulation.replay import Busy, Replay, Timeline, prefetch_step_us, replay
 from moe_offload.simulation.shapes import ModelShape, load_shape
-from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.workload import MIXTRAL_OVERLAP, Workload, even_workload
 
 N_TOKENS = 128
@@ -49,13 +48,6 @@ class Cell:
         return 100 * (self.predicted / self.measured - 1)
 
 
-def paper_workload(shape: ModelShape, n_tokens: int = N_TOKENS) -> Trace:
-    """Synthetic routing with Mixtral's reuse; Phi-3.5-MoE's is not published and taken alike."""
-    repeat = even_workload(shape.n_layers, 8, 2, MIXTRAL_OVERLAP).repeat
-    workload = Workload(shape.name, shape.n_layers, shape.n_experts, shape.top_k, repeat)
-    return workload.generate(n_tokens)
-
-
 def paper_cells(machine: Machine) -> Iterator[Cell]:
     """Predict every figure in turn; `machine` is varied in its cores and nothing else."""
     watts: dict[int, float] = {}
@@ -65,9 +57,10 @@ def paper_cells(machine: Machine) -> Iterator[Cell]:
         for cores, measured in by_cores.items():
             variant = machine.variant(cores=cores)
             if method == COLLABORATIVE:
-                result, timeline = _collaborative(variant, shape)
+                result = _collaborative(variant, shape)
                 per_s = result.tokens_per_s
-                energy = variant.joules(timeline.now_us, timeline.busy) / result.n_decode_tokens
+                total = variant.joules(result.decode_us, result.busy)
+                energy = total / result.n_decode_tokens
             else:
                 costs = variant.cost_model(shape, "bf16")
                 step_us = prefetch_step_us(costs, shape.n_layers, shape.top_k)
@@ -104,8 +97,11 @@ def paper_table(machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _collaborative(machine: Machine, shape: ModelShape) -> tuple[Replay, Timeline]:
+def _collaborative(machine: Machine, shape: ModelShape) -> Replay:
     n_indexes, n_ways = CACHES[shape.name]
     cache = ExpertCache(n_indexes, n_ways, make_policy("LRU"))
+    # Mixtral's reuse for both: that of Phi-3.5-MoE is not published.
+    repeat = even_workload(shape.n_layers, 8, 2, MIXTRAL_OVERLAP).repeat
+    workload = Workload(shape.name, shape.n_layers, shape.n_experts, shape.top_k, repeat)
     timeline = Timeline(machine.cost_model(shape, "bf16"))
-    return replay(paper_workload(shape).passes, cache, timeline=timeline), timeline
+    return replay(workload.generate(N_TOKENS).passes, cache, timeline=timeline)

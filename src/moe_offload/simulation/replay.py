@@ -254,14 +254,15 @@ def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> flo
 
 @dataclass
 class Replay:
-    """What a replay counted.
+    """What a replay counted, of a cache that was empty.
 
     `decode` and `prefill` are hits of the cached layers by token, as the engine's summary counts
     them. `looked_up` counts what decode asks the directory: an expert that several tokens of a
     pass chose counts once, and `found` of them were there. This is the unit of fetches and of the
     optimum; for one sequence both units are the same. `fetches` and `evictions` include the
     warm-up after prompts. `hits_by_layer` has one row for each pass, as the cachehit CSV: hits of
-    each cached layer, where kept. The times are modelled, 0 without a timeline.
+    each cached layer, where kept. The times are modelled, and how long each part was `busy` in
+    them: 0 without a timeline.
     """
 
     decode: HitCounts = field(default_factory=HitCounts)
@@ -274,6 +275,7 @@ class Replay:
     evictions: int = 0
     decode_us: float = 0.0
     prefill_us: float = 0.0
+    busy: Busy = field(default_factory=Busy)
     hits_by_layer: list[list[int]] = field(default_factory=list)
 
     @property
@@ -294,17 +296,12 @@ def replay(
     timeline: Timeline | None = None,
     keep_layers: bool = False,
 ) -> Replay:
-    """Run `passes` through `cache`, whose counters go on from where they were.
+    """Run `passes` through `cache`.
 
     `quota` is the most fetches of one pass. With a `timeline`, copies take their modelled time
     and the times are filled; without, they are instant. `keep_layers` fills `hits_by_layer`.
     """
-    result = Replay(
-        looked_up=-cache.hits - cache.misses,
-        found=-cache.hits,
-        fetches=-cache.admissions,
-        evictions=-cache.evictions,
-    )
+    result = Replay()
     policy = cache.policy
     for one in passes:
         if isinstance(policy, Belady):
@@ -322,10 +319,12 @@ def replay(
             result.decode_us += timeline.now_us - began_us if timeline else 0.0
         if keep_layers:
             result.hits_by_layer.append(row)
-    result.looked_up += cache.hits + cache.misses
-    result.found += cache.hits
-    result.fetches += cache.admissions
-    result.evictions += cache.evictions
+    if timeline is not None:
+        result.busy = timeline.busy
+    result.looked_up = cache.hits + cache.misses
+    result.found = cache.hits
+    result.fetches = cache.admissions
+    result.evictions = cache.evictions
     return result
 
 
