@@ -170,8 +170,8 @@ def test_synthetic_stays_synthetic(tmp_path):
         ("Index,a,b\n1,2,3\n", "line 1: expected the header Index,Block_0"),
         (CHOICES + "3,0,1,2\n", r"line 5: expected 2 expert ids for each token, found \[2\]"),
         (CHOICES + "3,0,1,2,3,1,2\n", "line 5: expected 2 layers, found 3"),
-        (CHOICES + "3,0,x,2,3\n", "line 5: expected a whole number of 0 to .*, found 'x'"),
-        (CHOICES + "3,0,-1,2,3\n", "line 5: expected a whole number of 0 to .*, found '-1'"),
+        (CHOICES + "3,0,x,2,3\n", "line 5: expected whole numbers of 0 to .*, found .*'x'"),
+        (CHOICES + "3,0,-1,2,3\n", "line 5: expected whole numbers of 0 to .*, found .*'-1'"),
         (CHOICES + "3,0,65536,2,3\n", "line 5: expected distinct expert ids of 0 to 65535, found"),
         (CHOICES + "3,1,1,2,3\n", r"line 5: expected distinct expert ids of .*, found \[1, 1\]"),
         ("Index,Block_0,Block_0\n1,0,1,2\n", "line 2: expected 2 expert ids for each token"),
@@ -179,24 +179,24 @@ def test_synthetic_stays_synthetic(tmp_path):
         (ROUTE.replace("turn,phase", "turn,faze"), "line 1: expected a routing trace|line 5"),
         (ROUTE + "0,1,1,0,0,1,0.5,0\n", "line 16: expected 9 columns, found 8"),
         (ROUTE + "0,1,1,0,0,4,0.5,0,1\n", r"line 16: .* expert ids of 0 to 3, found \[4\]"),
-        (ROUTE + "0,1,1,-2,0,1,0.5,0,1\n", "line 16: .* whole number of .*, found '-2'"),
+        (ROUTE + "0,1,1,-2,0,1,0.5,0,1\n", "line 16: .* whole numbers of .*, found .*'-2'"),
         (ROUTE + "0,2,1,0,0,1,0.5,0,1\n", "line 16: expected phase 0"),
-        (ROUTE + "9" * 30 + ",1,1,0,0,1,0.5,0,1\n", "line 16: expected a whole number of 0 to 115"),
-        (ROUTE + "0,1,1,0,0," + "9" * 5000 + ",0.5,0,1\n", "line 16: expected a whole number of"),
+        (ROUTE + "9" * 30 + ",1,1,0,0,1,0.5,0,1\n", "line 16: expected whole numbers of 0 to 115"),
+        (ROUTE + "0,1,1,0,0," + "9" * 5000 + ",0.5,0,1\n", "line 16: expected whole numbers of"),
         (
             JSON + '{"phase": "decode", "ids": [[[0, ' + "9" * 30 + "]], [[1, 2]]]}\n",
             r"line 4: expected distinct expert ids of 0 to 3, found \[0, 9999999999",
         ),
         (
             JSON.replace('"n_experts": 4', '"n_experts": 1000000000'),
-            "line 1: expected a whole number of 1 to 65536, found",
+            "line 1: expected whole numbers of 1 to 65536, found",
         ),
         (JSON + "[" * 100_000 + "\n", "line 4: expected a JSON object"),
-        (JSON + '{"phase": "prefill", "ids": [], "prompt": 1e40}\n', "line 4: expected a whole"),
+        (JSON + '{"phase": "prefill", "ids": [], "prompt": 1e40}\n', "line 4: expected whole"),
         (ROUTE + "0,1,1,0,1,1,0.5,0,1\n", "line 16: expected slot 0 next, found 1"),
         (ROUTE + "0,1,1,0,0,1,0.5,0,1\n", "line 16: expected 2 layers, found 1"),
         ('{"phase": "decode", "ids": [[[]]]}\n', "line 1: expected 1 expert ids for each token"),
-        (JSON.replace('"model"', f'"expert_bytes": {10**400}, "model"'), "line 1: .* found 1000"),
+        (JSON.replace('"model"', f'"expert_bytes": {10**400}, "model"'), "line 1: .* found ..1000"),
         (JSON + "{oops\n", "line 4: expected a JSON object"),
         (JSON + '{"phase": "dream", "ids": []}\n', 'line 4: expected "phase" of prefill or decode'),
         (JSON + '{"phase": "decode", "ids": [[0, 1]]}\n', r'line 4: .* "ids" as \[layer\]'),
@@ -218,7 +218,7 @@ def test_synthetic_stays_synthetic(tmp_path):
         (JSON.replace('"model"', '"notes": 5, "model"'), "line 1: .* found TraceInfo.notes"),
         (
             JSON.replace('"n_experts": 4', '"n_experts": -3'),
-            "line 1: expected a whole number of 1 to 65536, found",
+            "line 1: expected whole numbers of 1 to 65536, found",
         ),
         (
             JSON + '{"phase": "decode", "ids": [[["a", "b"]], [[1, 2]]]}\n',
@@ -323,7 +323,7 @@ def test_a_mistake_ends_the_reading_at_its_line(tmp_path):
     reader = iter(TraceReader(tmp_path / "lines.csv"))
 
     def read() -> None:
-        with pytest.raises(UserError, match=f"line {n_lines}: expected a whole number"):
+        with pytest.raises(UserError, match=f"line {n_lines}: expected whole numbers"):
             for _ in reader:
                 pass
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
@@ -60,21 +59,14 @@ class Reading:
             "correct the trace or record it again"
         )
 
-    def number(self, value: object, least: int = 0, most: int = NEVER) -> int:
+    def numbers(self, values: Sequence[str], least: int = 0, most: int = NEVER) -> list[int]:
         try:
-            number = int(str(value))
+            found = list(map(int, values))
         except ValueError:
-            number = least - 1
-        if not least <= number <= most:
-            raise self.error(f"a whole number of {least} to {most}", repr(value))
-        return number
-
-    def numbers(self, cells: Sequence[str]) -> list[int]:
-        with suppress(ValueError):
-            found = list(map(int, cells))
-            if min(found) >= 0 and max(found) <= NEVER:
-                return found
-        return [self.number(cell) for cell in cells]  # raises for the one that is none
+            found = [-1]
+        if min(found) < least or max(found) > most:
+            raise self.error(f"whole numbers of {least} to {most}", values)
+        return found
 
     def token(self, experts: Sequence[int]) -> tuple[int, ...]:
         """One token's choices, or what a layer waited for, if distinct and in range."""
@@ -133,7 +125,7 @@ def _choices_by_row(
             owner = cells[-1] if header[-1] == "Prompt" else None
             del cells[len(blocks) :]
         if not any(cells):
-            prompt = prompt + 1 if owner is None else reading.number(owner)
+            (prompt,) = [prompt + 1] if owner is None else reading.numbers([owner])
             yield (prompt, reading.line_number), []
             continue
         ids = reading.numbers(cells)
@@ -153,15 +145,18 @@ _ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert"
 
 def route(reading: Reading) -> Iterator[RoutingPass]:
     for (turn, phase, _), rows in groupby(_route_by_row(reading), itemgetter(0)):
-        tokens: dict[int, list[tuple[int, ...]]] = {}  # by layer
+        tokens: dict[int, list[list[int]]] = {}  # by layer
         for _, layer, slot, expert in rows:
             of_layer = tokens.setdefault(layer, [])
             if slot == 0:
-                of_layer.append(())
-            if not of_layer or slot != len(of_layer[-1]):
-                raise reading.error(f"slot {len(of_layer[-1]) if of_layer else 0} next", slot)
-            of_layer[-1] = reading.token((*of_layer[-1], expert))
-        ids = tuple(tuple(tokens[layer]) for layer in sorted(tokens))
+                of_layer.append([])
+            token = of_layer[-1] if of_layer else []
+            if slot != len(token):
+                raise reading.error(f"slot {len(token)} next", slot)
+            token.append(expert)
+            if expert in token[:-1] or expert >= (reading.info.n_experts or N_IDS):
+                reading.token(token)  # raises
+        ids = tuple(tuple(map(tuple, tokens[layer])) for layer in sorted(tokens))
         yield reading.checked(RoutingPass("decode" if phase else "prefill", ids, turn))
 
 
@@ -175,10 +170,10 @@ def _route_by_row(reading: Reading) -> Iterator[tuple[tuple[int, int, int], int,
             if "model" in facts:
                 reading.learn(model=Path(facts["model"]).stem)
             if "expert_bytes" in facts:
-                n_bytes.append(reading.number(facts["expert_bytes"]))
+                n_bytes += reading.numbers([facts["expert_bytes"]])
                 reading.learn(expert_bytes=sum(n_bytes) // len(n_bytes))
             if "n_expert" in facts:
-                reading.learn(n_experts=reading.number(facts["n_expert"], 1, N_IDS))
+                reading.learn(n_experts=reading.numbers([facts["n_expert"]], 1, N_IDS)[0])
         elif not n_columns:
             if not line.startswith(_ROUTE_COLUMNS):
                 raise reading.error(f"the columns {_ROUTE_COLUMNS},...", line)
@@ -211,8 +206,8 @@ def json_lines(reading: Reading) -> Iterator[RoutingPass]:
             reading.info = info = from_json(TraceInfo, known | told)
         except ValueError as error:
             raise reading.error("the facts of a trace", error) from None
-        reading.number(info.expert_bytes or 0)
-        reading.number(1 if info.n_experts is None else info.n_experts, 1, N_IDS)
+        reading.numbers([str(info.expert_bytes or 0)])
+        reading.numbers([str(1 if info.n_experts is None else info.n_experts)], 1, N_IDS)
 
 
 def _json_pass(reading: Reading, one: dict[str, Any]) -> RoutingPass:
@@ -233,7 +228,8 @@ def _json_pass(reading: Reading, one: dict[str, Any]) -> RoutingPass:
             "[layer][expert]",
             one,
         )
-    found = RoutingPass(phase, ids, reading.number(one.get("prompt", 0)), waited)
+    (prompt,) = reading.numbers([str(one.get("prompt", 0))])
+    found = RoutingPass(phase, ids, prompt, waited)
     return found if phase == "prefill" and not ids else reading.checked(found)
 
 
