@@ -141,6 +141,8 @@ def test_route_csv(tmp_path):
     assert prompt.phase == "prefill"
     assert prompt.ids == (((3, 1), (2, 0)), ((0, 1),))  # the last layer saw the last token alone
     assert decode == DECODE
+    quantised = write(tmp_path, ROUTE.replace("tiny.gguf", "tiny.Q4_K.gguf"))
+    assert read_trace(quantised).info.model == "tiny.Q4_K"
 
 
 def test_json_lines_round_trip(tmp_path):
