@@ -39,11 +39,9 @@ class Tokenizer(Protocol):
 
         UserError for a chat that the template does not take.
         """
-        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
-        ...
 
 
 class MistralTokenizer:
