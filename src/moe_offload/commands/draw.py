@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
-from moe_offload.errors import UserError
-from moe_offload.machine.terminal import answer, plain, show
+from moe_offload.errors import UserError, plain
+from moe_offload.machine.terminal import answer, show
 from moe_offload.report.figures import (
     Drawing,
     draw_breakdown,

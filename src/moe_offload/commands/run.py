@@ -81,6 +81,7 @@ def run(
         nvtx=config.output.nvtx,
         say=_unsaid if config.output.quiet else say,
     ) as engine:
+        engine.say = say  # what it finds while it runs is a warning
         if routing is not None:
             engine.dispatcher.forced_routing = routing
             engine.notes.append(
@@ -148,7 +149,7 @@ def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Toke
 
 
 def _unsaid(line: str) -> None:
-    """What --quiet says."""
+    """What --quiet says of memory."""
 
 
 def encode_prompts(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
 from moe_offload.config import FAST_FORMATS
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
 from moe_offload.machine.terminal import answer
@@ -248,11 +248,11 @@ def _print_trace(trace: Trace) -> None:
     info = trace.info
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
-        f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{trace.passes.n_decoded} decoded tokens"
+        f"{kind}: {plain(info.model)}, {info.n_layers} layers, top-{info.top_k} of "
+        f"{trace.n_experts}, {trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
-        print(f"note: {note}")
+        print(f"note: {plain(note)}")
     if any(one.phase == "prefill" and not one.ids for one in trace.passes):
         print(
             "note: the trace leaves prompts out: how they warmed the cache is not known and not "
