@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from against_transformers import prepared
+from against_transformers import greedy, prepared
 from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
@@ -16,7 +16,6 @@ from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.fetcher import Copy
 from moe_offload.experts.recorder import Recorder
-from moe_offload.model.generation import generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
 from moe_offload.report.files import (
     ReportPaths,
@@ -85,12 +84,8 @@ def run(
 
     fetcher.poll = poll_when_done
     recorder = engine.dispatcher.recorder = Recorder()
-    sampler = make_sampler(0.0, 1.0, 0, engine.device)
     for batch in batches:
-        for _ in generate_batch(
-            engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
-        ):
-            pass
+        greedy(engine.model, batch, N_TOKENS)
     return recorder
 
 
