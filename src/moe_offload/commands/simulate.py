@@ -12,10 +12,10 @@ from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
 from moe_offload.config import FAST_FORMATS
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
-from moe_offload.machine.terminal import answer, plain
+from moe_offload.machine.terminal import answer
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
