@@ -15,9 +15,8 @@ from moe_offload.checkpoint.block import block_layout
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands.arguments import parse, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import engine as engine_module
 from moe_offload.engine import setup
-from moe_offload.engine.calibration import MachineCosts
+from moe_offload.engine.calibration import Calibration, MachineCosts
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
@@ -42,14 +41,14 @@ def load(folder: Path, options: CacheOptions) -> Engine:
 def test_the_line_chooses_the_same_cache_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, cpu_us: float
 ) -> None:
-    def costs(store, *_: object, **__: object) -> MachineCosts:
-        block_bytes = store.layouts[0].block_bytes
+    def costs(calibration: Calibration, *_: object) -> MachineCosts:
+        block_bytes = calibration.store.layouts[0].block_bytes
         cpu, gpu = SideCost(1.0, cpu_us, 1.0), SideCost(1.0, 10.0, 1.0)
         gbps = block_bytes / 100e3  # 100 us a copy
         model = CostModel(cpu, gpu, 0.0, gbps, gbps, 1.0, block_bytes, 10.0)
         return MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
 
-    monkeypatch.setattr(engine_module, "machine_costs", costs)
+    monkeypatch.setattr(Calibration, "costs", costs)
     options = CacheOptions(
         auto=True,
         memory_gb=0.0001,

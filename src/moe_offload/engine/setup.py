@@ -112,20 +112,6 @@ def slots_to_measure(source: ModelSource) -> int:
     return max(N_STAGING_SLOTS, min(n_slots, source.n_experts[0]))
 
 
-def build_slots(
-    n_slots: int, source: ModelSource, site: MoeSite, device: torch.device
-) -> GpuExperts:
-    """`n_slots` for the experts of `source`, or as many of them as fit."""
-    return GpuExperts(
-        source.layouts[0],
-        site.activation,
-        n_slots,
-        device,
-        act_module=site.act_module,
-        dtype=source.dtype,
-    )
-
-
 def build_accelerator(
     options: CacheOptions,
     gpu: GpuExperts,
