@@ -178,12 +178,9 @@ class Engine:
 
     def calibrate_for(self, prompt_tokens: int) -> None:
         """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
-        is_possible = self.cpu.suits_onednn or onednn_linears(self.model)
-        if (
-            prompt_tokens >= max(CROSSOVER_TOKENS)
-            and is_possible
-            and has_bf16_products(read_hardware(gpu_uuid=self.gpu_uuid).isa)
-        ):
+        if prompt_tokens < max(CROSSOVER_TOKENS) or not has_bf16_products(read_hardware().isa):
+            return
+        if self.cpu.suits_onednn or onednn_linears(self.model):
             self.calibrate()
 
     def use_onednn(self, expert_tokens: int | None, dense_tokens: int | None) -> None:
