@@ -464,17 +464,18 @@ def measure_crossover(
     Both are called with a number of tokens, in turn, at least three times and for about `budget_s`.
     """
     from_tokens: int | None = None
-    medians_us: list[list[float]] = []
+    kernels_us: list[float] = []
+    onednn_us: list[float] = []
     for n in CROSSOVER_TOKENS:
-        medians_us.append(
-            medians_in_turn_us([partial(kernels, n), partial(onednn, n)], 3, budget_s / 2)
-        )
-        kernels_us, onednn_us = medians_us[-1]
-        if onednn_us > (1 - _CROSSOVER_MARGIN) * kernels_us:
+        works = [partial(kernels, n), partial(onednn, n)]
+        ours_us, theirs_us = medians_in_turn_us(works, 3, budget_s / 2)
+        kernels_us.append(ours_us)
+        onednn_us.append(theirs_us)
+        if theirs_us > (1 - _CROSSOVER_MARGIN) * ours_us:
             break
         from_tokens = n
-    ours_us, theirs_us = zip(*medians_us, strict=True)
-    return Crossover(what, from_tokens, CROSSOVER_TOKENS[: len(medians_us)], ours_us, theirs_us)
+    tokens = CROSSOVER_TOKENS[: len(onednn_us)]
+    return Crossover(what, from_tokens, tokens, tuple(kernels_us), tuple(onednn_us))
 
 
 def has_bf16_products(cpu_flags: Collection[str]) -> bool:
