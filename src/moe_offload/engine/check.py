@@ -218,14 +218,15 @@ class _Reference:
     def _compute(self, site: MoeSite, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """In the model's dtype, as transformers' eager experts; the engine's calls in fp32."""
         layer, result = self.manifest.moe_layers[site.layer], self.result
+        plain = _plain_experts(site)
         calls = zip(*self.calls[site.layer], strict=True)
         own_hidden, own_index, own_weights, found = map(torch.cat, calls)
         out = torch.zeros(hidden.shape, dtype=torch.float32)
         expected = torch.zeros(own_hidden.shape, dtype=torch.float32)
         for expert, block in self._blocks(layer, site.layer):
-            out += _output(site, layer, expert, block, hidden, index, weights)
-            expected += _output(
-                site, layer, expert, block, own_hidden.float(), own_index, own_weights
+            out += plain(layer.layout, {expert: block}, hidden, index, weights)
+            expected += plain(
+                layer.layout, {expert: block}, own_hidden.float(), own_index, own_weights
             )
         differences = _difference(found.float(), expected)
         result.largest = max(result.largest, float(differences.max()))
@@ -256,7 +257,7 @@ class _Reference:
         """Those of the experts chosen [n, K] that the engine computes wrongly for x [1, H]."""
         block = torch.empty(layer.layout.block_bytes, dtype=torch.uint8)
         module = self.engine.model.get_submodule(site.experts_path)
-        device = self.engine.device
+        device, plain = self.engine.device, _plain_experts(site)
         wrong = []
         for expert in chosen.unique().tolist():
             others = [one for one in range(layer.n_experts) if one != expert]
@@ -265,25 +266,15 @@ class _Reference:
             weights[0, 0] = 1.0
             found = module(x.to(device), index.to(device), weights.to(device)).float().cpu()
             read_block(layer, expert, block)
-            expected = _output(site, layer, expert, block, x.float(), index, weights)
+            expected = plain(layer.layout, {expert: block}, x.float(), index, weights)
             if not float(_difference(found, expected)) <= self.result.layer_limit:
                 wrong.append(expert)
         return tuple(wrong)
 
 
-def _output(
-    site: MoeSite,
-    layer: MoeLayer,
-    expert: int,
-    block: Tensor,
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """The expert's part of the layer's output, fp32 [T, H]."""
-    return experts_forward(
-        layer.layout, {expert: block}, hidden, index, weights, site.activation, site.act_module
-    )
+def _plain_experts(site: MoeSite) -> Callable[..., Tensor]:
+    """`experts_forward` with the activation of the layer."""
+    return partial(experts_forward, activation=site.activation, act_module=site.act_module)
 
 
 def _difference(found: Tensor, expected: Tensor) -> Tensor:
