@@ -53,6 +53,7 @@ def damaged_copy(folder: Path, to: Path, layer: int, change) -> Path:
     manifest = json.loads((to / "manifest.json").read_text())
     del manifest["checksum"]
     manifest["moe_layers"][layer]["block_checksums"][:4] = map(checksum, blocks)
+    manifest["checksum"] = None  # as folders of earlier versions have none
     (to / "manifest.json").write_text(json.dumps(manifest))
     return to
 
