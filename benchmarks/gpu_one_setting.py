@@ -1,4 +1,4 @@
-"""One setting of `gpu_check.py` on a loaded model: its speed, and whether it is right."""
+"""One setting of `gpu_check.py` on a loaded model: its speed, and whether it is right; a row."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from benchmarks.gpu_rows import Row
 from torch import Tensor
 
 from benchmarks.gpu_models import Setting
-from benchmarks.gpu_rows import Row
+from moe_offload.config import GenerationOptions
+from moe_offload.engine.calibration import UNSTEADY
 from moe_offload.engine.engine import Engine
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.kernels.oracle import experts_forward
 from moe_offload.model.dummy import ForcedRouting
-from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
+from moe_offload.model.generation import cache_argument, generate_batch
 from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import bound_us
 
@@ -32,14 +34,65 @@ LAYER_TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int4": 0.05}  # of one layer's o
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What one layer was given and gave in one decode step, on the host."""
+class Row:
+    """One setting of one shape; times and rates of decoding at batch 1, over `steps` steps.
 
-    layer: int
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-    out: Tensor
+    The experts of `stored_layers` are in memory, and serve all `layers`. `prompts_tokens_per_s` is
+    by a prompt's length, where long ones were measured.
+    """
+
+    shape: str
+    layers: int
+    stored_layers: int
+    weight_format: str
+    setting: str
+    routing: str
+    cache: str
+    computed_by: str
+    steps: int
+    tokens_per_s: float
+    step_ms: float
+    predicted_ms: float | None
+    bound_ms: float
+    percent_of_bound: float
+    hit_percent: float
+    fetched_gb: float
+    prefetch_recall_percent: float | None
+    prefetch_wasted_gb: float | None
+    cpu_read_gbps: float | None
+    prefill_tokens_per_s: float
+    prompts_tokens_per_s: dict[int, float]
+    layer_error: float
+    logit_error: float | None
+    correct: bool
+    notes: list[str]
+
+
+def print_row(row: Row) -> None:
+    logit_error = "     -" if row.logit_error is None else f"{row.logit_error:.4f}"
+    recall = ""
+    if row.prefetch_recall_percent is not None:
+        recall = (
+            f"  recall {row.prefetch_recall_percent:.1f}%, "
+            f"{row.prefetch_wasted_gb:.2f} GB fetched ahead for nothing"
+        )
+    print(
+        f"{row.shape:14} {row.weight_format:5} {row.setting:24} {row.routing:6} {row.cache:>8} "
+        f"{row.tokens_per_s:8.2f} tok/s {row.step_ms:9.3f} ms x{row.steps:<3}"
+        f" hits {row.hit_percent:5.1f}%  moved {row.fetched_gb:7.2f} GB "
+        f"{row.percent_of_bound:4.0f}% of bound  errors: layer {row.layer_error:.4f} "
+        f"logits {logit_error} {'ok' if row.correct else 'WRONG'}{recall}",
+        flush=True,
+    )
+    for n_tokens, speed in row.prompts_tokens_per_s.items():
+        print(f"{'':21}a prompt of {n_tokens} tokens: {speed:.1f} tokens/s", flush=True)
+    for note in row.notes:
+        if not note.startswith(UNSTEADY):  # of every row, and in the report
+            print(f"{'':21}{note}", flush=True)
+
+
+# A layer in one decode step, on the host: its number, its hidden, ids and weights, and its output.
+Sample = tuple[int, Tensor, Tensor, Tensor, Tensor]
 
 
 @contextmanager
@@ -53,7 +106,7 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
         if len(hidden) == 1 and layer in watched_layers:
             if dispatcher.forced_routing is not None:
                 index, weights = dispatcher.forced_routing.choose(layer, index, weights)
-            samples.append(Sample(layer, hidden.cpu(), index.cpu(), weights.cpu(), out.cpu()))
+            samples.append((layer, hidden.cpu(), index.cpu(), weights.cpu(), out.cpu()))
         return out
 
     dispatcher.run = watching  # type: ignore[method-assign]
@@ -66,27 +119,26 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
 def layer_error(engine: Engine, samples: Sequence[Sample]) -> float:
     """The largest relative error of the last samples against the torch oracle."""
     errors = []
-    for one in samples[-_CHECKED_LAYERS:]:
-        layout, site = engine.store.layouts[one.layer], engine.sites[one.layer]
-        blocks = {e: engine.store.block(one.layer, e) for e in one.index.unique().tolist()}
+    for layer, hidden, index, weights, out in samples[-_CHECKED_LAYERS:]:
+        layout, site = engine.store.layouts[layer], engine.sites[layer]
+        blocks = {e: engine.store.block(layer, e) for e in index.unique().tolist()}
         expected = experts_forward(
-            layout,
-            blocks,
-            one.hidden,
-            one.index,
-            one.weights.float(),
-            site.activation,
-            site.act_module,
+            layout, blocks, hidden, index, weights.float(), site.activation, site.act_module
         )
-        errors.append(float((one.out.float() - expected).norm() / expected.norm()))
+        errors.append(float((out.float() - expected).norm() / expected.norm()))
     return max(errors)
+
+
+def start_trace_over(engine: Engine) -> None:
+    routing = engine.dispatcher.forced_routing
+    if isinstance(routing, ForcedRouting):
+        routing.next_token = 0
 
 
 @torch.inference_mode()
 def logits(engine: Engine, ids: list[int]) -> Tensor:
     """Logits [T, vocabulary] of a prompt pass and of some decode steps after it."""
-    if engine.dispatcher.forced_routing is not None:
-        engine.dispatcher.forced_routing.rewind()
+    start_trace_over(engine)
     inputs = torch.tensor([ids], device=engine.device)
     cache_name = cache_argument(engine.model)
     output = engine.model(input_ids=inputs, use_cache=True)
@@ -111,20 +163,14 @@ def measure(
     engine: Engine, ids: list[int], warm_up: int, n_steps: int, budget_s: float, patient: bool
 ) -> Measured:
     """Generate; fewer steps where they do not fit `budget_s`, and with `patient` a full warm-up."""
-    if engine.dispatcher.forced_routing is not None:
-        engine.dispatcher.forced_routing.rewind()
-    sampler = make_sampler(0.0, 1.0, 0, engine.device)
+    start_trace_over(engine)
     recorder, prefill_s, steps, used = Recorder(), 0.0, 0, 0
     began_s = time.monotonic()
     measuring_since: int | None = None
     for record, _ in generate_batch(
-        engine.model,
-        [ids],
-        max_tokens=1 + warm_up + n_steps,
-        sampler=sampler,
-        eos_ids=frozenset(),
+        engine.model, [ids], GenerationOptions(max_tokens=1 + warm_up + n_steps)
     ):
-        prefill_s, steps = record.prefill_s, len(record.ids) - 1
+        prefill_s, steps = record.token_times_s[0], len(record.ids) - 1
         elapsed_s = time.monotonic() - began_s
         if measuring_since is None:
             impatient = not patient and steps and elapsed_s > budget_s / 3
@@ -153,8 +199,7 @@ def prompt_speeds(engine: Engine, budget_s: float) -> dict[int, float]:
         left_s = budget_s - sum(took_s.values())
         if took_s and max(took_s.values()) * (n_tokens / max(took_s)) ** 0.5 > left_s:
             break
-        if engine.dispatcher.forced_routing is not None:
-            engine.dispatcher.forced_routing.rewind()
+        start_trace_over(engine)
         ids = torch.arange(n_tokens, device=engine.device)[None] % engine.source.config.vocab_size
         began_s = time.monotonic()
         engine.model(input_ids=ids, use_cache=True, logits_to_keep=1)  # ends with a synchronisation
