@@ -12,10 +12,10 @@ from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path
 from moe_offload.config import FAST_FORMATS
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
-from moe_offload.machine.terminal import answer, plain
+from moe_offload.machine.terminal import answer
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
@@ -381,8 +381,7 @@ def _sweep(
     shape: ModelShape | None,
     costs: CostModel | None,
 ) -> None:
-    from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
-    from moe_offload.report.sweep_figure import draw_sweep
+    from moe_offload.report.figures import draw_sweep, house_style, save_drawing  # matplotlib: 1 s
 
     _make_folder(options.output_dir)
     _check_range("--processes", options.processes, 1)
