@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moe_offload import VERSION
 from moe_offload.errors import UserError
 from moe_offload.experts.recorder import Recorder
 from moe_offload.files import write_together
@@ -37,7 +39,7 @@ from moe_offload.report.tables import (
     frequency_rows,
     token_rows,
 )
-from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo, trace_lines
+from moe_offload.simulation.traces import RoutingPass, TraceInfo, trace_lines
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,6 @@ class ReportPaths:
             routing=routing,
         )
 
-    def all(self) -> list[Path]:
-        return list(self.by_name().values())
-
     def by_name(self) -> dict[str, Path]:
         paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: path for name, path in paths.items() if path is not None}
@@ -83,7 +82,7 @@ class ReportPaths:
         """The names of an unfinished run: these if all are free, else out.partial.csv, else
         out.partial-2.csv and so on."""
         paths, number = self, 0
-        while any(path.exists() for path in paths.all()):
+        while any(path.exists() for path in paths.by_name().values()):
             number += 1
             tail = ".partial" if number == 1 else f".partial-{number}"
             names = {
@@ -118,8 +117,8 @@ _PACKAGES = ("torch", "transformers", "safetensors", "mistral-common", "numpy", 
 def versions() -> dict[str, str | None]:
     """Python's version and those of the packages a run depends on; None where not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= dict.fromkeys(_PACKAGES)
     for package in _PACKAGES:
-        found[package] = None
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -140,49 +139,31 @@ def git_state(folder: Path) -> dict[str, str | bool] | None:
     return {"commit": commit, "modified": bool(changes)}
 
 
-def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Trace:
-    """Return every pass that `recorder` holds, in order.
+def recorded_routing(
+    recorder: Recorder, model: str, n_experts: int, synthetic: bool
+) -> tuple[TraceInfo, Iterator[RoutingPass]]:
+    """The trace of all that `recorder` holds; a night's is made pass by pass and never held.
 
     `synthetic` marks routing that no model chose, as in runs on random weights.
     """
-    info = _recorded_info(recorder, model, n_experts, synthetic)
-    return Trace(info, Routing(_recorded_passes(recorder)))
-
-
-def routing_lines(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Iterator[str]:
-    """The lines of the trace's file, made one pass at a time: a night's trace is never held."""
-    info = _recorded_info(recorder, model, n_experts, synthetic)
-    yield from trace_lines(info, _recorded_passes(recorder))
-
-
-def _recorded_info(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> TraceInfo:
     layers = recorder.layer_table()
-    n_layers = np.bincount(layers["pass_index"], minlength=1)
-    return TraceInfo(
-        model,
-        n_layers=int(n_layers.max()),
-        top_k=int(layers["top_k"].max(initial=0)),
-        n_experts=n_experts,
-        synthetic=synthetic,
-    )
+    n_layers = int(np.bincount(layers["pass_index"], minlength=1).max())
+    top_k = int(layers["top_k"].max(initial=0))
+    return TraceInfo(model, n_layers, top_k, n_experts, synthetic), _recorded_passes(recorder)
 
 
 def _recorded_passes(recorder: Recorder) -> Iterator[RoutingPass]:
     by_pass = groupby(recorder.layer_events(), key=lambda event: event.pass_index)
     index, events = next(by_pass, (-1, iter(())))
     for number, one in enumerate(recorder.pass_table()):
-        ids: list[tuple[tuple[int, ...], ...]] = []
-        waited: list[tuple[int, ...]] = []
-        if number == index:
-            for event in events:
-                ids.append(tuple(map(tuple, event.ids)))
-                waited.append(event.waited)
+        of_pass = list(events) if number == index else []
+        if of_pass:
             index, events = next(by_pass, (-1, iter(())))
         yield RoutingPass(
             "decode" if one["decode"] else "prefill",
-            tuple(ids),
+            tuple(tuple(map(tuple, event.ids)) for event in of_pass),
             int(one["prompt"]),
-            tuple(waited) if any(waited) else (),
+            tuple(e.waited for e in of_pass) if any(e.waited for e in of_pass) else (),
         )
 
 
@@ -198,13 +179,11 @@ class RunInfo:
     """
 
     command: Sequence[str] = ()
-    tool_version: str = ""
-    source_folder: Path = Path(__file__).parent
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
-    layout: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     notes: Sequence[str] = ()
     started_unix_s: float | None = None
@@ -217,13 +196,13 @@ def write_reports(
     paths: ReportPaths,
     info: RunInfo,
     summary: RunSummary,
-    routing: Iterable[str] | None = None,
+    routing: tuple[TraceInfo, Iterable[RoutingPass]] | None = None,
 ) -> list[Path]:
     """Write all files atomically and return where they are.
 
     A run that did not complete never replaces files of an earlier one, complete or not: where any
     is in the way, all of its own are named `*.partial.*`. A run that finished no forward pass, or
-    recorded nothing (`--no-record`), writes nothing. `routing` are the lines of `paths.routing`.
+    recorded nothing (`--no-record`), writes nothing. `routing` is the trace for `paths.routing`.
     Raises UserError where the files cannot be written; no temporary file stays behind.
     """
     if not (recorder.enabled and len(recorder.pass_table())):
@@ -240,7 +219,7 @@ def write_reports(
         paths.cpu_freq_avg: _csv_lines(frequency_rows(info.samples)),
     }
     if paths.routing is not None and routing is not None:
-        lines[paths.routing] = routing
+        lines[paths.routing] = trace_lines(*routing)
     document = _finite(_run_document(paths, info, summary))
     lines[paths.run_json] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
     try:
@@ -256,34 +235,34 @@ def write_reports(
 
 
 def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
-    started, folder = info.started_unix_s, paths.run_json.parent
+    folder = paths.run_json.parent
     files = {name: os.path.relpath(path, folder) for name, path in paths.by_name().items()}
     del files["run_json"]
     return {
         "format_version": 1,
         "status": info.status,
-        "started": None if started is None else _utc(datetime.fromtimestamp(started, timezone.utc)),
-        "written": _utc(datetime.now(timezone.utc)),
-        "command": list(info.command),
-        "settings": dict(info.settings),
-        "versions": {"tool": info.tool_version, **versions()},
-        "git": git_state(info.source_folder),
+        "started": None if info.started_unix_s is None else _utc(info.started_unix_s),
+        "written": _utc(time.time()),
+        "command": info.command,
+        "settings": info.settings,
+        "versions": {"tool": VERSION, **versions()},
+        "git": git_state(Path(__file__).parent),
         "n_threads": info.n_threads,
-        "hardware": dict(info.hardware),
-        "model": dict(info.model),
-        "layout": dict(info.layout),
+        "hardware": info.hardware,
+        "model": info.model,
+        "layout": info.layout,
         "calibration": None if info.calibration is None else _measured(info.calibration),
         "summary": summary.to_json(),
-        "notes": list(info.notes),
+        "notes": info.notes,
         "files": files,
     }
 
 
-def _utc(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")
+def _utc(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, timezone.utc).isoformat(timespec="seconds")
 
 
-def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(calibration: dict[str, Any]) -> dict[str, Any]:
     """`calibration` with null for the costs of copies where no accelerator was there to copy to.
 
     The planner's stand-in for them is a link that is all but closed: no measurement.
@@ -291,7 +270,7 @@ def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
     costs = dict(calibration.get("costs") or {})
     if not isfinite((costs.get("gpu") or {}).get("expert_us", 0.0)):
         costs |= dict.fromkeys([name for name in costs if "copy" in name or "shared" in name])
-    return dict(calibration) | {"costs": costs}
+    return calibration | {"costs": costs}
 
 
 def _finite(value: Any) -> Any:
