@@ -65,6 +65,7 @@ def test_wrong_arguments_are_one_sentence(
         ("run.json", '"summary"', '"other"', "run.json: expected the JSON that a run writes"),
         ("run.json", "{", "{{", "run.json is damaged or unreadable; give the folder"),
         ("cache.csv", "decode,1,0,4,2", "decode,1,0,4,9", "expected counts that agree"),
+        ("cache.csv", "decode,1,0,4,2", "decode,1,0,4,4", "expected counts that agree"),
         ("run.json", '"breakdown"', '"else"', "found None as its files.breakdown"),
     ],
 )

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from moe_offload.report.tables import (
     Row,
     breakdown_rows,
     cachehit_rows,
+    events_of_passes,
     expert_choice_rows,
     frequency_rows,
     token_rows,
@@ -153,17 +153,12 @@ def recorded_routing(
 
 
 def _recorded_passes(recorder: Recorder) -> Iterator[RoutingPass]:
-    by_pass = groupby(recorder.layer_events(), key=lambda event: event.pass_index)
-    index, events = next(by_pass, (-1, iter(())))
-    for number, one in enumerate(recorder.pass_table()):
-        of_pass = list(events) if number == index else []
-        if of_pass:
-            index, events = next(by_pass, (-1, iter(())))
+    for one, events in zip(recorder.pass_table(), events_of_passes(recorder), strict=True):
         yield RoutingPass(
             "decode" if one["decode"] else "prefill",
-            tuple(tuple(map(tuple, event.ids)) for event in of_pass),
+            tuple(tuple(map(tuple, event.ids)) for event in events),
             int(one["prompt"]),
-            tuple(e.waited for e in of_pass) if any(e.waited for e in of_pass) else (),
+            tuple(e.waited for e in events) if any(e.waited for e in events) else (),
         )
 
 

@@ -114,8 +114,10 @@ def read_run(folder: Path, label: str) -> RunFiles:
             f"{folder}: expected {paths['breakdown'].name} and {paths['cachehit'].name} of one "
             f"run, found {len(decode)} and {len(decode_of_hits)} forward passes: {_REMEDY}"
         )
-    n_choices, pairs = cachehit["Hits"] + cachehit["Misses"], cachehit["Pairs"]
-    if (pairs < 0).any() or (n_choices < pairs).any() or (cachehit["Tokens"] < (pairs > 0)).any():
+    hits = np.stack([cachehit[name] for name in cachehit if name.startswith("Block_")], axis=1)
+    pairs, most_pairs = cachehit["Pairs"], cachehit["Tokens"] * hits.shape[1]
+    n_choices = cachehit["Hits"] + cachehit["Misses"]
+    if not ((pairs >= 0) & (pairs <= n_choices) & (pairs <= most_pairs)).all():
         raise UserError(f"{paths['cachehit']}: expected counts that agree: run again")
     fact(dict, "summary")
     on_gpu = fact(str, "model.device", "cpu") != "cpu"
@@ -137,7 +139,7 @@ def read_run(folder: Path, label: str) -> RunFiles:
         decode=decode,
         breakdown=breakdown,
         cachehit=cachehit,
-        hits=np.stack([cachehit[name] for name in cachehit if name.startswith("Block_")], axis=1),
+        hits=hits,
         tokens=tokens,
         choices=paths["expert_choices"],
     )
