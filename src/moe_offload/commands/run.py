@@ -409,7 +409,7 @@ def _report(
         notes=notes,
     )
     routing = None
-    if recorder.enabled and paths.routing is not None:
+    if recorder.enabled and "routing" in paths:
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
         routing = recorded_routing(recorder, engine.source.name, n_experts, synthetic=dummy)

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
@@ -42,17 +42,8 @@ from moe_offload.report.tables import (
 from moe_offload.simulation.traces import RoutingPass, TraceInfo, trace_lines
 
 
-@dataclass(frozen=True)
-class ReportPaths:
-    """Where each file goes; `routing` is None for a run that is not to leave its routing."""
-
-    breakdown: Path
-    cachehit: Path
-    expert_choices: Path
-    token_gen_time: Path
-    cpu_freq_avg: Path
-    run_json: Path
-    routing: Path | None = None
+class ReportPaths(dict[str, Path]):
+    """Where each of a run's files goes, by what it holds."""
 
     @classmethod
     def in_folder(
@@ -62,34 +53,28 @@ class ReportPaths:
         cachehit_csv: Path = Path("cache.csv"),
     ) -> ReportPaths:
         """All files under `folder`; the working directory, where none is given, has no routing."""
-        routing = None if folder is None else folder / "routing.jsonl"
-        folder = folder or Path()
-        return cls(
-            breakdown=folder / breakdown_csv,
-            cachehit=folder / cachehit_csv,
-            expert_choices=folder / "expert_choices.csv",
-            token_gen_time=folder / "token_gen_time.csv",
-            cpu_freq_avg=folder / "cpu_freq_avg.csv",
-            run_json=folder / "run.json",
-            routing=routing,
-        )
-
-    def by_name(self) -> dict[str, Path]:
-        paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: path for name, path in paths.items() if path is not None}
+        names = {
+            "breakdown": breakdown_csv,
+            "cachehit": cachehit_csv,
+            "expert_choices": Path("expert_choices.csv"),
+            "token_gen_time": Path("token_gen_time.csv"),
+            "cpu_freq_avg": Path("cpu_freq_avg.csv"),
+            "run_json": Path("run.json"),
+        }
+        if folder is None:
+            return cls(names)
+        names["routing"] = Path("routing.jsonl")
+        return cls({name: folder / path for name, path in names.items()})
 
     def beside_others(self) -> ReportPaths:
         """The names of an unfinished run: these if all are free, else out.partial.csv, else
         out.partial-2.csv and so on."""
         paths, number = self, 0
-        while any(path.exists() for path in paths.by_name().values()):
+        while any(path.exists() for path in paths.values()):
             number += 1
             tail = ".partial" if number == 1 else f".partial-{number}"
-            names = {
-                name: path.with_name(f"{path.stem}{tail}{path.suffix}")
-                for name, path in self.by_name().items()
-            }
-            paths = replace(self, **names)
+            names = {name: f"{path.stem}{tail}{path.suffix}" for name, path in self.items()}
+            paths = ReportPaths({name: self[name].with_name(new) for name, new in names.items()})
         return paths
 
 
@@ -197,26 +182,26 @@ def write_reports(
 
     A run that did not complete never replaces files of an earlier one, complete or not: where any
     is in the way, all of its own are named `*.partial.*`. A run that finished no forward pass, or
-    recorded nothing (`--no-record`), writes nothing. `routing` is the trace for `paths.routing`.
+    recorded nothing (`--no-record`), writes nothing. `routing` is the trace for `paths["routing"]`.
     Raises UserError where the files cannot be written; no temporary file stays behind.
     """
     if not (recorder.enabled and len(recorder.pass_table())):
         return []
     if routing is None:
-        paths = replace(paths, routing=None)
+        paths = ReportPaths({name: paths[name] for name in paths if name != "routing"})
     if info.status != "completed":
         paths = paths.beside_others()
     lines: dict[Path, Iterable[str]] = {
-        paths.breakdown: _csv_lines(breakdown_rows(recorder)),
-        paths.cachehit: _csv_lines(cachehit_rows(recorder)),
-        paths.expert_choices: _csv_lines(expert_choice_rows(recorder)),
-        paths.token_gen_time: _csv_lines(token_rows(recorder, info.samples)),
-        paths.cpu_freq_avg: _csv_lines(frequency_rows(info.samples)),
+        paths["breakdown"]: _csv_lines(breakdown_rows(recorder)),
+        paths["cachehit"]: _csv_lines(cachehit_rows(recorder)),
+        paths["expert_choices"]: _csv_lines(expert_choice_rows(recorder)),
+        paths["token_gen_time"]: _csv_lines(token_rows(recorder, info.samples)),
+        paths["cpu_freq_avg"]: _csv_lines(frequency_rows(info.samples)),
     }
-    if paths.routing is not None and routing is not None:
-        lines[paths.routing] = trace_lines(*routing)
+    if routing is not None and "routing" in paths:
+        lines[paths["routing"]] = trace_lines(*routing)
     document = _finite(_run_document(paths, info, summary))
-    lines[paths.run_json] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
+    lines[paths["run_json"]] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
     try:
         write_together(lines)
     except OSError as error:
@@ -230,8 +215,8 @@ def write_reports(
 
 
 def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
-    folder = paths.run_json.parent
-    files = {name: os.path.relpath(path, folder) for name, path in paths.by_name().items()}
+    folder = paths["run_json"].parent
+    files = {name: os.path.relpath(path, folder) for name, path in paths.items()}
     del files["run_json"]
     return {
         "format_version": 1,
