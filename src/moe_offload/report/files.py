@@ -38,6 +38,7 @@ from moe_offload.report.tables import (
     expert_choice_rows,
     frequency_rows,
     token_rows,
+    with_prompts,
 )
 from moe_offload.simulation.traces import RoutingPass, TraceInfo, trace_lines
 
@@ -158,17 +159,17 @@ class RunInfo:
     are the CPU threads that computed experts.
     """
 
+    status: Status = "completed"
+    started_unix_s: float | None = None
     command: Sequence[str] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    n_threads: int = 1
     hardware: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    samples: Sequence[Sample] = ()
     notes: Sequence[str] = ()
-    started_unix_s: float | None = None
-    status: Status = "completed"
-    n_threads: int = 1
+    samples: Sequence[Sample] = ()
 
 
 def write_reports(
@@ -191,13 +192,16 @@ def write_reports(
         paths = ReportPaths({name: paths[name] for name in paths if name != "routing"})
     if info.status != "completed":
         paths = paths.beside_others()
-    lines: dict[Path, Iterable[str]] = {
-        paths["breakdown"]: _csv_lines(breakdown_rows(recorder)),
-        paths["cachehit"]: _csv_lines(cachehit_rows(recorder)),
-        paths["expert_choices"]: _csv_lines(expert_choice_rows(recorder)),
-        paths["token_gen_time"]: _csv_lines(token_rows(recorder, info.samples)),
-        paths["cpu_freq_avg"]: _csv_lines(frequency_rows(info.samples)),
+    tables = {
+        "breakdown": breakdown_rows(recorder),
+        "cachehit": cachehit_rows(recorder),
+        "expert_choices": expert_choice_rows(recorder),
+        "token_gen_time": token_rows(recorder, info.samples),
     }
+    lines: dict[Path, Iterable[str]] = {
+        paths[name]: _csv_lines(with_prompts(rows, recorder)) for name, rows in tables.items()
+    }
+    lines[paths["cpu_freq_avg"]] = _csv_lines(frequency_rows(info.samples))
     if routing is not None and "routing" in paths:
         lines[paths["routing"]] = trace_lines(*routing)
     document = _finite(_run_document(paths, info, summary))
@@ -215,25 +219,21 @@ def write_reports(
 
 
 def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
+    facts = vars(info).copy()
+    started_unix_s, calibration = facts.pop("started_unix_s"), facts["calibration"]
+    del facts["samples"]
     folder = paths["run_json"].parent
     files = {name: os.path.relpath(path, folder) for name, path in paths.items()}
     del files["run_json"]
     return {
         "format_version": 1,
-        "status": info.status,
-        "started": None if info.started_unix_s is None else _utc(info.started_unix_s),
+        **facts,
+        "started": None if started_unix_s is None else _utc(started_unix_s),
         "written": _utc(time.time()),
-        "command": info.command,
-        "settings": info.settings,
         "versions": {"tool": VERSION, **versions()},
         "git": git_state(Path(__file__).parent),
-        "n_threads": info.n_threads,
-        "hardware": info.hardware,
-        "model": info.model,
-        "layout": info.layout,
-        "calibration": None if info.calibration is None else _measured(info.calibration),
+        "calibration": None if calibration is None else _measured(calibration),
         "summary": summary.to_json(),
-        "notes": info.notes,
         "files": files,
     }
 

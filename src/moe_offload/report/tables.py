@@ -8,9 +8,9 @@
 | token_gen_time.csv | generated token after a prompt's first | s, tokens/s, MHz, degrees C |
 | cpu_freq_avg.csv | second | degrees C, MHz, W |
 
-`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). Runs of more than
-one prompt have a `Prompt` column at the end of the first four; for a pass over a batch it names the
-batch's first prompt. None is an empty cell.
+`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). The first four end
+with a `Prompt` column; for a pass over a batch it names the batch's first prompt. In a run of one
+prompt they are written without it (`with_prompts`). None is an empty cell.
 """
 
 from __future__ import annotations
@@ -33,17 +33,26 @@ BREAKDOWN_HEADER = (
     *("phase", "tokens", "step_ms", "rest_ms"),
     *(name.removesuffix("_us") for name in DURATIONS),
     *BYTES,
+    "Prompt",
 )
 CACHEHIT_MORE = (
     *("Phase", "Tokens", "Hits", "Misses", "Pairs", "At Least One", "At Least Two"),
-    *("Fetches", "Evictions"),
+    *("Fetches", "Evictions", "Prompt"),
 )
 TOKEN_HEADER = (
     *("Index", "Time", "Timestamp", "Accumulated Generation Throughput (tokens/s)"),
     *("CPU Frequency", "CPU Temperature", "CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)"),
+    "Prompt",
 )
 FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0", "CPU Power (W)", "GPU Power (W)")
 _EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
+
+
+def with_prompts(rows: Iterable[Row], recorder: Recorder) -> Iterable[Row]:
+    """`rows`, without their last column, the prompt, in a run of no more than one."""
+    owners = (recorder.pass_table()["prompt"], recorder.token_table()["prompt"])
+    several = len(np.unique(np.concatenate(owners))) > 1
+    return rows if several else (row[:-1] for row in rows)
 
 
 def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
@@ -54,7 +63,6 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     attn, router, plan and rest they add up to the step.
     """
     passes, layers = recorder.pass_table(), recorder.layer_table()
-    prompts = _PromptColumn(recorder)
     n_layers = np.maximum(np.bincount(layers["pass_index"], minlength=len(passes)), 1)
 
     def mean_ms(us: Table) -> Table:
@@ -67,7 +75,7 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     compute_ms = mean_ms(compute_us)
     parts_ms = sum(ms for name, ms in of_part.items() if name != "gpu_us")  # the gpu's are beside
     step_ms = passes["duration_s"] * 1e3
-    yield (*BREAKDOWN_HEADER, *prompts.header)
+    yield BREAKDOWN_HEADER
     yield from _numbered(
         of_part["attention_us"],
         compute_ms,
@@ -78,7 +86,7 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
         step_ms - parts_ms * n_layers,
         *of_part.values(),
         *_counts(BYTES, layers, passes),
-        *prompts.columns(passes),
+        passes["prompt"],
     )
 
 
@@ -90,8 +98,7 @@ def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
     cached = layers[layers["cached"] == 1]
     pass_of_pair = np.repeat(cached["pass_index"], cached["n_tokens"])
     n_hits_of_pair = recorder.hits_of_tokens()
-    prompts = _PromptColumn(recorder)
-    yield ("Index", *(f"Block_{n}" for n in range(hits.shape[1])), *CACHEHIT_MORE, *prompts.header)
+    yield ("Index", *(f"Block_{n}" for n in range(hits.shape[1])), *CACHEHIT_MORE)
     yield from _numbered(
         *hits.T,
         _phases(passes),
@@ -102,7 +109,7 @@ def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
             for least in (0, 1, 2)
         ),
         *_counts(("fetches", "evictions"), layers, passes),
-        *prompts.columns(passes),
+        passes["prompt"],
     )
 
 
@@ -112,12 +119,11 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
     In a batch a decode pass has one row per sequence, all with the pass's index.
     """
     passes, tokens, layers = recorder.pass_table(), recorder.token_table(), recorder.layer_table()
-    prompts = _PromptColumn(recorder)
     widths = np.zeros(_n_layers(layers), dtype=np.int64)
     np.maximum.at(widths, layers["layer"], layers["top_k"])
     columns = (np.cumsum(widths) - widths).tolist()
     header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
-    yield ("Index", *header, *prompts.header)
+    yield ("Index", *header, "Prompt")
     no_ids: list[object] = [""] * len(header)
     first_token = np.searchsorted(tokens["pass_index"], np.arange(len(passes) + 1)).tolist()
     owners, prompt_of_pass = tokens["prompt"].tolist(), passes["prompt"].tolist()
@@ -125,7 +131,7 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
     for index, events in enumerate(events_of_passes(recorder)):
         prompt = prompt_of_pass[index]
         if not is_decode[index]:
-            yield (index, *no_ids, *prompts.cells(prompt))
+            yield (index, *no_ids, prompt)
             continue
         sequences = [no_ids.copy() for _ in range(max([len(e.ids) for e in events], default=1))]
         for event in events:
@@ -135,7 +141,7 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
         of_pass = owners[first_token[index] : first_token[index + 1]]
         of_pass += [prompt] * (len(sequences) - len(of_pass))
         for owner, cells in zip(of_pass, sequences, strict=False):
-            yield (index, *cells, *prompts.cells(owner))
+            yield (index, *cells, owner)
 
 
 def events_of_passes(recorder: Recorder) -> Iterator[list[LayerEvent]]:
@@ -153,8 +159,7 @@ def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
     """Rows of token_gen_time.csv; energies are the token's own (its share of a batch's step)."""
     passes, tokens = recorder.pass_table(), recorder.token_table()
     tokens = tokens[tokens["pass_index"] < len(passes)]
-    prompts = _PromptColumn(recorder)
-    yield (*TOKEN_HEADER, *prompts.header)
+    yield TOKEN_HEADER
     tokens = tokens[passes["decode"][tokens["pass_index"]]]
     pass_indexes, times_s = step_times_s(tokens)
     elapsed_s = np.cumsum(times_s)[np.searchsorted(pass_indexes, tokens["pass_index"])]
@@ -177,7 +182,7 @@ def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
             None if cpu_j is None else float(cpu_j[index]),
             None if gpu_j is None else float(gpu_j[index]),
             sample.gpu_power_w,
-            *prompts.cells(int(token["prompt"])),
+            int(token["prompt"]),
         )
 
 
@@ -193,21 +198,6 @@ def frequency_rows(samples: Sequence[Sample]) -> Iterable[Row]:
         gpu_w = sample.gpu_power_w if gpu_w is None else gpu_w
         yield (second, sample.cpu_temperature_c, sample.busiest_mhz, cpu_w, gpu_w)
         before = sample
-
-
-class _PromptColumn:
-    """The `Prompt` column, which only runs of more than one prompt have."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        owners = (recorder.pass_table()["prompt"], recorder.token_table()["prompt"])
-        self._present = len(np.unique(np.concatenate(owners))) > 1
-        self.header = ("Prompt",) if self._present else ()
-
-    def cells(self, prompt: int) -> tuple[int, ...]:
-        return (prompt,) if self._present else ()
-
-    def columns(self, passes: Table) -> tuple[Table, ...]:
-        return (passes["prompt"],) if self._present else ()
 
 
 def _numbered(*columns: npt.NDArray[Any] | list[str]) -> Iterable[Row]:
