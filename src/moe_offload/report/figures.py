@@ -61,6 +61,8 @@ _STYLE: dict[str, object] = {
 # Dates would make two files of one figure differ.
 _METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
+_SIZE = ("Cache Indexes N", "Ways M")
+
 Rows = list[tuple[Any, ...]]
 T = TypeVar("T")
 
@@ -144,14 +146,11 @@ def _subject(runs: Sequence[RunFiles]) -> str:
     return " on ".join(filter(None, each_once))
 
 
-def _settings(run: RunFiles) -> str:
+def _settings(run: RunFiles, *more: str) -> str:
     """How the run was set, as far as it is known."""
-    return _joined(_threads(run), _batch(run), _cache(run))
-
-
-def _threads(run: RunFiles) -> str:
     n = run.n_threads
-    return f"{n} thread{'s' * (n != 1)}" if n else ""
+    threads = f"{n} thread{'s' * (n != 1)}" if n else ""
+    return _joined(threads, _batch(run), *more)
 
 
 def _batch(run: RunFiles) -> str:
@@ -222,7 +221,7 @@ def draw_tokens(run: RunFiles) -> Drawing | None:
     )
     throughput = tokens["Accumulated Generation Throughput (tokens/s)"]
     mhz, celsius = tokens["CPU Frequency"], tokens["CPU Temperature"]
-    figure = _new_figure(6.4, 5.4, _subject([run]), _settings(run))
+    figure = _new_figure(6.4, 5.4, _subject([run]), _settings(run, _cache(run)))
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     top.plot(index, time_ms, ".", color=BLUE, markersize=3)
     top.axhline(median_ms, color=RED, linestyle="--", linewidth=1)
@@ -276,7 +275,7 @@ def draw_hits(run: RunFiles) -> Drawing | None:
     by_layer = 100 * run.hits[decode].sum(axis=0) / (tokens.sum() * top_k)
     over_time = 100 * n_hits / choices
     mean = 100 * n_hits.sum() / choices.sum()
-    figure = _new_figure(6.4, 4.6, _subject([run]), _settings(run))
+    figure = _new_figure(6.4, 4.6, _subject([run]), _settings(run, _cache(run)))
     top, bottom = figure.subplots(2, 1)
     top.bar(np.arange(n_cached), by_layer[:n_cached], color=BLUE, width=0.8)
     if n_cached < run.n_layers:
@@ -348,7 +347,7 @@ PARTS = {
 def draw_breakdown(runs: Sequence[RunFiles]) -> Drawing:
     """Mean forward pass of each run split into its parts, ms; decode and prefill apart."""
     figure = _new_figure(6.4, 2.2 + 0.7 * len(runs), _subject(runs))
-    names = [f"{_label(run)}\n" + _settings(run).replace(", ", ",\n") for run in runs]
+    names = [f"{_label(run)}\n" + _settings(run, _cache(run)).replace(", ", ",\n") for run in runs]
     all_ms, rows = [], []
     for axes, phase in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
         means_ms = np.array([_mean_parts_ms(run, phase) for run in runs])
@@ -418,7 +417,7 @@ def draw_cache_sizes(runs: Sequence[RunFiles]) -> Drawing | None:
     cached = {size: value for size, value in median.items() if size != (0, 0)}
     n_values, m_values = (sorted({size[axis] for size in cached}) for axis in (0, 1))
     first, last = min(sizes.values(), key=len)[0], list(sizes.values())[-1][0]
-    settings = (_subject([first]), _threads(first), _batch(first), last.policy)
+    settings = (_subject([first]), _settings(first, last.policy))
     title = "Generation throughput by cache size"
     if len(n_values) > 1 < len(m_values) and len(cached) == len(n_values) * len(m_values):
         width = max(4.4, 2.6 + 0.75 * len(n_values))
@@ -443,7 +442,7 @@ def draw_cache_sizes(runs: Sequence[RunFiles]) -> Drawing | None:
         axes.margins(x=0.12)
         axes.set(xlabel="tokens/s", ylabel="cache N x M")
     axes.set_title(title)
-    header = ("Cache Indexes N", "Ways M", "Throughput (tokens/s)", "Runs")
+    header = (*_SIZE, "Throughput (tokens/s)", "Runs")
     rows = [(*size, value, len(sizes[size])) for size, value in median.items()]
     return Drawing("throughput_cache", figure, header, rows)
 
@@ -493,7 +492,7 @@ def draw_policies(runs: Sequence[RunFiles]) -> Drawing | None:
         return None
     policies = sorted({run.policy for same in sizes.values() for run in same})
     first = next(iter(sizes.values()))[0]
-    figure = _new_figure(6.4, 3.6, _subject([first]), _threads(first), _batch(first))
+    figure = _new_figure(6.4, 3.6, _subject([first]), _settings(first))
     panels = figure.subplots(1, 2)
     handles, rows = [], []
     for number, policy in enumerate(policies):
@@ -515,14 +514,7 @@ def draw_policies(runs: Sequence[RunFiles]) -> Drawing | None:
         axes.set(xlabel="cache N x M", xlim=(-0.5, len(sizes) - 0.5))
         axes.set_ylim(0, _top(axes.dataLim.y1, 1.1))
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
-    header = (
-        "Policy",
-        "Cache Indexes N",
-        "Ways M",
-        "Hit Rate (%)",
-        "Throughput (tokens/s)",
-        "Runs",
-    )
+    header = ("Policy", *_SIZE, "Hit Rate (%)", "Throughput (tokens/s)", "Runs")
     return Drawing("policies", figure, header, rows)
 
 
