@@ -380,8 +380,7 @@ def _sweep(
     shape: ModelShape | None,
     costs: CostModel | None,
 ) -> None:
-    from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
-    from moe_offload.report.sweep_figure import draw_sweep
+    from moe_offload.report.figures import draw_sweep, house_style, save_drawing  # matplotlib: 1 s
 
     _make_folder(options.output_dir)
     _check_range("--processes", options.processes, 1)
