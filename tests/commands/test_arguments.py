@@ -10,8 +10,8 @@ from typing import get_type_hints
 
 import pytest
 
-from moe_offload.commands.arguments import build_parser, parse, parse_config, parse_cpu_list
-from moe_offload.config import Config, options_of
+from moe_offload.commands.arguments import build_parser, parse_config, parse_cpu_list
+from moe_offload.config import Config, flag_of
 from moe_offload.errors import UserError
 
 RUN = ["--model-path", "m", "--prompt", "x", "--max-tokens", "4"]
@@ -19,27 +19,28 @@ RUN = ["--model-path", "m", "--prompt", "x", "--max-tokens", "4"]
 
 def test_every_field_has_one_flag() -> None:
     kinds = get_type_hints(Config).values()
-    flags = Counter(one.flag.name for kind in kinds for one in options_of(kind) if one.flag.help)
+    found = [flag_of(one) for kind in kinds for one in fields(kind)]
+    flags = Counter(flag.name for flag in found if flag.help)
     assert set(flags.values()) == {1}
     # The cache's seed is the one of the sampling.
-    assert sum(len(fields(kind)) for kind in kinds) == len(flags) + 1
+    assert len(found) == len(flags) + 1
     parsed = {string for action in build_parser()._actions for string in action.option_strings}
-    others = {"-h", "--help", "--show-calibration", "--debug", "--version"}
+    others = {"-h", "--help", "--show-calibration", "--version"}
     assert parsed == flags.keys() | others
 
 
 def test_what_is_not_given_has_its_default() -> None:
-    config = parse_config(parse(RUN))
+    config = parse_config(build_parser().parse_args(RUN))
     for part in fields(config):
         options = getattr(config, part.name)
         given = {"model_path", "prompt", "max_tokens"}
-        for one in options_of(type(options)):
-            assert (getattr(options, one.field) == one.default) == (one.field not in given)
+        for one in fields(options):
+            assert (getattr(options, one.name) == one.default) == (one.name not in given)
 
 
 def test_every_kind_of_flag_is_read() -> None:
     config = parse_config(
-        parse(
+        build_parser().parse_args(
             [
                 *(*RUN, "--cache-replace-policy", "lfru", "--seed", "7", "--temperature", "0.5"),
                 *("--cpu-affinity", "0-2,5", "--no-record", "--verify", "--stop", "a"),
@@ -65,9 +66,12 @@ def test_what_is_no_list_of_cpus(text: str) -> None:
 def test_a_text_is_utf_8_in_any_locale(flag: str) -> None:
     field = flag.removeprefix("--")
     in_ascii = "\u00e7a va".encode().decode("ascii", "surrogateescape")
-    assert getattr(parse([flag, in_ascii]), field) in ("\u00e7a va", ["\u00e7a va"])
+    assert getattr(build_parser().parse_args([flag, in_ascii]), field) in (
+        "\u00e7a va",
+        ["\u00e7a va"],
+    )
     with pytest.raises(UserError, match=f"{flag}: expected UTF-8 text, found other bytes"):
-        parse([flag, b"caf\xe9".decode("ascii", "surrogateescape")])
+        build_parser().parse_args([flag, b"caf\xe9".decode("ascii", "surrogateescape")])
 
 
 @pytest.mark.parametrize("program", ["main.py", "moe-run"])

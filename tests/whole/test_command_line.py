@@ -23,7 +23,7 @@ from tiny_models import write_mixtral_with_tokenizer
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.commands import generate
-from moe_offload.commands.arguments import parse, parse_config
+from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.engine.engine import Engine
 from moe_offload.model.generation import generate_batch
@@ -215,7 +215,10 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "  ", "--max-tokens", "4"), "the prompt is empty"),
         (("--prompt", "x", "--max-tokens", "-3"), "--max-tokens of at least 1, found -3"),
         (("--prompt", "x", "--max-tokens", "many"), "invalid int value: 'many'"),
-        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0"), "--top-p in (0, 1]"),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--top-p", "0"),
+            "--top-p above 0 and at most 1, found 0",
+        ),
         (("--prompt", "x", "--max-tokens", "4", "--temperature", "-1"), "--temperature of at"),
         (("--prompt", "x", "--max-tokens", "4", "--batch-size", "0"), "--batch-size of at least"),
         (("--prompt", "x", "--max-tokens", "4", "--n-prompts", "0"), "--n-prompts of at least 1"),
@@ -234,7 +237,10 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
         (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
         (("--prompt", "x", "--max-tokens", "4", "--top-k", "5"), "above 0 for --top-k"),
-        (("--prompt", "x", "--max-tokens", "4", "--min-p", "2"), "--min-p in [0, 1], found 2.0"),
+        (
+            ("--prompt", "x", "--max-tokens", "4", "--min-p", "2"),
+            "--min-p of at least 0 and at most 1",
+        ),
         (("--prompt", "x", "--max-tokens", "4", "--repetition-penalty", "0"), "above 0, found 0"),
         (("--prompt", "x", "--max-tokens", "4", "--stop", ""), "--stop as a text that is not"),
         (("--prompt", "x", "--max-tokens", "4", "--system", "y", "--raw-prompt"), "found both"),
@@ -247,7 +253,7 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
             ("--prompt", "x", "--max-tokens", "4", "--seed", str(2**64)),
             "found 18446744073709551616",
         ),
-        (("--prompt", "x", "--max-tokens", "4", "--seed", str(-(2**63) - 1)), "--seed from -2^63"),
+        (("--prompt", "x", "--max-tokens", "4", "--seed", str(-(2**63) - 1)), "--seed of at least"),
         (
             ("--prompt", "x", "--max-tokens", "4", "--temperature", "inf"),
             "finite number, found inf",
@@ -849,7 +855,9 @@ def test_a_reader_that_goes_away_costs_no_evidence(
 def test_the_machine_is_calibrated_without_a_model(
     run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = calibration_options(parse_config(parse(["--show-calibration"])).model)
+    shapes = calibration_options(
+        parse_config(build_parser().parse_args(["--show-calibration"])).model
+    )
     assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 2)
     real = shapes_module._read_shapes()
     small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
