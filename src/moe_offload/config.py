@@ -65,8 +65,9 @@ MissPolicy = Literal["cpu", "fetch", "auto"]
 Prefetch = Literal["off", "next-layer"]
 CpuKernel = Literal["auto", "native", "torch"]
 
-# What torch's generators take.
-_SEEDS: Final[dict[str, Any]] = {"least": -(2**63), "most": 2**64 - 1}
+# What torch's generators take. No other number is larger either, though Python has such.
+LEAST_SEED: Final = -(2**63)
+LARGEST: Final = 2**64 - 1
 
 # The kinds of fields: how a message calls one, and what is of it. True is no number.
 _KINDS: Final[dict[Any, tuple[str, type]]] = {
@@ -93,7 +94,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     least: float = -math.inf
     above: float = -math.inf
-    most: float = math.inf
+    most: float = LARGEST
     group: str | None = None
 
     @property
@@ -139,13 +140,15 @@ def _require_for(options: Any, names: Sequence[str], there: bool, sentence: str)
 
 
 def require_range(
-    flag: str, value: Any, least: float, most: float = math.inf, above: float = -math.inf
+    flag: str, value: Any, least: float, most: float, above: float = -math.inf
 ) -> None:
     """UserError unless the number is in its range; not-a-number is in none."""
-    bound = f"of at least {least}" if above == -math.inf else f"above {above}"
-    bound += f" and at most {most}" if most < math.inf else ""
-    # Compared as they are: a whole number of 400 digits is no float.
-    _require(least <= value <= most and value > above, f"expected {flag} {bound}, found {value}")
+    for keeps, bound in (
+        (value >= least, f"of at least {least}"),
+        (value > above, f"above {above}"),
+        (value <= most, f"of at most {most}"),
+    ):
+        _require(keeps, f"expected {flag} {bound}, found {value}")
 
 
 def _check_fields(options: Any) -> None:
@@ -264,7 +267,9 @@ class CacheOptions:
         None, "--emulate-pcie-gbps X",
         "with --device cpu: slow the emulated accelerator's copies to X GB/s", above=0,
     )  # fmt: skip
-    seed: int = option(0, "--seed N", "", **_SEEDS)  # of RANDOM; GenerationOptions' flag sets both
+    seed: int = option(
+        0, "--seed N", "", least=LEAST_SEED
+    )  # of RANDOM; GenerationOptions' flag sets both
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -321,7 +326,7 @@ class GenerationOptions:
         1.0, "--repetition-penalty X", "divide the scores of tokens there already (default 1: off)",
         above=0,
     )  # fmt: skip
-    seed: int = option(0, "--seed N", "sampling seed (default 0)", **_SEEDS)
+    seed: int = option(0, "--seed N", "sampling seed (default 0)", least=LEAST_SEED)
     batch_size: int = option(1, "--batch-size B", "prompts at a time (default 1)", least=1)
     stop: tuple[str, ...] = option(
         (), "--stop TEXT", "end an answer before this text; may be given several times"

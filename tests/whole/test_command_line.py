@@ -217,7 +217,7 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "many"), "invalid int value: 'many'"),
         (
             ("--prompt", "x", "--max-tokens", "4", "--top-p", "0"),
-            "--top-p above 0 and at most 1, found 0",
+            "--top-p above 0, found 0",
         ),
         (("--prompt", "x", "--max-tokens", "4", "--temperature", "-1"), "--temperature of at"),
         (("--prompt", "x", "--max-tokens", "4", "--batch-size", "0"), "--batch-size of at least"),
@@ -239,7 +239,7 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
         (("--prompt", "x", "--max-tokens", "4", "--top-k", "5"), "above 0 for --top-k"),
         (
             ("--prompt", "x", "--max-tokens", "4", "--min-p", "2"),
-            "--min-p of at least 0 and at most 1",
+            "--min-p of at most 1, found 2.0",
         ),
         (("--prompt", "x", "--max-tokens", "4", "--repetition-penalty", "0"), "above 0, found 0"),
         (("--prompt", "x", "--max-tokens", "4", "--stop", ""), "--stop as a text that is not"),

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
-from moe_offload.config import require_range
+from moe_offload.config import LARGEST, require_range
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import plain, show
 from moe_offload.report.figures import (
@@ -127,7 +127,7 @@ def _experts(run: RunFiles) -> tuple[Drawing | None, str]:
 
 def _patterns(arguments: Namespace) -> None:
     if arguments.n_experts is not None:
-        require_range("--n-experts", arguments.n_experts, 1)
+        require_range("--n-experts", arguments.n_experts, 1, LARGEST)
     trace = read_trace(arguments.trace, arguments.n_experts)
     found = analyse(trace)
     with house_style():
