@@ -60,11 +60,6 @@ def smaller_format(name: str) -> str | None:
 
 POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
-Device = Literal["auto", "cuda", "cpu"]
-MissPolicy = Literal["cpu", "fetch", "auto"]
-Prefetch = Literal["off", "next-layer"]
-CpuKernel = Literal["auto", "native", "torch"]
-
 # What torch's generators take. No other number is larger either, though Python has such.
 LEAST_SEED: Final = -(2**63)
 LARGEST: Final = 2**64 - 1
@@ -85,8 +80,8 @@ class Flag:
     """A field on the command line: `--name` or `--name METAVAR`, and what --help says of it.
 
     Values are at least `least` or above `above`, and at most `most`. `choices`, those of a Literal
-    unless they are given, may be written in lower case where they are in upper case. `group` is
-    --help's, where that is not the one of the class. A flag without `help` is described elsewhere.
+    unless they are given, may be written in lower case where they are in upper case. A flag
+    without `help` is described elsewhere.
     """
 
     usage: str
@@ -95,7 +90,6 @@ class Flag:
     least: float = -math.inf
     above: float = -math.inf
     most: float = LARGEST
-    group: str | None = None
 
     @property
     def name(self) -> str:
@@ -183,7 +177,7 @@ class ModelOptions:
     """
 
     model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
-    device: Device = option(
+    device: Literal["auto", "cuda", "cpu"] = option(
         "auto", "--device", "where attention runs; auto: the GPU when there is one"
     )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
@@ -204,17 +198,16 @@ class ModelOptions:
         None, "--routing-trace FILE",
         "with --dummy-weights: force the routing recorded in this trace",
     )  # fmt: skip
-    cpu_kernel: CpuKernel = option(
-        "auto", "--cpu-kernel", "own kernels, or plain torch as a reference", group="CPU experts"
+    cpu_kernel: Literal["auto", "native", "torch"] = option(
+        "auto", "--cpu-kernel", "own kernels, or plain torch as a reference"
     )
     cpu_isa: str = option(
         "auto", "--cpu-isa ISA",
         "force an instruction set: scalar, avx2, avx512, ... (--version lists this CPU's)",
-        group="CPU experts",
     )  # fmt: skip
     cpu_affinity: tuple[int, ...] | None = option(
         None, "--cpu-affinity LIST",
-        "pin kernel threads to CPUs, such as 0-7,16", group="CPU experts",
+        "pin kernel threads to CPUs, such as 0-7,16",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -256,20 +249,19 @@ class CacheOptions:
     trace: Path | None = option(
         None, "--trace FILE", "with --cache-auto: a routing trace to tune on"
     )
-    miss_policy: MissPolicy = option(
+    miss_policy: Literal["cpu", "fetch", "auto"] = option(
         "cpu", "--miss-policy",
         "a miss is computed on the CPU (default), waits for its copy, or whichever measures faster",
     )  # fmt: skip
-    prefetch: Prefetch = option(
+    prefetch: Literal["off", "next-layer"] = option(
         "off", "--prefetch", "fetch the experts the next layer's router is expected to choose"
     )
     emulate_pcie_gbps: float | None = option(
         None, "--emulate-pcie-gbps X",
         "with --device cpu: slow the emulated accelerator's copies to X GB/s", above=0,
     )  # fmt: skip
-    seed: int = option(
-        0, "--seed N", "", least=LEAST_SEED
-    )  # of RANDOM; GenerationOptions' flag sets both
+    # Of RANDOM; the flag of GenerationOptions sets both.
+    seed: int = option(0, "--seed N", "", least=LEAST_SEED)
 
     def __post_init__(self) -> None:
         _check_fields(self)

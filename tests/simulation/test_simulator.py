@@ -370,7 +370,7 @@ def test_the_papers_table_is_printed(capsys):
         (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "nan"],
          "--memory-gb of at least 0, found nan"),
         (["--model", "mixtral-8x7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "90"],
-         "--memory-gb of at most 21.09135744, found 90.0"),  # 25.8 GB, but for dense weights and reserve
+         "--memory-gb of at most 21.09135744, found 90.0"),  # 25.8 GB less dense and reserve
         (["--paper", "--hardware", str(ROOT / "hardware" / "rtx4080.yaml")],
          "found 56 of 19.7 GB; choose a smaller cache or a larger GPU"),
         (["TRACE", "--one-index", "--cache-nways", "-3"], "--cache-nways of at least 0, found -3"),

@@ -101,7 +101,6 @@ _GROUPS: Final[dict[str, Any]] = {
     "prompts (exactly one of the first two)": PromptOptions,
     "generation": GenerationOptions,
     "expert cache": CacheOptions,
-    "CPU experts": None,
     "results": OutputOptions,
 }
 
@@ -122,11 +121,9 @@ def build_parser() -> ArgumentParser:
         parser.epilog = _EPILOG.replace("python3 src/main.py", parser.prog).replace(
             "weights_preprocessor.py", "moe-prepare"
         )
-    groups = {title: parser.add_argument_group(title) for title in _GROUPS}
     for title, options in _GROUPS.items():
-        for one in fields(options) if options else ():
-            if flag_of(one).help:
-                add_flags(groups[flag_of(one).group or title], options, one.name)
+        names = [one.name for one in fields(options) if flag_of(one).help]
+        add_flags(parser.add_argument_group(title), options, *names)
     other = parser.add_argument_group("other")
     other.add_argument(
         "--show-calibration",
