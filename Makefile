@@ -76,7 +76,8 @@ sanitize: $(DEV_STAMP) ## the kernels' tests under AddressSanitizer and Undefine
 	@runtime() { $${CXX:-g++} -print-file-name="$$1"; }; \
 	LD_PRELOAD="$$(runtime libasan.so) $$(runtime libubsan.so) $$(runtime libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(PY) -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu_*.py tests/model/test_cpu_*.py $(PYTEST_FLAGS)
+	$(PY) -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu_*.py \
+	  tests/model/test_attention.py tests/model/test_decode_modules.py $(PYTEST_FLAGS)
 
 .PHONY: demo
 demo: $(RUN_STAMP) $(DEMO)/prepared/manifest.json ## make a small real model, prepare it, ask it PROMPT

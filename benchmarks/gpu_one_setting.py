@@ -22,6 +22,8 @@ from moe_offload.simulation.replay import bound_us
 
 PROMPT_TOKENS = 32
 PROMPT_LENGTHS = (512, 4096)
+_WARM_UP_PROMPT = 64
+_PROMPTS_SHARE = 3  # of a setting's time for decoding: three of eight settings have prompts
 LEAST_STEPS = 4
 CHECKED_STEPS = 4
 _CHECKED_LAYERS = 4  # the last of those that are watched: torch's bf16 is slow on some CPUs
@@ -142,23 +144,22 @@ def measure(
 def prompt_speeds(engine: Engine, budget_s: float) -> dict[int, float]:
     """Tokens/s of prompts of `PROMPT_LENGTHS` that the context and `budget_s` hold.
 
-    A short one warms up; a longer one is run if it ends in time at the speed of the one before.
+    A short one warms up. A longer one is begun if it is expected to end in time: reading or copying
+    the experts takes as long for many tokens as for few, their arithmetic does not; in between.
     """
     context = engine.source.config.get_text_config().max_position_embeddings
-    speeds: dict[int, float] = {}
-    left_s, seen = budget_s, [64, *PROMPT_LENGTHS]
-    for n_tokens in (n for n in seen if n <= context):
-        if speeds and n_tokens / list(speeds.values())[-1] > left_s:
+    took_s: dict[int, float] = {}
+    for n_tokens in (n for n in (_WARM_UP_PROMPT, *PROMPT_LENGTHS) if n <= context):
+        left_s = budget_s - sum(took_s.values())
+        if took_s and max(took_s.values()) * (n_tokens / max(took_s)) ** 0.5 > left_s:
             break
         if engine.dispatcher.forced_routing is not None:
             engine.dispatcher.forced_routing.rewind()
         ids = torch.arange(n_tokens, device=engine.device)[None] % engine.source.config.vocab_size
         began_s = time.monotonic()
         engine.model(input_ids=ids, use_cache=True, logits_to_keep=1)  # ends with a synchronisation
-        took_s = time.monotonic() - began_s
-        left_s -= took_s
-        speeds[n_tokens] = n_tokens / took_s
-    return {n: speed for n, speed in speeds.items() if n in PROMPT_LENGTHS}
+        took_s[n_tokens] = time.monotonic() - began_s
+    return {n: n / took_s[n] for n in PROMPT_LENGTHS if n in took_s}
 
 
 def _used_of_prefetched(engine: Engine) -> int:
@@ -201,7 +202,7 @@ def run_setting(
     with watched(engine) as samples:
         found = logits(engine, ids)
     error = layer_error(engine, samples)
-    speeds = prompt_speeds(engine, budget_s / 2) if setting.prompts else {}
+    speeds = prompt_speeds(engine, _PROMPTS_SHARE * budget_s) if setting.prompts else {}
     reference = found if reference is None else reference
     logit_error = None
     if setting.forced:

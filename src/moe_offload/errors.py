@@ -19,8 +19,12 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        text = re.sub(r"\s*[\n\r\t]\s*", " ", super().__str__())
-        if len(text) > LONGEST_MESSAGE:
-            half = LONGEST_MESSAGE // 2
-            text = f"{text[:half]} ... {text[-half:]}"
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return plain(re.sub(r"\s*[\n\r\t]\s*", " ", super().__str__()))
+
+
+def plain(line: str) -> str:
+    """`line` without characters that a terminal obeys, and its middle cut out if it is too long."""
+    if len(line) > LONGEST_MESSAGE:
+        half = LONGEST_MESSAGE // 2
+        line = f"{line[:half]} ... {line[-half:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

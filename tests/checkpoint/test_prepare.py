@@ -343,6 +343,8 @@ def test_companion_files_travel(tmp_path: Path) -> None:
         "tokenizer_config.json",
         "special_tokens_map.json",
         "chat_template.jinja",
+        "chat_template.json",
+        "tiktoken.model",
     ]
     for name in names:
         (source / name).write_text(json.dumps({"contents of": name}))

@@ -7,13 +7,15 @@ at most one copy back beside those of experts.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from against_transformers import prepared
-from pretended_gpu import GPU, GpuTensor, Seen, WrongDeviceError, pretended_gpu
+from pretended_gpu import EVENTS_APART_MS, GPU, GpuTensor, Seen, WrongDeviceError, pretended_gpu
 from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
@@ -190,6 +192,25 @@ def test_triton_kernels_are_given_the_gpus_tensors_and_decode_sends_it_nothing(
     _, layers = run_on_pretence(folder, CACHED, monkeypatch, current)
     assert {tuple(copies) for _, copies in layers} == {()}
     assert len(launched) == (4 if weight_format == "int4" else 3)
+
+
+def test_a_gpus_attention_is_not_taken_for_its_router(
+    folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host meets all that it launched when it waits for the routing, inside the block."""
+    recorders = []
+
+    def watch(engine: Engine) -> None:
+        recorders.append(engine.dispatcher.recorder)
+        for site in engine.sites:  # attention ends late, as the host sees it
+            site.block.register_forward_pre_hook(lambda *_: time.sleep(0.002))
+
+    with pretended_gpu(monkeypatch):
+        generate(folders["mixtral", "fp32"], "cuda", CACHED, watch)
+    (recorder,) = recorders
+    table = recorder.layer_table()
+    assert len(table) and np.allclose(table["router_us"], EVENTS_APART_MS * 1e3)
+    assert (table["attention_us"] > 2000).all()
 
 
 def test_the_pretence_refuses_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Every MoE architecture of transformers, tiny and random: prepared, run, and compared with it.
 
 `python tests/helpers/architectures.py` (with `src` and `tests/helpers` on PYTHONPATH) writes the
-table of docs/ARCHITECTURES.md from what it finds, or the rows of the names it is given.
+table of docs/SUPPORTED_MODELS.md from what it finds, or the rows of the names it is given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
 from moe_offload.model.generation import generate_batch, make_sampler
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "ARCHITECTURES.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "SUPPORTED_MODELS.md"
 _N_LAYERS, _N_NEW = 4, 12
 _PROMPTS = [
     [5, 17, 200, 33, 90, 41, 7, 250, 61, 19, 77],

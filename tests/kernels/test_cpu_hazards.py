@@ -256,9 +256,10 @@ def test_the_c_interface_refuses_what_cannot_be():
     routed = make_routing(layer, 2)
     out = torch.full((2, 40), NAN)
     arguments = native(layer)._layer
-    tokens = experts_module.Routed(
+    given = experts_module.Routed(
         routed.hidden, layer.pointers, routed.on_cpu, routed.index, routed.weight
-    ).arguments()
+    )
+    tokens = given.arguments()  # addresses, valid as long as `given` is
     wrong_layers = (
         {"weight_format": 4},
         {"weight_format": -1},

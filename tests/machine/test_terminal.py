@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 from moe_offload.machine.terminal import (
     RunProgress,
     answer,
     complain,
-    plain,
     say,
     show,
     told_if_slow,
@@ -157,10 +156,9 @@ def test_messages_hold_no_escapes_and_are_short(capsys: pytest.CaptureFixture[st
     complain("x" * 200_000 + "; shorten it")
     say("two\nlines\r")
     hostile, long, *lines = capsys.readouterr().err.splitlines()
-    assert hostile == r"error: no file \x1b]0;owned\x07\x9b31m \udcff"
+    assert hostile == r"error: no file \x1b]0;owned\x07\x9b31m \udcff\u2028"
     assert len(long) < 2100
-    assert long.endswith("x; shorten it")
-    assert f" {200_000 + len('error: ; shorten it') - 2000} characters " in long
+    assert long.startswith("error: xxx") and long.endswith("x; shorten it")
     assert lines == ["two", r"lines\r"]
     assert plain("é, 日 and \U0001f4a5") == "é, 日 and \U0001f4a5"
 

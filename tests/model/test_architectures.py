@@ -1,4 +1,4 @@
-"""Every MoE architecture of transformers: docs/ARCHITECTURES.md says what each is found to be."""
+"""Every MoE architecture of transformers: docs/SUPPORTED_MODELS.md says what each is found to be."""
 
 from __future__ import annotations
 

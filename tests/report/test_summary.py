@@ -116,6 +116,17 @@ def test_the_printed_summary_is_the_references_block_then_our_lines() -> None:
     assert text == REFERENCE_BLOCK + OWN_LINES
 
 
+@pytest.mark.parametrize(("limit_gbps", "share"), [(24.0, "104%"), (20.0, None)])
+def test_no_share_of_a_limit_that_was_exceeded(limit_gbps: float, share: str | None) -> None:
+    """Experts that lie in a cache are read faster than memory, of which they are no share."""
+    recorder = Recorder()
+    hand_made_run(recorder)
+    text = format_summary(summarize(recorder, cpu_limit_gbps=limit_gbps))
+    (line,) = [one for one in text.splitlines() if one.startswith("CPU experts")]
+    end = "" if share is None else f", {share} of this machine's {limit_gbps:.1f} GB/s"
+    assert line == f"CPU experts: read 0.200 GB in decode at 25.0 GB/s{end}"
+
+
 def test_hidden_responses_and_uneven_prompt_lengths() -> None:
     recorder = Recorder()
     hand_made_run(recorder)

@@ -171,6 +171,14 @@ def test_one_index_for_all_layers_falls_off_the_cliff(capsys, trace, trace_file)
     assert "cliff" not in out
 
 
+def test_a_traces_own_words_reach_no_terminal_as_commands(capsys, tmp_path, trace):
+    info = replace(trace.info, model="m\x1b[2J", notes=("n\x1b]0;title\x07",))
+    write_trace(tmp_path / "t.jsonl", info, trace.passes)
+    out = printed(capsys, str(tmp_path / "t.jsonl"), "--cache-nblocks", "1", "--cache-nways", "2")
+    assert "routing: m" in out and "note: n" in out
+    assert "\x1b" not in out and "\x07" not in out
+
+
 def test_absurd_sizes_are_cut_to_the_model(capsys, trace_file):
     much = "9" * 19
     out = printed(capsys, trace_file, "--one-index", "--cache-nways", much, "--cache-quota", much)

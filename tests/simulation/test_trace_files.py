@@ -183,6 +183,18 @@ def test_synthetic_stays_synthetic(tmp_path):
         (ROUTE + "0,1,1,0,0,4,0.5,0,1\n", "line 16: expected an expert id of 0 to 3, found 4"),
         (ROUTE + "0,1,1,2,0,1,0.5,0,1\n", "line 16: expected a layer of 0 to 1, as the comment"),
         (ROUTE + "0,2,1,0,0,1,0.5,0,1\n", "line 16: expected phase 0"),
+        (ROUTE + "9" * 30 + ",1,1,0,0,1,0.5,0,1\n", "line 16: expected turn of 0 to 115"),
+        (ROUTE + "0,1,1,0,0," + "9" * 5000 + ",0.5,0,1\n", "line 16: expected a whole number as"),
+        (
+            JSON + '{"phase": "decode", "ids": [[[0, ' + "9" * 30 + "]], [[1, 2]]]}\n",
+            "line 4: expected an expert id of 0 to 3, found 9999999999",
+        ),
+        (
+            JSON.replace('"n_experts": 4', '"n_experts": 1000000000'),
+            "line 1: expected n_experts of",
+        ),
+        (JSON + "[" * 100_000 + "\n", "line 4: expected a JSON object"),
+        (JSON + '{"phase": "prefill", "ids": [], "prompt": 1e40}\n', "line 4: expected a whole"),
         (ROUTE + "0,1,1,0,1,1,0.5,0,1\n", "line 16: expected slot 0 next, found 1"),
         (ROUTE + "0,1,1,0,0,1,0.5,0,1\n", "line 16: expected 2 layers, found 1"),
         (JSON + "{oops\n", "line 4: expected a JSON object"),
@@ -231,6 +243,12 @@ def test_a_known_number_of_experts_bounds_the_ids(tmp_path):
     assert read_trace(path, n_experts=8).n_experts == 8
     with pytest.raises(UserError, match="line 3: expected an expert id of 0 to 2, found 3"):
         read_trace(path, n_experts=3)
+
+
+@pytest.mark.parametrize("n_experts", [0, -1, 65537, 10**30])
+def test_a_number_of_experts_that_no_model_has_is_a_sentence(tmp_path, n_experts):
+    with pytest.raises(UserError, match="expected 1 to 65536 experts a layer, found"):
+        read_trace(write(tmp_path, CHOICES), n_experts)
 
 
 def test_missing_and_binary_files(tmp_path):

@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.checkpoint.prepared import PREPARE_AGAIN, DenseTensor, Manifest, PackedWeight
+from moe_offload.checkpoint.prepared import (
+    PREPARE_AGAIN,
+    DenseTensor,
+    Manifest,
+    PackedWeight,
+    require,
+)
 from moe_offload.checkpoint.safetensors_file import read_header
 from moe_offload.checkpoint.source import stored_dtype
 from moe_offload.config import WEIGHT_FORMATS
@@ -34,21 +40,16 @@ def require_fit(manifest: Manifest, model: PreTrainedModel) -> None:
         raise UserError(f"{path} does not fit its model: {error}; {PREPARE_AGAIN}") from error
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _require_experts(manifest: Manifest, model: PreTrainedModel) -> None:
     modules = find_experts(model)
     found = [layer.module for layer in manifest.moe_layers]
-    _require(
+    require(
         found == [module.name for module in modules],
         f"expected experts in {len(modules)} layers from {modules[0].name} on, found "
         f"{len(found)} from {found[0]!r:.80} on",
     )
     for layer, module in zip(manifest.moe_layers, modules, strict=True):
-        _require(
+        require(
             layer.n_experts == module.n_experts
             and layer.layout == module.block_layout(manifest.weight_format),
             f"the experts of {module.name} are of other number or sizes",
@@ -57,19 +58,19 @@ def _require_experts(manifest: Manifest, model: PreTrainedModel) -> None:
 
 def _require_dense(manifest: Manifest, model: PreTrainedModel) -> None:
     facts = WEIGHT_FORMATS[manifest.dense_format]
-    _require(
+    require(
         (manifest.model_dtype == "float32") == (manifest.dense_format == "fp32"),
         f"a model in {manifest.model_dtype} with dense weights in {manifest.dense_format}",
     )
     packed: dict[str, PackedWeight] = {weight.name: weight for weight in manifest.packed_weights}
-    _require(not packed or bool(facts.group), f"packed weights in {manifest.dense_format}")
+    require(not packed or bool(facts.group), f"packed weights in {manifest.dense_format}")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for module in find_experts(model):
         for name in module.parameters.values():
             del shapes[name]
     stored = {tensor.name: tensor for shard in manifest.dense for tensor in shard.tensors}
     for name, weight in packed.items():
-        _require(
+        require(
             isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
             and shapes.pop(name, None) == (weight.n_rows, weight.n_columns)
             and weight.bits == facts.bits,
@@ -79,7 +80,7 @@ def _require_dense(manifest: Manifest, model: PreTrainedModel) -> None:
         _require_tensor(stored.pop(f"{name}.packed", None), shape, (torch.uint8,), name)
         _require_tensor(stored.pop(f"{name}.scale", None), scale, (torch.float16,), name)
     for name, tensor in stored.items():
-        _require(name in shapes, f"it holds the tensor {name!r:.80}, which the model does not have")
+        require(name in shapes, f"it holds the tensor {name!r:.80}, which the model does not have")
         dtype = stored_dtype(model, name)
         # What another transformers keeps in fp32 is no less exact.
         dtypes = (dtype, torch.float32) if dtype.is_floating_point else (dtype,)
@@ -87,7 +88,7 @@ def _require_dense(manifest: Manifest, model: PreTrainedModel) -> None:
     for shard in manifest.dense:
         entries = [(e.name, e.dtype, e.shape, e.offset_bytes) for e in read_header(shard.file)]
         told = [(t.name, t.torch_dtype, t.shape, t.offset_bytes) for t in shard.tensors]
-        _require(entries == told, f"the header of {shard.file.name} says otherwise")
+        require(entries == told, f"the header of {shard.file.name} says otherwise")
 
 
 def _require_tensor(
@@ -96,7 +97,7 @@ def _require_tensor(
     dtypes: tuple[torch.dtype, ...],
     name: str,
 ) -> None:
-    _require(
+    require(
         tensor is not None and tensor.shape == shape and tensor.torch_dtype in dtypes,
         f"expected {name} of shape {list(shape)} in {dtypes[0]}, found "
         + ("none" if tensor is None else f"{list(tensor.shape)} in torch.{tensor.dtype}"),

@@ -58,7 +58,8 @@ OUR_SHARD: Final = re.compile(r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safeten
 _DTYPE_OF_NAME: Final = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """ValueError with this message where the condition does not hold; unlike assert, always."""
     if not condition:
         raise ValueError(message)
 
@@ -74,10 +75,10 @@ class DenseTensor:
     checksum: int
 
     def __post_init__(self) -> None:
-        _require(self.dtype in _DTYPE_OF_NAME, f"{self.name} has no dtype {self.dtype!r:.40}")
-        _require(min(self.offset_bytes, *self.shape, 0) == 0, f"{self.name} has a negative size")
+        require(self.dtype in _DTYPE_OF_NAME, f"{self.name} has no dtype {self.dtype!r:.40}")
+        require(min(self.offset_bytes, *self.shape, 0) == 0, f"{self.name} has a negative size")
         elements = math.prod(max(size, 1) for size in self.shape)  # also of one without any
-        _require(elements < 1 << 48, f"{self.name} has no shape that memory can hold")
+        require(elements < 1 << 48, f"{self.name} has no shape that memory can hold")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -100,10 +101,10 @@ class DenseShard:
     def __post_init__(self) -> None:
         position = self.data_offset_bytes
         for tensor in self.tensors:
-            _require(tensor.offset_bytes == position, f"{tensor.name} lies where another does")
-            _require(position % tensor.torch_dtype.itemsize == 0, f"{tensor.name} is not aligned")
+            require(tensor.offset_bytes == position, f"{tensor.name} lies where another does")
+            require(position % tensor.torch_dtype.itemsize == 0, f"{tensor.name} is not aligned")
             position += tensor.n_bytes
-        _require(position == self.bytes, "tensors that end where their file does not")
+        require(position == self.bytes, "tensors that end where their file does not")
 
     @property
     def data_offset_bytes(self) -> int:
@@ -131,8 +132,8 @@ class MoeLayer:
     def __post_init__(self) -> None:
         layout = self.layout
         sizes = (layout.hidden_size, layout.intermediate_size, self.n_experts)
-        _require(min(*sizes, self.data_offset_bytes) > 0, "a layer of no experts or empty ones")
-        _require(self.data_offset_bytes % BLOCK_ALIGNMENT == 0, "blocks that are not aligned")
+        require(min(*sizes, self.data_offset_bytes) > 0, "a layer of no experts or empty ones")
+        require(self.data_offset_bytes % BLOCK_ALIGNMENT == 0, "blocks that are not aligned")
         wanted = block_layout(
             layout.weight_format,
             layout.hidden_size,
@@ -140,9 +141,9 @@ class MoeLayer:
             layout.has_gate,
             layout.has_bias,
         )
-        _require(layout == wanted, "fields that lie elsewhere than their format has them")
-        _require(len(self.block_checksums) == self.n_experts, "not one checksum per expert")
-        _require(
+        require(layout == wanted, "fields that lie elsewhere than their format has them")
+        require(len(self.block_checksums) == self.n_experts, "not one checksum per expert")
+        require(
             self.block_offset_bytes(self.n_experts) == self.bytes,
             "not as many blocks as the file has room for",
         )
@@ -189,17 +190,17 @@ class Manifest:
 
     def __post_init__(self) -> None:
         formats = {layer.layout.weight_format for layer in self.moe_layers}
-        _require(formats == {self.weight_format}, "no experts in the format it names")
+        require(formats == {self.weight_format}, "no experts in the format it names")
         for position, layer in enumerate(self.moe_layers):
             name = experts_file_name(position)
-            _require(layer.file.name == name, f"{layer.file.name!r:.80}, not {name}")
+            require(layer.file.name == name, f"{layer.file.name!r:.80}, not {name}")
         for position, shard in enumerate(self.dense):
             name = dense_file_name(position, len(self.dense))
-            _require(shard.file.name == name, f"{shard.file.name!r:.80}, not {name}")
+            require(shard.file.name == name, f"{shard.file.name!r:.80}, not {name}")
         names = [tensor.name for shard in self.dense for tensor in shard.tensors]
-        _require(len(set(names)) == len(names), "a tensor in two places")
+        require(len(set(names)) == len(names), "a tensor in two places")
         for file in self.files or {}:
-            _require(Path(file).name == file, f"a file called {file!r:.80}")
+            require(Path(file).name == file, f"a file called {file!r:.80}")
 
     @property
     def shards(self) -> tuple[DenseShard | MoeLayer, ...]:
@@ -262,7 +263,7 @@ Shard = TypeVar("Shard", DenseShard, MoeLayer)
 
 def locate(folder: Path, shard: Shard) -> Shard:
     """A shard just read from JSON, in its folder; ValueError for a file that is none of ours."""
-    _require(
+    require(
         OUR_SHARD.fullmatch(str(shard.file)) is not None, f"a shard called {str(shard.file)!r:.80}"
     )
     return replace(shard, file=folder / shard.file)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
 from moe_offload.config import LARGEST, require_range
-from moe_offload.errors import UserError
-from moe_offload.machine.terminal import plain, show
+from moe_offload.errors import UserError, plain
+from moe_offload.machine.terminal import show
 from moe_offload.report.figures import (
     Drawing,
     draw_breakdown,

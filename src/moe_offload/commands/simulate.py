@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path, add_flags, chosen, run_command
 from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, require_range
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
@@ -217,11 +217,11 @@ def _print_trace(trace: Trace) -> None:
     info = trace.info
     kind = "SYNTHETIC routing" if info.synthetic else "routing"
     print(
-        f"{kind}: {info.model}, {info.n_layers} layers, top-{info.top_k} of {trace.n_experts}, "
-        f"{trace.passes.n_decoded} decoded tokens"
+        f"{kind}: {plain(info.model)}, {info.n_layers} layers, top-{info.top_k} of "
+        f"{trace.n_experts}, {trace.passes.n_decoded} decoded tokens"
     )
     for note in info.notes:
-        print(f"note: {note}")
+        print(f"note: {plain(note)}")
     if any(one.phase == "prefill" and not one.ids for one in trace.passes):
         print(
             "note: the trace leaves prompts out: how they warmed the cache is not known and not "

@@ -75,6 +75,8 @@ class MoeDispatcher:
         self._handoff = HostHandoff()
         self._is_open = False  # the pass begun last has not ended
         self._device: torch.device | None = None  # the model's, as a layer sees it
+        # On a GPU, by layer: events where its block begins and where the host has its routing.
+        self._block_events: dict[int, tuple[Any, Any]] = {}
         self._decode = False
         self._skip_experts = False
         self._token_mask: Tensor | None = None
@@ -92,6 +94,8 @@ class MoeDispatcher:
         model.register_forward_hook(self._after_pass)
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
+        parameter = next(model.parameters(), None)
+        self._device = None if parameter is None else parameter.device
 
     def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
@@ -140,6 +144,13 @@ class MoeDispatcher:
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
+        if self.recorder.enabled and self._device is not None and self._device.type == "cuda":
+            cuda: Any = torch.cuda
+            if self._next_layer not in self._block_events:
+                pair = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+                self._block_events[self._next_layer] = pair
+            began, _ = self._block_events[self._next_layer]
+            began.record(cuda.current_stream(self._device))
         self._ranges.part(self._next_layer, "router")
 
     @contextmanager
@@ -187,6 +198,9 @@ class MoeDispatcher:
         parts = self.store, self.cpu[layer], self._handoff, accelerator
         step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
+        block_events = self._block_events.get(layer)
+        if block_events is not None:
+            block_events[1].record(torch.cuda.current_stream(self._device))
         self._ranges.part(layer, "plan")
         evicted = 0 if accelerator is None else accelerator.cache.evictions
         if accelerator is None:
@@ -217,6 +231,10 @@ class MoeDispatcher:
         def event() -> LayerEvent:
             """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
             block_bytes = self.store.layouts[layer].block_bytes
+            router_us = (routed_s - block_began_s) * 1e6
+            if block_events is not None:  # the host ran ahead: attention ended in the block's time
+                on_device_us = float(block_events[0].elapsed_time(block_events[1])) * 1e3
+                router_us = min(on_device_us, (routed_s - began_s) * 1e6)
             tokens = [token for token in ids if token[0] >= 0]  # the others are padding
             hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
             n_hits = sum(hits_of_token)
@@ -228,8 +246,8 @@ class MoeDispatcher:
                 misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
                 fetches=fetches,
                 evictions=evictions,
-                attention_us=(block_began_s - began_s) * 1e6,
-                router_us=(routed_s - block_began_s) * 1e6,
+                attention_us=(routed_s - began_s) * 1e6 - router_us,
+                router_us=router_us,
                 plan_us=(planned_s - routed_s) * 1e6,
                 cpu_us=(computed_s - planned_s) * 1e6,
                 gpu_us=sum(pending.resolve() for pending, _ in launches),

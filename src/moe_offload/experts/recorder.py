@@ -40,7 +40,9 @@ class LayerEvent(NamedTuple):
     `router` includes the copy of routing and hidden state to the host, `copy_wait` is time stood
     still for an expert's copy, `combine` ends when the layer's output is ready: it includes what
     the accelerator still needed after the CPU had finished. `gpu` is the accelerator's own time for
-    the layer's experts, beside the others.
+    the layer's experts, beside the others. On a GPU, whose work the host only launches, its own
+    clock says how much of `attention` and `router` is `router`; a previous layer's sum that it had
+    not finished then counts as `attention`.
 
     `cpu_bytes` and `gpu_bytes` are the expert bytes that each side read (each expert once);
     `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.

@@ -23,22 +23,13 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from tqdm import tqdm
 
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 
 if TYPE_CHECKING:
     from torch import nn
 
 EXIT_USER_ERROR: Final = 2
-_LONGEST_LINE: Final = 2000  # characters of a message's line; an error may quote a whole file
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def plain(line: str) -> str:
-    """`line` without escapes that a terminal obeys, and its middle cut out if it is too long."""
-    if len(line) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        line = f"{line[:half]} ... {len(line) - 2 * half} characters ... {line[-half:]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:

@@ -25,9 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from moe_offload.errors import UserError
+from moe_offload.errors import UserError, plain
 from moe_offload.files import write_together
-from moe_offload.machine.terminal import plain
 from moe_offload.report.patterns import Patterns
 from moe_offload.report.read_back import Floats, RunFiles
 

@@ -15,6 +15,7 @@ from moe_offload.machine.sensors import Sample, energies_at
 
 Floats = npt.NDArray[np.float64]
 _RULE = "=" * 20
+_MOST_OF_LIMIT = 1.1  # more than memory can give: experts in a cache, or a limit badly measured
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _own_lines(summary: RunSummary) -> Iterator[str]:
         )
     if summary.cpu_read_gbps is not None and summary.cpu_read_bytes:
         share, of_limit = summary.cpu_share_of_limit, ""
-        if share is not None:
+        if share is not None and share <= _MOST_OF_LIMIT:
             of_limit = f", {100 * share:.0f}% of this machine's {summary.cpu_limit_gbps:.1f} GB/s"
         yield (
             f"CPU experts: read {_gb(summary.cpu_read_bytes)} in decode "

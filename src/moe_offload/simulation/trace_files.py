@@ -209,6 +209,7 @@ class Route(TraceFormat):
             # A prompt is one pass, each of its steps a token; a decoded token is a pass.
             key = (turn, phase, step if phase else 0)
             if key != current:
+                self.integer(turn, "turn")
                 if current:
                     yield self._pass(current, tokens)
                 current, tokens = key, {}
@@ -289,6 +290,8 @@ class TraceReader:
     def __init__(self, path: Path, n_experts: int | None = None) -> None:
         self.path = path
         self.n_experts = n_experts
+        if n_experts is not None and not 1 <= n_experts <= N_IDS:
+            raise UserError(f"expected 1 to {N_IDS} experts a layer, found {n_experts}")
         try:
             if path.exists() and not path.is_file():  # a pipe cannot be read twice
                 raise OSError(0, "not a regular file")

@@ -90,6 +90,11 @@ class Routing:
             ids = tuple(self._tokens(*one) for one in zip(self._prefill, spans, strict=False))
             return RoutingPass("prefill", ids, number, waited)
         span = (self._n_decoded[index - 1] if index else 0, self._n_decoded[index])
+        if self._width == 1 == span[1] - span[0]:  # as below, in a third of the time
+            first, end = (self.top_k * token for token in span)
+            return RoutingPass(
+                "decode", tuple([(tuple(of[first:end]),) for of in self._decode]), number
+            )
         return RoutingPass("decode", tuple(self._tokens(of, span) for of in self._decode), number)
 
     @property

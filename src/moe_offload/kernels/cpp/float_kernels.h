@@ -25,7 +25,8 @@ inline float scalar_weight(const uint16_t* w) { return float_of_bf16(*w); }
 // push out the activations, which every row reads again (Zen 4, AVX2: 26 against 34 GB/s).
 //   one token, activations in half of the first level: one row after another, 6 KiB ahead
 //   one token, longer rows: two rows at a time, so that a load of x serves both
-//   more tokens: four or two rows at a time, as many as the registers hold sums of
+//   more tokens: four or three rows at a time, as many as 16 registers hold sums of; a weight is
+//   widened once for all tokens of a call (4 tokens, 3 rows at a time instead of 2: 0.85x the time)
 // Several rows at a time prefetch the next ones. Distances that are multiples of 4 KiB fall on the
 // cache sets in use and are slower.
 constexpr int64_t kStreamAheadBytes = 6144;
@@ -99,8 +100,8 @@ inline void dot_rows_of(const W* w, int64_t cols, int rows, const float* const* 
         return dot_tokens<V, W, 1, 1>(w, cols, rows, x, y, ldy);
       return dot_tokens<V, W, 2, 1>(w, cols, rows, x, y, ldy);
     case 2: return dot_tokens<V, W, 4, 2>(w, cols, rows, x, y, ldy);
-    case 3: return dot_tokens<V, W, 2, 3>(w, cols, rows, x, y, ldy);
-    default: return dot_tokens<V, W, 2, 4>(w, cols, rows, x, y, ldy);
+    case 3: return dot_tokens<V, W, 4, 3>(w, cols, rows, x, y, ldy);
+    default: return dot_tokens<V, W, 3, 4>(w, cols, rows, x, y, ldy);
   }
 }
 

@@ -30,7 +30,7 @@ const Kernels kKernels = {
     mix_rows<Float8>,
     {4, 1, 8, 16, load_weights_fp32, multiply, 4, multiply_narrow},
     {},
-    5,
+    17,
     {quant_format<Avx2Quant>(kInt8), quant_format<Avx2Quant>(kInt4)},
     quantize_group<Avx2Quant>,
     quant_rows<Avx2Quant>,

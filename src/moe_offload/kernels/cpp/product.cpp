@@ -9,6 +9,8 @@ namespace cpux {
 
 namespace {
 
+// Rows of fp32 and bf16 weights that several calls of dot_rows share: whole blocks of 3 and of 4.
+constexpr int64_t kDotRows = 12;
 // Groups of int8 and int4 weights that stay in the cache while all tokens meet them.
 constexpr int64_t kQuantSliceGroups = 32;
 
@@ -55,14 +57,18 @@ int64_t group_at(const QuantFormat& format, const Activations& a, int64_t t, int
 int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
                 int64_t r1, float* c, int64_t stride) {
   const int64_t element = m.format == kBf16 ? 2 : 4;
-  // More tokens than one call takes: few rows at a time, so that they stay in the first-level cache.
-  const int64_t step = a.n <= kMaxDotTokens ? r1 - r0 : 2;
+  // More tokens than one call takes: few rows at a time, which wait in the cache for the next call,
+  // and calls of about as many tokens (a call for one or two is worth little).
+  const int64_t step = a.n <= kMaxDotTokens ? r1 - r0 : kDotRows;
   for (int64_t r = r0; r < r1; r += step) {
     const int rows = static_cast<int>(std::min(step, r1 - r));
-    for (int64_t t = 0; t < a.n; t += kMaxDotTokens)
+    int64_t t = 0;
+    for (int64_t calls = (a.n + kMaxDotTokens - 1) / kMaxDotTokens; calls > 0; --calls) {
+      const int64_t tokens = (a.n - t + calls - 1) / calls;
       kernels.dot_rows(m.w + r * m.cols * element, m.format, m.cols, rows, a.rows + t,
-                       static_cast<int>(std::min<int64_t>(kMaxDotTokens, a.n - t)),
-                       c + t * stride + (r - r0), stride);
+                       static_cast<int>(tokens), c + t * stride + (r - r0), stride);
+      t += tokens;
+    }
   }
   return 0;
 }
