@@ -22,19 +22,18 @@ WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 class FormatFacts:
     """How a weight format stores a matrix: `bits` per weight in elements of torch's `dtype`.
 
-    With a `group`, so many inputs of a row share one scale of `scale_bits`, which are packed tiles
+    With a `group`, so many inputs of a row share one scale of 16 bits, which are packed tiles
     (`checkpoint/quantization.py`); without, the matrix is row-major.
     """
 
     dtype: str
     bits: int
     group: int = 0
-    scale_bits: int = 16
 
     @property
     def bits_per_weight(self) -> float:
         """Scales included, padding not."""
-        return self.bits + (self.scale_bits / self.group if self.group else 0)
+        return self.bits + (16 / self.group if self.group else 0)
 
 
 # The one table of weight formats, in the order of WeightFormat in kernels/cpp/kernels.h. A format

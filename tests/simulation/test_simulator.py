@@ -276,7 +276,7 @@ def test_where_results_go_is_checked_first(capsys, tmp_path, trace_file, monkeyp
         monkeypatch.setattr(simulate, name, None)  # not reached
     below = str(tmp_path / "file" / "below")
     out = printed(capsys, trace_file, "--sweep", "--output-dir", below, code=2)
-    assert f"a folder to write to at {below}, found none (Not a directory)" in out
+    assert f"cannot write results to {below} (Not a directory): choose another --output-dir" in out
     model = ("--model", "olmoe-1b-7b")
     out = printed(capsys, "--calibrate", str(tmp_path), *model, code=2)
     assert f"a file to write, found the folder {tmp_path}" in out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields
@@ -75,6 +76,19 @@ def run_command(
     argv = sys.argv[1:] if argv is None else argv
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return answer(lambda: work(parser.parse_args(argv)) or 0, "--debug" in argv)
+
+
+def make_writable(folder: Path, flag: str) -> None:
+    """Make a folder and try it; UserError, with the flag to change, if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(
+            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}"
+        ) from error
 
 
 def started_as(script: str) -> str:

@@ -7,7 +7,6 @@ each result has a file of its own that can be written. Then loads and runs (`run
 from __future__ import annotations
 
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +15,13 @@ from pathlib import Path
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import require_prepared
 from moe_offload.commands.answers import Answers
-from moe_offload.commands.arguments import build_parser, parse_config, run_command, started_as
+from moe_offload.commands.arguments import (
+    build_parser,
+    make_writable,
+    parse_config,
+    run_command,
+    started_as,
+)
 from moe_offload.commands.prompts import LeftOut, read_prompts
 from moe_offload.config import Config
 from moe_offload.errors import UserError
@@ -160,17 +165,5 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
         if path.resolve() in taken or same_file_as(path, taken) is not None:
             raise UserError(f"another of the run's files goes to {path}: {another}")
         taken.add(path.resolve())
-        _try_folder(path.parent, flag)
-
-
-def _try_folder(folder: Path, flag: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         remedy = "" if flag == "--responses-jsonl" else ", or --no-record"
-        raise UserError(
-            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}{remedy}"
-        ) from error
+        make_writable(path.parent, flag + remedy)

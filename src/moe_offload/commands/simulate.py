@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_offload.commands.arguments import ArgumentParser, a_path, add_flags, chosen, run_command
+from moe_offload.commands.arguments import (
+    ArgumentParser,
+    a_path,
+    add_flags,
+    chosen,
+    make_writable,
+    run_command,
+)
 from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, require_range
 from moe_offload.errors import UserError, plain
 from moe_offload.simulation.machine_file import Machine, load_machine
@@ -334,7 +341,7 @@ def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
     from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
     from moe_offload.report.sweep_figure import draw_sweep
 
-    _make_folder(options.output_dir)
+    make_writable(options.output_dir, "--output-dir")
     require_range("--processes", options.processes, 1, LARGEST)
     processes = min(options.processes, os.cpu_count() or 1)  # more of them compute nothing sooner
     costs, free_bytes = (
@@ -399,7 +406,7 @@ def _calibrate(path: Path, shape: ModelShape | None) -> None:
         raise UserError("--calibrate needs --model: measured with experts of which shape?")
     from moe_offload.commands.measure import measure_machine  # torch: no other task needs it
 
-    _make_folder(path.parent)
+    make_writable(path.parent, "--calibrate")
     if path.is_dir():
         raise UserError(f"expected --calibrate to name a file to write, found the folder {path}")
     machine = measure_machine(path, shape)
@@ -409,13 +416,3 @@ def _calibrate(path: Path, shape: ModelShape | None) -> None:
         f"the bus {bus_gbps:.1f} GB/s, the GPU {machine.gpu_gbps:.1f} GB/s"
     )
     print(f"wrote {path}")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"expected a folder to write to at {path}, found none ({error.strerror}): choose "
-            "another"
-        ) from None
