@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
+from unittest.mock import Mock
 
 import pytest
 
+from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.commands import check, draw, generate, prepare, simulate
 from moe_offload.commands.arguments import build_parser, parse_config, parse_cpu_list
 from moe_offload.config import Config, flag_of
 from moe_offload.errors import UserError
@@ -27,6 +32,42 @@ def test_every_field_has_one_flag() -> None:
     parsed = {string for action in build_parser()._actions for string in action.option_strings}
     others = {"-h", "--help", "--show-calibration", "--version"}
     assert parsed == flags.keys() | others
+
+
+@pytest.mark.parametrize(
+    "main",
+    [check.main, draw.patterns, draw.plots, generate.main, prepare.main, simulate.main],
+)
+def test_every_command_ends_with_one_sentence_and_shows_more_to_a_debugger(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (["--no-such-flag"], ["--no-such-flag", "--debug"]):
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[-1].startswith("error: ")
+        assert (len(err.splitlines()) > 1) == ("Traceback" in err) == ("--debug" in argv)
+
+
+def test_nobody_to_read_a_verdict_does_not_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `check.py ... | head -0`: exit code 0 would say that the answers are right."""
+
+    def nobody(_: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(check, "show", nobody)
+    monkeypatch.setattr(
+        "moe_offload.engine.engine.load_engine", lambda *_: nullcontext(Mock(notes=[]))
+    )
+    monkeypatch.setattr("moe_offload.engine.engine.open_prepared", Mock())
+    monkeypatch.setattr("moe_offload.model.tokenization.load_tokenizer", Mock())
+    verdict = Mock(is_right=False, lines=lambda: ["verdict: wrong"])
+    monkeypatch.setattr("moe_offload.engine.check.check_engine", lambda *_: verdict)
+    (tmp_path / MANIFEST_NAME).touch()
+    arguments = ["--model-path", str(tmp_path), "--source", str(tmp_path)]
+    assert check.main(arguments) == check.EXIT_WRONG
 
 
 def test_what_is_not_given_has_its_default() -> None:

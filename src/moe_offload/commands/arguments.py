@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
 
 from moe_offload.config import (
     CacheOptions,
@@ -138,14 +138,15 @@ def build_parser() -> ArgumentParser:
     for title, options in _GROUPS.items():
         names = [one.name for one in fields(options) if flag_of(one).help]
         add_flags(parser.add_argument_group(title), options, *names)
-    other = parser.add_argument_group("other")
-    other.add_argument(
+    parser.add_argument(
         "--show-calibration",
         action="store_true",
         help="measure this machine, show it and exit; without a model: on one layer of the shape "
         f"that --dummy-weights names (default {CALIBRATION_SHAPE})",
     )
-    other.add_argument("--version", action="store_true", help="show versions and CPU kernels, exit")
+    parser.add_argument(
+        "--version", action="store_true", help="show versions and CPU kernels, exit"
+    )
     return parser
 
 
@@ -185,8 +186,8 @@ def parse_config(arguments: argparse.Namespace) -> Config:
         given["prompt"] = "Random weights have nothing to say."
     if "max_tokens" not in given:
         raise UserError("--max-tokens is missing: say how many tokens to generate per prompt")
-    kinds = get_type_hints(Config)
-    return Config(**{part: chosen(kind, given) for part, kind in kinds.items()})
+    parts: Any = fields(Config)
+    return Config(**{part.name: chosen(part.type, given) for part in parts})
 
 
 def chosen(options: Callable[..., _Options], given: dict[str, Any]) -> _Options:

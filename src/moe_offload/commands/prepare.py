@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import require_source
@@ -16,8 +14,6 @@ from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
 from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say, show
-
-_ANOTHER: Final = "choose another --output-path"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,10 +86,7 @@ def _explain(error: OSError, output: Path) -> str:
             f"the disk of {output} is full; free some space and run the same command again, "
             "finished files are kept"
         )
-    where = error.filename if error.filename is not None else output
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"cannot write {where}: a file is where a folder should be; {_ANOTHER}"
-    if isinstance(error, FileNotFoundError):
-        return f"cannot write {where}: nothing can be made there; {_ANOTHER}"
-    reason = os.strerror(error.errno) if error.errno is not None else str(error)
-    return f"cannot write {where}: {reason}; {_ANOTHER} or mend its permissions"
+    where = output if error.filename is None else error.filename
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    reason = "a file is where a folder should be" if in_the_way else error.strerror or error
+    return f"cannot write {where}: {reason}; choose another --output-path"
