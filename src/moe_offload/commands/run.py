@@ -38,6 +38,8 @@ from moe_offload.model.tokenization import StreamingDetokenizer, Tokenizer, load
 from moe_offload.report.files import ReportPaths, RunInfo, Status, routing_lines, write_reports
 from moe_offload.report.summary import format_summary, summarize
 
+Encoded = tuple[Prompt, list[int]]  # a prompt and its token ids
+
 
 @gpu_memory_told()
 def run(
@@ -152,7 +154,7 @@ def encode_prompts(
     raw: bool,
     config: PretrainedConfig,
     left_out: LeftOut,
-) -> list[tuple[Prompt, list[int]]]:
+) -> list[Encoded]:
     """Each prompt with its token ids; one that the model cannot take is left out."""
     encoded = []
     for prompt in prompts:
@@ -214,11 +216,9 @@ class Conversation:
         return piece
 
 
-def _batches(
-    encoded: Sequence[tuple[Prompt, list[int]]], size: int
-) -> Iterator[Sequence[tuple[Prompt, list[int]]]]:
+def _batches(encoded: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
     """At most `size` prompts at a time: neighbours in the run, of the same settings."""
-    batch: list[tuple[Prompt, list[int]]] = []
+    batch: list[Encoded] = []
     for one in encoded:
         if batch:
             last, prompt = batch[-1][0], one[0]
@@ -234,7 +234,7 @@ def _batches(
 def run_prompts(
     engine: Engine,
     tokenizer: Tokenizer,
-    encoded: Sequence[tuple[Prompt, list[int]]],
+    encoded: Sequence[Encoded],
     config: Config,
     answers: Answers | None,
     conversations: list[Conversation],

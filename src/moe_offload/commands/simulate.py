@@ -18,6 +18,7 @@ from moe_offload.commands.arguments import (
 )
 from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, require_range
 from moe_offload.errors import UserError, plain
+from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
@@ -113,6 +114,10 @@ class _Host:
     machine: Machine
     shape: ModelShape
     weight_format: str
+
+    @property
+    def costs(self) -> CostModel:
+        return self.machine.cost_model(self.shape, self.weight_format)
 
     @property
     def cache_bytes(self) -> float:
@@ -275,9 +280,7 @@ def _one_setting(
     setting = Setting(n_indexes, n_ways, cache.policy, cache.quota)
     if on is not None:
         on.require_memory(setting)
-    outcome = run_setting(
-        trace, setting, None if on is None else on.machine.cost_model(on.shape, on.weight_format)
-    )
+    outcome = run_setting(trace, setting, None if on is None else on.costs)
     block_bytes = trace.info.expert_bytes
     if shape is not None:
         block_bytes = shape.block_bytes(options.expert_dtype)
@@ -344,9 +347,7 @@ def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
     make_writable(options.output_dir, "--output-dir")
     require_range("--processes", options.processes, 1, LARGEST)
     processes = min(options.processes, os.cpu_count() or 1)  # more of them compute nothing sooner
-    costs, free_bytes = (
-        (on.machine.cost_model(on.shape, on.weight_format), on.cache_bytes) if on else (None, 0.0)
-    )
+    costs, free_bytes = (on.costs, on.cache_bytes) if on else (None, 0.0)
     rows = sweep(trace, grid(trace), costs, processes, free_bytes)
     if on and not any(row.fits for row in rows):
         raise UserError(
