@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
+from moe_offload.checkpoint.folders import require_prepared
 from moe_offload.checkpoint.prepared import (
     Manifest,
     iterate_dense,
@@ -219,5 +220,8 @@ def test_only_regular_files_are_read(kind: str, prepared: Manifest) -> None:
             os.truncate(path, 1 << 40)
         message = refused(prepared.folder)
         assert str(path) in message
+        if path.name == "manifest.json":  # before anything else opens it
+            with pytest.raises(UserError, match="expected"):
+                require_prepared(prepared.folder)
         path.rmdir() if kind == "folder" else path.unlink()
         path.write_bytes(whole)

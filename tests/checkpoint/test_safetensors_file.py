@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_a_header_that_contradicts_itself(fields: object, tmp_path: Path) -> Non
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
     with pytest.raises(UserError, match="damaged or no safetensors file"):
         read_header(path)
+
+
+def test_a_file_larger_than_the_memory(tmp_path: Path) -> None:
+    """Such as all of a model in one: only its header is read."""
+    n_bytes = 1 << 40
+    text = b'{"a": {"dtype": "U8", "shape": [%d], "data_offsets": [0, %d]}}' % (n_bytes, n_bytes)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, path.stat().st_size + n_bytes)  # a hole, which takes no room
+    (entry,) = read_header(path)
+    assert (entry.name, entry.n_bytes) == ("a", n_bytes)
 
 
 def test_a_dtype_that_torch_lacks_is_its_bytes(tmp_path: Path) -> None:

@@ -207,6 +207,21 @@ def test_damaged_record_starts_over(
         assert contents(output) == reference
 
 
+def test_a_pipe_in_the_place_of_our_own_files(
+    source: Path, reference: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody waits for its writer: a record is replaced, a manifest is named."""
+    output = tmp_path / "out"
+    output.mkdir()
+    os.mkfifo(output / "preparation.json")
+    assert run(source, output) == 0
+    assert contents(output) == reference
+    (output / "manifest.json").unlink()
+    os.mkfifo(output / "manifest.json")
+    assert run(source, output, "--force") == 2
+    assert f"expected a file at {output / 'manifest.json'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
 @pytest.mark.parametrize("position", [0, 2])
 def test_disk_full(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import time
@@ -246,6 +247,19 @@ def test_a_damaged_file_of_mistrals_is_a_sentence(
             refuse(tmp_path, "mixtral")
         assert f"{tmp_path / name}" in str(refused.value)
         assert len(str(refused.value)) < len(str(tmp_path)) + 250, "a library's essay is cut short"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_without_measure_is_a_sentence(name: str, tmp_path: Path) -> None:
+    """The libraries would take all memory for it, or wait for a pipe's writer."""
+    write_byte_tokenizer(tmp_path, PHI_TEMPLATE)
+    os.truncate(tmp_path / name, 9 << 30)  # a hole, which takes no room
+    with pytest.raises(UserError, match=f"expected at most 256 MiB in .*{name}, found 9216 MiB"):
+        load_tokenizer(tmp_path, "olmoe")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"expected a file at .*{name}"):
+        load_tokenizer(tmp_path, "olmoe")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"chat_template": "x', "[" * 100_000, ""])

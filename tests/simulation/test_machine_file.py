@@ -1,5 +1,6 @@
 """Hardware files, model shapes, and the cost models they make."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,7 @@ def test_a_wrong_file_is_a_sentence(tmp_path, change, sentence):
 
 
 def test_missing_files_and_impossible_variants(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="expected a hardware file"):
         load_machine(tmp_path / "none.yaml")
     (tmp_path / "m.yaml").write_text("a: [")
@@ -177,6 +179,9 @@ def test_missing_files_and_impossible_variants(tmp_path):
     (tmp_path / "m.yaml").write_text("just text")
     with pytest.raises(UserError, match="expected an object, found 'just text'"):
         load_machine(tmp_path / "m.yaml")
+    for endless in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(UserError, match="found a folder, device or pipe"):
+            load_machine(Path(endless))
     with pytest.raises(UserError, match="generation of 3, 4, 5, found 2"):
         MACHINE.variant(pcie=2)
 

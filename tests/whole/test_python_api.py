@@ -140,6 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"config.hidden_act": "zzz"}, "transformers cannot build the model"),
         ({"config.rope_parameters": {"rope_type": "zzz"}}, "transformers cannot"),
         ({"config.num_experts_per_tok": 99}, "expected num_experts_per_tok of 1 to 4 in {path}"),
+        ({"config.sliding_window": -1}, "expected sliding_window of 1 or more in {path}, found -1"),
         ({"config.num_experts_per_tok": 0}, "of 1 to 4 in {path}, found 0"),
         ({"model_dtype": "bogus"}, "one of bfloat16, float32, found 'bogus'"),
         ({"model_dtype": 7}, "found 7"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_offload.errors import UserError
+from moe_offload.files import LARGEST_JSON_BYTES, require_regular
 
 MANIFEST_NAME: Final = "manifest.json"
 # The names of checkpoints' weights: Hugging Face's, older ones, Mistral's native.
@@ -39,6 +40,7 @@ def require_prepared(folder: Path) -> None:
                 f"{folder} is not prepared yet (it has no {MANIFEST_NAME}); run: python3 "
                 f'weights_preprocessor.py --input-path "{folder}" --output-path "{folder}"{flag}'
             )
+        require_regular(folder / MANIFEST_NAME, LARGEST_JSON_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
 

@@ -49,15 +49,18 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
         raise UserError(f"transformers cannot {task}: {reason}; {remedy}") from error
 
 
-def require_plausible_depth(found: dict[str, Any], path: Path, remedy: str) -> None:
-    """UserError for a number of layers that no model has, and whose building would not end."""
+def require_plausible(found: dict[str, Any], path: Path, remedy: str) -> None:
+    """UserError for what no model has: layers whose building would not end, a window of nothing."""
+    window = found.get("sliding_window")
+    if type(window) is int and window < 1 and found.get("use_sliding_window", True):
+        raise UserError(f"expected sliding_window of 1 or more in {path}, found {window}; {remedy}")
     for name, value in found.items():
         if name in _DEPTHS and type(value) in (int, float) and not 0 < value <= MOST_LAYERS:
             raise UserError(
                 f"expected {name} of 1 to {MOST_LAYERS} in {path}, found {value:.6g}; {remedy}"
             )
         if isinstance(value, dict):  # a multimodal model's text_config
-            require_plausible_depth(value, path, remedy)
+            require_plausible(value, path, remedy)
 
 
 def builder_of(config: PretrainedConfig) -> Any:
@@ -138,7 +141,7 @@ def read_hub_config(folder: Path) -> PretrainedConfig:
             "code comes with the folder (auto_map), and code of a checkpoint is never run; use a "
             "version of the model for transformers itself, or a newer transformers"
         )
-    require_plausible_depth(found, path, "correct it or download it again")
+    require_plausible(found, path, "correct it or download it again")
     with transformers_told(f"use {path}", "install a newer transformers or download it again"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
@@ -159,7 +162,7 @@ def read_native_config(folder: Path) -> MixtralConfig:
             f"{path} describes another architecture than Mixtral (it has "
             f"'{[*other, 'q_lora_rank'][0]}'); use the Hugging Face version of the model with --hf"
         )
-    require_plausible_depth(params, path, "download it again")
+    require_plausible(params, path, "download it again")
     with transformers_told(f"use {path}", "download it again"):
         return MixtralConfig(
             architectures=["MixtralForCausalLM"],

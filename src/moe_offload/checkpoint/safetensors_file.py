@@ -110,7 +110,9 @@ def read_header(path: Path) -> list[TensorEntry]:
     """
     try:
         require_regular(path)
-        with safe_open(path, "pt"):  # reads and checks the header alone
+        # Checks the header alone. For "pt" torch maps the file as if to write, which the system
+        # refuses for one larger than its memory.
+        with safe_open(path, "np"):
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

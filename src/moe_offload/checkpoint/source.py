@@ -38,7 +38,7 @@ from moe_offload.files import (
     write_atomically,
 )
 
-_COMPANIONS: Final = (
+COMPANIONS: Final = (
     "config.json",
     "generation_config.json",
     "params.json",
@@ -195,7 +195,7 @@ def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> dic
     each by its name. UserError when one cannot be read; OSError from the output passes through.
     """
     same, checksums = source.samefile(output), {}
-    for pattern in _COMPANIONS:
+    for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 data = _read(path)

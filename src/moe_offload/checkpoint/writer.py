@@ -43,7 +43,12 @@ from moe_offload.checkpoint.safetensors_file import TEMPORARY_SUFFIX, plan_heade
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import read_json_object, write_atomically
+from moe_offload.files import (
+    LARGEST_JSON_BYTES,
+    read_json_object,
+    require_regular,
+    write_atomically,
+)
 
 SHARD_BYTES: Final = 4 << 30
 RECORD_NAME: Final = "preparation.json"
@@ -354,6 +359,7 @@ def claim(folder: Path, source: Path) -> None:
     manifest = folder / MANIFEST_NAME
     shards: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        require_regular(manifest, LARGEST_JSON_BYTES)
         data = json.loads(manifest.read_bytes())
         if "format_version" not in data:
             raise UserError(

@@ -29,7 +29,7 @@ from moe_offload.checkpoint.model_config import (
     builder_of,
     require_experts_per_token,
     require_generation_config,
-    require_plausible_depth,
+    require_plausible,
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import MODEL_DTYPES, PREPARE_AGAIN, Manifest, iterate_dense
@@ -61,7 +61,7 @@ class MoeSite:
 def model_config(manifest: Manifest) -> PretrainedConfig:
     """The transformers config of a prepared folder; UserError for one that it cannot use."""
     path = manifest.folder / MANIFEST_NAME
-    require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
+    require_plausible(manifest.config, path, PREPARE_AGAIN)
     remedy = f"install a newer transformers, or {PREPARE_AGAIN}"
     with transformers_told(f"use the config in {path}", remedy):
         model_class = CONFIG_MAPPING[str(manifest.config.get("model_type"))]

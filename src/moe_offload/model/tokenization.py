@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import psutil
 
+from moe_offload.checkpoint.source import COMPANIONS
 from moe_offload.errors import UserError
-from moe_offload.files import read_json_object
+from moe_offload.files import LARGEST_JSON_BYTES, read_json_object, require_regular
 
 # A chat template of the hub renders in milliseconds; the largest, with tools, in some 100 kB.
 _TEMPLATE_S = 10.0
@@ -205,16 +206,20 @@ def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
     with a tokenizer and a template beside it that agree with it. A fine-tune with other tokens or
     another template keeps its own. UserError when the folder holds no usable tokenizer.
     """
-    path = _mistral_file(folder, model_type)
-    if path is None:
+    for pattern in COMPANIONS:  # the libraries would read any of these whole
+        for path in folder.glob(pattern):
+            if path.exists() and not path.is_dir():
+                require_regular(path, LARGEST_JSON_BYTES)
+    mistrals_file = _mistral_file(folder, model_type)
+    if mistrals_file is None:
         return CheckpointTokenizer(folder)
     has_own = [name for name in _OWN_FILES if (folder / name).is_file()]
     if not has_own:
-        return MistralTokenizer(path)
+        return MistralTokenizer(mistrals_file)
     template = _template(folder)
     if "[INST]" not in template and (template or "tokenizer.json" in has_own):
         return CheckpointTokenizer(folder)  # one without a template is a base model
-    mistrals = MistralTokenizer(path)
+    mistrals = MistralTokenizer(mistrals_file)
     try:
         own = CheckpointTokenizer(folder)
     except UserError:  # a configuration alone is no tokenizer
