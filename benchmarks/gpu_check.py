@@ -53,6 +53,7 @@ from typing import Any, Final, Literal, get_args
 import psutil
 import yaml
 
+from moe_offload.files import write_atomically
 from moe_offload.simulation.shapes import SHAPES_FILE
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -101,9 +102,7 @@ def models(arguments: argparse.Namespace) -> list[tuple[str, Format]]:
 
 def write_report(path: Path, document: dict[str, Any]) -> None:
     """Replace the report: whoever reads it, at any time, finds a whole one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 def run_limited(command: Sequence[str], limit_s: float) -> tuple[int, str | None]:

@@ -12,14 +12,16 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.gpu_check import COMPLETE, ROOT, models, parse
+from benchmarks.gpu_check import COMPLETE, ROOT, RUNNING, Format, models, parse, write_report
 from benchmarks.gpu_models import N_CORE_SETTINGS, load_s_per_byte, open_source, settings
-from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, run_setting
-from benchmarks.gpu_rows import Report, print_row
+from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, Row, print_row, run_setting
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import choose_device, load_engine
 from moe_offload.engine.setup import gpu_uuid
@@ -32,6 +34,46 @@ TEST_TIMEOUT_S = 150
 # For the KV cache: a prompt and all its steps, or the longest prompt.
 _CONTEXT_TOKENS = max(PROMPT_TOKENS + 224, *PROMPT_LENGTHS)
 _PR_SET_PDEATHSIG = 1
+
+
+class Report:
+    """What was found so far, and what is still missing; on disk after every change."""
+
+    def __init__(self, path: Path | None, models: Sequence[tuple[str, Format]]) -> None:
+        self.rows: list[Row] = []
+        self.document: dict[str, Any] = {}
+        self._path = path
+        self._started_s = time.monotonic()
+        self._missing: dict[tuple[str, str, str], str] = {
+            (shape, weight_format, setting.name): ""
+            for shape, weight_format in models
+            for setting in settings(shape, 1, 1, 1.0)
+        }
+
+    @property
+    def skipped(self) -> list[str]:
+        """The settings that were not measured, with the reason where one is known."""
+        return [" ".join(name) + reason for name, reason in self._missing.items()]
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        del self._missing[row.shape, row.weight_format, row.setting]
+        self.save()
+
+    def leave_out(self, shape: str, weight_format: str, reason: object, setting: str = "") -> None:
+        """Give the reason why `setting`, or all of a model that is still missing, is left out."""
+        for name, known in self._missing.items():
+            if name[:2] == (shape, weight_format) and (name[2] == setting or not setting):
+                self._missing[name] = known or f" ({reason})"
+        self.save()
+
+    def save(self, ended: str = RUNNING) -> None:
+        self.document["ended"] = ended
+        self.document["took_s"] = time.monotonic() - self._started_s
+        self.document["rows"] = [asdict(row) for row in self.rows]
+        self.document["skipped"] = self.skipped
+        if self._path is not None:
+            write_report(self._path, self.document)
 
 
 def run_tests() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""One setting of `gpu_check.py` on a loaded model: its speed, and whether it is right."""
+"""One setting of `gpu_check.py` on a loaded model: its speed, and whether it is right; a row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_models import Setting
-from benchmarks.gpu_rows import Row
 from moe_offload.config import GenerationOptions
+from moe_offload.engine.calibration import UNSTEADY
 from moe_offload.engine.engine import Engine
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.kernels.oracle import experts_forward
@@ -33,14 +33,65 @@ LAYER_TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int4": 0.05}  # of one layer's o
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What one layer was given and gave in one decode step, on the host."""
+class Row:
+    """One setting of one shape; times and rates of decoding at batch 1, over `steps` steps.
 
-    layer: int
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-    out: Tensor
+    The experts of `stored_layers` are in memory, and serve all `layers`. `prompts_tokens_per_s` is
+    by a prompt's length, where long ones were measured.
+    """
+
+    shape: str
+    layers: int
+    stored_layers: int
+    weight_format: str
+    setting: str
+    routing: str
+    cache: str
+    computed_by: str
+    steps: int
+    tokens_per_s: float
+    step_ms: float
+    predicted_ms: float | None
+    bound_ms: float
+    percent_of_bound: float
+    hit_percent: float
+    fetched_gb: float
+    prefetch_recall_percent: float | None
+    prefetch_wasted_gb: float | None
+    cpu_read_gbps: float | None
+    prefill_tokens_per_s: float
+    prompts_tokens_per_s: dict[int, float]
+    layer_error: float
+    logit_error: float | None
+    correct: bool
+    notes: list[str]
+
+
+def print_row(row: Row) -> None:
+    logit_error = "     -" if row.logit_error is None else f"{row.logit_error:.4f}"
+    recall = ""
+    if row.prefetch_recall_percent is not None:
+        recall = (
+            f"  recall {row.prefetch_recall_percent:.1f}%, "
+            f"{row.prefetch_wasted_gb:.2f} GB fetched ahead for nothing"
+        )
+    print(
+        f"{row.shape:14} {row.weight_format:5} {row.setting:24} {row.routing:6} {row.cache:>8} "
+        f"{row.tokens_per_s:8.2f} tok/s {row.step_ms:9.3f} ms x{row.steps:<3}"
+        f" hits {row.hit_percent:5.1f}%  moved {row.fetched_gb:7.2f} GB "
+        f"{row.percent_of_bound:4.0f}% of bound  errors: layer {row.layer_error:.4f} "
+        f"logits {logit_error} {'ok' if row.correct else 'WRONG'}{recall}",
+        flush=True,
+    )
+    for n_tokens, speed in row.prompts_tokens_per_s.items():
+        print(f"{'':21}a prompt of {n_tokens} tokens: {speed:.1f} tokens/s", flush=True)
+    for note in row.notes:
+        if not note.startswith(UNSTEADY):  # of every row, and in the report
+            print(f"{'':21}{note}", flush=True)
+
+
+# A layer in one decode step, on the host: its number, its hidden, ids and weights, and its output.
+Sample = tuple[int, Tensor, Tensor, Tensor, Tensor]
 
 
 @contextmanager
@@ -54,7 +105,7 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
         if len(hidden) == 1 and layer in watched_layers:
             if dispatcher.forced_routing is not None:
                 index, weights = dispatcher.forced_routing.choose(layer, index, weights)
-            samples.append(Sample(layer, hidden.cpu(), index.cpu(), weights.cpu(), out.cpu()))
+            samples.append((layer, hidden.cpu(), index.cpu(), weights.cpu(), out.cpu()))
         return out
 
     dispatcher.run = watching  # type: ignore[method-assign]
@@ -67,19 +118,13 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
 def layer_error(engine: Engine, samples: Sequence[Sample]) -> float:
     """The largest relative error of the last samples against the torch oracle."""
     errors = []
-    for one in samples[-_CHECKED_LAYERS:]:
-        layout, site = engine.store.layouts[one.layer], engine.sites[one.layer]
-        blocks = {e: engine.store.block(one.layer, e) for e in one.index.unique().tolist()}
+    for layer, hidden, index, weights, out in samples[-_CHECKED_LAYERS:]:
+        layout, site = engine.store.layouts[layer], engine.sites[layer]
+        blocks = {e: engine.store.block(layer, e) for e in index.unique().tolist()}
         expected = experts_forward(
-            layout,
-            blocks,
-            one.hidden,
-            one.index,
-            one.weights.float(),
-            site.activation,
-            site.act_module,
+            layout, blocks, hidden, index, weights.float(), site.activation, site.act_module
         )
-        errors.append(float((one.out.float() - expected).norm() / expected.norm()))
+        errors.append(float((out.float() - expected).norm() / expected.norm()))
     return max(errors)
 
 

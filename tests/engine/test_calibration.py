@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,19 +18,21 @@ from torch import Tensor, nn
 from moe_offload.checkpoint.block import block_layout
 from moe_offload.engine import calibration
 from moe_offload.engine.calibration import (
+    MAX_AGE_S,
+    Calibration,
     MachineCosts,
     copier,
     cpu_runner,
     dense_costs,
     gpu_runner,
-    machine_costs,
     predicted_step_us,
 )
-from moe_offload.engine.timing import CalibrationCache, Steadiness
+from moe_offload.engine.timing import Steadiness
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import LayerEvent, Recorder
 from moe_offload.experts.store import ExpertStore
-from moe_offload.machine.hardware import read_hardware
+from moe_offload.files import user_cache
+from moe_offload.machine.hardware import Hardware, read_hardware
 
 LAYOUT = block_layout("bf16", 16, 8)
 N_LAYERS, N_EXPERTS = 2, 4
@@ -146,7 +150,46 @@ def test_a_step_is_predicted_with_one_head() -> None:
     # Layers of 2 hits, of 2 misses, and twice of one each; MODEL's one token costs 110 and 21.
     layers_us = (50 + 5 + 42) + (50 + 5 + 220) + 2 * (50 + 115)
     assert predicted_step_us(recorder, MODEL) == pytest.approx(layers_us / 2 + 700)
-    assert MODEL.decode_step_us([2, 0], 2, copying=False) == (50 + 47) + (50 + 225) + 700
+
+
+def measured(read_gbps: float, is_quiet: bool = True) -> MachineCosts:
+    return MachineCosts(MODEL, read_gbps, Steadiness(0.0, 0.0 if is_quiet else 1.0))
+
+
+class Cpu:
+    description, suits_onednn = "none", False
+
+
+@pytest.fixture
+def hardware() -> Hardware:
+    return replace(read_hardware(), isa=())
+
+
+@pytest.fixture
+def quick(
+    store: ExpertStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Calibration]:
+    """Finds 1, 2, 3, ... GB/s, and keeps them in a folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = itertools.count(1.0)
+    monkeypatch.setattr(Calibration, "_measure", lambda _: measured(next(found)))
+    cpu: Any = Cpu()
+    yield Calibration(store, cpu, None, lambda: None, [], torch.float32, "none")
+
+
+def kept_file() -> Path:
+    (path,) = user_cache().iterdir()
+    return path
+
+
+def rewrite(**changes: Any) -> None:
+    kept_file().write_text(json.dumps(json.loads(kept_file().read_text()) | changes))
+
+
+def merged(data: Any, change: Any) -> Any:
+    if not isinstance(change, dict):
+        return change
+    return {**data, **{key: merged(data.get(key), value) for key, value in change.items()}}
 
 
 @pytest.mark.parametrize(
@@ -170,34 +213,70 @@ def test_a_step_is_predicted_with_one_head() -> None:
     ids=lambda change: json.dumps(change)[:40],
 )
 def test_a_kept_calibration_is_believed_unless_no_machine_has_it(
-    change: dict[str, Any], store: ExpertStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], quick: Calibration, hardware: Hardware
 ) -> None:
+    assert quick.costs(hardware).read_gbps == 1.0  # nothing was kept: measured
     kept = MachineCosts(MODEL, 25.0, Steadiness(0.01, 0.0))
-    cache = CalibrationCache(tmp_path)
-    monkeypatch.setattr(calibration, "CalibrationCache", lambda: cache)
-    monkeypatch.setattr(calibration, "_measure", lambda *_: replace(kept, read_gbps=99.0))
-    hardware = replace(read_hardware(), isa=())
-
-    class Cpu:
-        description, suits_onednn = "none", False
-
-        def with_onednn(self, n_tokens: int | None) -> Cpu:
-            return self
-
-    def costs() -> MachineCosts:
-        return machine_costs(
-            store, Cpu(), None, lambda: None, [], hardware, dtype=torch.float32, dense="none"
-        )  # type: ignore[arg-type]
-
-    assert costs().read_gbps == 99.0  # nothing was kept: measured
-    (path,) = tmp_path.iterdir()
-    document = json.loads(path.read_text())
-    document["calibration"] = merged(asdict(kept), change)
-    path.write_text(json.dumps(document))
-    assert costs() == (kept if not change else replace(kept, read_gbps=99.0))
+    rewrite(calibration=merged(asdict(kept), change))
+    assert quick.costs(hardware) == (kept if not change else measured(2.0))
 
 
-def merged(data: Any, change: Any) -> Any:
-    if not isinstance(change, dict):
-        return change
-    return {**data, **{key: merged(data.get(key), value) for key, value in change.items()}}
+def test_a_calibration_is_kept_per_hardware_and_model(
+    quick: Calibration, hardware: Hardware
+) -> None:
+    assert [quick.costs(hardware).read_gbps for _ in range(2)] == [1.0, 1.0]
+    assert quick.costs(replace(hardware, cpu="another")).read_gbps == 2.0
+    assert replace(quick, dense="int8").costs(hardware).read_gbps == 3.0
+    assert quick.costs(hardware, again=True).read_gbps == 4.0
+    assert quick.costs(hardware).read_gbps == 4.0
+
+
+@pytest.mark.parametrize(("age_s", "is_kept"), [(0.9, True), (1.1, False), (-0.1, False)])
+def test_a_calibration_expires(
+    age_s: float, is_kept: bool, quick: Calibration, hardware: Hardware
+) -> None:
+    quick.costs(hardware)
+    rewrite(measured_unix_s=time.time() - age_s * MAX_AGE_S)
+    assert quick.costs(hardware).read_gbps == (1.0 if is_kept else 2.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"measured_unix_s": "now"}', "[" * 100_000, "é" * 3, " " * (1 << 21)],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_damaged_calibration_is_measured_anew(
+    text: str, quick: Calibration, hardware: Hardware
+) -> None:
+    quick.costs(hardware)
+    kept_file().write_text(text)
+    assert quick.costs(hardware).read_gbps == 2.0
+
+
+def test_what_is_no_file_is_not_read(quick: Calibration, hardware: Hardware) -> None:
+    quick.costs(hardware)
+    path = kept_file()
+    path.unlink()
+    os.mkfifo(path)  # whose reader would wait for ever
+    assert quick.costs(hardware).read_gbps == 2.0
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tmp_path: Path, quick: Calibration, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert [quick.costs(hardware).read_gbps for _ in range(2)] == [1.0, 2.0]
+
+
+def test_what_a_busy_machine_gave_is_this_processes_alone(
+    quick: Calibration, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = itertools.count(1.0)
+    monkeypatch.setattr(Calibration, "_measure", lambda _: measured(next(found), is_quiet=False))
+    assert [quick.costs(hardware).read_gbps for _ in range(2)] == [1.0, 1.0]
+    # Asked for anew, and worse than none for the processes to come.
+    assert quick.costs(hardware, again=True).read_gbps == 2.0
+    assert quick.costs(hardware).read_gbps == 1.0
+    monkeypatch.setattr(calibration, "_this_process", lambda: (1.0, 0.0))
+    assert quick.costs(hardware).read_gbps == 3.0

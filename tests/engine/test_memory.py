@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_offload.engine.memory import Budget, Need, free_slot_bytes, make_budget
+from moe_offload.engine.memory import Budget, free_slot_bytes, make_budget
 from moe_offload.errors import UserError
 
 GB = 10**9
@@ -14,7 +14,10 @@ GB = 10**9
 def test_memory_table_and_refusals() -> None:
     needs = {"dense_bytes": 2_000_000_000, "kv_bytes": 0, "slot_bytes": 0}
     budget = make_budget(torch.device("cpu"), expert_bytes=10**15, **needs)
-    assert "experts" in budget.table()
+    experts, *others, total, available = budget.table().splitlines()[1:]
+    assert experts.split() == ["experts", "1000000.00"] and total.split() == ["total", "1000002.54"]
+    assert [line.split()[-1] for line in others] == ["2.00", "0.54"]
+    assert available.startswith("  available")
     with pytest.raises(UserError, match="--expert-dtype int4"):
         budget.check("int8", 100)
     with pytest.raises(UserError, match="use fewer --dummy-layers, or use --dummy-format int4"):
@@ -34,7 +37,7 @@ def test_what_torch_keeps_for_later_is_free_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (22 * GB - sum(kept), 24 * GB))
     gpu = torch.device("cuda", 0)
     needs = {"expert_bytes": 0, "kv_bytes": 0, "slot_bytes": 0}
-    assert make_budget(gpu, dense_bytes=3 * GB, **needs).gpu_bytes == 22 * GB
+    assert make_budget(gpu, dense_bytes=3 * GB, **needs).available["gpu"] == 22 * GB
     kept.append(20 * GB)
     assert 21 * GB < free_slot_bytes(gpu, kv_bytes=GB // 10) < 22 * GB
 
@@ -55,17 +58,16 @@ def test_what_torch_keeps_for_later_is_free_memory(monkeypatch: pytest.MonkeyPat
 def test_remedies_name_only_what_helps(
     memory: str, kv_gb: int, slots_gb: int, named: list[str], unnamed: list[str]
 ) -> None:
-    needs = (
-        Need("dense weights", memory, 6 * GB if kv_gb or slots_gb else 11 * GB),
-        Need("KV cache", memory, kv_gb * GB),
-        Need("expert cache slots", memory, slots_gb * GB),
+    needs = {
+        "dense weights": 6 * GB if kv_gb or slots_gb else 11 * GB,
+        "KV cache": kv_gb * GB,
+        "expert cache slots": slots_gb * GB,
+    }
+    budget = Budget(
+        {"host": {}, "gpu": {}, memory: needs}, {"host": GB, "gpu": GB, memory: 10 * GB}
     )
-    other = 10**6 * GB
-    room = {"host_bytes": 10 * GB, "gpu_bytes": other}
-    if memory == "gpu":
-        room = {"host_bytes": other, "gpu_bytes": 10 * GB}
     with pytest.raises(UserError) as refused:
-        Budget(needs, **room).check("bf16", context_tokens=1000)
+        budget.check("bf16", context_tokens=1000)
     message = str(refused.value)
     assert all(text in message for text in named), message
     assert not any(text in message for text in unnamed), message

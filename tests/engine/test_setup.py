@@ -15,14 +15,15 @@ from moe_offload.checkpoint.block import block_layout
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands.arguments import parse, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import engine as engine_module
 from moe_offload.engine import setup
-from moe_offload.engine.calibration import MachineCosts
+from moe_offload.engine.calibration import Calibration, MachineCosts
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.model.loader import PreparedModel
+from moe_offload.simulation.traces import write_trace
+from moe_offload.simulation.workload import even_workload
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +39,31 @@ def load(folder: Path, options: CacheOptions) -> Engine:
     )
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("cpu_us", [1000.0, 1.0], ids=["slow CPU", "fast CPU"])
 def test_the_line_chooses_the_same_cache_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, cpu_us: float
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_us: float, traced: bool
 ) -> None:
-    def costs(store, *_: object, **__: object) -> MachineCosts:
-        block_bytes = store.layouts[0].block_bytes
+    def costs(calibration: Calibration, *_: object) -> MachineCosts:
+        block_bytes = calibration.store.layouts[0].block_bytes
         cpu, gpu = SideCost(1.0, cpu_us, 1.0), SideCost(1.0, 10.0, 1.0)
         gbps = block_bytes / 100e3  # 100 us a copy
         model = CostModel(cpu, gpu, 0.0, gbps, gbps, 1.0, block_bytes, 10.0)
         return MachineCosts(model, 10.0, Steadiness(0.0, 0.0))
 
-    monkeypatch.setattr(engine_module, "machine_costs", costs)
+    monkeypatch.setattr(Calibration, "costs", costs)
+    trace = tmp_path / "routing.jsonl"
+    routing = even_workload(2, 4, 2).generate(9, 0, 20)
+    write_trace(trace, routing.info, routing.passes)
     options = CacheOptions(
         auto=True,
+        trace=trace if traced else None,
         memory_gb=0.0001,
         miss_policy="auto",
         prefetch="next-layer",
         quota=5,
         emulate_pcie_gbps=12.5,
+        seed=3,
     )
     with load(folder, options) as engine:
         (line,) = [note for note in engine.notes if note.startswith("--cache-auto chose: ")]
@@ -65,6 +72,7 @@ def test_the_line_chooses_the_same_cache_again(
     assert has_accelerator == (cpu_us > 100)
     flags = re.fullmatch(r"--cache-auto chose: ([^(]*) \(.*\)", line)
     assert flags is not None
+    assert ("--seed 3" in line) == has_accelerator
     command = ["--model-path", str(folder), "--prompt", "x", "--max-tokens", "1"]
     again = parse_config(parse([*command, *flags[1].split()])).cache
     if has_accelerator:
@@ -72,6 +80,7 @@ def test_the_line_chooses_the_same_cache_again(
             options,
             auto=False,
             memory_gb=None,
+            trace=None,
             n_indexes=found["cache_nblocks"],
             n_ways=found["cache_nways"],
             policy=again.policy,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,21 +19,17 @@ from moe_offload.engine import calibration
 from moe_offload.engine import engine as engine_module
 from moe_offload.engine.calibration import (
     Crossover,
-    OnednnChoice,
     has_bf16_products,
     measure_crossover,
 )
 from moe_offload.engine.engine import Engine, load_model
-from moe_offload.engine.timing import CalibrationCache
-from moe_offload.experts.costs import SideCost
-from moe_offload.files import from_json
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.kernels.oracle import apply_activation
 from moe_offload.machine.hardware import Hardware, read_hardware
 
 BF16 = torch.bfloat16
-ALWAYS = Crossover(1, (4, 1), (3000.0, 900.0), (1400.0, 500.0))
+ALWAYS = Crossover("experts", 1, (4, 1), (3000.0, 900.0), (1400.0, 500.0))
 
 
 def through_onednn(layer: Layer, activation: Activation = SILU, n_tokens: int = 1) -> CpuExperts:
@@ -202,30 +197,22 @@ def test_the_limit_is_the_least_that_wins_by_the_margin(
         now_s += n * speed * ratios[n]
 
     monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
-    found = measure_crossover(kernels, onednn, budget_s=0.0)
+    found = measure_crossover("experts", kernels, onednn, budget_s=0.0)
     assert found.from_tokens == from_tokens
     assert found.tokens == (256, 64, 16)[:n_measured]
     assert found.kernels_us == pytest.approx([n * 1e6 for n in found.tokens])
     assert found.onednn_us == pytest.approx([n * ratios[n] * 1e6 for n in found.tokens])
 
 
-def test_a_choice_in_words_costs_and_json() -> None:
-    never = Crossover(None, (256,), (100e3,), (110e3,))
-    choice = OnednnChoice(Crossover(64, (256, 64), (26e3, 8e3), (20.2e3, 7.4e3)), never, 2)
-    assert (choice.expert_tokens, choice.dense_tokens) == (64, None)
-    assert choice.expert_cost is not None
-    assert choice.expert_cost.call_us == 0
-    assert choice.expert_cost.us(2, 2 * 256) == pytest.approx(20.2e3)
-    assert choice.expert_cost.us(2, 2 * 64) == pytest.approx(7.4e3)
-    assert choice.describe() == [
+def test_a_choice_in_words() -> None:
+    used = Crossover("2 experts with many tokens", 64, (256, 64), (26e3, 8e3), (20.2e3, 7.4e3))
+    assert str(used) == (
         "2 experts with many tokens: torch's oneDNN from 64 tokens on "
-        "(256 tokens: oneDNN 20.2 ms, the kernels 26 ms)",
-        "a layer's dense part, many tokens: the kernels "
-        "(256 tokens: oneDNN 110 ms, the kernels 100 ms)",
-    ]
-    assert choice.describe(only_used=True) == choice.describe()[:1]
-    assert from_json(OnednnChoice, json.loads(json.dumps(dataclasses.asdict(choice)))) == choice
-    assert OnednnChoice().describe() == [] and OnednnChoice().expert_cost is None
+        "(256 tokens: oneDNN 20.2 ms, the kernels 26 ms)"
+    )
+    assert str(Crossover("all", None, (256,), (100e3,), (110e3,))) == (
+        "all: the kernels (256 tokens: oneDNN 110 ms, the kernels 100 ms)"
+    )
     assert has_bf16_products(["avx2", "avx512_bf16"]) and has_bf16_products(["amx_bf16"])
     assert not has_bf16_products(["avx2", "avx512f", "avx512_vnni", "amx_tile"])
 
@@ -239,7 +226,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "CalibrationCache", lambda: CalibrationCache(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
     monkeypatch.setattr("moe_offload.engine.timing.Steadiness.is_quiet", True)
 
@@ -262,7 +249,9 @@ def test_a_calibration_decides_is_kept_and_told(
 ) -> None:
     measured: list[bool] = []
 
-    def crossover(kernels: Callable[[int], object], onednn: Callable[[int], object]) -> Crossover:
+    def crossover(
+        what: str, kernels: Callable[[int], object], onednn: Callable[[int], object]
+    ) -> Crossover:
         went = []
         with monkeypatch.context() as patch:
             patch.setattr("moe_offload.kernels.cpu_experts.functional.linear", went.append)
@@ -273,7 +262,7 @@ def test_a_calibration_decides_is_kept_and_told(
             assert not went
         onednn(5)
         measured.append(True)
-        return Crossover(from_tokens, (8, 4), (3000.0, 900.0), (1400.0, 800.0))
+        return Crossover(what, from_tokens, (8, 4), (3000.0, 900.0), (1400.0, 800.0))
 
     monkeypatch.setattr(calibration, "measure_crossover", crossover)
     monkeypatch.setattr(engine_module, "read_hardware", with_flags("avx2", "avx512_bf16"))
@@ -283,13 +272,16 @@ def test_a_calibration_decides_is_kept_and_told(
     engine.calibrate_for(256)
     assert engine.costs is not None and limits(engine) == ({from_tokens}, {from_tokens})
     assert len(measured) == 2  # the experts, and the dense part
-    assert engine.costs.to_json()["onednn"]["experts"]["from_tokens"] == from_tokens
+    assert engine.costs.to_json()["onednn_experts"]["from_tokens"] == from_tokens
     assert sum("many tokens" in line for line in engine.costs.describe()) == 2
     notes = [note for note in engine.run_notes() if "oneDNN from 4 tokens on" in note]
     if from_tokens is None:
         assert engine.costs.model.cpu_many is None and not notes
     else:
-        assert isinstance(engine.costs.model.cpu_many, SideCost)
+        n_experts, many = engine.store.n_experts[0], engine.costs.model.cpu_many
+        assert many is not None and many.call_us == 0  # all of a layer's were measured together
+        assert many.us(n_experts, 8 * n_experts) == pytest.approx(1400.0)
+        assert many.us(n_experts, 4 * n_experts) == pytest.approx(800.0)
         assert engine.costs.model.cpu_many_tokens == 4 and len(notes) == 2
 
     again: Engine = load_model(folder, device="cpu").engine
@@ -321,7 +313,7 @@ def test_a_cpu_without_bf16_products_is_not_asked(
     engine.calibrate_for(100_000)
     assert engine.costs is None
     engine.calibrate()
-    assert engine.costs is not None and engine.costs.onednn == OnednnChoice()
+    assert engine.costs is not None and not engine.costs.crossovers
     assert limits(engine) == ({None}, {None})
 
 
@@ -335,7 +327,7 @@ def test_logits_and_greedy_tokens_match_transformers(name: str, tmp_path: Path) 
     hub = write_hub(build_model(config, dtype=BF16), tmp_path / "source")
     theirs = eager(hub, BF16)
     ours = load_model(prepared(hub, tmp_path / "prepared", "--hf"), device="cpu")
-    ours.engine.use_onednn(OnednnChoice(ALWAYS, ALWAYS))
+    ours.engine.use_onednn(1, 1)
     assert {experts.onednn_tokens for experts in ours.engine.dispatcher.cpu} == {1}
     ids = prompt_ids(config.vocab_size, 6, n_prompts=16)
     tolerance = 4 * (6 * config.num_hidden_layers) ** 0.5 * 2**-9

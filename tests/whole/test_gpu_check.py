@@ -17,7 +17,7 @@ from pretended_gpu import pretended_gpu
 from tiny_models import TINY_SHAPE
 
 from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
-from benchmarks.gpu_rows import Row, print_row
+from benchmarks.gpu_one_setting import Row, print_row
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration
 from moe_offload.engine.engine import load_engine

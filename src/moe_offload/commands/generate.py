@@ -128,7 +128,7 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
     wanted: list[tuple[str, Path]] = []
     if config.output.record:
         # The names that nobody chose first: what takes one of them was asked for by its flag.
-        named = sorted(paths.by_name().items(), key=lambda one: one[0] in _FLAGS)
+        named = sorted(paths.items(), key=lambda one: one[0] in _FLAGS)
         wanted += [(_FLAGS.get(name, "--output-dir"), path) for name, path in named]
     if config.output.responses_jsonl is not None:
         folder = config.output.responses_jsonl.parent

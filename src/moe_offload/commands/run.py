@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig
 
-from moe_offload import VERSION
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config, ModelOptions
@@ -34,7 +33,7 @@ from moe_offload.model.generation import (
 )
 from moe_offload.model.loader import PreparedModel
 from moe_offload.model.tokenization import StreamingDetokenizer, Tokenizer, load_tokenizer
-from moe_offload.report.files import ReportPaths, RunInfo, Status, routing_lines, write_reports
+from moe_offload.report.files import ReportPaths, RunInfo, Status, recorded_routing, write_reports
 from moe_offload.report.summary import format_summary, summarize
 
 
@@ -376,7 +375,6 @@ def _report(
         n_threads=torch.get_num_threads(),
         command=list(command),
         settings=asdict(config),
-        tool_version=VERSION,
         hardware=read_hardware(gpu_uuid=engine.gpu_uuid).to_json(),
         model=engine.describe() | {"tokenizer": tokenizer.name},
         layout=asdict(engine.source.layouts[0]),
@@ -395,10 +393,10 @@ def _report(
         notes=notes,
     )
     routing = None
-    if recorder.enabled and paths.routing is not None:
+    if recorder.enabled and "routing" in paths:
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
-        routing = routing_lines(recorder, engine.source.name, n_experts, synthetic=dummy)
+        routing = recorded_routing(recorder, engine.source.name, n_experts, synthetic=dummy)
     written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
     if not config.output.quiet:
         show(text)

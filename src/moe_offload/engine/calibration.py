@@ -8,25 +8,29 @@ or AVX512-BF16 is asked for the last; where oneDNN is not clearly faster it is n
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
+import json
+import os
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from math import isfinite
+from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from moe_offload.engine.timing import (
     SIDE_CALLS,
-    CalibrationCache,
-    CopyCost,
     Counts,
     QuietWatch,
     Steadiness,
@@ -34,6 +38,7 @@ from moe_offload.engine.timing import (
     calibrate_side,
     fit_line,
     median_us,
+    medians_in_turn_us,
 )
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
@@ -41,7 +46,7 @@ from moe_offload.experts.fetcher import ExpertFetcher, make_fetcher
 from moe_offload.experts.recorder import Recorder
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
-from moe_offload.files import from_json
+from moe_offload.files import from_json, read_json_object, user_cache, write_atomically
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.machine.hardware import Hardware
@@ -49,20 +54,23 @@ from moe_offload.machine.hardware import Hardware
 UNSTEADY = "this machine's speed varied while it was measured"
 # From the most: where oneDNN loses, nothing less is measured.
 CROSSOVER_TOKENS = (256, 64, 16)
+_CROSSOVER_MARGIN = 0.05
 _BF16_FLAGS = frozenset(["avx512_bf16", "amx_bf16"])
 _CROSSOVER_BYTES = 1 << 26  # of experts that the kernels and oneDNN are compared on
 _STEP_BUDGET_S = 0.3
 _READ_BYTES = 1 << 29  # twice the largest last-level cache met so far
 _READS = 5
+MAX_AGE_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """From how many tokens on oneDNN is the faster; `from_tokens` is None where it never is.
+    """From how many tokens on oneDNN computes `what` faster; `from_tokens` is None for never.
 
     `tokens`, descending, are what was measured; `kernels_us` and `onednn_us` are medians.
     """
 
+    what: str
     from_tokens: int | None
     tokens: tuple[int, ...]
     kernels_us: tuple[float, ...]
@@ -70,67 +78,35 @@ class Crossover:
 
     def __str__(self) -> str:
         times = f"{self.onednn_us[0] / 1e3:.3g} ms, the kernels {self.kernels_us[0] / 1e3:.3g} ms"
-        comparison = f"{self.tokens[0]} tokens: oneDNN {times}"
+        comparison = f"({self.tokens[0]} tokens: oneDNN {times})"
         if self.from_tokens is None:
-            return f"the kernels ({comparison})"
-        return f"torch's oneDNN from {self.from_tokens} tokens on ({comparison})"
-
-
-@dataclass(frozen=True)
-class OnednnChoice:
-    """Where oneDNN takes over: for an expert, and for the dense part by its rows.
-
-    None where that is out of the question: another format, a forced kernel, a CPU without bf16
-    products. The experts' times are of `n_experts` experts with so many tokens each.
-    """
-
-    experts: Crossover | None = None
-    dense: Crossover | None = None
-    n_experts: int = 1
-
-    @property
-    def expert_tokens(self) -> int | None:
-        return None if self.experts is None else self.experts.from_tokens
-
-    @property
-    def dense_tokens(self) -> int | None:
-        return None if self.dense is None else self.dense.from_tokens
-
-    @property
-    def expert_cost(self) -> SideCost | None:
-        """What an expert with `expert_tokens` or more costs, or None where none goes there."""
-        if self.experts is None or self.experts.from_tokens is None:
-            return None
-        fixed_us, token_us = fit_line(self.experts.tokens, self.experts.onednn_us)
-        return SideCost(0.0, fixed_us / self.n_experts, token_us / self.n_experts)
-
-    def describe(self, only_used: bool = False) -> list[str]:
-        """What computes many tokens, as lines for people; `only_used`: where oneDNN does."""
-        n = f"{self.n_experts} " if self.n_experts > 1 else ""
-        found = (
-            (f"{n}experts with many tokens", self.experts),
-            ("a layer's dense part, many tokens", self.dense),
-        )
-        return [
-            f"{what}: {crossover}"
-            for what, crossover in found
-            if crossover is not None and not (only_used and crossover.from_tokens is None)
-        ]
+            return f"{self.what}: the kernels {comparison}"
+        return f"{self.what}: torch's oneDNN from {self.from_tokens} tokens on {comparison}"
 
 
 @dataclass(frozen=True)
 class MachineCosts:
-    """The cost model, the plain-read bandwidth the CPU kernels are held against, how quiet the
-    machine was while both were measured, and where oneDNN is faster than the kernels."""
+    """The cost model, and the plain-read bandwidth that the CPU kernels are held against.
+
+    And how quiet the machine was while both were measured, and where oneDNN is faster than the
+    kernels, for experts and for a layer's dense part: None where that is out of the question, by
+    another format, a forced kernel or a CPU without bf16 products.
+    """
 
     model: CostModel
     read_gbps: float
     steadiness: Steadiness
-    onednn: OnednnChoice = field(default_factory=OnednnChoice)
+    onednn_experts: Crossover | None = None
+    onednn_dense: Crossover | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.read_gbps < float("inf"):
+        if not 0 < self.read_gbps < inf:
             raise ValueError(f"a memory that no machine has: {self.read_gbps} GB/s")
+
+    @property
+    def crossovers(self) -> list[Crossover]:
+        """Of oneDNN and the kernels: those that were measured."""
+        return [one for one in (self.onednn_experts, self.onednn_dense) if one is not None]
 
     def to_json(self) -> dict[str, Any]:
         """As run.json has it: the cost model is its `costs`."""
@@ -139,7 +115,7 @@ class MachineCosts:
 
     def notes(self) -> list[str]:
         """Lines for the user: where the figures are not to be trusted, what oneDNN computes."""
-        lines = self.onednn.describe(only_used=True)
+        lines = [str(one) for one in self.crossovers if one.from_tokens is not None]
         if self.steadiness.is_quiet:
             return lines
         rough = "take predictions and shares of limits as rough; the next run measures again"
@@ -158,7 +134,7 @@ class MachineCosts:
             f"one expert ({costs.block_bytes / 1e6:.1f} MB) on the CPU, one token: "
             f"{_time(expert_us)} ({expert_gbps:.1f} GB/s, {share}), "
             f"{_more_tokens(costs.cpu)}",
-            *self.onednn.describe(),
+            *map(str, self.crossovers),
             f"a decode layer without its experts: {_time(costs.dense_us_per_layer)}, "
             f"a step beside its layers: {_time(costs.step_us)}",
         ]
@@ -185,100 +161,153 @@ def _time(us: float) -> str:
     return f"{us / 1e3:.2f} ms" if us >= 1000 else f"{us:.3g} us"
 
 
-def machine_costs(
-    store: ExpertStore,
-    cpu: CpuExperts,
-    gpu: GpuExperts | None,
-    decode_step: Callable[[], None],
-    blocks: Sequence[nn.Module],
-    hardware: Hardware,
-    *,
-    dtype: torch.dtype,
-    dense: str,
-    linears: Sequence[CpuLinear] = (),
-    emulate_pcie_gbps: float | None = None,
-    again: bool = False,
-) -> MachineCosts:
-    """The costs of this machine for the model in `store`, from disk where they are known.
+@dataclass(frozen=True)
+class Calibration:
+    """What is measured of one loaded model, and which machine's and model's costs it gives.
 
     `decode_step` runs one decode step with every expert left out, for the cost of the rest;
-    `blocks` are its MoE layers' modules, which it passes in turn. The calibration is keyed by the
-    hardware, the block's layout, what computes it, the `dense` part's description and the emulated
-    link; one taken on a busy machine is kept by this process alone. Without `gpu` its costs and the
-    copies' are infinite: nothing is ever sent there. `linears` are one layer's that oneDNN may
-    compute. `again` measures what is known already.
+    `blocks` are its MoE layers' modules, which it passes in turn; `dense` describes the weights
+    that are no expert's. Without `gpu` its costs and the copies' are infinite: nothing is ever sent
+    there. `linears` are one layer's that oneDNN may compute.
     """
-    kept = CalibrationCache()
-    shape = {
-        "layout": asdict(store.layouts[0]),
-        "n_layers": store.n_layers,
-        "n_experts": store.n_experts[0],
-        "cpu": cpu.description,
-        "onednn": [cpu.suits_onednn, len(linears), torch.__version__],
-        "gpu": None if gpu is None else gpu.description,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
-        "dense": dense,
-        "emulate_pcie_gbps": emulate_pcie_gbps,
-        # Another version's is another.
-        "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
-    }
-    known = None if again else kept.load(hardware.key(), shape)
-    if known is not None:
-        # Damaged, of another version, or what no machine does: measured anew.
-        with suppress(ValueError, OverflowError):
-            costs = from_json(MachineCosts, known)
-            if costs.model.block_bytes == store.layouts[0].block_bytes:
-                return costs
-    if sys.stderr.isatty():
-        print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
-    cpu = cpu.with_onednn(None)
-    costs = _measure(store, cpu, gpu, decode_step, blocks, dtype, emulate_pcie_gbps)
-    if has_bf16_products(hardware.isa):
-        choice = _compare_onednn(store, cpu, linears, dtype)
-        model = replace(
-            costs.model, cpu_many=choice.expert_cost, cpu_many_tokens=choice.expert_tokens or 0
+
+    store: ExpertStore
+    cpu: CpuExperts
+    gpu: GpuExperts | None
+    decode_step: Callable[[], None]
+    blocks: Sequence[nn.Module]
+    dtype: torch.dtype
+    dense: str
+    linears: Sequence[CpuLinear] = ()
+    emulate_pcie_gbps: float | None = None
+
+    def costs(self, hardware: Hardware, again: bool = False) -> MachineCosts:
+        """This machine's costs, from disk where they are known; `again` measures anew.
+
+        What was measured on a busy machine is kept for this process alone.
+        """
+        key, shape = hardware.key(), self._shape()
+        facts = json.dumps([key, shape], sort_keys=True, default=str)
+        name = f"calibration-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+        path = user_cache() / name
+        known = None if again else _read_kept(path)
+        if known is not None and known.model.block_bytes == shape["layout"]["block_bytes"]:
+            return known
+        if sys.stderr.isatty():
+            print("measuring this machine: a few seconds, then kept for a month", file=sys.stderr)
+        costs = self._measure()
+        if has_bf16_products(hardware.isa):
+            costs = self._with_onednn(costs)
+        # 30 days of another program's noise are worse than none; but a process measures once.
+        lasts = costs.steadiness.is_quiet
+        if lasts or not again:
+            kept = _Kept(time.time(), key, shape, costs, None if lasts else _this_process())
+            with suppress(OSError):  # a folder that cannot be written: measured again next time
+                write_atomically(path, json.dumps(asdict(kept), indent=2, default=str) + "\n")
+        return costs
+
+    def _shape(self) -> dict[str, Any]:
+        """All beside the hardware that the costs depend on."""
+        return {
+            "layout": asdict(self.store.layouts[0]),
+            "n_layers": self.store.n_layers,
+            "n_experts": self.store.n_experts[0],
+            "cpu": self.cpu.description,
+            "onednn": [self.cpu.suits_onednn, len(self.linears), torch.__version__],
+            "gpu": None if self.gpu is None else self.gpu.description,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype),
+            "dense": self.dense,
+            "emulate_pcie_gbps": self.emulate_pcie_gbps,
+            # Another version's is another.
+            "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
+        }
+
+    def _measure(self) -> MachineCosts:
+        block_bytes = self.store.layouts[0].block_bytes
+        run_cpu = cpu_runner(self.store, self.cpu.with_onednn(None), self.dtype)
+        two_experts = partial(run_cpu, (1, 1))
+        watch = QuietWatch(two_experts)
+        watch.burst()
+        calls = [counts for counts in SIDE_CALLS if len(counts) <= self.store.n_experts[0]]
+        cpu_cost = calibrate_side(run_cpu, calls)
+        watch.burst()
+        layer_us, step_us = dense_costs(self.decode_step, self.blocks, two_experts)
+        model = CostModel(
+            cpu=cpu_cost,
+            gpu=SideCost(0.0, inf, 0.0),
+            copy_call_us=0.0,
+            copy_gbps=1e-9,
+            copy_gbps_shared=1e-9,
+            cpu_shared_factor=1.0,
+            block_bytes=block_bytes,
+            dense_us_per_layer=layer_us,
+            step_us=step_us,
         )
-        costs = replace(costs, model=model, onednn=choice)
-    # 30 days of another program's noise are worse than none; but a process measures once.
-    if costs.steadiness.is_quiet or not again:
-        kept.store(hardware.key(), shape, asdict(costs), lasting=costs.steadiness.is_quiet)
-    return costs
+        if self.gpu is not None:
+            with gpu_runner(self.store, self.gpu, self.dtype) as run_gpu:
+                calls = [counts for counts in calls if len(counts) <= self.gpu.n_slots]
+                model = replace(model, gpu=calibrate_side(run_gpu, calls))
+            with copier(self.store, self.gpu, self.emulate_pcie_gbps) as copy_bytes:
+                model = calibrate_copy(model, copy_bytes, two_experts)
+        read_gbps = plain_read_gbps(self.store, self.cpu)
+        watch.burst()
+        return MachineCosts(model, read_gbps, watch.result())
+
+    def _with_onednn(self, costs: MachineCosts) -> MachineCosts:
+        if self.cpu.suits_onednn and self.dtype == torch.bfloat16:
+            n_fitting = max(1, _CROSSOVER_BYTES // costs.model.block_bytes)
+            n = min(n_fitting, self.store.n_experts[0])
+
+            def experts(onednn_tokens: int | None) -> Callable[[int], None]:
+                run = cpu_runner(self.store, self.cpu.with_onednn(onednn_tokens), self.dtype)
+                return lambda n_tokens: run((n_tokens,) * n)
+
+            what = f"{f'{n} ' if n > 1 else ''}experts with many tokens"
+            found = measure_crossover(what, experts(None), experts(1))
+            costs = replace(costs, onednn_experts=found)
+            if found.from_tokens is not None:
+                fixed_us, token_us = fit_line(found.tokens, found.onednn_us)
+                many = SideCost(0.0, fixed_us / n, token_us / n)
+                model = replace(costs.model, cpu_many=many, cpu_many_tokens=found.from_tokens)
+                costs = replace(costs, model=model)
+        if self.linears:
+            linears = [copy.copy(linear) for linear in self.linears]
+
+            def dense(onednn_tokens: int | None, n_tokens: int) -> None:
+                for linear in linears:
+                    linear.onednn_tokens = onednn_tokens
+                    linear(torch.ones(n_tokens, linear.in_features, dtype=torch.bfloat16))
+
+            what = "a layer's dense part, many tokens"
+            found = measure_crossover(what, partial(dense, None), partial(dense, 1))
+            costs = replace(costs, onednn_dense=found)
+        return costs
 
 
-def _measure(
-    store: ExpertStore,
-    cpu: CpuExperts,
-    gpu: GpuExperts | None,
-    decode_step: Callable[[], None],
-    blocks: Sequence[nn.Module],
-    dtype: torch.dtype,
-    emulate_pcie_gbps: float | None,
-) -> MachineCosts:
-    run_cpu = cpu_runner(store, cpu, dtype)
-    watch = QuietWatch(partial(run_cpu, (1, 1)))
-    watch.burst()
-    calls = [counts for counts in SIDE_CALLS if len(counts) <= store.n_experts[0]]
-    cpu_cost = calibrate_side(run_cpu, calls)
-    watch.burst()
-    layer_us, step_us = dense_costs(decode_step, blocks, partial(run_cpu, (1, 1)))
-    gpu_cost, copies = SideCost(0.0, float("inf"), 0.0), CopyCost(0.0, 1e-9, 1e-9, 1.0)
-    if gpu is not None:
-        with gpu_runner(store, gpu, dtype) as run_gpu:
-            gpu_cost = calibrate_side(run_gpu, [c for c in calls if len(c) <= gpu.n_slots])
-        with copier(store, gpu, emulate_pcie_gbps) as copy:
-            copies = calibrate_copy(copy, store.layouts[0].block_bytes, partial(run_cpu, (1, 1)))
-    read_gbps = plain_read_gbps(store, cpu)
-    watch.burst()
-    model = CostModel(
-        cpu=cpu_cost,
-        gpu=gpu_cost,
-        **asdict(copies),
-        block_bytes=store.layouts[0].block_bytes,
-        dense_us_per_layer=layer_us,
-        step_us=step_us,
-    )
-    return MachineCosts(model, read_gbps, watch.result())
+@dataclass(frozen=True)
+class _Kept:
+    """A calibration's file; `process` is the only one that believes what is not to last."""
+
+    measured_unix_s: float
+    hardware: Any
+    shape: Any
+    calibration: MachineCosts
+    process: tuple[float, ...] | None
+
+
+def _read_kept(path: Path) -> MachineCosts | None:
+    """The costs in a file; None where it expired, is another process's, damaged or not there."""
+    try:
+        kept = from_json(_Kept, read_json_object(path))
+    except (UserError, ValueError, OverflowError):
+        return None
+    is_fresh = 0 <= time.time() - kept.measured_unix_s <= MAX_AGE_S
+    return kept.calibration if is_fresh and kept.process in (None, _this_process()) else None
+
+
+def _this_process() -> tuple[float, ...]:
+    return float(os.getpid()), psutil.Process().create_time()
 
 
 def plain_read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:
@@ -301,18 +330,14 @@ def _calls(
 
     What a layer has at hand is made once, and is no part of a call's cost. The ids stay on the CPU.
     """
-
-    @cache
-    def given(counts: Counts) -> tuple[Tensor, Tensor]:
-        shape = sum(counts), store.layouts[0].hidden_size
-        weights = torch.ones(shape[0], 1, device=device)
-        return torch.ones(shape, dtype=dtype, device=device), weights
+    width = store.layouts[0].hidden_size
+    hidden = cache(lambda n_tokens: torch.ones(n_tokens, width, dtype=dtype, device=device))
+    weights = cache(lambda n_tokens: torch.ones(n_tokens, 1, device=device))
 
     @cache
     def call(counts: Counts, first: int, n: int) -> Call:
         ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        hidden, weights = given(counts)
-        return hidden, (ids[:, None] + first) % n, weights
+        return hidden(len(ids)), (ids[:, None] + first) % n, weights(len(ids))
 
     return call
 
@@ -335,9 +360,8 @@ def cpu_runner(store: ExpertStore, cpu: CpuExperts, dtype: torch.dtype) -> Calla
 
 def _blocks_in_turn(store: ExpertStore) -> Iterator[Tensor]:
     """Every block in memory, over and over: a layer's experts one after another."""
-    while True:
-        for layer in range(store.n_stored):
-            yield from store.blocks(layer)
+    layers = range(store.n_stored)
+    return itertools.cycle(block for layer in layers for block in store.blocks(layer))
 
 
 @contextmanager
@@ -351,7 +375,6 @@ def gpu_runner(
     for slot, block in zip(gpu.slots, _blocks_in_turn(store), strict=False):
         slot.copy_(block)
     call, first = _calls(store, dtype, gpu.device), 0
-    fetcher = make_fetcher(gpu.device, gpu.slots)
 
     @cache
     def launch(counts: Counts, first: int) -> tuple[Tensor, list[int], Tensor]:
@@ -365,10 +388,8 @@ def gpu_runner(
         if gpu.device.type == "cuda":
             torch.cuda.synchronize(gpu.device)
 
-    try:
+    with closing(make_fetcher(gpu.device, gpu.slots)) as fetcher:
         yield run
-    finally:
-        fetcher.close()
 
 
 @contextmanager
@@ -376,23 +397,23 @@ def copier(
     store: ExpertStore, gpu: GpuExperts, emulate_pcie_gbps: float | None
 ) -> Iterator[Callable[[int], None]]:
     """Copies the first bytes of one block after another to the accelerator's last slot."""
-    fetchers: dict[int, ExpertFetcher] = {}
     blocks = _blocks_in_turn(store)
+    with ExitStack() as fetchers:
 
-    def copy(n_bytes: int) -> None:
-        if n_bytes not in fetchers:
+        @cache
+        def fetcher_of(n_bytes: int) -> ExpertFetcher:
             slots = gpu.slots[:, :n_bytes]
-            fetchers[n_bytes] = make_fetcher(gpu.device, slots, emulate_pcie_gbps)
-        fetchers[n_bytes].fetch(gpu.n_slots - 1, next(blocks)[:n_bytes])
-        for completion in fetchers[n_bytes].drain():
-            if completion.error is not None:
-                raise UserError(f"calibration could not copy an expert: {completion.error}")
+            fetcher = make_fetcher(gpu.device, slots, emulate_pcie_gbps)
+            return fetchers.enter_context(closing(fetcher))
 
-    try:
-        yield copy
-    finally:
-        for fetcher in fetchers.values():
-            fetcher.close()
+        def copy_bytes(n_bytes: int) -> None:
+            fetcher = fetcher_of(n_bytes)
+            fetcher.fetch(gpu.n_slots - 1, next(blocks)[:n_bytes])
+            for completion in fetcher.drain():
+                if completion.error is not None:
+                    raise UserError(f"calibration could not copy an expert: {completion.error}")
+
+        yield copy_bytes
 
 
 def dense_costs(
@@ -433,71 +454,33 @@ def dense_costs(
 
 
 def measure_crossover(
+    what: str,
     kernels: Callable[[int], object],
     onednn: Callable[[int], object],
-    tokens: Sequence[int] = CROSSOVER_TOKENS,
-    margin: float = 0.05,
     budget_s: float = 0.1,
 ) -> Crossover:
-    """The least of `tokens`, descending, from which `onednn` is faster by `margin`.
+    """The least of `CROSSOVER_TOKENS` from which `onednn` is faster by `_CROSSOVER_MARGIN`.
 
-    Both are called with a number of tokens, in turn, at least three times and for about `budget_s`:
-    a machine whose speed drifts is slow for either, and their medians are compared.
+    Both are called with a number of tokens, in turn, at least three times and for about `budget_s`.
     """
     from_tokens: int | None = None
-    medians_us: list[tuple[float, float]] = []
-    for n in tokens:
-        kernels_us: list[float] = []
-        onednn_us: list[float] = []
-        started_s = time.perf_counter()
-        while len(onednn_us) < 3 or time.perf_counter() - started_s < budget_s:
-            before_s = time.perf_counter()
-            kernels(n)
-            between_s = time.perf_counter()
-            onednn(n)
-            kernels_us.append(1e6 * (between_s - before_s))
-            onednn_us.append(1e6 * (time.perf_counter() - between_s))
-        ours, theirs = statistics.median(kernels_us), statistics.median(onednn_us)
-        medians_us.append((ours, theirs))
-        if theirs > (1 - margin) * ours:
+    kernels_us: list[float] = []
+    onednn_us: list[float] = []
+    for n in CROSSOVER_TOKENS:
+        works = [partial(kernels, n), partial(onednn, n)]
+        ours_us, theirs_us = medians_in_turn_us(works, 3, budget_s / 2)
+        kernels_us.append(ours_us)
+        onednn_us.append(theirs_us)
+        if theirs_us > (1 - _CROSSOVER_MARGIN) * ours_us:
             break
         from_tokens = n
-    return Crossover(from_tokens, tuple(tokens[: len(medians_us)]), *zip(*medians_us, strict=True))
+    tokens = CROSSOVER_TOKENS[: len(onednn_us)]
+    return Crossover(what, from_tokens, tokens, tuple(kernels_us), tuple(onednn_us))
 
 
 def has_bf16_products(cpu_flags: Collection[str]) -> bool:
     """Whether a CPU with these flags (`Hardware.isa`) has AMX or AVX512-BF16."""
     return not _BF16_FLAGS.isdisjoint(cpu_flags)
-
-
-def compare_dense(linears: Sequence[CpuLinear]) -> Crossover | None:
-    """The crossover of one layer's `linears` together; None without any."""
-
-    def run(onednn_tokens: int | None, n_tokens: int) -> None:
-        for linear in linears:
-            linear.onednn_tokens = onednn_tokens
-            linear(torch.ones(n_tokens, linear.in_features, dtype=torch.bfloat16))
-
-    kept = [linear.onednn_tokens for linear in linears]
-    try:
-        return measure_crossover(partial(run, None), partial(run, 1)) if linears else None
-    finally:
-        for linear, tokens in zip(linears, kept, strict=True):
-            linear.onednn_tokens = tokens
-
-
-def _compare_onednn(
-    store: ExpertStore, cpu: CpuExperts, linears: Sequence[CpuLinear], dtype: torch.dtype
-) -> OnednnChoice:
-    n_experts = min(max(1, _CROSSOVER_BYTES // store.layouts[0].block_bytes), store.n_experts[0])
-    crossover = None
-    if cpu.suits_onednn and dtype == torch.bfloat16:
-        by_kernels = cpu_runner(store, cpu, dtype)
-        by_onednn = cpu_runner(store, cpu.with_onednn(1), dtype)
-        crossover = measure_crossover(
-            lambda n: by_kernels((n,) * n_experts), lambda n: by_onednn((n,) * n_experts)
-        )
-    return OnednnChoice(crossover, compare_dense(linears), n_experts)
 
 
 def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:

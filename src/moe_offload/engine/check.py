@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from moe_offload.checkpoint.block import pack_block
 from moe_offload.checkpoint.prepared import Manifest, MoeLayer, read_block
 from moe_offload.checkpoint.source import open_source
 from moe_offload.engine.engine import Engine
-from moe_offload.kernels.oracle import expert_ffn
+from moe_offload.kernels.oracle import experts_forward
 from moe_offload.model.loader import (
     MoeSite,
     PreparedModel,
@@ -77,18 +78,18 @@ class Comparison:
         if self.unlike_source is None:
             yield "weights: the source is not there, so their checksums alone were checked"
         else:
-            found = _some(f"layer {layer} expert {one}" for layer, one in self.unlike_source)
-            yield (
-                f"weights: {self.n_experts} experts as the source gives them"
-                if not found
-                else (f"weights: WRONG, not what the source gives: {found}")
-            )
+            found = _some([f"layer {layer} expert {one}" for layer, one in self.unlike_source])
+            right = f"{self.n_experts} experts as the source gives them"
+            yield f"weights: {f'WRONG, not what the source gives: {found}' if found else right}"
         yield (
             f"layers: outputs of {self.n_layers} layers differ from plain fp32 by at most "
             f"{self.largest:.2%} (limit {self.layer_limit:.2%})"
         )
         for wrong in self.wrong_layers:
-            named = _some(map(str, wrong.experts)) or "not to be repeated with one expert alone"
+            named = (
+                _some([str(expert) for expert in wrong.experts])
+                or "not to be repeated with one expert alone"
+            )
             yield f"layers: WRONG, layer {wrong.layer} by {wrong.difference:.1%}, expert {named}"
         yield (
             f"answers: {self.agreeing} of {self.n_tokens} tokens as transformers' model chooses"
@@ -98,48 +99,37 @@ class Comparison:
         yield f"verdict: {'right' if self.is_right else 'WRONG'}"
 
 
-def _some(names: Any, most: int = 8) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if listed[most:] else ""
-    return ", ".join(listed[:most]) + more
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if names[most:] else ""
+    return ", ".join(names[:most]) + more
 
 
-@dataclass
-class _Calls:
-    """The engine's calls of one layer: hidden [T, H], ids [T, K], weights [T, K], output [T, H]."""
-
-    hidden: list[Tensor] = field(default_factory=list)
-    index: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    output: list[Tensor] = field(default_factory=list)
-
-    def keep(self, _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        for kept, tensor in zip(
-            (self.hidden, self.index, self.weights, self.output), (*inputs, output), strict=True
-        ):
-            kept.append(tensor.detach().to("cpu", copy=True))
+# A layer's calls by the engine: hidden [T, H], ids [T, K], weights [T, K], output [T, H].
+_Calls = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @torch.inference_mode()
 def check_engine(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    source: Path | None = None,
-    on_layer: Callable[[int], None] = lambda _: None,
+    engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, source: Path | None = None
 ) -> Comparison:
     """Generate `new_tokens` greedily after each of `prompts` (token ids), and compare.
 
-    `source` is the checkpoint that the folder was prepared from. `on_layer` hears the number of
-    each layer that is done. Memory beside the engine's: the dense weights again, and one expert.
+    `source` is the checkpoint that the folder was prepared from. Memory beside the engine's: the
+    dense weights again, and one expert.
     """
     prepared = engine.source
     assert isinstance(prepared, PreparedModel)
     manifest = prepared.manifest
-    calls = [_Calls() for _ in engine.sites]
-    experts = [engine.model.get_submodule(site.experts_path) for site in engine.sites]
+    calls: list[_Calls] = [[] for _ in engine.sites]
+
+    def keep(kept: _Calls, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        hidden, index, weights = inputs
+        tensors = hidden, index, weights, output
+        kept.append(tuple(one.detach().to("cpu", copy=True) for one in tensors))  # type: ignore[arg-type]
+
     hooks = [
-        module.register_forward_hook(kept.keep) for module, kept in zip(experts, calls, strict=True)
+        engine.model.get_submodule(site.experts_path).register_forward_hook(partial(keep, kept))
+        for site, kept in zip(engine.sites, calls, strict=True)
     ]
     texts, ours = [], []
     for prompt in prompts:
@@ -164,7 +154,7 @@ def check_engine(
         # Some six roundings a layer, and four times their sum: a rounding may tip a router.
         logits_limit=4 * (6 * n_layers) ** 0.5 * max(unit, 1e-5),
     )
-    theirs = _Reference(engine, manifest, calls, result, source, on_layer).logits(texts)
+    theirs = _Reference(engine, manifest, calls, result, source).logits(texts)
     for prompt, chosen, found, expected in zip(prompts, texts, ours, theirs, strict=True):
         _compare_answers(result, chosen[len(prompt) :], found, expected[len(prompt) - 1 : -1])
     return result
@@ -172,7 +162,6 @@ def check_engine(
 
 def _compare_answers(result: Comparison, chosen: Tensor, found: Tensor, expected: Tensor) -> None:
     """`chosen` [n] by the engine from `found` [n, V]; the reference's logits are `expected`."""
-    expected = expected[: len(chosen)]
     differences = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     best, own = expected.max(dim=-1).values, expected.gather(1, chosen[:, None])[:, 0]
     same = own == best
@@ -182,6 +171,17 @@ def _compare_answers(result: Comparison, chosen: Tensor, found: Tensor, expected
     near = (best - own <= margins) & (differences <= result.logits_limit)
     result.tied += int((~same & near).sum())
     result.logits = max(result.logits, float(differences.max()))
+
+
+class _Experts(nn.Module):
+    """One layer's experts, computed by a function."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self._run(hidden, index, weights)
 
 
 class _Reference:
@@ -194,15 +194,13 @@ class _Reference:
         calls: list[_Calls],
         result: Comparison,
         source: Path | None,
-        on_layer: Callable[[int], None],
     ) -> None:
-        self.engine, self.manifest, self.calls = engine, manifest, calls
-        self.result, self.on_layer = result, on_layer
+        self.engine, self.manifest, self.calls, self.result = engine, manifest, calls, result
         prepared = PreparedModel(manifest)
         self.model = build_skeleton(prepared.config, prepared.dtype, "sdpa")
-        self.sites = find_moe_sites(self.model, prepared.experts_paths)
-        for site in self.sites:
-            self.model.set_submodule(site.experts_path, _ReferenceExperts(self, site))
+        for site in find_moe_sites(self.model, prepared.experts_paths):
+            experts = _Experts(partial(self._compute, site))
+            self.model.set_submodule(site.experts_path, experts)
         prepared.load_dense(self.model, torch.device("cpu"), lambda _: None)
         self.source = None
         if source is not None:
@@ -212,14 +210,32 @@ class _Reference:
 
     def logits(self, texts: list[Tensor]) -> list[Tensor]:
         """fp32 [length, V] of each text, from one pass over all: attention looks back only."""
-        longest = max(len(text) for text in texts)
-        ids = torch.zeros(len(texts), longest, dtype=torch.int64)
-        for row, text in zip(ids, texts, strict=True):
-            row[: len(text)] = text
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         logits = self.model(input_ids=ids, use_cache=False).logits.float()
         return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
 
-    def blocks(self, layer: MoeLayer, position: int) -> Iterator[tuple[int, Tensor]]:
+    def _compute(self, site: MoeSite, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """In the model's dtype, as transformers' eager experts; the engine's calls in fp32."""
+        layer, result = self.manifest.moe_layers[site.layer], self.result
+        plain = _plain_experts(site)
+        calls = zip(*self.calls[site.layer], strict=True)
+        own_hidden, own_index, own_weights, found = map(torch.cat, calls)
+        out = torch.zeros(hidden.shape, dtype=torch.float32)
+        expected = torch.zeros(own_hidden.shape, dtype=torch.float32)
+        for expert, block in self._blocks(layer, site.layer):
+            out += plain(layer.layout, {expert: block}, hidden, index, weights)
+            expected += plain(
+                layer.layout, {expert: block}, own_hidden.float(), own_index, own_weights
+            )
+        differences = _difference(found.float(), expected)
+        result.largest = max(result.largest, float(differences.max()))
+        if not bool((differences <= result.layer_limit).all()):  # NaN is wrong as well
+            wrong = differences.nan_to_num(float("inf")) > result.layer_limit
+            experts = self._wrong_experts(site, layer, own_hidden[:1], own_index[wrong])
+            result.wrong_layers.append(WrongLayer(site.layer, float(differences.max()), experts))
+        return out.to(hidden.dtype)
+
+    def _blocks(self, layer: MoeLayer, position: int) -> Iterator[tuple[int, Tensor]]:
         """(expert, its block) in order; what differs from the source is noted."""
         block = torch.empty(layer.layout.block_bytes, dtype=torch.uint8)
         packed = torch.empty_like(block)
@@ -234,55 +250,30 @@ class _Reference:
                     self.result.unlike_source.append((position, expert))
             yield expert, block
 
-
-class _ReferenceExperts(nn.Module):
-    """One layer's experts in plain torch, in the model's dtype, as transformers' eager ones."""
-
-    def __init__(self, reference: _Reference, site: MoeSite) -> None:
-        super().__init__()
-        self._reference = [reference]  # in a list: no submodule of its own model
-        self._site = site
-
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        (reference,), site = self._reference, self._site
-        layer = reference.manifest.moe_layers[site.layer]
-        calls = reference.calls[site.layer]
-        own = [torch.cat(kept) for kept in (calls.hidden, calls.index, calls.weights)]
-        out = torch.zeros(hidden.shape, dtype=torch.float32)
-        expected = torch.zeros(own[0].shape, dtype=torch.float32)
-        for expert, block in reference.blocks(layer, site.layer):
-            _add(out, site, layer, expert, block, hidden, index, weights)
-            _add(expected, site, layer, expert, block, own[0].float(), own[1], own[2])
-        found = torch.cat(calls.output).float()
-        differences = _difference(found, expected)
-        result = reference.result
-        result.largest = max(result.largest, float(differences.max()))
-        if not bool((differences <= result.layer_limit).all()):  # NaN is wrong as well
-            wrong = differences.nan_to_num(float("inf")) > result.layer_limit
-            experts = self._wrong_experts(layer, own[0], own[1][wrong])
-            result.wrong_layers.append(WrongLayer(site.layer, float(differences.max()), experts))
-        reference.on_layer(site.layer)
-        return out.to(hidden.dtype)
-
-    def _wrong_experts(self, layer: MoeLayer, hidden: Tensor, chosen: Tensor) -> tuple[int, ...]:
-        """Those of the experts chosen [n, K] that the engine computes wrongly when asked alone."""
-        (reference,), site = self._reference, self._site
+    def _wrong_experts(
+        self, site: MoeSite, layer: MoeLayer, x: Tensor, chosen: Tensor
+    ) -> tuple[int, ...]:
+        """Those of the experts chosen [n, K] that the engine computes wrongly for x [1, H]."""
         block = torch.empty(layer.layout.block_bytes, dtype=torch.uint8)
-        module = reference.engine.model.get_submodule(site.experts_path)
-        device, x = reference.engine.device, hidden[:1]
+        module = self.engine.model.get_submodule(site.experts_path)
+        device, plain = self.engine.device, _plain_experts(site)
         wrong = []
-        for expert in sorted(set(chosen.flatten().tolist())):
+        for expert in chosen.unique().tolist():
             others = [one for one in range(layer.n_experts) if one != expert]
             index = torch.tensor([[expert, *others[: chosen.shape[1] - 1]]])
             weights = torch.zeros(index.shape, dtype=x.dtype)
             weights[0, 0] = 1.0
             found = module(x.to(device), index.to(device), weights.to(device)).float().cpu()
             read_block(layer, expert, block)
-            expected = torch.zeros(x.shape)
-            _add(expected, site, layer, expert, block, x.float(), index, weights)
-            if not float(_difference(found, expected)) <= reference.result.layer_limit:
+            expected = plain(layer.layout, {expert: block}, x.float(), index, weights)
+            if not float(_difference(found, expected)) <= self.result.layer_limit:
                 wrong.append(expert)
         return tuple(wrong)
+
+
+def _plain_experts(site: MoeSite) -> Callable[..., Tensor]:
+    """`experts_forward` with the activation of the layer."""
+    return partial(experts_forward, activation=site.activation, act_module=site.act_module)
 
 
 def _difference(found: Tensor, expected: Tensor) -> Tensor:
@@ -291,20 +282,3 @@ def _difference(found: Tensor, expected: Tensor) -> Tensor:
     smallest = max(0.1 * float(norms.mean()), 1e-30)
     differences: Tensor = (found - expected).norm(dim=-1) / norms.clamp(min=smallest)
     return differences
-
-
-def _add(
-    out: Tensor,
-    site: MoeSite,
-    layer: MoeLayer,
-    expert: int,
-    block: Tensor,
-    hidden: Tensor,
-    index: Tensor,
-    weights: Tensor,
-) -> None:
-    """Add the expert's weighted output for the tokens that chose it, in fp32."""
-    tokens, place = torch.where(index == expert)
-    if len(tokens):
-        y = expert_ffn(layer.layout, block, hidden[tokens], site.activation, site.act_module)
-        out.index_add_(0, tokens, y.float() * weights[tokens, place, None].float())

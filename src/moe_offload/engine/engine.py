@@ -21,16 +21,14 @@ from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
 from moe_offload.engine.calibration import (
     CROSSOVER_TOKENS,
+    Calibration,
     MachineCosts,
-    OnednnChoice,
     has_bf16_products,
-    machine_costs,
     predicted_step_us,
 )
 from moe_offload.engine.memory import free_slot_bytes, kv_cache_bytes, make_budget
 from moe_offload.engine.setup import (
     build_accelerator,
-    build_slots,
     chosen_cache,
     fitted_cache,
     gpu_uuid,
@@ -39,6 +37,7 @@ from moe_offload.engine.setup import (
 from moe_offload.engine.timing import BusyWatch
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
+from moe_offload.experts.costs import CostModel
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
 from moe_offload.experts.slots import GpuExperts
@@ -56,7 +55,6 @@ from moe_offload.model.loader import (
     distinct_linears,
     find_moe_sites,
     given_text_alone,
-    one_pass_at_a_time,
     onednn_linears,
     refuse_saving,
 )
@@ -70,8 +68,8 @@ class Engine:
     """A loaded model and everything that serves it. Close it, or use it as a context manager.
 
     `notes` are lines for the user: what was degraded, chosen or emulated; `say` hears at once what
-    cannot wait for them. Our kernels compute the
-    CPU's part until a calibration has shown that torch's oneDNN is faster for many tokens.
+    cannot wait for them. Our kernels compute the CPU's part until a calibration has shown that
+    torch's oneDNN is faster for many tokens.
     """
 
     model: PreTrainedModel
@@ -131,52 +129,65 @@ class Engine:
             accelerator.costs = self._measured(accelerator.gpu, again).model
 
     def _slots(self, n_slots: int) -> GpuExperts:
-        return build_slots(n_slots, self.source, self.sites[0], self.device)
+        """`n_slots` for the model's experts, or as many of them as fit."""
+        site = self.sites[0]
+        return GpuExperts(
+            self.source.layouts[0],
+            site.activation,
+            n_slots,
+            self.device,
+            act_module=site.act_module,
+            dtype=self.source.dtype,
+        )
 
     def _measured(self, gpu: GpuExperts | None, again: bool = False) -> MachineCosts:
         """The costs with `gpu`, which are the engine's from now on."""
-        self.costs = machine_costs(
+        calibration = Calibration(
             self.store,
             self.cpu,
             gpu,
             self.decode_step,
             [site.block for site in self.sites],
-            read_hardware(gpu_uuid=self.gpu_uuid),
-            dtype=self.source.dtype,
+            self.source.dtype,
             dense=f"{self.source.dense_format} {self.source.dense_bytes}",
             linears=distinct_linears(onednn_linears(self.model)),
             emulate_pcie_gbps=self.emulate_pcie_gbps,
-            again=again,
         )
-        self.use_onednn(self.costs.onednn)
+        self.costs = calibration.costs(read_hardware(gpu_uuid=self.gpu_uuid), again)
+        found = (self.costs.onednn_experts, self.costs.onednn_dense)
+        self.use_onednn(*(None if one is None else one.from_tokens for one in found))
         return self.costs
+
+    @property
+    def _alone(self) -> CostModel | None:
+        """The costs that tell what a step takes on a quiet machine.
+
+        None without any, and where the accelerator is emulated: it is for trying the mechanism, and
+        computes on the cores whose costs are known without it.
+        """
+        is_emulated = self.accelerator is not None and self.device.type == "cpu"
+        return None if self.costs is None or is_emulated else self.costs.model
 
     def predicted_step_us(self, recorder: Recorder) -> float | None:
         """What the costs predict for the mean decode step that was recorded.
 
-        None without one, without costs, and where the accelerator is emulated: it is for trying
-        the mechanism, and computes on the cores whose costs are known without it.
+        None without one, without costs, and where the accelerator is emulated.
         """
-        if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
-            return None
-        return predicted_step_us(recorder, self.costs.model)
+        return None if self._alone is None else predicted_step_us(recorder, self._alone)
 
     def calibrate_for(self, prompt_tokens: int) -> None:
         """Know the costs if oneDNN may compute part of a prompt of `prompt_tokens`."""
-        is_possible = self.cpu.suits_onednn or onednn_linears(self.model)
-        if (
-            prompt_tokens >= max(CROSSOVER_TOKENS)
-            and is_possible
-            and has_bf16_products(read_hardware(gpu_uuid=self.gpu_uuid).isa)
-        ):
+        if prompt_tokens < max(CROSSOVER_TOKENS) or not has_bf16_products(read_hardware().isa):
+            return
+        if self.cpu.suits_onednn or onednn_linears(self.model):
             self.calibrate()
 
-    def use_onednn(self, choice: OnednnChoice) -> None:
-        """Let oneDNN compute what it was measured to compute faster."""
+    def use_onednn(self, expert_tokens: int | None, dense_tokens: int | None) -> None:
+        """Let oneDNN compute from so many tokens of an expert on, or rows of the dense part."""
         for experts in self.dispatcher.cpu:
-            experts.onednn_tokens = choice.expert_tokens if experts.suits_onednn else None
+            experts.onednn_tokens = expert_tokens if experts.suits_onednn else None
         for linear in onednn_linears(self.model):
-            linear.onednn_tokens = choice.dense_tokens
+            linear.onednn_tokens = dense_tokens
 
     def decode_step(self) -> None:
         """One decode step with every expert left out: what all the rest costs.
@@ -219,9 +230,9 @@ class Engine:
 
         The CPU computes all of them, or all are copied, whichever takes longer.
         """
-        if self.costs is None or (self.accelerator is not None and self.device.type == "cpu"):
+        costs = self._alone
+        if costs is None:
             return None
-        costs = self.costs.model
         n_pairs = n_sequences * (experts_per_token(self.source.config) or 2)
         n_experts = min(n_pairs, self.store.n_experts[0])
         missed_us = costs.cpu.us(n_experts, n_pairs)
@@ -295,7 +306,8 @@ def load_engine(
         )
     if device.type == "cuda" and cache.emulate_pcie_gbps is not None:
         raise UserError("--emulate-pcie-gbps is for --device cpu: a GPU's link is not emulated")
-    fitted_cache(cache, source, [])  # refuse before loading what would be refused after
+    # Refused before loading what would be refused after.
+    n_slots = fitted_cache(cache, source, []).n_slots
     if cache.trace is not None:
         read_trace(cache.trace)
     notes = given_text_alone(source.config)
@@ -304,24 +316,30 @@ def load_engine(
         require_fit(source.manifest, model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
+    stored = zip(source.layouts[: source.n_stored_layers], source.n_experts, strict=False)
     budget = make_budget(
         device,
-        expert_bytes=sum(
-            layout.block_bytes * n
-            for layout, n in zip(
-                source.layouts[: source.n_stored_layers], source.n_experts, strict=False
-            )
-        ),
+        expert_bytes=sum(layout.block_bytes * n for layout, n in stored),
         dense_bytes=source.dense_bytes,
         kv_bytes=kv_bytes,
-        slot_bytes=_slot_bytes(cache, source),
+        slot_bytes=(n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes if n_slots else 0,
     )
     if say is not None:
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
 
     store = ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
-    cpu = [_cpu_experts(source, site, options) for site in sites]
+    cpu = [
+        CpuExperts(
+            source.layouts[site.layer],
+            site.activation,
+            act_module=site.act_module,
+            kernel=options.cpu_kernel,
+            isa=options.cpu_isa,
+            affinity=options.cpu_affinity,
+        )
+        for site in sites
+    ]
     dispatcher = MoeDispatcher(
         store, cpu, recorder or NullRecorder(), ranges=NvtxRanges(enabled=nvtx)
     )
@@ -332,7 +350,6 @@ def load_engine(
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
-    one_pass_at_a_time(model)
     refuse_saving(model)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size
@@ -408,21 +425,3 @@ def choose_device(wanted: str) -> torch.device:
         )
     on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-def _slot_bytes(cache: CacheOptions, source: ModelSource) -> int:
-    if not cache.n_slots:
-        return 0
-    n_slots = min(cache.n_indexes, len(source.layouts)) * min(cache.n_ways, source.n_experts[0])
-    return (n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes
-
-
-def _cpu_experts(source: ModelSource, site: MoeSite, options: ModelOptions) -> CpuExperts:
-    return CpuExperts(
-        source.layouts[site.layer],
-        site.activation,
-        act_module=site.act_module,
-        kernel=options.cpu_kernel,
-        isa=options.cpu_isa,
-        affinity=options.cpu_affinity,
-    )

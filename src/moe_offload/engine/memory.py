@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,59 +21,57 @@ _CUDA_CONTEXT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Need:
-    """One line of the table: what needs `n_bytes` of which memory, `host` or `gpu`."""
-
-    what: str
-    memory: str
-    n_bytes: int
-
-
-@dataclass(frozen=True)
 class Budget:
-    """The needs of a run and what is available, in bytes; `gpu_bytes` is None without a GPU."""
+    """The needs of a run and what is available, in bytes: of "host" memory and a GPU's, "gpu"."""
 
-    needs: tuple[Need, ...]
-    host_bytes: int
-    gpu_bytes: int | None
-
-    def needed(self, memory: str) -> int:
-        return sum(need.n_bytes for need in self.needs if need.memory == memory)
+    needs: Mapping[str, Mapping[str, int]]  # memory -> what -> bytes
+    available: Mapping[str, int]  # memory -> bytes
 
     def table(self) -> str:
         """The table a user reads: GB by need, then the total against what is available."""
-        lines = ["memory needed (GB)            host     gpu"]
-        for need in self.needs:
-            host = f"{need.n_bytes / 1e9:8.2f}" if need.memory == "host" else " " * 8
-            gpu = f"{need.n_bytes / 1e9:8.2f}" if need.memory == "gpu" else ""
-            lines.append(f"  {need.what:<24}{host}{gpu}")
-        gpu_total = "" if self.gpu_bytes is None else f"{self.needed('gpu') / 1e9:8.2f}"
-        gpu_free = "" if self.gpu_bytes is None else f"{self.gpu_bytes / 1e9:8.2f}"
-        lines.append(f"  {'total':<24}{self.needed('host') / 1e9:8.2f}{gpu_total}")
-        lines.append(f"  {'available':<24}{self.host_bytes / 1e9:8.2f}{gpu_free}")
-        return "\n".join(lines)
+        host, gpu = (self.needs.get(memory, {}) for memory in ("host", "gpu"))
+        rows: list[tuple[str, int | None, int | None]] = [
+            *((what, host.get(what), gpu.get(what)) for what in {**host, **gpu}),
+            ("total", sum(host.values()), sum(gpu.values()) if gpu else None),
+            ("available", self.available["host"], self.available.get("gpu")),
+        ]
+        lines = [
+            f"  {what:<24}{_gb(in_host)}{_gb(in_gpu)}".rstrip() for what, in_host, in_gpu in rows
+        ]
+        return "\n".join(["memory needed (GB)            host     gpu", *lines])
 
     def check(self, weight_format: str, context_tokens: int, dummy: bool = False) -> None:
         """UserError with the remedies that help when a memory cannot hold its part.
 
         The KV cache holds `context_tokens`; `dummy` models are made in any format.
         """
-        for memory, available in (("host", self.host_bytes), ("gpu", self.gpu_bytes)):
-            needed = self.needed(memory)
-            if available is not None and needed > available:
-                remedies = self._remedies(memory, available, weight_format, context_tokens, dummy)
-                raise UserError(
-                    f"this run needs {needed / 1e9:.1f} GB of {memory} memory and "
-                    f"{available / 1e9:.1f} GB are available: {', or '.join(remedies)}"
-                )
+        for memory, available in self.available.items():
+            needed = sum(self.needs[memory].values())
+            if needed <= available:
+                continue
+            remedies = self._smaller_caches(memory, needed - available, context_tokens)
+            if memory == "gpu":
+                remedies.append("use --device cpu")
+            else:
+                smaller = smaller_format(weight_format)
+                if dummy:
+                    remedies.append("use fewer --dummy-layers")
+                if smaller is not None:
+                    remedies.append(
+                        f"use --dummy-format {smaller}"
+                        if dummy
+                        else f"prepare the model with --expert-dtype {smaller}"
+                    )
+                remedies += ["close other programs", "use a machine with more memory"]
+            raise UserError(
+                f"this run needs {needed / 1e9:.1f} GB of {memory} memory and "
+                f"{available / 1e9:.1f} GB are available: {', or '.join(remedies)}"
+            )
 
-    def _remedies(
-        self, memory: str, available: int, weight_format: str, context_tokens: int, dummy: bool
-    ) -> list[str]:
-        remedies = []
-        of_memory = {need.what: need.n_bytes for need in self.needs if need.memory == memory}
-        kv_bytes, slot_bytes = of_memory.get(KV_CACHE, 0), of_memory.get(SLOTS, 0)
-        missing = self.needed(memory) - available
+    def _smaller_caches(self, memory: str, missing: int, context_tokens: int) -> list[str]:
+        """The remedies that a smaller KV cache or expert cache is, where `missing` bytes are."""
+        needs, remedies = self.needs[memory], []
+        kv_bytes, slot_bytes = needs.get(KV_CACHE, 0), needs.get(SLOTS, 0)
         if kv_bytes > missing:  # fewer tokens alone would do
             fitting = int(context_tokens * (kv_bytes - missing) / kv_bytes)
             remedies.append(
@@ -84,18 +82,11 @@ class Budget:
             remedies.append("use a smaller --cache-nblocks or --cache-nways")
         elif slot_bytes and slot_bytes + kv_bytes > missing:
             remedies.append("use a smaller cache and a smaller --max-tokens")
-        if memory == "gpu":
-            return [*remedies, "use --device cpu"]
-        smaller = smaller_format(weight_format)
-        if dummy:
-            remedies.append("use fewer --dummy-layers")
-        if smaller is not None:
-            remedies.append(
-                f"use --dummy-format {smaller}"
-                if dummy
-                else f"prepare the model with --expert-dtype {smaller}"
-            )
-        return [*remedies, "close other programs", "use a machine with more memory"]
+        return remedies
+
+
+def _gb(n_bytes: int | None) -> str:
+    return " " * 8 if n_bytes is None else f"{n_bytes / 1e9:8.2f}"
 
 
 def kv_cache_bytes(config: PretrainedConfig, n_tokens: int, bytes_per_value: int) -> int:
@@ -123,19 +114,14 @@ def make_budget(
 
     What an earlier model of this process has left to torch's allocator counts as available.
     """
-    model_memory = "gpu" if device.type == "cuda" else "host"
-    needs: Sequence[Need] = (
-        Need("experts", "host", expert_bytes),
-        Need("dense weights", model_memory, dense_bytes),
-        Need(KV_CACHE, model_memory, kv_bytes),
-        Need(SLOTS, model_memory, slot_bytes),
-        Need("workspace", "host", _WORKSPACE_BYTES),
-        Need("workspace ", "gpu", _CUDA_CONTEXT_BYTES if device.type == "cuda" else 0),
-    )
+    model = {"dense weights": dense_bytes, KV_CACHE: kv_bytes, SLOTS: slot_bytes}
+    model = {what: n_bytes for what, n_bytes in model.items() if n_bytes}
+    host, workspace = {"experts": expert_bytes}, {"workspace": _WORKSPACE_BYTES}
+    if device.type != "cuda":
+        return Budget({"host": host | model | workspace}, {"host": available_bytes()})
     return Budget(
-        needs=tuple(need for need in needs if need.n_bytes),
-        host_bytes=available_bytes(),
-        gpu_bytes=_free_gpu_bytes(device) if device.type == "cuda" else None,
+        {"host": host | workspace, "gpu": model | {"workspace": _CUDA_CONTEXT_BYTES}},
+        {"host": available_bytes(), "gpu": _free_gpu_bytes(device)},
     )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from moe_offload.checkpoint.model_config import experts_per_token
-from moe_offload.config import CacheOptions
+from moe_offload.config import CacheOptions, options_of
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
 from moe_offload.experts.cache import ExpertCache, make_policy
@@ -66,7 +66,6 @@ def chosen_cache(
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
     choice = choose_cache(
         max(0, free_bytes - N_STAGING_SLOTS * block_bytes),
-        block_bytes,
         len(source.layouts),
         source.n_experts[0],
         experts_per_token(source.config) or 2,
@@ -77,6 +76,7 @@ def chosen_cache(
         options,
         auto=False,
         memory_gb=None,
+        trace=None,
         n_indexes=choice.n_indexes,
         n_ways=choice.n_ways,
         policy=choice.policy,
@@ -92,38 +92,14 @@ def _flags(options: CacheOptions) -> str:
     """The command line that chooses `options` again, defaults left out."""
     if not options.wants_accelerator:
         return "--cache-nblocks 0"
-    flags = (
-        f"--cache-nblocks {options.n_indexes} --cache-nways {options.n_ways} "
-        f"--cache-replace-policy {options.policy}"
-    )
-    for flag, value, default in (
-        ("--cache-quota", options.quota, CacheOptions.quota),
-        ("--miss-policy", options.miss_policy, CacheOptions.miss_policy),
-        ("--prefetch", options.prefetch, CacheOptions.prefetch),
-        ("--emulate-pcie-gbps", options.emulate_pcie_gbps, CacheOptions.emulate_pcie_gbps),
-    ):
-        flags += f" {flag} {value}" if value != default else ""
-    return flags
+    chosen = [(one, getattr(options, one.field)) for one in options_of(CacheOptions)]
+    return " ".join(f"{one.flag.name} {value}" for one, value in chosen if value != one.default)
 
 
 def slots_to_measure(source: ModelSource) -> int:
     """More experts than a GPU's own cache holds, of those that a layer has."""
     n_slots = math.ceil(_BEYOND_GPU_CACHE_BYTES / source.layouts[0].block_bytes)
     return max(N_STAGING_SLOTS, min(n_slots, source.n_experts[0]))
-
-
-def build_slots(
-    n_slots: int, source: ModelSource, site: MoeSite, device: torch.device
-) -> GpuExperts:
-    """`n_slots` for the experts of `source`, or as many of them as fit."""
-    return GpuExperts(
-        source.layouts[0],
-        site.activation,
-        n_slots,
-        device,
-        act_module=site.act_module,
-        dtype=source.dtype,
-    )
 
 
 def build_accelerator(

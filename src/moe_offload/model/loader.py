@@ -8,7 +8,6 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -26,6 +25,7 @@ from transformers import (
 from moe_offload.checkpoint.block import Activation, BlockLayout
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
+    build_on_meta,
     builder_of,
     require_experts_per_token,
     require_generation_config,
@@ -78,8 +78,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
-    builder = builder_of(config)
-    model_class = builder._model_mapping[type(config)]
+    model_class = builder_of(config)._model_mapping[type(config)]
     if attention != "sdpa" and not takes_other_attention(model_class):
         raise UserError(
             f"{model_class.__name__} computes its attention itself: use --attention sdpa, which "
@@ -88,11 +87,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     if not model_class._supports_sdpa:
         attention = "eager"
     task = "build the model that the prepared folder describes"
-    with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
-        model: PreTrainedModel = builder.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    return model.eval()
+    return build_on_meta(config, dtype, attention, task, PREPARE_AGAIN).eval()
 
 
 def given_text_alone(config: PretrainedConfig) -> list[str]:
@@ -122,20 +117,6 @@ def refuse_saving(model: PreTrainedModel) -> None:
         )
 
     model.save_pretrained = save_pretrained
-
-
-def one_pass_at_a_time(model: PreTrainedModel) -> None:
-    """Let threads take turns: a forward pass begins when another thread's has ended.
-
-    What the experts keep of a pass is one pass's. To be called when all other hooks are in place.
-    """
-    lock = threading.RLock()  # one pass may call the model again
-
-    def begin(*_: object) -> None:
-        lock.acquire()
-
-    model.register_forward_pre_hook(begin, prepend=True)
-    model.register_forward_hook(lambda *_: lock.release(), always_call=True)
 
 
 class ModelSource(Protocol):
@@ -185,7 +166,7 @@ class PreparedModel:
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Read the dense weights to `device`; every tensor's checksum is checked."""
         tensors = {}
-        for name, tensor in iterate_dense(self.manifest):
+        for name, tensor in iterate_dense(self.manifest.dense):
             progress(tensor.nbytes)
             tensors[name] = tensor.to(device)
         for weight in self.manifest.packed_weights:
