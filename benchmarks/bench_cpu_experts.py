@@ -71,7 +71,7 @@ class Pool:
         self._fill(self.blocks[0])
         self.blocks[1:] = self.blocks[0]
         self.pointers = torch.tensor([block.data_ptr() for block in self.blocks])
-        self.used_bytes = sum(field.nbytes for field in layout.fields)
+        self.used_bytes = sum(field.n_bytes for field in layout.fields)
         self.next = 0
 
     def _fill(self, block: torch.Tensor) -> None:

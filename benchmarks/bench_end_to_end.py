@@ -28,11 +28,17 @@ from torch import Tensor
 from transformers import MixtralConfig
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
-from moe_offload.config import FAST_FORMATS, WEIGHT_FORMATS, CacheOptions, ModelOptions
+from moe_offload.config import (
+    FAST_FORMATS,
+    WEIGHT_FORMATS,
+    CacheOptions,
+    GenerationOptions,
+    ModelOptions,
+)
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.kernels.bindings import load_kernels
 from moe_offload.machine.hardware import read_hardware
-from moe_offload.model.generation import generate_batch, make_sampler
+from moe_offload.model.generation import generate_batch
 
 ROOT = Path(__file__).parent.parent
 FORMATS = FAST_FORMATS
@@ -155,15 +161,10 @@ def measure(
     kernels = load_kernels("auto", isa)
     assert kernels is not None, "the limits are measured by the compiled kernels"
     memory = engine.store.blocks(1).view(-1)[:READ_BYTES]
-    sampler = make_sampler(0.0, 1.0, 0, engine.device)
     steps, reads, prompts, peaks = [], [], [], []
     prompt = [(37 * i + 11) % VOCABULARY for i in range(N_PROMPT)]
     tokens = generate_batch(
-        engine.model,
-        [prompt],
-        max_tokens=WARM_UP_STEPS + n_steps,
-        sampler=sampler,
-        eos_ids=frozenset(),
+        engine.model, [prompt], GenerationOptions(max_tokens=WARM_UP_STEPS + n_steps)
     )
     for step in range(WARM_UP_STEPS + n_steps):
         started = time.perf_counter()
@@ -173,11 +174,9 @@ def measure(
             reads.append(kernels.read_gbps(memory))
     for repetition in range(n_prompts + 1):
         peak = kernels.fma_gflops(0.05)
-        for record, _ in generate_batch(
-            engine.model, [prompt], max_tokens=1, sampler=sampler, eos_ids=frozenset()
-        ):
+        for record, _ in generate_batch(engine.model, [prompt], GenerationOptions(max_tokens=1)):
             if repetition > 0:  # the first one warms up
-                prompts.append(record.prefill_s)
+                prompts.append(record.token_times_s[0])
                 peaks.append(peak)
     return steps, reads, prompts, peaks
 

@@ -24,13 +24,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.dummy import DummyModel, dummy_routing
-from moe_offload.model.generation import generate_batch, make_sampler
+from moe_offload.model.generation import generate_batch
 from moe_offload.report.files import recorded_routing
 from moe_offload.simulation.replay import Replay, Timeline, replay
 from moe_offload.simulation.traces import Routing, Trace
@@ -110,10 +110,7 @@ class Round:
 
 def measure(engine: Engine, n_tokens: int) -> Recorder:
     recorder = engine.dispatcher.recorder = Recorder()
-    sampler = make_sampler(0.0, 1.0, 0, engine.device)
-    for _ in generate_batch(
-        engine.model, [PROMPT], max_tokens=n_tokens, sampler=sampler, eos_ids=frozenset()
-    ):
+    for _ in generate_batch(engine.model, [PROMPT], GenerationOptions(max_tokens=n_tokens)):
         pass
     return recorder
 

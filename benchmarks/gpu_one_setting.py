@@ -12,11 +12,12 @@ from torch import Tensor
 
 from benchmarks.gpu_models import Setting
 from benchmarks.gpu_rows import Row
+from moe_offload.config import GenerationOptions
 from moe_offload.engine.engine import Engine
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.kernels.oracle import experts_forward
 from moe_offload.model.dummy import ForcedRouting
-from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
+from moe_offload.model.generation import cache_argument, generate_batch
 from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import bound_us
 
@@ -82,11 +83,16 @@ def layer_error(engine: Engine, samples: Sequence[Sample]) -> float:
     return max(errors)
 
 
+def start_trace_over(engine: Engine) -> None:
+    routing = engine.dispatcher.forced_routing
+    if isinstance(routing, ForcedRouting):
+        routing.next_token = 0
+
+
 @torch.inference_mode()
 def logits(engine: Engine, ids: list[int]) -> Tensor:
     """Logits [T, vocabulary] of a prompt pass and of some decode steps after it."""
-    if engine.dispatcher.forced_routing is not None:
-        engine.dispatcher.forced_routing.rewind()
+    start_trace_over(engine)
     inputs = torch.tensor([ids], device=engine.device)
     cache_name = cache_argument(engine.model)
     output = engine.model(input_ids=inputs, use_cache=True)
@@ -111,20 +117,14 @@ def measure(
     engine: Engine, ids: list[int], warm_up: int, n_steps: int, budget_s: float, patient: bool
 ) -> Measured:
     """Generate; fewer steps where they do not fit `budget_s`, and with `patient` a full warm-up."""
-    if engine.dispatcher.forced_routing is not None:
-        engine.dispatcher.forced_routing.rewind()
-    sampler = make_sampler(0.0, 1.0, 0, engine.device)
+    start_trace_over(engine)
     recorder, prefill_s, steps, used = Recorder(), 0.0, 0, 0
     began_s = time.monotonic()
     measuring_since: int | None = None
     for record, _ in generate_batch(
-        engine.model,
-        [ids],
-        max_tokens=1 + warm_up + n_steps,
-        sampler=sampler,
-        eos_ids=frozenset(),
+        engine.model, [ids], GenerationOptions(max_tokens=1 + warm_up + n_steps)
     ):
-        prefill_s, steps = record.prefill_s, len(record.ids) - 1
+        prefill_s, steps = record.token_times_s[0], len(record.ids) - 1
         elapsed_s = time.monotonic() - began_s
         if measuring_since is None:
             impatient = not patient and steps and elapsed_s > budget_s / 3
@@ -153,8 +153,7 @@ def prompt_speeds(engine: Engine, budget_s: float) -> dict[int, float]:
         left_s = budget_s - sum(took_s.values())
         if took_s and max(took_s.values()) * (n_tokens / max(took_s)) ** 0.5 > left_s:
             break
-        if engine.dispatcher.forced_routing is not None:
-            engine.dispatcher.forced_routing.rewind()
+        start_trace_over(engine)
         ids = torch.arange(n_tokens, device=engine.device)[None] % engine.source.config.vocab_size
         began_s = time.monotonic()
         engine.model(input_ids=ids, use_cache=True, logits_to_keep=1)  # ends with a synchronisation

@@ -8,12 +8,17 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 
+from moe_offload.checkpoint.block import block_layout
+from moe_offload.checkpoint.safetensors_file import read_header
 from moe_offload.commands import prepare
 from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
@@ -37,7 +42,7 @@ def changed(folder: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
     del manifest["checksum"]
     change(manifest)
     for path in folder.iterdir():
-        if path.name != "manifest.json":
+        if path.name != "manifest.json" and not (to / path.name).exists():
             (to / path.name).symlink_to(path)
     (to / "manifest.json").write_text(json.dumps(manifest))
     return to
@@ -50,10 +55,6 @@ def tensor_of(manifest: dict[str, Any], end: str) -> dict[str, Any]:
 
 def other_sizes(manifest: dict[str, Any]) -> None:
     """The layout of experts of half the width and twice the hidden size: the same bytes."""
-    from dataclasses import asdict
-
-    from moe_offload.checkpoint.block import block_layout
-
     for layer in manifest["moe_layers"]:
         old = layer["layout"]
         new = asdict(block_layout("int8", old["hidden_size"] * 2, old["intermediate_size"] // 2))
@@ -112,26 +113,31 @@ def fewer_experts(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_sizes, "is damaged"),
+        (other_sizes, "are of other number or sizes"),
         (swapped_files, "is damaged ('experts-00001.safetensors', not experts-00000"),
         (swapped_modules, "expected experts in 2 layers from model.layers.0.mlp.experts on"),
         (swapped_names, "the header of dense.safetensors says otherwise"),
         (one_layer_twice, "is damaged"),
         (lambda m: m["moe_layers"].pop(), "expected experts in 2 layers"),
-        (fewer_experts, "are of other number or sizes"),
+        (lambda m: m["moe_layers"].clear(), "is damaged (no experts)"),
+        (fewer_experts, "corrupt: the checksum of its header"),
+        (lambda m: m["moe_layers"][0]["block_checksums"].pop(), "not one checksum per expert"),
+        (lambda m: m["moe_layers"][0].update(data_offset_bytes=-4096), "header"),
+        (lambda m: m["moe_layers"][0]["layout"].update(block_bytes=1 << 60), "header"),
+        (lambda m: m.update(weight_format="bf16"), "are of other number or sizes"),
         (lambda m: m["config"].update(num_experts=12), "are of other number or sizes"),
         (lambda m: m["config"].update(hidden_size=64), "of other number or sizes"),
         (lambda m: m["config"].update(num_hidden_layers=4), "transformers cannot use the config"),
         (lambda m: m["config"].update(num_hidden_layers=10**9), "num_hidden_layers of 1 to 1000"),
         (lambda m: m["config"].update(vocab_size=95), "is packed as no weight of the model"),
-        (as_float16, "found [32] in torch.float16"),
+        (as_float16, "the header of dense.safetensors says otherwise"),
         (overlapping, "is damaged"),
         (other_bits, "is packed as no weight of the model"),
         (packed_norm, "is packed as no weight of the model"),
         (packed_elsewhere, "does not fit its model"),
         (lambda m: m.update(packed_weights=[]), "which the model does not have"),
         (lambda m: m.update(dense_format="int8"), "is packed as no weight of the model"),
-        (lambda m: m.update(dense_format="bf16"), "packed weights in bf16"),
+        (lambda m: m.update(dense_format="bf16"), "is packed as no weight of the model in bf16"),
         (lambda m: m.update(model_dtype="float32"), "a model in float32 with dense weights in"),
         (lambda m: m["moe_layers"][0].update(file="../out/experts-00000.safetensors"), "damaged"),
         (lambda m: m["dense"][0].update(file="/dev/zero"), "is damaged"),
@@ -145,6 +151,44 @@ def test_another_models_manifest_is_refused(
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(32).half()}),
+            "expected model.norm.weight of shape [32] in torch.bfloat16, found [32] in torch.float",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(2, 16).bfloat16()}),
+            "expected model.norm.weight of shape [32] in torch.bfloat16, found [2, 16] in",
+        ),
+        (lambda tensors: tensors.update(extra=torch.ones(3)), "a tensor which the model does not"),
+        (lambda tensors: tensors.pop("lm_head.weight.scale"), "it lacks 'lm_head.weight.scale'"),
+    ],
+)
+def test_a_shard_of_another_model_is_refused_though_the_manifest_agrees(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, folder: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(folder / "dense.safetensors")
+    change(tensors)
+    shard = tmp_path / "dense.safetensors"
+
+    def agree(manifest: dict[str, Any]) -> None:
+        save_file(tensors, shard)
+        entries = [asdict(entry) for entry in read_header(shard)]
+        header = shard.read_bytes()[: entries[0]["offset_bytes"]]
+        manifest["dense"][0] |= {
+            "bytes": shard.stat().st_size,
+            "header_checksum": zlib.crc32(header),
+            "tensors": [{**entry, "checksum": 0} for entry in entries],
+        }
+
+    changed(folder, tmp_path, agree)
+    with pytest.raises(UserError) as refused:
+        load_model(tmp_path, device="cpu")
+    assert message in str(refused.value)
+
+
 def test_also_where_asserts_are_off(folder: Path, tmp_path: Path) -> None:
     """`python -O` must not reach a kernel with sizes that are not the model's."""
     program = (
@@ -154,7 +198,7 @@ def test_also_where_asserts_are_off(folder: Path, tmp_path: Path) -> None:
         "try: load_model(sys.argv[1], device='cpu')\n"
         "except UserError as error: print(error)\n"
     )
-    changed(folder, tmp_path, fewer_experts)
+    changed(folder, tmp_path, other_sizes)
     done = subprocess.run(
         [sys.executable, "-O", "-c", program, str(tmp_path)],
         cwd=ROOT / "src",

@@ -65,7 +65,9 @@ def test_rotary_layout_gives_the_attention_scores_of_the_native_model(tmp_path: 
     model = tiny_models.build_model(tiny_models.mixtral())
     native = tiny_models.native_state_dict(model)
     source = tiny_models.write_native(model, tmp_path / "native")
-    dense = dict(iterate_dense(prepare_folder(source, tmp_path / "out", "--expert-dtype", "fp32")))
+    dense = dict(
+        iterate_dense(prepare_folder(source, tmp_path / "out", "--expert-dtype", "fp32").dense)
+    )
     config = model.config
     hidden = torch.randn(11, config.hidden_size, generator=torch.Generator().manual_seed(3))
     theta = config.rope_parameters["rope_theta"]
@@ -126,7 +128,7 @@ def error_of(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> s
         ({"moe": None}, "not a Mixture-of-Experts model"),
         ({"moe": {"num_experts": 4, "num_shared_experts": 1}}, "with --hf"),
         ({"q_lora_rank": 8}, "with --hf"),
-        ({"dim": None}, "lacks the entry 'dim'"),
+        ({"dim": None}, "it finds no 'dim'"),
     ],
 )
 def test_params_that_cannot_be_served(

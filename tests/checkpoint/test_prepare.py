@@ -14,11 +14,12 @@ import mistral_common
 import pytest
 import tiny_models
 import torch
+from cpu_oracle import unpack_block
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.block import BlockLayout, unpack_block
+from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.conversion import ConversionPlan, find_experts
 from moe_offload.checkpoint.prepared import (
     Manifest,
@@ -90,7 +91,7 @@ def assert_same_experts(manifest: Manifest, model: PreTrainedModel) -> None:
 
 
 def assert_same_dense(manifest: Manifest, model: PreTrainedModel) -> None:
-    dense = dict(iterate_dense(manifest))
+    dense = dict(iterate_dense(manifest.dense))
     experts = tuple(layer.module for layer in manifest.moe_layers)
     tied = getattr(model, "all_tied_weights_keys", {})
     state = {
@@ -162,7 +163,7 @@ def test_packed_dense_covers_attention_mlp_and_head_only(
     model = tiny_models.build_model(ARCHITECTURES[architecture]())
     source = tiny_models.write_hub(model, tmp_path / "source")
     manifest = prepare_folder(source, tmp_path / "out", "--hf", "--dense-dtype", dense_format)
-    state, dense = model.state_dict(), dict(iterate_dense(manifest))
+    state, dense = model.state_dict(), dict(iterate_dense(manifest.dense))
     packed = {weight.name for weight in manifest.packed_weights}
     expected = {
         "qwen2_moe": {"self_attn.q_proj", "mlp.shared_expert.up_proj", "mlp.down_proj", "lm_head"},

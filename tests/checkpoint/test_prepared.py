@@ -47,7 +47,7 @@ def test_manifest_survives_its_file(prepared: Manifest) -> None:
     assert prepared.expert_bytes == sum(
         layer.file.stat().st_size - layer.data_offset_bytes for layer in prepared.moe_layers
     )
-    assert prepared.dense_bytes == sum(t.nbytes for _, t in iterate_dense(prepared))
+    assert prepared.dense_bytes == sum(t.nbytes for _, t in iterate_dense(prepared.dense))
 
 
 def test_the_file_is_what_earlier_versions_wrote_and_read(prepared: Manifest) -> None:
@@ -146,6 +146,9 @@ def test_a_flipped_bit_is_found_wherever_it_is(prepared: Manifest) -> None:
             changed[position] ^= 16
             shard.file.write_bytes(changed)
             assert f"{shard.file} is corrupt" in refused(prepared.folder)
+            if position < start:  # told without reading any weight
+                with pytest.raises(UserError, match="the checksum of its header"):
+                    read_manifest(prepared.folder)
         shard.file.write_bytes(whole)
     verify(read_manifest(prepared.folder))
 

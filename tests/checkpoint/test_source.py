@@ -64,7 +64,7 @@ def test_wrong_kind_of_folder(
     assert "run again without --hf" in refusal(capsys, native, "--hf")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "neither params.json" in refusal(capsys, empty)
+    assert "no params.json and no config.json" in refusal(capsys, empty)
     assert "no config.json" in refusal(capsys, empty, "--hf")
 
 
@@ -150,9 +150,7 @@ def test_several_missing_tensors_are_counted(
     kept = {name: tensor for name, tensor in state.items() if "self_attn.q_proj" not in name}
     save_file(kept, folder / "model.safetensors")
     first = "tensor model.layers.0.self_attn.q_proj.weight and 1 more are missing"
-    assert f"{first}: the model needs them and no file of the checkpoint has them" in refusal(
-        capsys, folder, "--hf"
-    )
+    assert first in refusal(capsys, folder, "--hf")
 
 
 def test_wrong_shapes(

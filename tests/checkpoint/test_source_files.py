@@ -20,7 +20,6 @@ from torch.utils.serialization import config as serialization_config
 
 from moe_offload.checkpoint.source_files import (
     LazyTensor,
-    SourceFiles,
     open_hugging_face,
     open_mistral_native,
 )
@@ -53,7 +52,7 @@ def state() -> dict[str, Tensor]:
 
 
 def read_bin(path: Path) -> dict[str, LazyTensor]:
-    return open_hugging_face(path.parent).tensors
+    return open_hugging_face(path.parent)
 
 
 def assert_same(found: dict[str, LazyTensor], wanted: dict[str, Tensor]) -> None:
@@ -210,8 +209,8 @@ def write_sharded(folder: Path, shards: dict[str, dict[str, Tensor]], **places: 
     (folder / "model.safetensors.index.json").write_text(index)
 
 
-def values(files: SourceFiles) -> dict[str, list[float]]:
-    return {name: tensor.read().tolist() for name, tensor in files.tensors.items()}
+def values(tensors: dict[str, LazyTensor]) -> dict[str, list[float]]:
+    return {name: tensor.read().tolist() for name, tensor in tensors.items()}
 
 
 OLD, NEW = torch.zeros(2), torch.ones(2)
@@ -274,7 +273,7 @@ def test_links_into_the_hubs_cache_are_followed(tmp_path: Path) -> None:
 def test_tensors_of_a_dtype_that_nobody_needs(tmp_path: Path) -> None:
     extra = {"counter": torch.zeros(3, dtype=torch.uint32), "c": torch.zeros(3, dtype=torch.cfloat)}
     save_file({"a": NEW, **extra}, tmp_path / "model.safetensors")
-    assert open_hugging_face(tmp_path).tensors["a"].read().tolist() == [1, 1]
+    assert open_hugging_face(tmp_path)["a"].read().tolist() == [1, 1]
 
 
 F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}

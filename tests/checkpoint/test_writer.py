@@ -17,7 +17,6 @@ import tiny_models
 
 from moe_offload.checkpoint import safetensors_file
 from moe_offload.checkpoint.prepared import read_manifest, verify
-from moe_offload.checkpoint.safetensors_file import ShardWriter
 from moe_offload.checkpoint.writer import exclusive
 from moe_offload.commands import prepare
 
@@ -71,19 +70,12 @@ def fail_at(
 
 
 def without_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave, remove = ShardWriter.__exit__, Path.unlink
-
-    def exit_writer(writer: ShardWriter, *details: object) -> None:
-        if details and details[0] is KilledError:
-            os.close(writer._file)
-        else:
-            leave(writer, *details)
+    remove = Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if sys.exc_info()[0] is not KilledError:
             remove(path, missing_ok=missing_ok)
 
-    monkeypatch.setattr(ShardWriter, "__exit__", exit_writer)
     monkeypatch.setattr(Path, "unlink", unlink)
 
 
@@ -118,14 +110,13 @@ def test_killed_by_the_system_in_the_middle(
 ) -> None:
     output = tmp_path / "out"
     slow = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from moe_offload.commands import prepare\n"
-        "from moe_offload.checkpoint import safetensors_file\n"
-        "write = safetensors_file.ShardWriter.write\n"
+        "pwrite = os.pwrite\n"
         "def slowly(*arguments):\n"
         "    time.sleep(0.05)\n"
-        "    return write(*arguments)\n"
-        "safetensors_file.ShardWriter.write = slowly\n"
+        "    return pwrite(*arguments)\n"
+        "os.pwrite = slowly\n"
         "sys.exit(prepare.main(sys.argv[1:]))\n"
     )
     paths = ["--input-path", str(source), "--output-path", str(output), "--hf"]
@@ -159,6 +150,28 @@ def test_a_finished_file_that_changed_is_written_again(
     assert_completed(source, output, reference)
 
 
+@pytest.mark.parametrize(
+    "recorded", [{"file": "dense.safetensors", "bytes": 1, "tensors": []}, [], [1, 2], 3, "text"]
+)
+def test_a_record_of_another_version_is_written_again(
+    recorded: object,
+    source: Path,
+    reference: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail_at(patch, "posix_fallocate", 2, KilledError())
+        with pytest.raises(KilledError):
+            run(source, output)
+    path = output / "preparation.json"
+    record = json.loads(path.read_text())
+    assert record["shards"]
+    path.write_text(json.dumps({**record, "shards": dict.fromkeys(record["shards"], recorded)}))
+    assert_completed(source, output, reference)
+
+
 def test_interrupted_with_other_settings_starts_over(
     source: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +181,19 @@ def test_interrupted_with_other_settings_starts_over(
         with pytest.raises(KilledError):
             run(source, output, "--expert-dtype", "int8")
     assert_completed(source, output, reference)
+
+
+def test_what_a_killed_run_left_half_written_goes(
+    source: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    ours = ["dense.safetensors.partial", "experts-00001.safetensors.partial"]
+    ours += [".manifest.json.4711.tmp", ".tokenizer.json.4711.tmp"]
+    for name in (*ours, "download.partial", ".hidden"):
+        (output / name).touch()
+    assert run(source, output) == 0
+    assert contents(output) == reference | {"download.partial": b"", ".hidden": b""}
 
 
 def test_damaged_record_starts_over(

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from against_transformers import prepared
+from against_transformers import greedy, prepared
 from tiny_models import CONFIGS, build_model, write_hub
 from torch import Tensor
 
@@ -30,7 +30,6 @@ from moe_offload.engine import setup
 from moe_offload.engine.engine import load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.dummy import ForcedRouting
-from moe_offload.model.generation import generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
 from moe_offload.simulation.workload import even_workload
 
@@ -106,14 +105,9 @@ def run(folder: Path, options: CacheOptions) -> Run:
         engine.model.register_forward_hook(
             lambda module, args, output: steps.append(output.logits[:, -1].float())
         )
-        sampler = make_sampler(0.0, 1.0, 0, engine.device)
         for batch in ([PROMPTS[0]], [PROMPTS[1]], PROMPTS):
             steps.clear()
-            generated = generate_batch(
-                engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
-            )
-            records = {record.prompt: record for record, _ in generated}
-            result.tokens += [records[i].ids for i in sorted(records)]
+            result.tokens += greedy(engine.model, batch, N_TOKENS)
             result.logits += torch.stack(steps, dim=1).unbind()
     return result
 

@@ -146,7 +146,6 @@ def test_a_step_is_predicted_with_one_head() -> None:
     # Layers of 2 hits, of 2 misses, and twice of one each; MODEL's one token costs 110 and 21.
     layers_us = (50 + 5 + 42) + (50 + 5 + 220) + 2 * (50 + 115)
     assert predicted_step_us(recorder, MODEL) == pytest.approx(layers_us / 2 + 700)
-    assert MODEL.decode_step_us([2, 0], 2, copying=False) == (50 + 47) + (50 + 225) + 700
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from against_transformers import prepared
+from against_transformers import greedy, prepared
 from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
@@ -25,13 +25,13 @@ from moe_offload.engine.timing import Steadiness
 from moe_offload.experts import dispatcher
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.experts.fetcher import Completion
+from moe_offload.experts.fetcher import Copy
 from moe_offload.experts.layer import LayerStep
 from moe_offload.experts.plan import plan_decode
 from moe_offload.experts.recorder import Recorder
 from moe_offload.machine.hardware import Cache, read_hardware
 from moe_offload.model.dummy import ForcedRouting
-from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
+from moe_offload.model.generation import cache_argument
 from moe_offload.model.loader import PreparedModel
 from moe_offload.report.files import ReportPaths, RunInfo, write_reports
 from moe_offload.report.summary import summarize
@@ -60,23 +60,12 @@ def open_engine(folder: Path, recorder: Recorder, **options: object) -> Engine:
     )
 
 
-def generate(engine: Engine, prompts: list[list[int]]) -> None:
-    for _ in generate_batch(
-        engine.model,
-        prompts,
-        max_tokens=N_TOKENS,
-        sampler=make_sampler(0.0, 1.0, 0, engine.device),
-        eos_ids=frozenset(),
-    ):
-        pass
-
-
 def finish_copies_at_once(engine: Engine) -> None:
     """Every copy ends before the next layer's lookup."""
     assert engine.accelerator is not None
     fetcher, poll = engine.accelerator.fetcher, engine.accelerator.fetcher.poll
 
-    def wait_and_poll() -> list[Completion]:
+    def wait_and_poll() -> list[Copy]:
         for copy in fetcher._in_flight:
             copy.ready.synchronize()
         return poll()
@@ -106,8 +95,8 @@ def test_a_replay_finds_the_same_hits(
         assert engine.accelerator.costs is not None
         engine.accelerator.costs = replace(engine.accelerator.costs, cpu=SideCost(0.0, cpu_us, 0.0))
         finish_copies_at_once(engine)
-        generate(engine, [PROMPT])
-        generate(engine, [PROMPT[:3]])
+        greedy(engine.model, [PROMPT], N_TOKENS)
+        greedy(engine.model, [PROMPT[:3]], N_TOKENS)
         evictions = engine.accelerator.cache.evictions
     write_reports(recorder, ReportPaths.in_folder(), RunInfo(), summarize(recorder))
 
@@ -161,10 +150,10 @@ def test_counts_and_bytes_are_conserved(
     options |= {"miss_policy": miss_policy, "prefetch": prefetch}
     with open_engine(folder, recorder, **options) as engine:
         assert engine.accelerator is not None
-        generate(engine, prompts)
+        greedy(engine.model, prompts, N_TOKENS)
         fetcher = engine.accelerator.fetcher
         fetcher.drain()
-        copied_bytes, copies = fetcher.bytes_copied, fetcher.copies
+        copies = fetcher.copies
         hits, misses = engine.accelerator.cache.hits, engine.accelerator.cache.misses
         block_bytes = engine.store.layouts[0].block_bytes
         assert engine.costs is not None
@@ -180,7 +169,7 @@ def test_counts_and_bytes_are_conserved(
     if len(prompts) == 1:
         assert hits == cached["hits"].sum() and hits + misses == n_chosen
     assert hits + misses <= n_chosen  # distinct experts of a batch
-    assert int(table["fetch_bytes"].sum()) == copied_bytes
+    assert int(table["fetch_bytes"].sum()) == copies * block_bytes
     assert int(table["fetches"].sum()) == copies
     # Every chosen expert was read once, on one side.
     ids = iter(recorder.layer_events())
@@ -371,7 +360,7 @@ def test_plans_follow_a_new_calibration_and_a_trial_does_not_count_it(
     ) as engine:
         accelerator = engine.accelerator
         assert accelerator is not None and accelerator.trial is not None
-        generate(engine, [PROMPT])
+        greedy(engine.model, [PROMPT], N_TOKENS)
         counted: list[float] = []
         monkeypatch.setattr(accelerator.trial, "record", counted.append)
         old = accelerator.costs
@@ -379,7 +368,7 @@ def test_plans_follow_a_new_calibration_and_a_trial_does_not_count_it(
         assert engine.costs is not None
         assert accelerator.costs is engine.costs.model and accelerator.costs is not old
         assert counted == []  # its steps leave the experts out
-        generate(engine, [PROMPT])
+        greedy(engine.model, [PROMPT], N_TOKENS)
         assert counted
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from against_transformers import prepared
+from against_transformers import greedy, prepared
 from pretended_gpu import EVENTS_APART_MS, GPU, GpuTensor, Seen, WrongDeviceError, pretended_gpu
 from tiny_models import CONFIGS, build_model, write_hub
 
@@ -23,7 +23,6 @@ from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.recorder import Recorder
-from moe_offload.model.generation import generate_batch, make_sampler
 from moe_offload.model.loader import PreparedModel
 
 N_TOKENS = 6
@@ -70,12 +69,7 @@ def generate(folder: Path, device: str, options: dict[str, Any], watch: Any = No
         if watch is not None:
             watch(engine)
         for batch in BATCHES:
-            sampler = make_sampler(0.0, 1.0, 0, engine.device)
-            generated = generate_batch(
-                engine.model, batch, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
-            )
-            records = {record.prompt: record.ids for record, _ in generated}
-            tokens.append([records[i] for i in sorted(records)])
+            tokens.append(greedy(engine.model, batch, N_TOKENS))
     return tokens
 
 

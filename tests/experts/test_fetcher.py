@@ -63,9 +63,7 @@ def test_copies_arrive_whole_and_are_counted():
     assert sorted(collect(fetcher, 8)) == [(slot, None) for slot in range(8)]
     for slot in range(8):
         assert (slots[slot] == 10 + slot).all()
-    assert (fetcher.copies, fetcher.bytes_copied, fetcher.failures) == (8, 8 * BLOCK_BYTES, 0)
-    assert fetcher.in_flight == 0
-    assert fetcher.busy_s > 0
+    assert (fetcher.copies, fetcher.in_flight) == (8, 0)
     assert fetcher.poll() == []
     fetcher.close()
 
@@ -127,7 +125,7 @@ def test_a_copy_that_raises_is_reported_and_the_slot_can_be_used_again():
     assert ended[2] is None
     assert isinstance(ended[1], OSError)
     assert (slots[1] == 0).all()
-    assert (fetcher.copies, fetcher.failures) == (2, 1)
+    assert fetcher.copies == 2
 
     accelerator = HostStream("reader")
     failed = fetcher.wait_ready([0, 1, 2], accelerator)
@@ -153,7 +151,7 @@ def test_a_copy_that_cuda_refuses_is_reported_not_raised():
     ((slot, error),) = collect(fetcher, 1)
     assert slot == 0
     assert "invalid argument" in str(error)
-    assert fetcher.failures == 1
+    assert fetcher.copies == 0
     fetcher.close()
     cuda.close()
 
@@ -174,30 +172,19 @@ def test_an_error_found_by_asking_cuda_is_reported():
     cuda.close()
 
 
-@pytest.mark.parametrize(
-    "bad", [block(1)[:-1], torch.zeros(2 * BLOCK_BYTES, dtype=torch.uint8)[::2]]
-)
-def test_only_a_contiguous_block_is_copied(bad):
-    fetcher = HostFetcher(empty_slots(1))
-    with pytest.raises(ValueError, match="expected a contiguous block"):
-        fetcher.fetch(0, bad)
-    fetcher.close()
-
-
 def test_the_emulated_link_takes_its_time():
-    gbps, n = 1e-3, 5
+    gbps, n, start_s = 1e-3, 5, time.perf_counter()
     fetcher = HostFetcher(empty_slots(1), emulate_pcie_gbps=gbps)
     for value in range(n):
         fetcher.fetch(0, block(value))
     fetcher.drain()
-    assert fetcher.busy_s >= 0.9 * n * BLOCK_BYTES / (gbps * 1e9)
+    assert time.perf_counter() - start_s >= n * BLOCK_BYTES / (gbps * 1e9)
     fetcher.close()
 
 
 def test_the_emulated_link_copies_every_chunk(monkeypatch):
-    monkeypatch.setattr(
-        "moe_offload.experts.fetcher._CHUNK_BYTES", 1000
-    )  # 4096 is no multiple of it
+    chunk_bytes = 1000  # 4096 is no multiple of it
+    monkeypatch.setattr("moe_offload.experts.fetcher._CHUNK_BYTES", chunk_bytes)
     slots = empty_slots(3)
     fetcher = HostFetcher(slots, emulate_pcie_gbps=1.0)
     sources = torch.arange(3 * BLOCK_BYTES, dtype=torch.int64).remainder(251).to(torch.uint8)
@@ -296,8 +283,6 @@ def test_close_finishes_what_began_and_cancels_the_rest():
     for slot in (1, 2, 3):
         assert isinstance(ended[slot], CopyCancelledError)
         assert (slots[slot] == 0).all()
-    with pytest.raises(RuntimeError, match="the fetcher is closed"):
-        fetcher.fetch(0, block(1))
 
 
 def test_close_does_not_wait_for_a_reader_that_never_ends():
@@ -335,7 +320,7 @@ def test_closing_cuda_waits_for_copies_in_flight():
         fetcher.fetch(slot, block(4))
     fetcher.close()
     assert (slots == 4).all()
-    assert len(fetcher.poll()) == 3
+    assert fetcher.copies == 3
     cuda.close()
 
 
@@ -369,7 +354,7 @@ class Rig:
 
     def __init__(self, back_end: str, mutation: Mutation, n_slots: int) -> None:
         self.memory = empty_slots(n_slots)
-        self.copy_delay_s = self.compute_delay_s = 0.0
+        self.copy_delay_s = 0.0
         self.corrupt: list[tuple[int, int]] = []
         self._closers: list[Callable[[], None]] = []
         if back_end == "host":
@@ -395,7 +380,7 @@ class Rig:
 
         self.fetcher.wait_ready([slot], self.accelerator)
         self.accelerator.submit(compute)
-        read = self.fetcher._new_event(timed=False)
+        read = self.fetcher._new_event()
         read.record(self.accelerator)
         self.fetcher.mark_released([slot], read)
 
@@ -513,7 +498,6 @@ class TestCuda:
         assert sorted(collect(fetcher, 2)) == [(0, None), (1, None)]
         assert (slots[0] == 3).all()
         assert (slots[1] == 4).all()
-        assert fetcher.busy_s > 0
 
     def test_a_reader_waits_for_its_copy_and_an_eviction_for_its_reader(self, gpu_fetcher):
         fetcher, slots = gpu_fetcher

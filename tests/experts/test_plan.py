@@ -30,11 +30,11 @@ SLOW_BUS = costs(cpu_expert_us=100, gpu_expert_us=1, copy_us=1000)
 @pytest.mark.parametrize(
     ("mode", "model", "expected"),
     [
-        ("cpu", None, Plan({3: 7}, (), (5, 1), (5, 1))),
-        ("cpu", FAST_BUS, Plan({3: 7}, (), (5, 1), (5, 1))),
-        ("fetch", None, Plan({3: 7}, (5, 1), (), ())),
-        ("costs", SLOW_BUS, Plan({3: 7}, (), (5, 1), (5, 1))),
-        ("costs", FAST_BUS, Plan({3: 7}, (5, 1), (), ())),
+        ("cpu", None, Plan({3: 7}, (), (5, 1))),
+        ("cpu", FAST_BUS, Plan({3: 7}, (), (5, 1))),
+        ("fetch", None, Plan({3: 7}, (5, 1), ())),
+        ("costs", SLOW_BUS, Plan({3: 7}, (), (5, 1))),
+        ("costs", FAST_BUS, Plan({3: 7}, (5, 1), ())),
     ],
 )
 def test_decode(mode: str, model: CostModel | None, expected: Plan) -> None:
@@ -50,8 +50,8 @@ def test_a_full_copy_queue_leaves_misses_to_the_cpu() -> None:
 
 
 def test_prefill_without_costs_follows_the_policy() -> None:
-    assert plan_prefill([2, 0, 1], {0: 4, 1: 5}, "cpu", None) == Plan({0: 4}, (), (2,), ())
-    assert plan_prefill([2, 0, 1], {0: 4}, "fetch", FAST_BUS) == Plan({0: 4}, (2,), (), ())
+    assert plan_prefill([2, 0, 1], {0: 4, 1: 5}, "cpu", None) == Plan({0: 4}, (), (2,))
+    assert plan_prefill([2, 0, 1], {0: 4}, "fetch", FAST_BUS) == Plan({0: 4}, (2,), ())
 
 
 def test_a_short_prompt_does_not_stream_the_model() -> None:

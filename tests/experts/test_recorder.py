@@ -145,11 +145,6 @@ def test_passes_that_nobody_says_tokens_of_give_one_per_sequence() -> None:
     assert recorder.token_table().tolist() == [(4, 5, 0.125, 300.0)]
 
 
-def test_end_pass_needs_a_begun_pass() -> None:
-    with pytest.raises(ValueError, match="without begin_pass"):
-        Recorder().end_pass(0.1)
-
-
 def test_events_leave_the_garbage_collector_nothing_to_walk() -> None:
     recorder = Recorder()
     gc.collect()

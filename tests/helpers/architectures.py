@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from against_transformers import eager, greedy
 from tiny_models import randomise
 from torch import Tensor
 from transformers import (
@@ -32,7 +33,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
 from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
-from moe_offload.model.generation import generate_batch, make_sampler
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "SUPPORTED_MODELS.md"
 _N_LAYERS, _N_NEW = 4, 12
@@ -328,12 +328,6 @@ def _recomputed(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-def _eager(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    return model_class.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-
-
 def _own_generation(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """transformers' own cached generation for a left-padded batch."""
     longest = max(map(len, prompts))
@@ -342,19 +336,6 @@ def _own_generation(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) ->
     settings = {"max_new_tokens": _N_NEW, "do_sample": False, "pad_token_id": 0}
     found = model.generate(ids, attention_mask=mask, eos_token_id=None, **settings)
     return [row[longest:].tolist() for row in found]
-
-
-def _ours(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    records = {}
-    for record, _ in generate_batch(
-        model,
-        prompts,
-        max_tokens=_N_NEW,
-        sampler=make_sampler(0.0, 1.0, 0, model.device),
-        eos_ids=frozenset(),
-    ):
-        records[record.prompt] = record
-    return [records[number].ids for number in range(len(prompts))]
 
 
 def _error(found: Tensor, expected: Tensor) -> Tensor:
@@ -391,7 +372,7 @@ def examine(name: str, folder: Path) -> Row:
     randomise(model, seed=0)
     hub = folder / "hub"
     model.save_pretrained(hub, save_original_format=True)
-    theirs = _eager(type(model), hub, torch.float32)
+    theirs = eager(hub, torch.float32, type(model))
     ids = torch.tensor([_PROMPTS[0]])
     with torch.inference_mode():
         logits = theirs(ids, use_cache=False).logits
@@ -412,13 +393,13 @@ def examine(name: str, folder: Path) -> Row:
         return Row(name, "refused", "refused", (sentence,))
     with torch.inference_mode():
         assert _error(ours(input_ids=ids).logits, logits).max() < 1e-4
-    alone = [_ours(ours, [prompt])[0] for prompt in _PROMPTS]
+    alone = [greedy(ours, [prompt], _N_NEW)[0] for prompt in _PROMPTS]
     found_alone = _compare(
         name, alone, exact, lambda: [_own_generation(theirs, [one])[0] for one in _PROMPTS]
     )
     batch = None
     try:
-        batch = _ours(ours, _PROMPTS)
+        batch = greedy(ours, _PROMPTS, _N_NEW)
         found_batched = _compare(name, batch, alone, lambda: _own_generation(theirs, _PROMPTS))
         found_batched = found_alone if batch == alone else found_batched
     except UserError as error:
@@ -428,16 +409,16 @@ def examine(name: str, folder: Path) -> Row:
     notes += _with_a_cache(exact_folder, alone, batch)
     with torch.inference_mode():
         bf16 = load_model(prepared(expert_dtype="bf16"), device="cpu")
-        theirs_bf16 = _eager(type(model), hub, torch.bfloat16)
+        theirs_bf16 = eager(hub, torch.bfloat16, type(model))
         error = _error(bf16(input_ids=ids).logits, logits)
         reference = _error(theirs_bf16(ids, use_cache=False).logits, logits)
         # a rounding may turn a close choice of experts, which moves that token's logits by far
         near = (error < 2 * reference.median() + 0.02).float().mean()
         assert near >= 0.75, f"{name}: bf16 is off by {error}, theirs {reference}"
-        assert len(_ours(bf16, _PROMPTS[:1])[0]) == _N_NEW
+        assert len(greedy(bf16, _PROMPTS[:1], _N_NEW)[0]) == _N_NEW
         bf16.engine.close()
     small = load_model(prepared(expert_dtype="int4", dense_dtype="int8"), device="cpu")
-    assert len(_ours(small, _PROMPTS[:1])[0]) == _N_NEW
+    assert len(greedy(small, _PROMPTS[:1], _N_NEW)[0]) == _N_NEW
     small.engine.close()
     return Row(name, found_alone, found_batched, tuple(notes))
 
@@ -452,8 +433,8 @@ def _with_a_cache(folder: Path, alone: list[list[int]], batch: list[list[int]] |
         except UserError as error:
             notes.append(str(error).replace(folder.name, "the model"))
             continue
-        assert [_ours(ours, [prompt])[0] for prompt in _PROMPTS] == alone
-        assert batch is None or _ours(ours, _PROMPTS) == batch
+        assert [greedy(ours, [prompt], _N_NEW)[0] for prompt in _PROMPTS] == alone
+        assert batch is None or greedy(ours, _PROMPTS, _N_NEW) == batch
         ours.engine.close()
         break
     return notes

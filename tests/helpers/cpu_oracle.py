@@ -24,13 +24,23 @@ from moe_offload.checkpoint.block import (
     BlockLayout,
     block_layout,
     pack_block,
-    unpack_block,
+    unpack_matrix,
 )
 from moe_offload.config import WeightFormat
 
 U = 2.0**-24
 TINY = 2.0**-126
 SLOPE = 1.13
+
+
+def unpack_block(layout: BlockLayout, block: Tensor) -> dict[str, Tensor]:
+    """A block's logical weights in fp32: `gate_up` [R, H], `down` [H, I] and the biases."""
+    weights = {"gate_up": unpack_matrix(layout, block, "gate_up").float()}
+    weights["down"] = unpack_matrix(layout, block, "down").float()
+    if layout.has_bias:
+        weights["gate_up_bias"] = layout.field("gate_up_bias").view(block)
+        weights["down_bias"] = layout.field("down_bias").view(block)
+    return weights
 
 
 @dataclass(frozen=True)

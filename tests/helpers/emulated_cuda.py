@@ -101,7 +101,7 @@ class EmulatedCuda:
         self._created.append(EmulatedStream("copy", self.engine))
         return self._created[-1]
 
-    def Event(self, enable_timing: bool, blocking: bool) -> EmulatedEvent:
+    def Event(self, blocking: bool) -> EmulatedEvent:
         return EmulatedEvent()
 
     def current_stream(self, device: Any = None) -> EmulatedStream:

@@ -38,8 +38,8 @@ def run(case: Case) -> dict[str, object]:
         case.n_experts,
         "cpu",
         case.act_module(),
-        kernels="triton",
     )
+    gpu._kernels = gpu._triton()
     gpu.slots.copy_(blocks)
     fetcher = HostFetcher(gpu.slots)
     hidden, slots, weights = case.routing()

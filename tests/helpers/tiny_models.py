@@ -189,15 +189,11 @@ def nemotron_h(**changes: Any) -> NemotronHConfig:
 
 
 CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
-    "mixtral": mixtral,
-    "phimoe": phimoe,
-    "qwen2_moe": qwen2_moe,
-    "qwen3_moe": qwen3_moe,
-    "olmoe": olmoe,
-    "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
-    "granitemoe": granitemoe,
-    "gpt_oss": gpt_oss,
+    config.__name__: config
+    for config in (
+        *(mixtral, phimoe, qwen2_moe, qwen3_moe, olmoe),
+        *(deepseek_v2, deepseek_v3, granitemoe, gpt_oss),
+    )
 }
 
 

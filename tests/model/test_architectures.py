@@ -1,4 +1,4 @@
-"""Every MoE architecture of transformers: docs/SUPPORTED_MODELS.md says what each is found to be."""
+"""Every MoE architecture of transformers is what docs/SUPPORTED_MODELS.md says of it."""
 
 from __future__ import annotations
 

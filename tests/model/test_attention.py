@@ -3,14 +3,15 @@ them. xformers needs a GPU; of it the bridge is held here, with its one function
 
 from __future__ import annotations
 
-import inspect
 import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from against_transformers import greedy
 from cpu_oracle import TINY, U
+from tiny_models import build_model, mixtral
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -18,7 +19,6 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
     PreTrainedModel,
 )
 
@@ -165,48 +165,12 @@ def test_transformers_calls_it_for_one_token_and_torch_for_the_rest() -> None:
     torch.testing.assert_close(biased, out, rtol=1e-5, atol=1e-5)
 
 
-def tiny_mixtral(**changes: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        **changes,
-    )
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
-    )
-    return model.eval()
-
-
-def logits_of_steps(model: PreTrainedModel, forced: Tensor) -> Tensor:
-    """Logits of a left-padded batch of two prompts and of decode steps with given tokens."""
-    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    cache = DynamicCache(config=model.config)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    steps = []
-    with torch.inference_mode():
-        for token in forced.unbind():
-            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: cache},
-            )
-            steps.append(output.logits[:, -1])
-            ids = token.expand(2, 1)
-            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+def logits_of_steps(model: PreTrainedModel) -> Tensor:
+    """Logits [steps, B, V] of a left-padded batch of two prompts, prefill first."""
+    steps: list[Tensor] = []
+    handle = model.register_forward_hook(lambda _, __, out: steps.append(out.logits[:, -1]))
+    greedy(model, [[9, 3, 33, 60, 5], [8, 50, 4, 21, 7, 40, 12, 6, 3]], n_tokens=12)
+    handle.remove()
     return torch.stack(steps)
 
 
@@ -215,10 +179,8 @@ def test_a_loaded_models_decode_steps_use_it(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against transformers' eager attention, with padding and with a sliding window."""
-    forced = torch.arange(5, 17)
-    model = tiny_mixtral(sliding_window=window)
-    model.set_attn_implementation("eager")
-    want = logits_of_steps(model, forced)
+    model = build_model(mixtral(sliding_window=window))
+    want = logits_of_steps(model)
     model.set_attn_implementation("sdpa")
     use_cpu_kernels(model, "native", "auto")
     calls = []
@@ -229,8 +191,8 @@ def test_a_loaded_models_decode_steps_use_it(
         attend(self, *arguments)
 
     monkeypatch.setattr(CpuKernels, "attend", counted)
-    torch.testing.assert_close(logits_of_steps(model, forced), want, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 2 * (len(forced) - 1)  # two layers; the prompts are torch's
+    torch.testing.assert_close(logits_of_steps(model), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * 11  # two layers; the prompts are torch's
 
 
 def test_a_model_that_asks_for_its_attention_by_name_keeps_torchs() -> None:

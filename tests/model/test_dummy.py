@@ -61,7 +61,7 @@ def test_a_run_follows_its_trace(weight_format: str, tiny_shape: str, run_folder
 
 
 def test_every_shipped_shape_builds() -> None:
-    for name in shapes_module.shape_names():
+    for name in shapes_module.known_shapes():
         options = ModelOptions(None, dummy_shape=name, dummy_layers=2)
         source = dummy.DummyModel(options)
         assert len(source.layouts) in (1, 2)

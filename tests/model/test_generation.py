@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build_model, mixtral
+from torch import Tensor
 from transformers import MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
+from moe_offload.config import GenerationOptions
 from moe_offload.errors import UserError
 from moe_offload.model.generation import (
     Generated,
     Sampler,
     context_length,
     generate_batch,
-    make_sampler,
     require_fitting,
     stop_ids,
     unused_suggestions,
@@ -35,19 +36,25 @@ def samples(
     model: PreTrainedModel, batches: list[list[int]], seed: int = 3, **settings: float
 ) -> dict[int, list[int]]:
     """Answers by prompt; each batch has its prompts' numbers, which follow each other."""
-    sampler = make_sampler(settings.get("temperature", 1.0), settings.get("top_p", 1.0), seed, CPU)
+    options = GenerationOptions(10, **{"temperature": 1.0, "seed": seed, **settings})
     records: dict[int, Generated] = {}
     for batch in batches:
         for record, _ in generate_batch(
             model,
             [PROMPTS[number] for number in batch],
-            max_tokens=10,
-            sampler=sampler,
+            options,
             eos_ids=frozenset({7}),
             first_prompt=batch[0],
         ):
             records[record.prompt] = record
     return {number: record.ids for number, record in records.items()}
+
+
+def shares(options: GenerationOptions, logits: Tensor, n_rows: int) -> Tensor:
+    """How often each token is drawn from `logits` [1, vocabulary], of `n_rows` prompts."""
+    texts = {row: [0] for row in range(n_rows)}
+    drawn = Sampler(options, CPU).choose(logits.expand(n_rows, -1), texts)
+    return drawn.bincount(minlength=logits.shape[1]) / n_rows
 
 
 @pytest.mark.parametrize(
@@ -67,10 +74,7 @@ def test_draws_are_from_what_transformers_would_draw_from(settings):
         if name in settings:
             scores = warper(settings[name])(torch.zeros(1, 1, dtype=torch.int64), scores)
     expected = scores.softmax(dim=-1)[0]
-    further = {name: value for name, value in settings.items() if name != "top_p"}
-    sampler = Sampler(temperature, settings.get("top_p", 1.0), 0, CPU, **further)
-    generators = [sampler.generator(row) for row in range(n_rows)]
-    counts = sampler.choose(logits.expand(n_rows, 40), generators).bincount(minlength=40) / n_rows
+    counts = shares(GenerationOptions(1, temperature, **settings), logits, n_rows)
     assert not counts[expected == 0].any()
     # four standard deviations of a share
     assert ((counts - expected).abs() <= 4 * (expected * (1 - expected) / n_rows).sqrt()).all()
@@ -79,9 +83,9 @@ def test_draws_are_from_what_transformers_would_draw_from(settings):
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 50.0])
 def test_the_repetition_penalty_is_transformers(penalty, model):
     prompt = [5, 9, 7, 11]
-    sampler = make_sampler(0.0, 1.0, 0, CPU, repetition_penalty=penalty)
-    options = {"max_tokens": 12, "sampler": sampler, "eos_ids": frozenset()}
-    (ids,) = {id(r): r.ids for r, _ in generate_batch(model, [prompt], **options)}.values()
+    options = GenerationOptions(12, repetition_penalty=penalty)
+    steps = generate_batch(model, [[3], prompt], options)  # beside a shorter one
+    ids = {record.prompt: record.ids for record, _ in steps}[1]
     expected = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, 4, dtype=torch.int64),
@@ -108,11 +112,8 @@ def test_a_sample_depends_on_its_seed_and_number_alone(model, top_p):
 def test_draws_follow_the_probabilities_of_the_nucleus():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n_rows = 4000
-    logits = probabilities.log().expand(n_rows, 4)
     for top_p, kept in ((1.0, 4), (0.9, 3), (0.75, 2), (1e-9, 1)):
-        sampler = Sampler(1.0, top_p, 0, CPU)
-        drawn = sampler.choose(logits, [sampler.generator(row) for row in range(n_rows)])
-        counts = drawn.bincount(minlength=4) / n_rows
+        counts = shares(GenerationOptions(1, 1.0, top_p), probabilities.log()[None], n_rows)
         expected = probabilities * (torch.arange(4) < kept)
         expected = expected / expected.sum()
         # four standard deviations of a share
@@ -159,15 +160,7 @@ def test_a_prompt_that_the_model_cannot_take_is_a_sentence(model, ids, said):
     with pytest.raises(UserError, match=said):
         require_fitting(ids, model.config)
     with pytest.raises(UserError, match=said):
-        list(
-            generate_batch(
-                model,
-                [[5], ids],
-                max_tokens=2,
-                sampler=make_sampler(0.0, 1.0, 0, CPU),
-                eos_ids=frozenset(),
-            )
-        )
+        list(generate_batch(model, [[5], ids], GenerationOptions(2)))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +204,6 @@ def test_stop_ids_are_tokens(model, monkeypatch):
     ],
 )
 def test_what_a_checkpoint_suggests_in_vain_is_said(suggested, named):
-    lines = unused_suggestions(suggested, temperature=0.6, top_p=0.9)
+    lines = unused_suggestions(suggested, GenerationOptions(1, 0.6, 0.9))
     assert len(lines) == (named is not None)
     assert named is None or named in lines[0]

@@ -6,13 +6,14 @@ import random
 
 import pytest
 import torch
+from against_transformers import greedy
 from tiny_models import CONFIGS, build_model, gpt_oss, mixtral, nemotron_h
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from moe_offload.model import kv_cache
-from moe_offload.model.generation import cache_argument, generate_batch, make_sampler
+from moe_offload.model.generation import cache_argument
 from moe_offload.model.kv_cache import RoomyLayer, make_cache
 
 
@@ -88,15 +89,6 @@ def test_only_layers_of_full_attention_are_replaced(config):
 def test_generation_is_the_same_with_and_without_padding_and_room(name):
     model = build_model(CONFIGS[name]())
     prompts = [[5, 9, 7, 11], [4, 8, 3, 6], [3, 12, 9]]
-    sampler = make_sampler(0.0, 1.0, 0, model.device)
-
-    def ids(batch: list[list[int]]) -> list[list[int]]:
-        records = {}
-        for record, _ in generate_batch(
-            model, batch, max_tokens=12, sampler=sampler, eos_ids=frozenset()
-        ):
-            records[record.prompt] = record.ids
-        return [records[i] for i in range(len(batch))]
 
     def reference(prompt: list[int]) -> list[int]:
         chosen: list[int] = []
@@ -110,6 +102,6 @@ def test_generation_is_the_same_with_and_without_padding_and_room(name):
         return chosen
 
     expected = [reference(prompt) for prompt in prompts]
-    assert [ids([prompt])[0] for prompt in prompts] == expected
-    assert ids(prompts[:2]) == expected[:2]  # one length: no mask
-    assert ids(prompts) == expected
+    assert [greedy(model, [prompt], 12)[0] for prompt in prompts] == expected
+    assert greedy(model, prompts[:2], 12) == expected[:2]  # one length: no mask
+    assert greedy(model, prompts, 12) == expected

@@ -163,8 +163,8 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (None, "expected a routing trace at"),
         ("Index,Block_0,Block_0\n0\n1,3,4\n2,3\n", "line 4: expected 2 expert ids"),
-        ("Index,Block_0,Block_0\n0\n1,3,x\n", "line 3: expected a whole number"),
-        ("Index,Block_0,Block_0\n0\n1,3,9\n", "line 3: expected an expert id of 0 to 7"),
+        ("Index,Block_0,Block_0\n0\n1,3,x\n", "line 3: expected whole numbers"),
+        ("Index,Block_0,Block_0\n0\n1,3,9\n", "line 3: expected distinct expert ids of 0 to 7"),
     ],
 )
 def test_bad_traces_are_one_sentence(

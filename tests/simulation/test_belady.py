@@ -172,22 +172,6 @@ def test_a_batch_counts_an_expert_once():
     assert row.hit_one == pytest.approx(80)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    steps=distinct_pairs(n_experts=8, max_steps=60, top_k=3),
-    prompt=distinct_pairs(n_experts=8, max_steps=6, top_k=3),
-    n_ways=st.integers(1, 8),
-    quota=st.sampled_from([0, 1, 2, UNLIMITED]),
-)
-def test_no_policy_beats_the_optimum_with_bypass(steps, prompt, n_ways, quota):
-    tokens = tuple(map(tuple, prompt))
-    passes = (RoutingPass("prefill", (tokens,)), *decode_passes(steps))
-    bound = most_hits(Routing(passes), 1, n_ways)
-    for policy in (*map(make_policy, POLICIES), Belady(Routing(passes))):
-        hits = replay(passes, ExpertCache(1, n_ways, policy), quota).decode.hits
-        assert hits <= bound, type(policy).__name__
-
-
 def test_layers_are_bounded_one_by_one():
     passes = Routing(RoutingPass("decode", (((0, 1),), ((0, 1),), ((2, 3),))) for _ in range(4))
     assert most_hits(passes, 3, 2) == 3 * 3 * 2

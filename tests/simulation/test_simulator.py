@@ -116,7 +116,7 @@ def test_slots_that_the_gpu_cannot_hold_are_refused(capsys, mixtral_file, hardwa
     """Up to the last slot that fits, 32 layers' dense weights and the reserve beside it."""
     path = ROOT / "hardware" / f"{hardware}.yaml"
     shape, machine = load_shape("mixtral-8x7b"), load_machine(path)
-    free_bytes = machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - simulate.GPU_RESERVE_BYTES
+    free_bytes = machine.gpu.memory_gb * 1e9 - shape.dense_bytes() - simulate.GPU_RESERVE_BYTES
     n_slots = int(free_bytes // shape.block_bytes("bf16"))
     flags = ("--model", "mixtral-8x7b", "--hardware", str(path), "--cache-nways", "1")
     out = printed(capsys, mixtral_file, *flags, "--cache-nblocks", str(min(n_slots, 32)))
@@ -305,7 +305,7 @@ def test_calibrate_writes_a_file_that_simulates(capsys, tmp_path):
     out = printed(capsys, "--calibrate", str(path), "--model", "olmoe-1b-7b")
     assert re.search(r"cores read [\d.]+ GB/s of experts", out)
     machine = load_machine(path)
-    assert machine.cpu_gbps > 0 and machine.step_us > 0
+    assert machine.cpu.gbps > 0 and machine.step_us > 0
     assert machine.cost_model(load_shape("olmoe-1b-7b"), "bf16").dense_us_per_layer > 0
     out = printed(
         capsys, "--model", "olmoe-1b-7b", "--synthetic", "10", "--hardware", str(path),

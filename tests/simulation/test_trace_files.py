@@ -11,7 +11,7 @@ import pytest
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.replay import replay
-from moe_offload.simulation.trace_files import ExpertChoices, TraceReader, read_trace
+from moe_offload.simulation.trace_files import Reading, TraceReader, expert_choices, read_trace
 from moe_offload.simulation.traces import Routing, RoutingPass, TraceInfo, write_trace
 
 DECODE = RoutingPass("decode", (((0, 1),), ((2, 3),)))
@@ -124,7 +124,7 @@ def test_an_id_of_two_bytes_beside_smaller_ones(tmp_path, first):
 def test_what_cannot_be_read_twice_is_no_trace(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(UserError, match=r"can be read \(not a regular file\)"):
+        with pytest.raises(UserError, match="found a folder, device or pipe"):
             TraceReader(path)
 
 
@@ -141,6 +141,8 @@ def test_route_csv(tmp_path):
     assert prompt.phase == "prefill"
     assert prompt.ids == (((3, 1), (2, 0)), ((0, 1),))  # the last layer saw the last token alone
     assert decode == DECODE
+    quantised = write(tmp_path, ROUTE.replace("tiny.gguf", "tiny.Q4_K.gguf"))
+    assert read_trace(quantised).info.model == "tiny.Q4_K"
 
 
 def test_json_lines_round_trip(tmp_path):
@@ -168,41 +170,44 @@ def test_synthetic_stays_synthetic(tmp_path):
         ("", "line 1: expected a routing trace"),
         ("hello,world\n", "line 1: expected a routing trace .* found 'hello,world'"),
         ("Index,a,b\n1,2,3\n", "line 1: expected the header Index,Block_0"),
-        (CHOICES + "3,0,1,2\n", "line 5: expected 4 expert ids like the rows before, found 3"),
-        (CHOICES + "3,0,1,2,3,1,2\n", "line 5: expected 4 expert ids .* found 6"),
-        (CHOICES + "3,0,x,2,3\n", "line 5: expected a whole number as an expert id, found 'x'"),
-        (CHOICES + "3,0,-1,2,3\n", "line 5: expected an expert id of 0 to 65535, found -1"),
-        (
-            CHOICES + "3,1,1,2,3\n",
-            r"line 5: expected distinct experts of one token, found \[1, 1\]",
-        ),
-        ("Index,Block_0,Block_0\n1,0,1,2\n", "line 2: expected 2 expert ids for each layer"),
+        (CHOICES + "3,0,1,2\n", r"line 5: expected 2 expert ids for each token, found \[2\]"),
+        (CHOICES + "3,0,1,2,3,1,2\n", "line 5: expected 2 layers, found 3"),
+        (CHOICES + "3,0,x,2,3\n", "line 5: expected whole numbers of 0 to .*, found .*'x'"),
+        (CHOICES + "3,0,-1,2,3\n", "line 5: expected whole numbers of 0 to .*, found .*'-1'"),
+        (CHOICES + "3,0,65536,2,3\n", "line 5: expected distinct expert ids of 0 to 65535, found"),
+        (CHOICES + "3,1,1,2,3\n", r"line 5: expected distinct expert ids of .*, found \[1, 1\]"),
+        ("Index,Block_0,Block_0\n1,0,1,2\n", "line 2: expected 2 expert ids for each token"),
         ("Index,Block_0,Block_0\n0\n", "at least one decoded token"),
         (ROUTE.replace("turn,phase", "turn,faze"), "line 1: expected a routing trace|line 5"),
         (ROUTE + "0,1,1,0,0,1,0.5,0\n", "line 16: expected 9 columns, found 8"),
-        (ROUTE + "0,1,1,0,0,4,0.5,0,1\n", "line 16: expected an expert id of 0 to 3, found 4"),
-        (ROUTE + "0,1,1,2,0,1,0.5,0,1\n", "line 16: expected a layer of 0 to 1, as the comment"),
+        (ROUTE + "0,1,1,0,0,4,0.5,0,1\n", r"line 16: .* expert ids of 0 to 3, found \[4\]"),
+        (ROUTE + "0,1,1,-2,0,1,0.5,0,1\n", "line 16: .* whole numbers of .*, found .*'-2'"),
         (ROUTE + "0,2,1,0,0,1,0.5,0,1\n", "line 16: expected phase 0"),
-        (ROUTE + "9" * 30 + ",1,1,0,0,1,0.5,0,1\n", "line 16: expected turn of 0 to 115"),
-        (ROUTE + "0,1,1,0,0," + "9" * 5000 + ",0.5,0,1\n", "line 16: expected a whole number as"),
+        (ROUTE + "9" * 30 + ",1,1,0,0,1,0.5,0,1\n", "line 16: expected whole numbers of 0 to 115"),
+        (ROUTE + "0,1,1,0,0," + "9" * 5000 + ",0.5,0,1\n", "line 16: expected whole numbers of"),
         (
             JSON + '{"phase": "decode", "ids": [[[0, ' + "9" * 30 + "]], [[1, 2]]]}\n",
-            "line 4: expected an expert id of 0 to 3, found 9999999999",
+            r"line 4: expected distinct expert ids of 0 to 3, found \[0, 9999999999",
         ),
         (
             JSON.replace('"n_experts": 4', '"n_experts": 1000000000'),
-            "line 1: expected n_experts of",
+            "line 1: expected whole numbers of 1 to 65536, found",
         ),
         (JSON + "[" * 100_000 + "\n", "line 4: expected a JSON object"),
-        (JSON + '{"phase": "prefill", "ids": [], "prompt": 1e40}\n', "line 4: expected a whole"),
+        (JSON + '{"phase": "prefill", "ids": [], "prompt": 1e40}\n', "line 4: expected whole"),
         (ROUTE + "0,1,1,0,1,1,0.5,0,1\n", "line 16: expected slot 0 next, found 1"),
         (ROUTE + "0,1,1,0,0,1,0.5,0,1\n", "line 16: expected 2 layers, found 1"),
+        ('{"phase": "decode", "ids": [[[]]]}\n', "line 1: expected 1 expert ids for each token"),
+        (JSON.replace('"model"', f'"expert_bytes": {10**400}, "model"'), "line 1: .* found ..1000"),
         (JSON + "{oops\n", "line 4: expected a JSON object"),
         (JSON + '{"phase": "dream", "ids": []}\n', 'line 4: expected "phase" of prefill or decode'),
-        (JSON + '{"phase": "decode", "ids": [[0, 1]]}\n', r"line 4: expected ids as \[layer\]"),
+        (JSON + '{"phase": "decode", "ids": [[0, 1]]}\n', r'line 4: .* "ids" as \[layer\]'),
         (JSON + '{"phase": "decode", "ids": [[[0, 1]]]}\n', "line 4: expected 2 layers, found 1"),
         (JSON + '{"phase": "decode", "ids": [[[0]], [[1]]]}\n', "line 4: expected 2 expert ids"),
-        (JSON + '{"phase": "decode", "ids": [[[0, 9]], [[1, 2]]]}\n', "line 4: .* 0 to 3, found 9"),
+        (
+            JSON + '{"phase": "decode", "ids": [[[0, 9]], [[1, 2]]]}\n',
+            "line 4: .* to 3, found .0, 9",
+        ),
         (
             JSON + '{"phase": "decode", "ids": [[[0, 1]], []]}\n',
             r"line 4: expected as many tokens in every layer, at least one, found \[1, 0\]",
@@ -212,14 +217,14 @@ def test_synthetic_stays_synthetic(tmp_path):
             r"line 4: expected as many tokens .* found \[1, 2\]",
         ),
         (JSON + '{"phase": "prefill", "ids": [[[0, 1]], []]}\n', "line 4: expected as many tokens"),
-        (JSON.replace('"model"', '"notes": 5, "model"'), "line 1: expected notes as a list"),
+        (JSON.replace('"model"', '"notes": 5, "model"'), "line 1: .* found TraceInfo.notes"),
         (
             JSON.replace('"n_experts": 4', '"n_experts": -3'),
-            "line 1: expected n_experts of 1 to 65536, found -3",
+            "line 1: expected whole numbers of 1 to 65536, found",
         ),
         (
             JSON + '{"phase": "decode", "ids": [[["a", "b"]], [[1, 2]]]}\n',
-            "line 4: expected ids as",
+            'line 4: expected "phase" of .* "ids" as',
         ),
         *(
             (
@@ -227,7 +232,7 @@ def test_synthetic_stays_synthetic(tmp_path):
                 + '{"phase": "prefill", "ids": [[[0, 1]], [[2, 3]]], "waited": '
                 + waited
                 + "}\n",
-                r"line 4: expected waited as \[layer\]\[expert\]",
+                r'line 4: expected "phase" .* "waited" as \[layer\]\[expert\]',
             )
             for waited in ("[[0.5], []]", "[[], [1.0]]", "[[true], []]", '["0", []]', "[0, 1]", "7")
         ),
@@ -241,7 +246,7 @@ def test_malformed_files_are_a_sentence_with_the_line(tmp_path, text, sentence):
 def test_a_known_number_of_experts_bounds_the_ids(tmp_path):
     path = write(tmp_path, CHOICES)
     assert read_trace(path, n_experts=8).n_experts == 8
-    with pytest.raises(UserError, match="line 3: expected an expert id of 0 to 2, found 3"):
+    with pytest.raises(UserError, match=r"line 3: .* expert ids of 0 to 2, found \[2, 3\]"):
         read_trace(path, n_experts=3)
 
 
@@ -320,7 +325,7 @@ def test_a_mistake_ends_the_reading_at_its_line(tmp_path):
     reader = iter(TraceReader(tmp_path / "lines.csv"))
 
     def read() -> None:
-        with pytest.raises(UserError, match=f"line {n_lines}: expected 64 expert ids"):
+        with pytest.raises(UserError, match=f"line {n_lines}: expected whole numbers"):
             for _ in reader:
                 pass
 
@@ -333,8 +338,7 @@ def test_the_first_pass_comes_before_the_rest_is_read(tmp_path):
     with os.fdopen(write_end, "w") as pipe:
         pipe.write(CHOICES)
         pipe.flush()
-        reading = ExpertChoices(Path(f"/dev/fd/{read_end}"), None)
-        passes = reading.passes()
+        passes = expert_choices(Reading(Path(f"/dev/fd/{read_end}")))
         # The third line is needed to know that the second's batch has ended, no fourth.
         assert [next(passes), next(passes)] == [RoutingPass("prefill", ()), DECODE]
     os.close(read_end)

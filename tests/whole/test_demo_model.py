@@ -7,13 +7,12 @@ from pydoc_data import topics
 
 import pytest
 import torch
-from against_transformers import eager
+from against_transformers import eager, greedy
 from demo_model import demo_hub, demo_prepared
 from transformers import AutoTokenizer
 
 from moe_offload.commands import check, generate
 from moe_offload.engine.engine import load_model
-from moe_offload.model.generation import generate_batch, make_sampler
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -35,15 +34,6 @@ def encoded() -> list[list[int]]:
     ]
 
 
-def greedy(model, prompts: list[list[int]]) -> list[list[int]]:
-    sampler = make_sampler(0.0, 1.0, 0, model.device)
-    steps = generate_batch(
-        model, prompts, max_tokens=N_TOKENS, sampler=sampler, eos_ids=frozenset()
-    )
-    records = {record.prompt: record for record, _ in steps}
-    return [records[i].ids for i in range(len(prompts))]
-
-
 def test_greedy_text_in_fp32_is_transformers_own(encoded, tmp_path: Path) -> None:
     """Every token of four answers, with and without a cache, one at a time and as a batch."""
     theirs = eager(demo_hub(), torch.float32)
@@ -62,8 +52,8 @@ def test_greedy_text_in_fp32_is_transformers_own(encoded, tmp_path: Path) -> Non
     for cache in ({}, {"cache_nblocks": 30, "cache_nways": 3, "cache_replace_policy": "LRU"}):
         model = load_model(folder, device="cpu", **cache)
         for found in (
-            [greedy(model, [prompt])[0] for prompt in encoded],
-            greedy(model, encoded),
+            [greedy(model, [prompt], N_TOKENS)[0] for prompt in encoded],
+            greedy(model, encoded, N_TOKENS),
         ):
             for ours, wanted in zip(found, expected, strict=True):
                 n = ours.index(end) if end in ours else N_TOKENS

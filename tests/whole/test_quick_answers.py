@@ -23,7 +23,7 @@ DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
         ("main.py --prompt x", 2, "--max-tokens is missing"),
         (("main.py", "--model-path", "none", *RUN), 2, "found nothing"),
         (("main.py", "--model-path", ".", *RUN), 2, "nor a model to prepare"),
-        (("main.py", *DUMMY, "--dummy-layers", "33"), 2, "at most 32"),
+        (("main.py", *DUMMY, "--dummy-layers", "33"), 2, "from 1 to 32"),
         (("main.py", *DUMMY, "--routing-trace", "none"), 2, "expected a routing trace at none"),
         (("main.py", *DUMMY, "--cache-nways", "4"), 2, "both positive or both 0"),
         (("main.py", *DUMMY, "--output-dir", "file/below"), 2, "cannot write results"),

@@ -8,10 +8,10 @@ from typing import get_args
 
 import pytest
 import torch
-from cpu_oracle import expected, make_layer, make_routing
+from cpu_oracle import expected, make_layer, make_routing, unpack_block
 from kernel_cases import SILU, run_experts
 
-from moe_offload.checkpoint.block import block_layout, pack_block, unpack_block
+from moe_offload.checkpoint.block import block_layout, pack_block
 from moe_offload.commands import prepare
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat, smaller_format
 from moe_offload.kernels.cpu_experts import CpuExperts
@@ -36,7 +36,7 @@ def test_codes_are_those_of_the_kernels() -> None:
 def test_a_block_takes_the_bits_the_table_says(name: WeightFormat) -> None:
     layout = block_layout(name, 64, 32)
     n_weights = 3 * 64 * 32
-    n_bits = sum(field.nbytes for field in layout.fields) * 8
+    n_bits = sum(field.n_bytes for field in layout.fields) * 8
     assert n_bits == n_weights * WEIGHT_FORMATS[name].bits_per_weight
 
 

@@ -12,28 +12,20 @@ Matrices are row-major in `fp32` and `bf16`; `int8` and `int4` use the packed ti
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal
 
-import torch
 from torch import Tensor
 
 from moe_offload.checkpoint import quantization
+from moe_offload.checkpoint.safetensors_file import TensorEntry
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"]
 
 BLOCK_ALIGNMENT: Final = 4096  # a page: direct file reads and host registration want it
 FIELD_ALIGNMENT: Final = 64  # a cache line: no vector load of a field's start is split
-
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "uint8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -50,23 +42,13 @@ class Activation:
     limit: float = 0.0
 
 
-@dataclass(frozen=True)
-class Field:
-    """One array inside a block: `shape` elements of `dtype`, `offset_bytes` from its start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+class Field(TensorEntry):
+    """One array inside a block."""
 
     def view(self, block: Tensor) -> Tensor:
         """The field as a view into `block` (uint8 [..., block_bytes]), shape [..., *self.shape]."""
-        part = block[..., self.offset_bytes : self.offset_bytes + self.nbytes]
-        return part.view(_DTYPES[self.dtype]).view(*block.shape[:-1], *self.shape)
+        part = block[..., self.offset_bytes : self.offset_bytes + self.n_bytes]
+        return part.view(self.torch_dtype).view(*block.shape[:-1], *self.shape)
 
 
 @dataclass(frozen=True)
@@ -126,7 +108,7 @@ def block_layout(
     for name, dtype, shape in arrays:
         field = Field(name, dtype, shape, offset)
         fields.append(field)
-        offset = _round_up(offset + field.nbytes, FIELD_ALIGNMENT)
+        offset = _round_up(offset + field.n_bytes, FIELD_ALIGNMENT)
     return BlockLayout(
         weight_format=weight_format,
         hidden_size=hidden_size,
@@ -170,13 +152,3 @@ def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "
     )
     scale = layout.field(f"{name}_scale").view(block)
     return quantization.dequantize(stored, scale, rows, columns, facts.bits)
-
-
-def unpack_block(layout: BlockLayout, block: Tensor) -> dict[str, Tensor]:
-    """A block's logical weights in fp32: `gate_up` [R, H], `down` [H, I] and the biases."""
-    weights = {"gate_up": unpack_matrix(layout, block, "gate_up").float()}
-    weights["down"] = unpack_matrix(layout, block, "down").float()
-    if layout.has_bias:
-        weights["gate_up_bias"] = layout.field("gate_up_bias").view(block)
-        weights["down_bias"] = layout.field("down_bias").view(block)
-    return weights

@@ -96,9 +96,8 @@ def find_experts(model: nn.Module) -> tuple[ExpertsModule, ...]:
         if not missing:
             found.append(_describe(name, module))
         elif name.rpartition(".")[2] == "experts":
-            raise UserError(
-                f"the experts of this model are not supported: {type(module).__name__} at {name} "
-                f"lacks the flag {missing[0]} of transformers' experts convention"
+            raise _unsupported(
+                name, module, f"lacks the flag {missing[0]} of transformers' experts convention"
             )
     if not found:
         raise UserError(
@@ -108,12 +107,16 @@ def find_experts(model: nn.Module) -> tuple[ExpertsModule, ...]:
     return tuple(found)
 
 
+def _unsupported(name: str, module: nn.Module, reason: str) -> UserError:
+    return UserError(
+        f"the experts of this model are not supported: {type(module).__name__} at {name} {reason}"
+    )
+
+
 def _describe(name: str, module: nn.Module) -> ExpertsModule:
     if getattr(module, "has_post_expert_norm", False):
-        raise UserError(
-            f"the experts of this model are not supported: {type(module).__name__} at {name} has "
-            "the flag has_post_expert_norm, a norm after each expert that no kernel here computes"
-        )
+        reason = "has the flag has_post_expert_norm, a norm after each expert that no kernel here"
+        raise _unsupported(name, module, f"{reason} computes")
     flags = {flag: bool(getattr(module, flag)) for flag in FLAGS}
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     first = "gate_up_proj" if flags["has_gate"] else "up_proj"
@@ -121,10 +124,12 @@ def _describe(name: str, module: nn.Module) -> ExpertsModule:
     if flags["has_bias"]:
         expected |= {f"{first}_bias", "down_proj_bias"}
     if set(shapes) != expected:
-        raise UserError(
-            f"the experts of this model are not supported: {type(module).__name__} at {name} has "
-            f"the parameters {_names(shapes)}, where its flags has_gate={flags['has_gate']} and "
-            f"has_bias={flags['has_bias']} promise {_names(expected)}"
+        raise _unsupported(
+            name,
+            module,
+            f"has the parameters {', '.join(sorted(shapes))}, where its flags "
+            f"has_gate={flags['has_gate']} and has_bias={flags['has_bias']} promise "
+            + ", ".join(sorted(expected)),
         )
     inward, outward = shapes[first], shapes["down_proj"]
     if len(inward) == 3 and len(outward) == 3:
@@ -134,15 +139,12 @@ def _describe(name: str, module: nn.Module) -> ExpertsModule:
         rows = 2 * intermediate_size if flags["has_gate"] else intermediate_size
         if inward == (n_experts, rows, hidden_size):
             return ExpertsModule(name, n_experts, hidden_size, intermediate_size, **flags)
-    raise UserError(
-        f"the experts of this model are not supported: {type(module).__name__} at {name} has "
-        f"{first} of shape {shapes[first]} and down_proj of shape {shapes['down_proj']}, which do "
-        f"not fit its flag is_transposed={flags['is_transposed']}"
+    raise _unsupported(
+        name,
+        module,
+        f"has {first} of shape {shapes[first]} and down_proj of shape {shapes['down_proj']}, which "
+        f"do not fit its flag is_transposed={flags['is_transposed']}",
     )
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
 
 
 @dataclass
@@ -151,13 +153,11 @@ class _Group:
 
     target: str
     converter: WeightConverter | None
-    sources: list[tuple[str, str]] = field(default_factory=list)  # (source name, its pattern)
+    sources: dict[str, list[str]] = field(default_factory=dict)  # converter's pattern -> names
 
-    def by_pattern(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for name, pattern in self.sources:
-            names.setdefault(pattern, []).append(name)
-        return names
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.sources.values() for name in names]
 
 
 class ConversionPlan:
@@ -176,7 +176,7 @@ class ConversionPlan:
         for group in self._group_sources():
             for target, shape in self._outcome(group).items():
                 if target not in self._expected:
-                    self.unused.extend(name for name, _ in group.sources)
+                    self.unused.extend(group.names)
                     continue
                 self._check(group, target, shape)
                 self._group_of[target] = group
@@ -200,7 +200,7 @@ class ConversionPlan:
         if target not in self._converted:
             group = self._group_of[target]
             if group.converter is None:
-                return self._tensors[group.sources[0][0]].read()
+                return self._tensors[group.names[0]].read()
             results = self._convert(group, lambda name: self._tensors[name].read())
             self._converted |= {name: results[name] for name in results if name in self._group_of}
         return self._converted.pop(target)
@@ -213,16 +213,15 @@ class ConversionPlan:
         """
         group = self._group_of[target]
         if group.converter is None:
-            source = self._tensors[group.sources[0][0]]
+            source = self._tensors[group.names[0]]
             return lambda expert: source.read_rows(expert, expert + 1)[0]
         if not _keeps_experts_apart(group.converter):
             whole = self.read(target)
             return lambda expert: whole[expert]
-        names = group.by_pattern()
 
         def read(expert: int) -> Tensor:
-            part = _Group(target, group.converter)
-            part.sources = [(names[pattern][expert], pattern) for pattern in names]
+            sources = {pattern: [names[expert]] for pattern, names in group.sources.items()}
+            part = _Group(target, group.converter, sources)
             return self._convert(part, lambda name: self._tensors[name].read())[target][0]
 
         return read
@@ -240,13 +239,13 @@ class ConversionPlan:
                 target, pattern = rename_source_key(name, [], [], prefix, self._expected)
             converter = None if pattern is None else converter_of[pattern]
             group = groups.setdefault(target, _Group(target, converter))
-            group.sources.append((name, name if pattern is None else pattern))
+            group.sources.setdefault(pattern or name, []).append(name)
         return groups.values()
 
     def _outcome(self, group: _Group) -> dict[str, tuple[int, ...]]:
         """Target name -> shape, found by converting meta tensors."""
         if group.converter is None:
-            return {group.target: self._tensors[group.sources[0][0]].shape}
+            return {group.target: self._tensors[group.names[0]].shape}
         if group.target not in self._expected:
             return {group.target: ()}
         self._check_experts(group)
@@ -255,7 +254,7 @@ class ConversionPlan:
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
                 f"the tensors for {group.target} do not fit together ({error}): "
-                f"{group.sources[0][0]} and {len(group.sources) - 1} more; download them again"
+                f"{group.names[0]} and {len(group.names) - 1} more; download them again"
             ) from error
         return {name: tuple(tensor.shape) for name, tensor in results.items()}
 
@@ -265,8 +264,9 @@ class ConversionPlan:
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         converter: Any = deepcopy(group.converter)
-        for name, pattern in group.sources:
-            converter.add_tensor(group.target, name, pattern, read(name))
+        for pattern, names in group.sources.items():
+            for name in names:
+                converter.add_tensor(group.target, name, pattern, read(name))
         results = converter.convert(group.target, model=self._model, config=self._model.config)
         return {
             name: tensor[0] if isinstance(tensor, list) else tensor
@@ -275,16 +275,15 @@ class ConversionPlan:
 
     def _check_experts(self, group: _Group) -> None:
         """One tensor per expert and pattern, or the name of one that is missing."""
-        n_experts = self._expected[group.target].shape[0]
         assert group.converter is not None
         if not isinstance(group.converter.operations[0], MergeModulelist):
             return
-        names = group.by_pattern()
+        n_experts = self._expected[group.target].shape[0]
         for pattern in group.converter.source_patterns:
-            found = names.get(pattern, [])
+            found = group.sources.get(pattern, [])
             if len(found) != n_experts:
                 raise UserError(
-                    f"tensor {_absent(found, names, n_experts) or pattern} is missing: expected "
+                    f"tensor {_absent(found, n_experts) or pattern} is missing: expected "
                     f"{n_experts} experts for {group.target}, found {len(found)}; the checkpoint "
                     "is incomplete, download it again"
                 )
@@ -292,15 +291,15 @@ class ConversionPlan:
     def _check(self, group: _Group, target: str, shape: tuple[int, ...]) -> None:
         """UserError when a source tensor has another shape or is not in plain floating point."""
         wanted, expected = self._expected[target], tuple(self._expected[target].shape)
-        for source, _ in group.sources:
+        for source in group.names:
             found = self._tensors[source].dtype
             if wanted.is_floating_point() and found not in _PLAIN_DTYPES:
                 raise UserError(
                     f"tensor {source} in {self._tensors[source].path} has dtype {found}, expected "
                     "bf16, fp16 or fp32: prepare an unquantised copy of the model"
                 )
-        source = group.sources[0][0]
         if shape != expected:
+            source = group.names[0]
             raise UserError(
                 f"tensor {source} in {self._tensors[source].path} has the wrong shape: {target} "
                 f"needs {expected}, found {shape}; config.json and weights do not belong together"
@@ -322,14 +321,10 @@ class ConversionPlan:
 
     def _same(self, one: _Group, other: _Group) -> bool:
         """Whether two renamed tensors are equal, compared a few rows at a time."""
-        a, b = (self._tensors[group.sources[0][0]] for group in (one, other))
+        a, b = (self._tensors[group.names[0]] for group in (one, other))
         n_rows, step = a.shape[0], 4096
-        return all(
-            torch.equal(
-                a.read_rows(row, min(row + step, n_rows)), b.read_rows(row, min(row + step, n_rows))
-            )
-            for row in range(0, n_rows, step)
-        )
+        parts = [(row, min(row + step, n_rows)) for row in range(0, n_rows, step)]
+        return all(torch.equal(a.read_rows(*part), b.read_rows(*part)) for part in parts)
 
     def _require_all(self) -> None:
         optional = self._model._keys_to_ignore_on_load_missing or ()
@@ -339,15 +334,10 @@ class ConversionPlan:
             if name not in self._group_of and not any(re.search(key, name) for key in optional)
         ]
         if missing:
-            told = (
-                f"tensor {missing[0]} is missing: the model needs it"
-                if len(missing) == 1
-                else f"tensor {missing[0]} and {len(missing) - 1} more are missing: the model "
-                "needs them"
-            )
+            others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
             raise UserError(
-                f"{told} and no file of the checkpoint has "
-                f"{'it' if len(missing) == 1 else 'them'}; download the model again"
+                f"tensor {missing[0]}{others} missing: the model needs what no file of the "
+                "checkpoint has; download the model again"
             )
 
 
@@ -369,18 +359,8 @@ def _keeps_experts_apart(converter: WeightConverter) -> bool:
     )
 
 
-def _absent(found: list[str], names: dict[str, list[str]], n_experts: int) -> str | None:
-    """The first expert's tensor that `found` lacks, named after one that is there."""
-    if not found:
-        return None
-    most = max(names.values(), key=len)
-    first, last = most[0].split("."), most[-1].split(".")
-    position = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
-    if position is None:
-        return None
-    parts = found[0].split(".")
-    for expert in range(n_experts):
-        name = ".".join([*parts[:position], str(expert), *parts[position + 1 :]])
-        if name not in found:
-            return name
-    return None
+def _absent(found: list[str], n_experts: int) -> str | None:
+    """The first expert's tensor that `found` lacks; the last number of a name is its expert."""
+    name = re.fullmatch(r"(.+\.)\d+(\..+)", found[0]) if found else None
+    wanted = [f"{name[1]}{expert}{name[2]}" for expert in range(n_experts)] if name else []
+    return next((tensor for tensor in wanted if tensor not in found), None)

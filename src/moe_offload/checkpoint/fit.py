@@ -13,14 +13,7 @@ from transformers import PreTrainedModel
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.checkpoint.prepared import (
-    PREPARE_AGAIN,
-    DenseTensor,
-    Manifest,
-    PackedWeight,
-    require,
-)
-from moe_offload.checkpoint.safetensors_file import read_header
+from moe_offload.checkpoint.prepared import PREPARE_AGAIN, Manifest, require
 from moe_offload.checkpoint.source import stored_dtype
 from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
@@ -29,8 +22,8 @@ from moe_offload.errors import UserError
 def require_fit(manifest: Manifest, model: PreTrainedModel) -> None:
     """UserError unless the folder is of this model, which is on the meta device with its experts.
 
-    Compared are the experts' modules, counts, layouts, and of each dense tensor name, shape, dtype
-    and its place in the shard's own header.
+    Compared are the experts' modules, counts and layouts, and of each dense tensor name, shape and
+    dtype.
     """
     path = manifest.folder / MANIFEST_NAME
     try:
@@ -57,48 +50,40 @@ def _require_experts(manifest: Manifest, model: PreTrainedModel) -> None:
 
 
 def _require_dense(manifest: Manifest, model: PreTrainedModel) -> None:
-    facts = WEIGHT_FORMATS[manifest.dense_format]
     require(
         (manifest.model_dtype == "float32") == (manifest.dense_format == "fp32"),
         f"a model in {manifest.model_dtype} with dense weights in {manifest.dense_format}",
     )
-    packed: dict[str, PackedWeight] = {weight.name: weight for weight in manifest.packed_weights}
-    require(not packed or bool(facts.group), f"packed weights in {manifest.dense_format}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for module in find_experts(model):
-        for name in module.parameters.values():
-            del shapes[name]
-    stored = {tensor.name: tensor for shard in manifest.dense for tensor in shard.tensors}
-    for name, weight in packed.items():
+    of_experts = {name for module in find_experts(model) for name in module.parameters.values()}
+    expected: dict[str, tuple[tuple[int, ...], list[torch.dtype]]] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in of_experts:
+            dtype = stored_dtype(model, name)
+            # What another transformers keeps in fp32 is no less exact.
+            dtypes = [dtype, torch.float32] if dtype.is_floating_point else [dtype]
+            expected[name] = tuple(tensor.shape), dtypes
+    packed: set[str] = set()
+    facts = WEIGHT_FORMATS[manifest.dense_format]
+    for weight in manifest.packed_weights:
         require(
-            isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
-            and shapes.pop(name, None) == (weight.n_rows, weight.n_columns)
-            and weight.bits == facts.bits,
-            f"{name!r:.80} is packed as no weight of the model",
+            bool(facts.group)
+            and weight.bits == facts.bits
+            and isinstance(model.get_submodule(weight.name.rpartition(".")[0]), nn.Linear)
+            and expected.pop(weight.name, ((), []))[0] == (weight.n_rows, weight.n_columns),
+            f"{weight.name!r:.80} is packed as no weight of the model in {manifest.dense_format}",
         )
-        shape, scale = quantization.packed_shapes(weight.n_rows, weight.n_columns, weight.bits)
-        _require_tensor(stored.pop(f"{name}.packed", None), shape, (torch.uint8,), name)
-        _require_tensor(stored.pop(f"{name}.scale", None), scale, (torch.float16,), name)
-    for name, tensor in stored.items():
-        require(name in shapes, f"it holds the tensor {name!r:.80}, which the model does not have")
-        dtype = stored_dtype(model, name)
-        # What another transformers keeps in fp32 is no less exact.
-        dtypes = (dtype, torch.float32) if dtype.is_floating_point else (dtype,)
-        _require_tensor(tensor, shapes[name], dtypes, name)
-    for shard in manifest.dense:
-        entries = [(e.name, e.dtype, e.shape, e.offset_bytes) for e in read_header(shard.file)]
-        told = [(t.name, t.torch_dtype, t.shape, t.offset_bytes) for t in shard.tensors]
-        require(entries == told, f"the header of {shard.file.name} says otherwise")
-
-
-def _require_tensor(
-    tensor: DenseTensor | None,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    name: str,
-) -> None:
-    require(
-        tensor is not None and tensor.shape == shape and tensor.torch_dtype in dtypes,
-        f"expected {name} of shape {list(shape)} in {dtypes[0]}, found "
-        + ("none" if tensor is None else f"{list(tensor.shape)} in torch.{tensor.dtype}"),
-    )
+        sizes, scales = quantization.packed_shapes(weight.n_rows, weight.n_columns, weight.bits)
+        expected[f"{weight.name}.packed"] = sizes, [torch.uint8]
+        expected[f"{weight.name}.scale"] = scales, [torch.float16]
+        packed |= {f"{weight.name}.packed", f"{weight.name}.scale"}
+    for tensor in (tensor for shard in manifest.dense for tensor in shard.tensors):
+        known = tensor.name in expected  # and not met before
+        require(known, f"it holds {tensor.name!r:.80}, a tensor which the model does not have")
+        shape, dtypes = expected.pop(tensor.name)
+        require(
+            tensor.shape == shape and tensor.torch_dtype in dtypes,
+            f"expected {tensor.name} of shape {list(shape)} in {dtypes[0]}, found "
+            f"{list(tensor.shape)} in torch.{tensor.dtype}",
+        )
+    for name in packed & expected.keys():
+        raise ValueError(f"it lacks {name!r:.80}")

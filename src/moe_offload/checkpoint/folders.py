@@ -65,21 +65,14 @@ def require_source(folder: Path, hugging_face: bool) -> None:
         for pattern, what in _NO_CHECKPOINTS.items():
             if any(folder.glob(pattern)):
                 raise UserError(f"{folder} holds {what}")
-    has_config = (folder / "config.json").exists()
-    has_params = (folder / "params.json").exists()
-    if hugging_face and not has_config:
+    wanted, other = CONFIGS if hugging_face else CONFIGS[::-1]
+    if (folder / wanted).exists():
+        return
+    if not (folder / other).exists():
         raise UserError(
-            f"{folder} has params.json and no config.json: it is Mistral's native format; "
-            "run again without --hf"
-            if has_params
-            else f"{folder} is no Hugging Face model folder: it has no config.json; "
-            "check --input-path"
+            f"{folder} is no model folder: it has no {wanted} and no {other}; check --input-path"
         )
-    if not hugging_face and not has_params:
-        raise UserError(
-            f"{folder} has config.json and no params.json: it is in Hugging Face format; "
-            "run again with --hf"
-            if has_config
-            else f"{folder} is no model folder: it has neither params.json (Mistral's native "
-            "format) nor config.json (Hugging Face format); check --input-path"
-        )
+    form, remedy = ("Mistral's native", "without") if hugging_face else ("Hugging Face", "with")
+    raise UserError(
+        f"{folder} has {other} and no {wanted}: it is in {form} format; run again {remedy} --hf"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -16,6 +17,7 @@ from transformers import (
     GenerationConfig,
     MixtralConfig,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from moe_offload.errors import UserError
@@ -32,7 +34,6 @@ _DEQUANTISE: Final = {
 # Of Mistral's params.json.
 _DEFAULT_CONTEXT: Final = 32768  # Mixtral 8x7B; its params.json does not say
 _DEFAULT_ROPE_THETA: Final = 1e6  # likewise
-_REQUIRED: Final = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size", "moe")
 _KNOWN_MOE: Final = {"num_experts", "num_experts_per_tok"}
 
 
@@ -42,7 +43,7 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = f"it does not know {error}" if isinstance(error, KeyError) else str(error).strip()
+        said = f"it finds no {error}" if isinstance(error, KeyError) else str(error).strip()
         said = said.partition("\n\n")[0]  # an essay may follow the first paragraph
         reason = shorten(said, 160, placeholder=" ...").rstrip(".:") or type(error).__name__
         raise UserError(f"transformers cannot {task}: {reason}; {remedy}") from error
@@ -68,6 +69,17 @@ def builder_of(config: PretrainedConfig) -> Any:
     if takes_images and type(config) not in AutoModelForCausalLM._model_mapping:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def build_on_meta(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, task: str, remedy: str
+) -> PreTrainedModel:
+    """transformers' model of `config` on the meta device; UserError where it cannot build one."""
+    with transformers_told(task, remedy), torch.device("meta"):
+        model: PreTrainedModel = builder_of(config).from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    return model
 
 
 def experts_per_token(config: PretrainedConfig) -> int | None:
@@ -112,12 +124,12 @@ def read_hub_config(folder: Path) -> PretrainedConfig:
     if quantised:
         known = quantised if isinstance(quantised, dict) else {}
         method = str(known.get("quant_method", "an unknown method"))
-        own = _DEQUANTISE.get(method)
+        remedy = "download the unquantised model"
+        if method in _DEQUANTISE:
+            remedy += f", or load it with transformers' {_DEQUANTISE[method]}, save_pretrained it "
+            remedy += "and prepare that folder"
         raise UserError(
-            f"{folder} is quantised ({method:.40}), expected bf16, fp16 or fp32 weights; download "
-            "the unquantised model"
-            + ("" if own is None else f", or load it with transformers' {own}, save_pretrained it ")
-            + ("" if own is None else "and prepare that folder")
+            f"{folder} is quantised ({method:.40}), expected bf16, fp16 or fp32 weights; {remedy}"
         )
     model_type = str(found.get("model_type"))
     if "auto_map" in found and model_type not in CONFIG_MAPPING:
@@ -135,50 +147,37 @@ def read_native_config(folder: Path) -> MixtralConfig:
     """The config that `params.json` describes; UserError when it is not a Mixtral's."""
     path = folder / "params.json"
     params = read_json_object(path)
-    if params.get("moe") is None:
+    moe = params.get("moe")
+    if moe is None:
         raise UserError(
             f"{path} has no 'moe' entry: this is not a Mixture-of-Experts model; run it with "
             "mistral-inference or transformers"
         )
-    if not isinstance(params["moe"], dict) or params["moe"].keys() < _KNOWN_MOE:
-        raise UserError(
-            f"expected num_experts and num_experts_per_tok in the 'moe' entry of {path}, found "
-            f"{params['moe']!r}; download it again"
-        )
-    unknown = set(params["moe"]) - _KNOWN_MOE
-    if unknown or "q_lora_rank" in params:
+    other = sorted({*moe} - _KNOWN_MOE) if isinstance(moe, dict) else []
+    if "q_lora_rank" in params or other:
         raise UserError(
             f"{path} describes another architecture than Mixtral (it has "
-            f"'{sorted(unknown)[0] if unknown else 'q_lora_rank'}'); use the Hugging Face version "
-            "of the model with --hf"
+            f"'{[*other, 'q_lora_rank'][0]}'); use the Hugging Face version of the model with --hf"
         )
     require_plausible_depth(params, path, "download it again")
-    missing = [key for key in _REQUIRED if key not in params]
-    if missing:
-        raise UserError(f"{path} lacks the entry '{missing[0]}'; download it again")
     with transformers_told(f"use {path}", "download it again"):
-        config = _mixtral_config(params)
-    config.architectures = ["MixtralForCausalLM"]
-    return config
-
-
-def _mixtral_config(params: dict[str, Any]) -> MixtralConfig:
-    return MixtralConfig(
-        vocab_size=params["vocab_size"],
-        hidden_size=params["dim"],
-        intermediate_size=params["hidden_dim"],
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=params["n_heads"],
-        num_key_value_heads=params.get("n_kv_heads", params["n_heads"]),
-        head_dim=params.get("head_dim", params["dim"] // params["n_heads"]),
-        rms_norm_eps=params["norm_eps"],
-        max_position_embeddings=params.get("max_seq_len", _DEFAULT_CONTEXT),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(params.get("rope_theta", _DEFAULT_ROPE_THETA)),
-        },
-        sliding_window=params.get("sliding_window"),
-        num_local_experts=params["moe"]["num_experts"],
-        num_experts_per_tok=params["moe"]["num_experts_per_tok"],
-        tie_word_embeddings=False,
-    )
+        return MixtralConfig(
+            architectures=["MixtralForCausalLM"],
+            vocab_size=params["vocab_size"],
+            hidden_size=params["dim"],
+            intermediate_size=params["hidden_dim"],
+            num_hidden_layers=params["n_layers"],
+            num_attention_heads=params["n_heads"],
+            num_key_value_heads=params.get("n_kv_heads", params["n_heads"]),
+            head_dim=params.get("head_dim", params["dim"] // params["n_heads"]),
+            rms_norm_eps=params["norm_eps"],
+            max_position_embeddings=params.get("max_seq_len", _DEFAULT_CONTEXT),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": float(params.get("rope_theta", _DEFAULT_ROPE_THETA)),
+            },
+            sliding_window=params.get("sliding_window"),
+            num_local_experts=moe["num_experts"],
+            num_experts_per_tok=moe["num_experts_per_tok"],
+            tie_word_embeddings=False,
+        )

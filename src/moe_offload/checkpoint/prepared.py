@@ -12,34 +12,27 @@ expert's block and every header has a CRC-32, so that a read can be checked on i
 parallel.
 
 The dataclasses here are the manifest's JSON, field by field; in memory a shard's `file` is its
-whole path. What cannot be true of a prepared folder raises ValueError where they are built.
+whole path. `read_manifest` compares what they say with the shards' own headers, which the
+safetensors package has checked, and `fit.py` with the model.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.block import BLOCK_ALIGNMENT, BlockLayout, block_layout
+from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.folders import MANIFEST_NAME, require_prepared
-from moe_offload.checkpoint.safetensors_file import (
-    DTYPES,
-    TensorEntry,
-    checksum,
-    plan_header,
-    read_into,
-)
+from moe_offload.checkpoint.safetensors_file import TensorEntry, checksum, read_header, read_into
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
@@ -53,9 +46,6 @@ from moe_offload.files import (
 FORMAT_VERSION: Final = 1
 MODEL_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PREPARE_AGAIN: Final = "prepare the model again with weights_preprocessor.py --force"
-OUR_SHARD: Final = re.compile(r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors")
-
-_DTYPE_OF_NAME: Final = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def require(condition: bool, message: str) -> None:
@@ -65,28 +55,10 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class DenseTensor:
-    """One stored tensor of a dense shard; `offset_bytes` counts from the start of the file."""
+class DenseTensor(TensorEntry):
+    """One stored tensor of a dense shard."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset_bytes: int
     checksum: int
-
-    def __post_init__(self) -> None:
-        require(self.dtype in _DTYPE_OF_NAME, f"{self.name} has no dtype {self.dtype!r:.40}")
-        require(min(self.offset_bytes, *self.shape, 0) == 0, f"{self.name} has a negative size")
-        elements = math.prod(max(size, 1) for size in self.shape)  # also of one without any
-        require(elements < 1 << 48, f"{self.name} has no shape that memory can hold")
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return _DTYPE_OF_NAME[self.dtype]
-
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * self.torch_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -98,18 +70,22 @@ class DenseShard:
     header_checksum: int
     tensors: tuple[DenseTensor, ...]
 
-    def __post_init__(self) -> None:
-        position = self.data_offset_bytes
-        for tensor in self.tensors:
-            require(tensor.offset_bytes == position, f"{tensor.name} lies where another does")
-            require(position % tensor.torch_dtype.itemsize == 0, f"{tensor.name} is not aligned")
-            position += tensor.n_bytes
-        require(position == self.bytes, "tensors that end where their file does not")
-
     @property
     def data_offset_bytes(self) -> int:
         """Where the header ends."""
         return min((tensor.offset_bytes for tensor in self.tensors), default=self.bytes)
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """What its header must say."""
+        return [TensorEntry(t.name, t.dtype, t.shape, t.offset_bytes) for t in self.tensors]
+
+    def sealed(self, checksums: list[int]) -> DenseShard:
+        """With the checksums of its header and of its tensors, in this order."""
+        header, *of_tensors = checksums
+        pairs = zip(self.tensors, of_tensors, strict=True)
+        tensors = tuple(replace(tensor, checksum=crc) for tensor, crc in pairs)
+        return replace(self, header_checksum=header, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -130,23 +106,18 @@ class MoeLayer:
     block_checksums: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        layout = self.layout
-        sizes = (layout.hidden_size, layout.intermediate_size, self.n_experts)
-        require(min(*sizes, self.data_offset_bytes) > 0, "a layer of no experts or empty ones")
-        require(self.data_offset_bytes % BLOCK_ALIGNMENT == 0, "blocks that are not aligned")
-        wanted = block_layout(
-            layout.weight_format,
-            layout.hidden_size,
-            layout.intermediate_size,
-            layout.has_gate,
-            layout.has_bias,
-        )
-        require(layout == wanted, "fields that lie elsewhere than their format has them")
         require(len(self.block_checksums) == self.n_experts, "not one checksum per expert")
-        require(
-            self.block_offset_bytes(self.n_experts) == self.bytes,
-            "not as many blocks as the file has room for",
-        )
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """What its header must say."""
+        shape = (self.n_experts, self.layout.block_bytes)
+        return [TensorEntry("blocks", "uint8", shape, self.data_offset_bytes)]
+
+    def sealed(self, checksums: list[int]) -> MoeLayer:
+        """With the checksums of its header and of its blocks, in this order."""
+        header, *blocks = checksums
+        return replace(self, header_checksum=header, block_checksums=tuple(blocks))
 
     def block_offset_bytes(self, expert: int) -> int:
         return self.data_offset_bytes + expert * self.layout.block_bytes
@@ -188,20 +159,6 @@ class Manifest:
     files: dict[str, int] | None = None
     checksum: int | None = None
 
-    def __post_init__(self) -> None:
-        formats = {layer.layout.weight_format for layer in self.moe_layers}
-        require(formats == {self.weight_format}, "no experts in the format it names")
-        for position, layer in enumerate(self.moe_layers):
-            name = experts_file_name(position)
-            require(layer.file.name == name, f"{layer.file.name!r:.80}, not {name}")
-        for position, shard in enumerate(self.dense):
-            name = dense_file_name(position, len(self.dense))
-            require(shard.file.name == name, f"{shard.file.name!r:.80}, not {name}")
-        names = [tensor.name for shard in self.dense for tensor in shard.tensors]
-        require(len(set(names)) == len(names), "a tensor in two places")
-        for file in self.files or {}:
-            require(Path(file).name == file, f"a file called {file!r:.80}")
-
     @property
     def shards(self) -> tuple[DenseShard | MoeLayer, ...]:
         return (*self.dense, *self.moe_layers)
@@ -227,46 +184,20 @@ def dense_file_name(position: int, n_shards: int) -> str:
     return f"dense-{position + 1:05d}-of-{n_shards:05d}.safetensors"
 
 
-def plan_experts_file(n_experts: int, layout: BlockLayout) -> tuple[bytes, TensorEntry]:
-    """The header of an experts file and the entry of its one tensor, uint8 [E, block_bytes]."""
-    header, entries = plan_header(
-        [("blocks", torch.uint8, (n_experts, layout.block_bytes))],
-        {"weight_format": layout.weight_format},
-    )
-    return header, entries[0]
-
-
-def to_json(value: Any) -> Any:
-    """A dataclass of this module as JSON; a path becomes its name.
-
-    Infinity and NaN, which some configs hold and JSON does not know, as transformers writes them.
-    """
+def _encode(value: Any) -> Any:
+    """As JSON; a path becomes its name, Infinity and NaN what transformers makes of them."""
     if isinstance(value, float) and not math.isfinite(value):
-        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        return {"__float__": name}
+        return {"__float__": json.dumps(value)}
     if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
+        return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, Path):
-        return value.name
-    return value if isinstance(value, (bool, int, float, str, NoneType)) else to_json(asdict(value))
+        return [_encode(item) for item in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def decode_floats(data: dict[str, Any]) -> Any:
     """`object_hook` for `json.loads` that undoes the encoding of Infinity and NaN."""
     return float(data["__float__"]) if data.keys() == {"__float__"} else data
-
-
-Shard = TypeVar("Shard", DenseShard, MoeLayer)
-
-
-def locate(folder: Path, shard: Shard) -> Shard:
-    """A shard just read from JSON, in its folder; ValueError for a file that is none of ours."""
-    require(
-        OUR_SHARD.fullmatch(str(shard.file)) is not None, f"a shard called {str(shard.file)!r:.80}"
-    )
-    return replace(shard, file=folder / shard.file)
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -277,8 +208,8 @@ def write_manifest(manifest: Manifest) -> None:
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
-    data: dict[str, Any] = to_json(manifest)
-    return {key: value for key, value in data.items() if key not in ("folder", "checksum")}
+    data = asdict(manifest)
+    return {key: _encode(data[key]) for key in data if key not in ("folder", "checksum")}
 
 
 def _own_checksum(manifest: Manifest) -> int:
@@ -308,23 +239,38 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} was prepared in format version {version!r:.40}, this program reads "
                 f"version {FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
             )
-        found = from_json(Manifest, {**data, "folder": str(folder)})
-        manifest = replace(
-            found,
-            dense=tuple(locate(folder, shard) for shard in found.dense),
-            moe_layers=tuple(locate(folder, layer) for layer in found.moe_layers),
-        )
+        manifest = _located(from_json(Manifest, {**data, "folder": str(folder)}))
         if manifest.checksum is not None and manifest.checksum != _own_checksum(manifest):
             raise ValueError("it is not what was written: its checksum does not match")
+        require(manifest.moe_layers != (), "no experts")
+        for shard in manifest.shards:
+            check_header(shard)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!s:.200}); {PREPARE_AGAIN}") from error
-    for shard in manifest.shards:
-        check_size(shard)
     return manifest
 
 
-def check_size(shard: DenseShard | MoeLayer) -> None:
-    """UserError when the shard is missing or not exactly as long as recorded."""
+def _located(manifest: Manifest) -> Manifest:
+    """With the shards' whole paths; ValueError for a file that is not where its kind is."""
+    folder, n_dense = manifest.folder, len(manifest.dense)
+    dense = [dense_file_name(position, n_dense) for position in range(n_dense)]
+    experts = [experts_file_name(position) for position in range(len(manifest.moe_layers))]
+    for shard, name in zip(manifest.shards, [*dense, *experts], strict=True):
+        require(str(shard.file) == name, f"{str(shard.file)!r:.80}, not {name}")
+    for file in manifest.files or {}:
+        require(Path(file).name == file, f"a file called {file!r:.80}")
+    return replace(
+        manifest,
+        dense=tuple(replace(shard, file=folder / shard.file) for shard in manifest.dense),
+        moe_layers=tuple(replace(layer, file=folder / layer.file) for layer in manifest.moe_layers),
+    )
+
+
+def check_header(shard: DenseShard | MoeLayer) -> None:
+    """UserError unless the file is as long as recorded and its header is the one recorded.
+
+    ValueError when that header says otherwise than the shard.
+    """
     try:
         found = shard.file.stat()
     except OSError as error:
@@ -336,15 +282,21 @@ def check_size(shard: DenseShard | MoeLayer) -> None:
             f"{shard.file} is truncated or altered: expected {shard.bytes} bytes, found "
             f"{found.st_size}; {PREPARE_AGAIN}"
         )
+    said = f"the header of {shard.file.name} says otherwise"
+    require(0 <= shard.data_offset_bytes <= shard.bytes, said)
+    header = torch.empty(shard.data_offset_bytes, dtype=torch.uint8)
+    _read_checked(shard.file, 0, header, shard.header_checksum, "its header")
+    require(read_header(shard.file) == shard.entries, said)
 
 
-def read_dense_tensor(shard: DenseShard, tensor: DenseTensor) -> Tensor:
-    """One dense tensor in new CPU memory; UserError when its bytes do not match its checksum."""
-    out = torch.empty(tensor.shape, dtype=tensor.torch_dtype)
-    read_into(shard.file, tensor.offset_bytes, out)
-    if checksum(out) != tensor.checksum:
-        raise _corrupt(shard.file, f"tensor {tensor.name}")
-    return out
+def _read_checked(path: Path, offset_bytes: int, out: Tensor, wanted: int, part: str) -> None:
+    """Fill `out`; UserError when its bytes do not have the checksum `wanted`."""
+    read_into(path, offset_bytes, out)
+    if checksum(out) != wanted:
+        raise UserError(
+            f"{path} is corrupt: the checksum of {part} does not match the manifest; "
+            f"{PREPARE_AGAIN}"
+        )
 
 
 def read_block(layer: MoeLayer, expert: int, out: Tensor) -> None:
@@ -353,16 +305,18 @@ def read_block(layer: MoeLayer, expert: int, out: Tensor) -> None:
     Thread-safe for distinct `out`. UserError when the bytes do not match their checksum.
     """
     assert out.dtype == torch.uint8 and out.numel() == layer.layout.block_bytes
-    read_into(layer.file, layer.block_offset_bytes(expert), out)
-    if checksum(out) != layer.block_checksums[expert]:
-        raise _corrupt(layer.file, f"expert {expert}")
+    wanted = layer.block_checksums[expert]
+    _read_checked(layer.file, layer.block_offset_bytes(expert), out, wanted, f"expert {expert}")
 
 
-def iterate_dense(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor by its stored name, one at a time, each checked."""
-    for shard in manifest.dense:
-        for tensor in shard.tensors:
-            yield tensor.name, read_dense_tensor(shard, tensor)
+def iterate_dense(shards: Iterable[DenseShard]) -> Iterator[tuple[str, Tensor]]:
+    """Every dense tensor by its stored name, one at a time in new CPU memory, each checked."""
+    for shard in shards:
+        for entry in shard.tensors:
+            out = torch.empty(entry.shape, dtype=entry.torch_dtype)
+            what = f"tensor {entry.name}"
+            _read_checked(shard.file, entry.offset_bytes, out, entry.checksum, what)
+            yield entry.name, out
 
 
 def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None) -> None:
@@ -377,11 +331,10 @@ def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None)
         path = manifest.folder / name
         try:
             require_regular(path, LARGEST_JSON_BYTES)
-            found = checksum(path.read_bytes())
+            data = torch.empty(path.stat().st_size, dtype=torch.uint8)
         except OSError as error:
             raise UserError(f"{path} is missing or unreadable; {PREPARE_AGAIN}") from error
-        if found != wanted:
-            raise _corrupt(path, "the file")
+        _read_checked(path, 0, data, wanted, "the file")
     for shard in manifest.shards:
         verify_shard(shard, on_bytes)
 
@@ -389,23 +342,13 @@ def verify(manifest: Manifest, on_bytes: Callable[[int], None] = lambda _: None)
 def verify_shard(
     shard: DenseShard | MoeLayer, on_bytes: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Check size, header and every checksum of one file; `on_bytes` hears of bytes as they pass."""
-    check_size(shard)
-    header = torch.empty(shard.data_offset_bytes, dtype=torch.uint8)
-    read_into(shard.file, 0, header)
-    if checksum(header) != shard.header_checksum:
-        raise _corrupt(shard.file, "its header")
+    """Check header and every checksum of one file; `on_bytes` hears of bytes as they pass."""
+    check_header(shard)
     if isinstance(shard, DenseShard):
-        for tensor in shard.tensors:
-            on_bytes(read_dense_tensor(shard, tensor).nbytes)
+        for _, tensor in iterate_dense([shard]):
+            on_bytes(tensor.nbytes)
     else:
         block = torch.empty(shard.layout.block_bytes, dtype=torch.uint8)
         for expert in range(shard.n_experts):
             read_block(shard, expert, block)
             on_bytes(block.numel())
-
-
-def _corrupt(path: Path, part: str) -> UserError:
-    return UserError(
-        f"{path} is corrupt: the checksum of {part} does not match the manifest; {PREPARE_AGAIN}"
-    )

@@ -1,20 +1,21 @@
 """One safetensors file: its header, plain reads of its bytes, and writing it without a torn state.
 
 The `safetensors` package decides what a valid file is. Our own are three things it does not do:
-reading through `pread` (it maps the file, and mapped pages count as resident memory, so a map would
+plain reads (it maps the file, and mapped pages count as resident memory, so a map would
 let the page cache break the memory bound of a streaming conversion), data that starts at a multiple
-of 4096 bytes, and writing tensors piece by piece under a temporary name.
+of 4096 bytes, and writing piece by piece under a temporary name.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -47,28 +48,33 @@ _CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file; `offset_bytes` counts from the start of the file."""
+    """One array in a file or a block: `dtype` as torch names it, `offset_bytes` from the start."""
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     offset_bytes: int
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
     def n_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
 
 def checksum(data: Tensor | bytes) -> int:
     """CRC-32 of the bytes of a contiguous CPU tensor or of a bytes object."""
+    return zlib.crc32(_view(data))
+
+
+def _view(data: Tensor | bytes) -> memoryview:
+    """The bytes themselves."""
     if isinstance(data, Tensor):
-        return zlib.crc32(as_bytes(data).numpy().data)
-    return zlib.crc32(data)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor as uint8 [n_bytes], sharing its memory."""
-    return tensor.reshape(-1).view(torch.uint8)
+        return data.reshape(-1).view(torch.uint8).numpy().data
+    return memoryview(data)
 
 
 def plan_header(
@@ -78,24 +84,22 @@ def plan_header(
 
     The header is padded with spaces so that the data starts at a multiple of `DATA_ALIGNMENT`.
     """
-    position = 0
+    entries, position = [], 0
     fields: dict[str, object] = {"__metadata__": metadata}
     for name, dtype, shape in tensors:
-        stop = position + torch.Size(shape).numel() * dtype.itemsize
-        fields[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, stop],
-        }
-        position = stop
+        entry = TensorEntry(name, _name(dtype), shape, position)
+        position += entry.n_bytes
+        offsets = [entry.offset_bytes, position]
+        fields[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+        entries.append(entry)
     text = json.dumps(fields, separators=(",", ":")).encode()
     length = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT - 8
     header = struct.pack("<Q", length) + text.ljust(length)
-    entries, position = [], len(header)
-    for name, dtype, shape in tensors:
-        entries.append(TensorEntry(name, dtype, shape, position))
-        position += entries[-1].n_bytes
-    return header, entries
+    return header, [replace(e, offset_bytes=len(header) + e.offset_bytes) for e in entries]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -127,7 +131,8 @@ def read_header(path: Path) -> list[TensorEntry]:
             start, stop = field["data_offsets"]
             dtype = DTYPES.get(field["dtype"])
             shape = (stop - start,) if dtype is None else tuple(field["shape"])
-            entries.append(TensorEntry(name, dtype or torch.uint8, shape, 8 + length + start))
+            place = 8 + length + start
+            entries.append(TensorEntry(name, _name(dtype or torch.uint8), shape, place))
     return sorted(entries, key=lambda entry: entry.offset_bytes)
 
 
@@ -136,72 +141,49 @@ def read_into(path: Path, offset_bytes: int, out: Tensor) -> None:
 
     UserError when the file ends before `out` is full or cannot be read.
     """
-    view = as_bytes(out).numpy().data
+    view = _view(out)
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < len(view):
-                got = os.preadv(file, [view[done:]], offset_bytes + done)
-                if got == 0:
-                    raise UserError(
-                        f"{path} is truncated: it ends {len(view) - done} bytes early; "
-                        "copy it again or prepare the folder again"
-                    )
-                done += got
-        finally:
-            os.close(file)
+        with path.open("rb") as file:
+            file.seek(offset_bytes)
+            missing = len(view) - file.readinto(view)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if missing:
+        raise UserError(
+            f"{path} is truncated: it ends {missing} bytes early; copy it again or prepare the "
+            "folder again"
+        )
 
 
-class ShardWriter:
-    """Writes one safetensors file under a temporary name; `commit` makes it appear, whole.
+def write_file(path: Path, n_bytes: int, parts: Iterable[bytes | Tensor]) -> list[int]:
+    """Write the parts, contiguous CPU tensors or bytes, one after another; returns their checksums.
 
-    Tensors, or slices of them, may come in any order. Used as a context manager: leaving without
-    `commit` removes the temporary file. OSError from the disk passes through.
+    The file, `n_bytes` long, appears whole and durable or not at all. OSError from the disk passes
+    through, as does what `parts` raises.
     """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    checksums, position = [], 0
+    try:
+        with temporary.open("wb") as file:
+            _reserve(file.fileno(), n_bytes)
+            for part in parts:
+                view = _view(part)
+                checksums.append(zlib.crc32(view))
+                while len(view):
+                    done = os.pwrite(file.fileno(), view, position)
+                    view, position = view[done:], position + done
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return checksums
 
-    def __init__(self, path: Path, header: bytes, file_bytes: int) -> None:
-        self.path = path
-        self._temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-        self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            self._reserve(file_bytes)
-            self._write(header, 0)
-        except BaseException:
-            self.__exit__()
+
+def _reserve(file: int, n_bytes: int) -> None:
+    """Take the room at once, so that a full disk is known before hours of writing."""
+    try:
+        os.posix_fallocate(file, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not every file system can
             raise
-
-    def _reserve(self, file_bytes: int) -> None:
-        """Take the room at once, so that a full disk is known before hours of writing."""
-        try:
-            os.posix_fallocate(self._file, 0, file_bytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not every file system can
-                raise
-            os.ftruncate(self._file, file_bytes)
-
-    def write(self, offset_bytes: int, data: Tensor) -> int:
-        """Write a contiguous CPU tensor at `offset_bytes` of the file; returns its checksum."""
-        view = as_bytes(data).numpy().data
-        self._write(view, offset_bytes)
-        return zlib.crc32(view)
-
-    def _write(self, data: bytes | memoryview, offset_bytes: int) -> None:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], offset_bytes + done)
-
-    def commit(self) -> None:
-        """Make the file durable, then visible under its name."""
-        os.fsync(self._file)
-        self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-        self._temporary.unlink(missing_ok=True)

@@ -22,12 +22,11 @@ from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, fin
 from moe_offload.checkpoint.folders import require_source
 from moe_offload.checkpoint.mistral import to_hub_tensors
 from moe_offload.checkpoint.model_config import (
-    builder_of,
+    build_on_meta,
     read_hub_config,
     read_native_config,
     require_experts_per_token,
     require_generation_config,
-    transformers_told,
 )
 from moe_offload.checkpoint.safetensors_file import checksum
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
@@ -137,21 +136,20 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
     require_source(folder, hugging_face)
     if hugging_face:
         config = read_hub_config(folder)
-        files = open_hugging_face(folder)
-        tensors = files.tensors
+        found = tensors = open_hugging_face(folder)
     else:
         config = read_native_config(folder)
-        files = open_mistral_native(folder)
-        tensors = to_hub_tensors(files.tensors, config)
-    paths = (folder / ("config.json" if hugging_face else "params.json"), *files.paths)
-    model = _build_meta_model(folder, config, dtype)
+        found = open_mistral_native(folder)
+        tensors = to_hub_tensors(found, config)
+    weights = sorted({tensor.path for tensor in found.values()})
+    paths = (folder / ("config.json" if hugging_face else "params.json"), *weights)
+    # eager, whatever the config asks for: a name like "org/kernel" is code from the hub
+    task = f"build the model of {folder / 'config.json'}"
+    remedy = "expected a text-generation (causal LM) model"
+    model = build_on_meta(config, dtype, "eager", task, remedy)
     experts = find_experts(model)
-    require_experts_per_token(
-        config,
-        min(module.n_experts for module in experts),
-        paths[0],
-        "correct it or download it again",
-    )
+    fewest = min(module.n_experts for module in experts)
+    require_experts_per_token(config, fewest, paths[0], "correct it or download it again")
     plan = ConversionPlan(model, tensors)
     of_experts = {name for module in experts for name in module.parameters.values()}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
@@ -178,24 +176,6 @@ def _read_generation_config(folder: Path) -> dict[str, Any] | None:
     found = read_json_object(path)
     require_generation_config(found, path, "correct it or download it again")
     return found
-
-
-def _build_meta_model(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    task = f"build the model of {folder / 'config.json'}"
-    with (
-        transformers_told(task, "expected a text-generation (causal LM) model"),
-        torch.device("meta"),
-    ):
-        model: PreTrainedModel = builder_of(config).from_config(
-            # eager, whatever the config asks for: a name like "org/kernel" is code from the hub
-            config,
-            dtype=dtype,
-            trust_remote_code=False,
-            attn_implementation="eager",
-        )
-    return model
 
 
 def _fingerprint(paths: tuple[Path, ...]) -> str:

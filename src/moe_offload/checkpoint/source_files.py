@@ -1,7 +1,7 @@
 """The files of a source checkpoint as tensors that are known but not yet read.
 
 Both safetensors and zipped `torch.save` files keep each tensor's bytes in one piece, so one kind of
-lazy tensor serves both: a place in a file. Reading is plain `pread` (see `safetensors_file.py`).
+lazy tensor serves both: a place in a file, read by plain reads (see `safetensors_file.py`).
 Which files count is transformers' own order: model.safetensors, its index, pytorch_model.bin, its
 index.
 """
@@ -9,9 +9,10 @@ index.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 
 from moe_offload.checkpoint.folders import WEIGHT_FILES
-from moe_offload.checkpoint.safetensors_file import TensorEntry, read_header, read_into
+from moe_offload.checkpoint.safetensors_file import read_header, read_into
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, require_regular
 
@@ -42,15 +43,7 @@ class LazyTensor:
         return self.read_rows(0, self.shape[0] if self.shape else 1)
 
 
-@dataclass(frozen=True)
-class SourceFiles:
-    """The weight files of a folder, and their tensors by name."""
-
-    paths: tuple[Path, ...]
-    tensors: dict[str, LazyTensor]
-
-
-def open_hugging_face(folder: Path) -> SourceFiles:
+def open_hugging_face(folder: Path) -> dict[str, LazyTensor]:
     """The weights of a Hugging Face folder: safetensors if there are any, else pytorch_model*.bin.
 
     UserError when there are none, when the index names a missing file or tensor, or when a file is
@@ -58,7 +51,7 @@ def open_hugging_face(folder: Path) -> SourceFiles:
     """
     for name, read in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_bin)):
         if (folder / name).exists():
-            return SourceFiles((folder / name,), read(folder / name))
+            return read(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
             return _open_indexed(index, read)
@@ -79,7 +72,7 @@ def open_hugging_face(folder: Path) -> SourceFiles:
     )
 
 
-def open_mistral_native(folder: Path) -> SourceFiles:
+def open_mistral_native(folder: Path) -> dict[str, LazyTensor]:
     """The weights of Mistral's native folder: consolidated*.safetensors, else consolidated*.pth|pt.
 
     UserError when there are none or when two files hold the same tensor.
@@ -94,23 +87,25 @@ def open_mistral_native(folder: Path) -> SourceFiles:
             f"{folder} holds no weights: expected consolidated*.safetensors or consolidated*.pth "
             "beside params.json; for a Hugging Face folder add --hf"
         )
-    return SourceFiles(tuple(paths), _merge({path: read(path) for path in paths}))
+    return _merge(read(path) for path in paths)
 
 
-def _merge(parts: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+def _merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """The tensors of all files; UserError for one that two of them hold."""
     tensors: dict[str, LazyTensor] = {}
-    for path, part in parts.items():
+    for part in parts:
         for name in part.keys() & tensors.keys():
             raise UserError(
-                f"tensor {name} is in both {tensors[name].path} and {path}; expected each tensor "
-                "once: remove the copy or download the model again"
+                f"tensor {name} is in both {tensors[name].path} and {part[name].path}; expected "
+                "each tensor once: remove the copy or download the model again"
             )
         tensors |= part
     return tensors
 
 
-def _open_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> SourceFiles:
+def _open_indexed(
+    index: Path, read: Callable[[Path], dict[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
     """All tensors of the files that the index names, each from where it says.
 
     An index may lack a tensor that a file holds, as transformers allows.
@@ -124,37 +119,36 @@ def _open_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) ->
                 f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
                 "folder; download it again"
             )
-    paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
-    parts = {path: read(path) for path in paths.values()}
-    placed = {}
+    parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
-        if name not in parts[paths[file]]:
+        if name not in parts[file]:
             raise UserError(
-                f"tensor {name} is missing: {index.name} places it in {paths[file]}, "
+                f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
                 "which does not have it; download that file again"
             )
-        placed[name] = parts[paths[file]][name]
-    unnamed = {
-        path: {name: tensor for name, tensor in part.items() if name not in placed}
-        for path, part in parts.items()
-    }
-    return SourceFiles(tuple(parts), placed | _merge(unnamed))
+    return _merge(
+        {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
+        for file, part in parts.items()
+    )
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    return {entry.name: _place(path, entry) for entry in read_header(path)}
+    return {
+        entry.name: _place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
+        for entry in read_header(path)
+    }
 
 
-def _place(path: Path, entry: TensorEntry) -> LazyTensor:
+def _place(path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> LazyTensor:
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
     def read_rows(start: int, stop: int) -> Tensor:
-        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        out = torch.empty(shape, dtype=entry.dtype)
+        out = torch.empty((stop - start, *shape[1:])[: len(shape)], dtype=dtype)
         if out.numel():
-            row_bytes = entry.n_bytes // (entry.shape[0] if entry.shape else 1)
-            read_into(path, entry.offset_bytes + start * row_bytes, out)
+            read_into(path, offset_bytes + start * row_bytes, out)
         return out
 
-    return LazyTensor(entry.shape, entry.dtype, path, read_rows)
+    return LazyTensor(shape, dtype, path, read_rows)
 
 
 def _open_bin(path: Path) -> dict[str, LazyTensor]:
@@ -169,7 +163,7 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             state = _Storages(archive, file).load()
             if not isinstance(state, dict):
-                raise _BinError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
+                raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
             return {
                 str(name): _stored(path, tensor)
                 for name, tensor in state.items()
@@ -194,10 +188,6 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
         ) from error
 
 
-class _BinError(Exception):
-    """Why a `torch.save` file cannot be read."""
-
-
 class _Storages:
     """The records of one `torch.save` file."""
 
@@ -206,7 +196,7 @@ class _Storages:
         self._found: dict[str, torch.UntypedStorage] = {}
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise _BinError("expected one data.pkl in it")
+            raise ValueError("expected one data.pkl in it")
         self._root = pickles[0].removesuffix("data.pkl")
 
     def load(self) -> Any:
@@ -215,7 +205,7 @@ class _Storages:
         if f"{self._root}byteorder" in names:
             order = self._record("byteorder", 16)
             if order != b"little":
-                raise _BinError(f"its byte order is {order!r}, expected little")
+                raise ValueError(f"its byte order is {order!r}, expected little")
         unpickler: Any = Unpickler(
             io.BytesIO(self._record("data.pkl", _LARGEST_PICKLE_BYTES)), encoding="utf-8"
         )
@@ -225,14 +215,14 @@ class _Storages:
     def _record(self, name: str, limit_bytes: int) -> bytes:
         info = self._archive.getinfo(self._root + name)
         if info.file_size > limit_bytes:
-            raise _BinError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
+            raise ValueError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
         return self._archive.read(info)
 
     def _storage(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
         """What the pickle means by ('storage', type, key, device, number of elements)."""
         kind, storage_type, key, _, n_elements = saved
         if kind != "storage":
-            raise _BinError(f"it refers to a {kind!r:.40}")
+            raise ValueError(f"it refers to a {kind!r:.40}")
         untyped = storage_type is torch.UntypedStorage
         dtype = torch.uint8 if untyped else storage_type.dtype
         if key not in self._found:
@@ -248,12 +238,12 @@ class _Storages:
         """Where a stored record's data starts in the file, after its local header."""
         info = self._archive.getinfo(self._root + name)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != n_bytes:
-            raise _BinError(f"record {name} is compressed or not {n_bytes} bytes long")
+            raise ValueError(f"record {name} is compressed or not {n_bytes} bytes long")
         self._file.seek(info.header_offset)
         magic, name_bytes, extra_bytes = struct.unpack("<4s22xHH", self._file.read(30))
         found = self._file.read(name_bytes).decode()
         if magic != b"PK\x03\x04" or found != info.orig_filename:
-            raise _BinError(f"record {name} does not lie where the zip's directory says")
+            raise ValueError(f"record {name} does not lie where the zip's directory says")
         return int(info.header_offset + 30 + name_bytes + extra_bytes)
 
 
@@ -261,15 +251,15 @@ def _stored(path: Path, tensor: Tensor) -> LazyTensor:
     storage = tensor.untyped_storage()
     offset = storage._checkpoint_offset
     if offset is None:
-        raise _BinError("it holds a tensor without a record")
+        raise ValueError("it holds a tensor without a record")
     shape, strides = tuple(map(int, tensor.shape)), tensor.stride()
     dtype, first = tensor.dtype, int(tensor.storage_offset())
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if tensor.numel() and (first + span) * dtype.itemsize > storage.nbytes():
-        raise _BinError("it holds a tensor that is larger than its record")
+        raise ValueError("it holds a tensor that is larger than its record")
     start = offset + first * dtype.itemsize
     if tensor.is_contiguous():
-        return _place(path, TensorEntry("", dtype, shape, start))
+        return _place(path, dtype, shape, start)
 
     def read_rows(first: int, last: int) -> Tensor:
         elements = torch.empty(span, dtype=dtype)

@@ -11,23 +11,23 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.block import BlockLayout, pack_block
+from moe_offload.checkpoint.block import pack_block
 from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.folders import CONFIGS, MANIFEST_NAME, WEIGHT_FILES
 from moe_offload.checkpoint.prepared import (
-    OUR_SHARD,
     DenseShard,
     DenseTensor,
     Manifest,
@@ -36,26 +36,19 @@ from moe_offload.checkpoint.prepared import (
     decode_floats,
     dense_file_name,
     experts_file_name,
-    locate,
-    plan_experts_file,
-    to_json,
     verify_shard,
     write_manifest,
 )
-from moe_offload.checkpoint.safetensors_file import (
-    TEMPORARY_SUFFIX,
-    ShardWriter,
-    TensorEntry,
-    checksum,
-    plan_header,
-)
+from moe_offload.checkpoint.safetensors_file import TEMPORARY_SUFFIX, plan_header, write_file
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
 from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import from_json, write_atomically
+from moe_offload.files import read_json_object, write_atomically
 
 SHARD_BYTES: Final = 4 << 30
 RECORD_NAME: Final = "preparation.json"
+_SHARD: Final = r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors"
+_TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # write_atomically's
 
 
 @dataclass(frozen=True)
@@ -67,35 +60,38 @@ class Formats:
     model_dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """A file to write: its shard, still without checksums, and its data, read when asked for."""
+
+    shard: DenseShard | MoeLayer
+    header: bytes
+    data: Callable[[], Iterator[Tensor]]
+
+    @property
+    def data_bytes(self) -> int:
+        return self.shard.bytes - len(self.header)
+
+
 class Preparation:
     """One source checkpoint on its way into one output folder; nothing is written before `run`."""
 
     def __init__(self, source: SourceCheckpoint, output: Path, formats: Formats) -> None:
         self._source, self._output, self._formats = source, output, formats
-        shards = plan_dense(source, formats.dense_format)
-        self._dense = [
-            _DenseFile(
-                parts,
-                dense_file_name(position, len(shards)),
-                *plan_header([entry for part in parts for entry in part.stored], {"format": "pt"}),
-            )
-            for position, parts in enumerate(shards)
+        self._dense = plan_dense(source, formats.dense_format)
+        files = [
+            _plan_dense_file(source, output / dense_file_name(position, len(self._dense)), parts)
+            for position, parts in enumerate(self._dense)
         ]
-        self._experts = []
         for position, module in enumerate(source.experts):
-            layout = module.block_layout(formats.weight_format)
-            header, blocks = plan_experts_file(module.n_experts, layout)
-            name = experts_file_name(position)
-            self._experts.append(_ExpertsFile(module, layout, name, header, blocks))
-
-    @property
-    def _files(self) -> list[_DenseFile | _ExpertsFile]:
-        return [*self._dense, *self._experts]
+            path = output / experts_file_name(position)
+            files.append(_plan_experts_file(source, path, module, formats.weight_format))
+        self._files = {file.shard.file.name: file for file in files}
 
     @property
     def total_bytes(self) -> int:
         """The weights of all shards together, as `on_bytes` of `run` hears of them."""
-        return sum(file.n_bytes - len(file.header) for file in self._files)
+        return sum(file.data_bytes for file in self._files.values())
 
     @property
     def _record_key(self) -> dict[str, str]:
@@ -118,9 +114,9 @@ class Preparation:
         self._check_room(done)
         source = self._source
         files = copy_companions(source.folder, self._output, source.config)
-        for file in self._files:
-            if file.name not in done:
-                done[file.name] = file.write(source, self._output, on_bytes)
+        for name, file in self._files.items():
+            if name not in done:
+                done[name] = write_file(file.shard.file, file.shard.bytes, _parts(file, on_bytes))
                 self._write_record(done)
         if source.current_fingerprint() != source.fingerprint:
             raise UserError(
@@ -132,29 +128,27 @@ class Preparation:
         (self._output / RECORD_NAME).unlink()
         return manifest
 
-    def _keep_finished(self, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-        """The shards of an interrupted run that are still whole; others of ours are removed."""
+    def _keep_finished(self, on_bytes: Callable[[int], None]) -> dict[str, list[int]]:
+        """The checksums of an interrupted run's shards that are whole; others of ours go."""
         remove_temporary_files(self._output)
         record = read_record(self._output)
-        found = record.get("shards", {}) if record.get("key") == self._record_key else {}
-        kept: dict[str, Any] = {}
-        for file in self._files:
-            with suppress(UserError, OSError, KeyError, ValueError):
-                shard: Any = locate(self._output, from_json(file.kind, found[file.name]))
-                verify_shard(shard)
-                if shard.bytes == file.n_bytes:
-                    kept[file.name] = shard
-                    on_bytes(file.n_bytes - len(file.header))
-        remove_shards(self._output, record.get("shards", {}).keys() - kept.keys())
+        found = record["shards"] if record["key"] == self._record_key else {}
+        kept: dict[str, list[int]] = {}
+        for name, file in self._files.items():
+            with suppress(UserError, OSError, KeyError, ValueError, TypeError):
+                verify_shard(file.shard.sealed(found[name]))
+                kept[name] = found[name]
+                on_bytes(file.data_bytes)
+        remove_shards(self._output, record["shards"].keys() - kept.keys())
         self._write_record(kept)
         return kept
 
-    def _write_record(self, done: dict[str, Any]) -> None:
-        data = to_json({"key": self._record_key, "shards": done})
+    def _write_record(self, done: dict[str, list[int]]) -> None:
+        data = {"key": self._record_key, "shards": done}
         write_atomically(self._output / RECORD_NAME, json.dumps(data))
 
-    def _check_room(self, done: dict[str, Any]) -> None:
-        needed = sum(file.n_bytes for file in self._files if file.name not in done)
+    def _check_room(self, done: dict[str, list[int]]) -> None:
+        needed = sum(file.shard.bytes for name, file in self._files.items() if name not in done)
         free = shutil.disk_usage(self._output).free
         if needed > free:
             raise UserError(
@@ -164,12 +158,13 @@ class Preparation:
             )
 
     def _manifest(
-        self, done: dict[str, Any], files: dict[str, int], created_with: dict[str, str]
+        self, done: dict[str, list[int]], files: dict[str, int], created_with: dict[str, str]
     ) -> Manifest:
         text = self._source.config.to_json_string(use_diff=False)
         config = json.loads(text, object_hook=decode_floats)
         config.pop("_name_or_path", None)  # a path of this machine
-        parts = [part for file in self._dense for part in file.parts]
+        shards = [file.shard.sealed(done[name]) for name, file in self._files.items()]
+        parts = [part for parts in self._dense for part in parts]
         return Manifest(
             folder=self._output,
             source=str(self._source.folder.resolve()),
@@ -181,77 +176,58 @@ class Preparation:
             weight_format=self._formats.weight_format,
             dense_format=self._formats.dense_format,
             packed_weights=tuple(part.packed for part in parts if part.packed is not None),
-            dense=tuple(done[file.name] for file in self._dense),
-            moe_layers=tuple(done[file.name] for file in self._experts),
+            dense=tuple(shard for shard in shards if isinstance(shard, DenseShard)),
+            moe_layers=tuple(shard for shard in shards if isinstance(shard, MoeLayer)),
             files=files,
         )
 
 
-@dataclass(frozen=True)
-class _DenseFile:
-    parts: list[DensePart]
-    name: str
-    header: bytes
-    entries: list[TensorEntry]
-    kind: ClassVar[Any] = DenseShard
-
-    @property
-    def n_bytes(self) -> int:
-        return self.entries[-1].offset_bytes + self.entries[-1].n_bytes
-
-    def write(
-        self, source: SourceCheckpoint, output: Path, on_bytes: Callable[[int], None]
-    ) -> DenseShard:
-        entries, tensors = iter(self.entries), []
-        with ShardWriter(output / self.name, self.header, self.n_bytes) as writer:
-            for part in self.parts:
-                for data in part.encode(source.read_dense(part.name)):
-                    entry = next(entries)
-                    crc = writer.write(entry.offset_bytes, data)
-                    dtype = str(entry.dtype).removeprefix("torch.")
-                    tensors.append(
-                        DenseTensor(entry.name, dtype, entry.shape, entry.offset_bytes, crc)
-                    )
-                    on_bytes(entry.n_bytes)
-            writer.commit()
-        return DenseShard(writer.path, self.n_bytes, checksum(self.header), tuple(tensors))
+def _parts(file: _Planned, on_bytes: Callable[[int], None]) -> Iterator[bytes | Tensor]:
+    yield file.header
+    for tensor in file.data():
+        yield tensor
+        on_bytes(tensor.nbytes)
 
 
-@dataclass(frozen=True)
-class _ExpertsFile:
-    module: ExpertsModule
-    layout: BlockLayout
-    name: str
-    header: bytes
-    blocks: TensorEntry
-    kind: ClassVar[Any] = MoeLayer
+def _plan_dense_file(source: SourceCheckpoint, path: Path, parts: list[DensePart]) -> _Planned:
+    stored = [tensor for part in parts for tensor in part.stored]
+    header, entries = plan_header(stored, {"format": "pt"})
 
-    @property
-    def n_bytes(self) -> int:
-        return self.blocks.offset_bytes + self.blocks.n_bytes
+    def data() -> Iterator[Tensor]:
+        for part in parts:
+            yield from part.encode(source.read_dense(part.name))
 
-    def write(
-        self, source: SourceCheckpoint, output: Path, on_bytes: Callable[[int], None]
-    ) -> MoeLayer:
-        layout = self.layout
-        block, checksums = torch.empty(layout.block_bytes, dtype=torch.uint8), []
-        with ShardWriter(output / self.name, self.header, self.n_bytes) as writer:
-            for expert, weights in enumerate(source.iterate_experts(self.module)):
-                pack_block(layout, weights, block)
-                offset = self.blocks.offset_bytes + expert * layout.block_bytes
-                checksums.append(writer.write(offset, block))
-                on_bytes(layout.block_bytes)
-            writer.commit()
-        return MoeLayer(
-            module=self.module.name,
-            file=writer.path,
-            bytes=self.n_bytes,
-            data_offset_bytes=self.blocks.offset_bytes,
-            n_experts=self.module.n_experts,
-            layout=layout,
-            header_checksum=checksum(self.header),
-            block_checksums=tuple(checksums),
-        )
+    n_bytes = entries[-1].offset_bytes + entries[-1].n_bytes
+    tensors = tuple(DenseTensor(e.name, e.dtype, e.shape, e.offset_bytes, 0) for e in entries)
+    return _Planned(DenseShard(path, n_bytes, 0, tensors), header, data)
+
+
+def _plan_experts_file(
+    source: SourceCheckpoint, path: Path, module: ExpertsModule, weight_format: WeightFormat
+) -> _Planned:
+    layout = module.block_layout(weight_format)
+    shape = (module.n_experts, layout.block_bytes)
+    header, (blocks,) = plan_header(
+        [("blocks", torch.uint8, shape)], {"weight_format": weight_format}
+    )
+
+    def data() -> Iterator[Tensor]:
+        block = torch.empty(layout.block_bytes, dtype=torch.uint8)
+        for weights in source.iterate_experts(module):
+            pack_block(layout, weights, block)
+            yield block
+
+    layer = MoeLayer(
+        module=module.name,
+        file=path,
+        bytes=blocks.offset_bytes + blocks.n_bytes,
+        data_offset_bytes=blocks.offset_bytes,
+        n_experts=module.n_experts,
+        layout=layout,
+        header_checksum=0,
+        block_checksums=(0,) * module.n_experts,
+    )
+    return _Planned(layer, header, data)
 
 
 @dataclass(frozen=True)
@@ -286,12 +262,13 @@ def plan_dense(source: SourceCheckpoint, dense_format: str) -> list[list[DensePa
     for name in source.dense_names:
         shape = tuple(source.plan.expected(name).shape)
         if name in packable:
-            packed, scale = quantization.packed_shapes(shape[0], shape[1], facts.bits)
+            rows, columns = shape
+            packed, scale = quantization.packed_shapes(rows, columns, facts.bits)
             stored: Any = (
                 (f"{name}.packed", torch.uint8, packed),
                 (f"{name}.scale", torch.float16, scale),
             )
-            weight = PackedWeight(name, 8 if facts.bits == 8 else 4, shape[0], shape[1])
+            weight = PackedWeight(name, 8 if facts.bits == 8 else 4, rows, columns)
             parts.append(DensePart(name, weight, stored))
         else:
             parts.append(DensePart(name, None, ((name, stored_dtype(source.model, name), shape),)))
@@ -322,10 +299,8 @@ def _packable(model: PreTrainedModel) -> set[str]:
     }
     head = model.get_output_embeddings()
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    for path, module in model.named_modules():
-        if module is head and type(head) is nn.Linear and f"{path}.weight" not in tied:
-            names.add(f"{path}.weight")
-    return names
+    heads = {f"{path}.weight" for path, module in model.named_modules() if module is head}
+    return names | (heads - tied if type(head) is nn.Linear else set())
 
 
 @contextmanager
@@ -349,19 +324,18 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an interrupted preparation, empty when there is none or it is unreadable."""
-    with suppress(OSError, ValueError, RecursionError):
-        data = json.loads((folder / RECORD_NAME).read_bytes())
-        if isinstance(data, dict) and isinstance(data.get("shards"), dict):
-            return data
-    return {}
+    """The record of an interrupted preparation; an empty one when there is none to be read."""
+    with suppress(UserError):
+        record = read_json_object(folder / RECORD_NAME)
+        if isinstance(record.get("shards"), dict):
+            return {"key": {}, **record}
+    return {"key": {}, "shards": {}}
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Remove what a killed run left half-written."""
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        name = path.name.removesuffix(TEMPORARY_SUFFIX)
-        if OUR_SHARD.fullmatch(name) or name in (MANIFEST_NAME, RECORD_NAME):
+    for path in list(folder.iterdir()):
+        if re.fullmatch(_TEMPORARY, path.name):
             path.unlink(missing_ok=True)
 
 
@@ -405,7 +379,7 @@ def claim(folder: Path, source: Path) -> None:
 def remove_shards(folder: Path, names: Iterable[str]) -> None:
     """Remove these shards; a name that no shard of ours can have is left alone."""
     for name in names:
-        if OUR_SHARD.fullmatch(name):
+        if re.fullmatch(_SHARD, name):
             (folder / name).unlink(missing_ok=True)
 
 

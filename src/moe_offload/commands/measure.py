@@ -40,15 +40,14 @@ def measure_machine(path: Path, shape: ModelShape) -> Machine:
             gpu_name, gpu_memory_gb = properties.name, properties.total_memory / 1e9
         machine = calibrated_machine(
             engine.costs.model,
+            shape,
             name=f"{gpu_name}, {facts.cpu}",
             cores=torch.get_num_threads(),
-            expert_weights=shape.expert_weights,
-            dense_bytes_per_layer=2 * shape.dense_weights_per_layer,
             gpu_memory_gb=gpu_memory_gb,
         )
     comment = (
-        f"Measured on {shape.name}'s shape. Predictions for fewer cores than {machine.cores} are "
-        "optimistic;\npowers were not measured."
+        f"Measured on {shape.name}'s shape. Predictions for fewer cores than {machine.cpu.cores} "
+        "are optimistic;\npowers were not measured."
     )
     write_machine(path, machine, comment)
     return machine

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
-from moe_offload.config import Config, GenerationOptions, ModelOptions
+from moe_offload.config import Config, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.errors import UserError
@@ -27,7 +27,6 @@ from moe_offload.model.generation import (
     Generated,
     context_length,
     generate_batch,
-    make_sampler,
     require_fitting,
     stop_ids,
     unused_suggestions,
@@ -93,11 +92,8 @@ def run(
         if config.output.nvtx and engine.device.type == "cpu":
             engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
         if isinstance(source, PreparedModel):
-            options = config.generation
             suggested = source.manifest.generation_config or {}
-            engine.notes += unused_suggestions(
-                suggested, options.temperature, options.top_p, **_further(options)
-            )
+            engine.notes += unused_suggestions(suggested, config.generation)
             if not stop_ids(engine.model, tokenizer.eos_ids):
                 engine.notes.append(
                     "the model names no token that ends a text: every answer has --max-tokens"
@@ -149,11 +145,6 @@ def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Toke
         return dummy, DummyTokenizer(dummy.config.get_text_config().vocab_size)
     prepared = open_prepared(options)
     return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
-
-
-def _further(options: GenerationOptions) -> dict[str, float]:
-    """How tokens are chosen, besides temperature and top-p; by transformers' names."""
-    return {name: getattr(options, name) for name in ("top_k", "min_p", "repetition_penalty")}
 
 
 def _unsaid(line: str) -> None:
@@ -286,7 +277,7 @@ def run_prompts(
                     "stop": record.stop,
                     "prompt_tokens": record.n_prompt_tokens,
                     "generated_tokens": len(record.ids),
-                    "prefill_s": round(record.prefill_s, 6),
+                    "prefill_s": round(record.token_times_s[0], 6),
                     "decode_s": round(sum(record.token_times_s[1:]), 6),
                 },
             )
@@ -306,14 +297,7 @@ def run_prompts(
             for record, token in generate_batch(
                 engine.model,
                 [ids for _, ids in batch],
-                max_tokens=options.max_tokens,
-                sampler=make_sampler(
-                    options.temperature,
-                    options.top_p,
-                    options.seed,
-                    engine.device,
-                    **_further(options),
-                ),
+                options,
                 eos_ids=eos_ids,
                 first_prompt=first,
                 on_pass=engine.follow_prompts,

@@ -313,10 +313,9 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
     if result.looked_up != result.decode.hits + result.decode.misses:  # a batch
         once = f"each expert counted once in a pass, hits: {result.found_percent:.1f}%; "
     optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    bypass = 100 * outcome.most_hits / max(result.looked_up, 1)
     print(
         f"{once}Belady's optimum: {optimum.replay.found_percent:.1f}% without bypass, "
-        f"{bypass:.1f}% with"
+        f"{outcome.bypass_percent:.1f}% with"
     )
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
@@ -330,7 +329,7 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
 
 def _cache_bytes(machine: Machine, shape: ModelShape) -> float:
     """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
-    return machine.gpu_memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
+    return machine.gpu.memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
 
 
 def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: str) -> None:
@@ -339,7 +338,7 @@ def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: 
     if n_slots * block_bytes > free_bytes:
         raise UserError(
             f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
-            f"{shape.name}'s dense weights in the {machine.gpu_memory_gb:g} GB of {machine.name}, "
+            f"{shape.name}'s dense weights in the {machine.gpu.memory_gb:g} GB of {machine.name}, "
             f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache "
             "or a larger GPU, or leave --hardware out for the hits alone"
         )
@@ -357,11 +356,11 @@ def _host_limit(machine: Machine, n_layers: int) -> str:
 
 
 def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
-    result, busy = outcome.replay, outcome.busy
+    result, busy = outcome.replay, outcome.replay.busy
     total_us = result.decode_us + result.prefill_us
-    joules = machine.joules(total_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
+    joules = machine.joules(total_us, busy)
     energy = f", {joules / result.n_decode_tokens:.1f} J a token" if joules else ""
-    print(f"predicted on {machine.name}, {machine.cores} cores, PCIe {machine.pcie}.0:")
+    print(f"predicted on {machine.name}, {machine.cpu.cores} cores, PCIe {machine.bus.pcie}.0:")
     print(
         f"  {result.tokens_per_s:.2f} tokens/s, {1e3 / result.tokens_per_s:.1f} ms a token{energy}"
     )
@@ -393,7 +392,7 @@ def _sweep(
             f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
             f"{free_bytes / 1e9:.1f} GB left; sweep without --hardware, or for a larger GPU"
         )
-    where = f" on {machine.name}, {machine.cores} cores" if machine else ""
+    where = f" on {machine.name}, {machine.cpu.cores} cores" if machine else ""
     kind = " (synthetic routing)" if trace.info.synthetic else ""
     with house_style():
         drawing = draw_sweep(rows, f"{trace.info.model}{kind}{where}")
@@ -420,13 +419,15 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
     if memory_bytes < 0:
         raise UserError(
             f"expected GPU memory for {shape.name}'s dense weights, found "
-            f"{machine.gpu_memory_gb:g} GB; give the hardware file of a larger GPU"
+            f"{machine.gpu.memory_gb:g} GB; give the hardware file of a larger GPU"
         )
     if options.memory_gb is not None:
         _check_range("--memory-gb", options.memory_gb, 0, memory_bytes / 1e9)
         memory_bytes = options.memory_gb * 1e9
     costs = {name: machine.cost_model(shape, name) for name in FAST_FORMATS}
-    print(f"on {machine.name}, {machine.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots")
+    print(
+        f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
+    )
     print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
     points = tune(trace, int(memory_bytes), costs)
     for point in points:
@@ -453,10 +454,10 @@ def _calibrate(path: Path, shape: ModelShape | None) -> None:
     if path.is_dir():
         raise UserError(f"expected --calibrate to name a file to write, found the folder {path}")
     machine = measure_machine(path, shape)
-    bus_gbps = machine.bus_gbps[machine.pcie]
+    bus_gbps = machine.bus.gbps[machine.bus.pcie]
     print(
-        f"{machine.name}: {machine.cores} cores read {machine.cpu_gbps:.1f} GB/s of experts, "
-        f"the bus {bus_gbps:.1f} GB/s, the GPU {machine.gpu_gbps:.1f} GB/s"
+        f"{machine.name}: {machine.cpu.cores} cores read {machine.cpu.gbps:.1f} GB/s of experts, "
+        f"the bus {bus_gbps:.1f} GB/s, the GPU {machine.gpu.gbps:.1f} GB/s"
     )
     print(f"wrote {path}")
 

@@ -27,7 +27,6 @@ from moe_offload.model.loader import (
     PreparedModel,
     build_skeleton,
     find_moe_sites,
-    install_experts,
 )
 
 # How far a layer's output may be from a plain fp32 computation, of its norm. bf16: the output and
@@ -203,7 +202,7 @@ class _Reference:
         self.model = build_skeleton(prepared.config, prepared.dtype, "sdpa")
         self.sites = find_moe_sites(self.model, prepared.experts_paths)
         for site in self.sites:
-            install_experts(self.model, site.experts_path, _ReferenceExperts(self, site))
+            self.model.set_submodule(site.experts_path, _ReferenceExperts(self, site))
         prepared.load_dense(self.model, torch.device("cpu"), lambda _: None)
         self.source = None
         if source is not None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
@@ -55,8 +56,6 @@ from moe_offload.model.loader import (
     distinct_linears,
     find_moe_sites,
     given_text_alone,
-    install_experts,
-    one_pass_at_a_time,
     onednn_linears,
     refuse_saving,
 )
@@ -300,7 +299,8 @@ def load_engine(
         read_trace(cache.trace)
     notes = given_text_alone(source.config)
     model = build_skeleton(source.config, source.dtype, options.attention)
-    source.check(model)
+    if isinstance(source, PreparedModel):
+        require_fit(source.manifest, model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     budget = make_budget(
@@ -325,13 +325,12 @@ def load_engine(
         store, cpu, recorder or NullRecorder(), ranges=NvtxRanges(enabled=nvtx)
     )
     for site in sites:
-        install_experts(model, site.experts_path, MoeExperts(dispatcher, site.layer))
+        model.set_submodule(site.experts_path, MoeExperts(dispatcher, site.layer))
     total_bytes = source.dense_bytes + store.total_bytes
     with byte_bar(f"loading {source.name}", total_bytes) as advance:
         source.load_dense(model, device, advance)
         source.load_experts(store, advance)
     dispatcher.attach(model, [site.block for site in sites])
-    one_pass_at_a_time(model)
     refuse_saving(model)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size

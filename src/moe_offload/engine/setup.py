@@ -66,7 +66,6 @@ def chosen_cache(
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
     choice = choose_cache(
         max(0, free_bytes - N_STAGING_SLOTS * block_bytes),
-        block_bytes,
         len(source.layouts),
         source.n_experts[0],
         experts_per_token(source.config) or 2,

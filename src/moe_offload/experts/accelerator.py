@@ -8,22 +8,21 @@ guess is only ever used for fetching ahead; it never changes a result.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from moe_offload.experts.cache import ExpertCache, SlotState
+from moe_offload.experts.cache import ExpertCache
 from moe_offload.experts.costs import CostModel
-from moe_offload.experts.fetcher import Completion, CopyCancelledError, ExpertFetcher
+from moe_offload.experts.fetcher import Copy, CopyCancelledError, ExpertFetcher
 from moe_offload.experts.plan import MissMode, MissTrial
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 
 Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
-
 
 N_STAGING_SLOTS = 2  # one is computed while the other is filled
 
@@ -44,15 +43,14 @@ class Accelerator:
     quota: int
     miss_policy: Literal["cpu", "fetch", "auto"] = "cpu"
     costs: CostModel | None = None
-    routers: Sequence[Router | None] = ()
-    trial: MissTrial | None = field(init=False)
-    prefetch: PrefetchStats = field(init=False)
+    routers: Sequence[Router] = ()
 
     def __post_init__(self) -> None:
         assert self.gpu.n_slots >= self.cache.n_slots + N_STAGING_SLOTS
-        self.trial = MissTrial() if self.miss_policy == "auto" else None
+        self.trial: MissTrial | None = MissTrial() if self.miss_policy == "auto" else None
         self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
         self.failed_copies = 0
+        self._quota_left = 0
         self._next_staging = 0
 
     @property
@@ -69,9 +67,13 @@ class Accelerator:
             return 0.0
         return self.fetcher.in_flight * self.costs.copy_us(shared=True)
 
+    def begin_pass(self) -> None:
+        """A forward pass begins: background fetches have their whole quota again."""
+        self._quota_left = self.quota
+
     def collect_copies(self) -> None:
         """Tell the directory which copies have ended since the last call."""
-        self._collect(self.fetcher.poll())
+        self._note(self.fetcher.poll())
 
     def recover(self) -> None:
         """After a pass that never ended, such as by a Ctrl-C.
@@ -82,8 +84,8 @@ class Accelerator:
         self.gpu.synchronize()
         self.collect_copies()
         awaited = self.fetcher.slots_in_flight()
-        for slot in range(self.cache.n_slots):
-            if self.cache.state(slot) is SlotState.IN_FLIGHT and slot not in awaited:
+        for slot in self.cache.in_flight():
+            if slot not in awaited:
                 self.cache.cancel(slot)
 
     @contextmanager
@@ -93,51 +95,63 @@ class Accelerator:
         Afterwards, whatever happened, each slot that was ready holds its expert again: the
         directory, the policy and their counters have seen nothing.
         """
-        self._collect(self.fetcher.drain())
+        self._note(self.fetcher.drain())
         try:
             yield
         finally:
-            for slot in range(self.cache.n_slots):
-                held = self.cache.tag(slot)
-                if held is not None and self.cache.state(slot) is SlotState.READY:
-                    self.gpu.slots[slot].copy_(self.store.block(*held))
+            for layer in range(self.cache.n_indexes):
+                for expert, slot in self.cache.ready(layer).items():
+                    self.gpu.slots[slot].copy_(self.store.block(layer, expert))
 
-    def fetch_background(self, layer: int, experts: Sequence[int], quota: int) -> int:
-        """Start copying missed experts for the tokens to come; returns how many."""
-        pairs = self.cache.start_fetches(layer, experts, self.background_quota(layer, quota))
+    def fetch_background(self, layer: int, experts: Sequence[int]) -> list[tuple[int, int]]:
+        """Start copying `experts` for the tokens to come; returns (expert, slot) pairs."""
+        pairs = self.cache.start_fetches(layer, experts, self._background_quota(layer))
+        self._quota_left -= len(pairs)
         for expert, slot in pairs:
             self.fetch(layer, expert, slot)
-        return len(pairs)
+        return pairs
 
-    def background_quota(self, layer: int, quota: int) -> int:
-        """What `layer` may spend of `quota`: nothing where its memory could not be pinned.
+    def warm(
+        self, layer: int, tokens: Sequence[Sequence[int]], waited: Collection[int]
+    ) -> dict[int, int]:
+        """Give a prompt's last experts slots, expert -> slot, which the caller fills by `fetch`.
+
+        `tokens` is [T][K]; `waited` experts the prompt copies anyway.
+        """
+        pairs = self.cache.warm(layer, tokens, self._background_quota(layer), waited)
+        self._quota_left -= self.cache.warm_charge(pairs, waited)
+        return dict(pairs)
+
+    def _background_quota(self, layer: int) -> int:
+        """What `layer` may spend of the pass's: nothing where its memory could not be pinned.
 
         CUDA copies from pageable memory on the calling thread, before the CPU's experts could
         start. What a layer waits for anyway still comes that way.
         """
         is_free = self.gpu.device.type == "cpu" or self.store.is_pinned(layer)
-        return quota if is_free else 0
+        return self._quota_left if is_free else 0
 
     def fetch(self, layer: int, expert: int, slot: int) -> None:
         """Start copying one expert into a slot that is its own or a staging slot."""
         self.fetcher.fetch(slot, self.store.block(layer, expert))
 
-    def slot_for_waited(self, layer: int, expert: int, staging_only: bool) -> tuple[int, bool]:
-        """A slot that holds or will hold `expert`, and whether a copy was started for it.
+    def slot_for_waited(self, layer: int, expert: int, keep: Collection[int] | None) -> int:
+        """A slot that holds or will hold `expert`, whose copy is started unless it is on its way.
 
-        The expert's own slot when it is on its way; else a way of its index; else, or with
-        `staging_only`, a staging slot, which the caller computes from once.
+        In a prompt, `keep` are the experts that have been given slots by `warm`; any other passes
+        through a staging slot, which the caller computes from once. In decode it is None, and the
+        expert is admitted where its index has a way.
         """
         slot = self.cache.slot_of(layer, expert)
-        if slot is not None:
-            return slot, False
-        if not staging_only:
+        if slot is not None and (keep is None or expert not in keep):
+            return slot
+        if keep is None:
             slot = self.cache.admit(layer, expert)
         if slot is None:
             slot = self.cache.n_slots + self._next_staging
             self._next_staging = (self._next_staging + 1) % N_STAGING_SLOTS
         self.fetch(layer, expert, slot)
-        return slot, True
+        return slot
 
     def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
         """The experts that `layer` is expected to choose, int64 [T, K] on hidden's device.
@@ -145,35 +159,28 @@ class Accelerator:
         `hidden` [T, H] is the previous layer's input. None when fetching ahead is off, or `layer`
         is not cached.
         """
-        if layer >= len(self.routers) or layer >= self.cache.n_indexes:
+        if layer >= min(len(self.routers), self.cache.n_indexes):
             return None
-        router = self.routers[layer]
-        return None if router is None else router(hidden)
+        return self.routers[layer](hidden)
 
-    def fetch_ahead(self, layer: int, guessed: Sequence[int], quota: int) -> int:
-        """Start copying the `guessed` experts of `layer`; returns how many.
+    def fetch_ahead(self, layer: int, guessed: Sequence[int]) -> None:
+        """Start copying the `guessed` experts of `layer`.
 
         Only while no other copy is under way, and never in the place of an expert that is guessed
         itself.
         """
         self.prefetch.guess(layer, guessed)
         self.collect_copies()  # one that has ended since keeps nobody from the bus
-        quota = self.background_quota(layer, quota)
-        if self.fetcher.in_flight or quota <= 0:
-            return 0
+        if self.fetcher.in_flight or self._background_quota(layer) <= 0:
+            return
         self.cache.protect(layer, guessed)
-        pairs = self.cache.start_fetches(layer, guessed, quota)
-        for expert, slot in pairs:
-            self.fetch(layer, expert, slot)
+        for expert, slot in self.fetch_background(layer, guessed):
             self.prefetch.fetch(slot, layer, expert)
         self.cache.end_step(layer)
-        return len(pairs)
 
     def notes(self) -> list[str]:
         """What was learnt during the run, as lines for the summary."""
-        lines = []
-        if self.trial is not None:
-            lines.append(self.trial.line)
+        lines = [] if self.trial is None else [self.trial.line]
         if self.prefetch.chosen:
             lines.append(
                 f"next-layer prefetch: recall {100 * self.prefetch.recall:.1f}%, "
@@ -189,67 +196,60 @@ class Accelerator:
         self.fetcher.close()
         self.gpu.close()
 
-    def _collect(self, completions: Sequence[Completion]) -> None:
-        for completion in completions:
-            if not isinstance(completion.error, CopyCancelledError | None):
-                self._warn(completion.error)
-            if completion.slot >= self.cache.n_slots:
-                continue
-            if completion.error is None:
-                self.cache.mark_ready(completion.slot)
-            else:
-                self.cache.cancel(completion.slot)
-
-    def _warn(self, error: Exception) -> None:
-        if self.failed_copies == 0:
-            print(
-                f"warning: a copy to the accelerator failed ({error}); the CPU computes such "
-                "experts instead, results are not affected",
-                file=sys.stderr,
-            )
-        self.failed_copies += 1
+    def _note(self, ended: Sequence[Copy]) -> None:
+        """Tell the directory of copies that have ended; the user, of the first that failed."""
+        for copy in ended:
+            if copy.slot < self.cache.n_slots:
+                is_there = copy.error is None
+                (self.cache.mark_ready if is_there else self.cache.cancel)(copy.slot)
+            if not isinstance(copy.error, CopyCancelledError | None):
+                if self.failed_copies == 0:
+                    print(
+                        f"warning: a copy to the accelerator failed ({copy.error}); the CPU "
+                        "computes such experts instead, results are not affected",
+                        file=sys.stderr,
+                    )
+                self.failed_copies += 1
 
 
 @dataclass
 class PrefetchStats:
     """What fetching ahead was worth.
 
-    `recalled` of `chosen` experts had been guessed; `wasted_bytes` were copied for a guess and
-    evicted, or left at the end, without one hit.
+    `recalled` of `chosen` experts had been guessed; of `fetched` copies for a guess, `used` were
+    hit before they were evicted.
     """
 
+    block_bytes: int
     chosen: int = 0
     recalled: int = 0
     fetched: int = 0
     used: int = 0
-    block_bytes: int = 0
     _unused_slots: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _guessed: dict[int, frozenset[int]] = field(default_factory=dict)
+    _guessed: dict[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def recall(self) -> float:
-        """Share of chosen experts that had been guessed; 0 when none was chosen."""
-        return self.recalled / self.chosen if self.chosen else 0.0
+        return self.recalled / max(self.chosen, 1)
 
     @property
     def wasted_bytes(self) -> int:
         return (self.fetched - self.used) * self.block_bytes
 
-    def guess(self, layer: int, experts: Iterable[int]) -> None:
-        self._guessed[layer] = frozenset(experts)
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        self._guessed[layer] = experts
 
     def fetch(self, slot: int, layer: int, expert: int) -> None:
         """A guessed expert's copy into `slot` began."""
         self.fetched += 1
         self._unused_slots[slot] = (layer, expert)
 
-    def observe(self, layer: int, slots: Mapping[int, int], chosen: Iterable[int]) -> None:
+    def observe(self, layer: int, slots: Mapping[int, int], chosen: Collection[int]) -> None:
         """The layer's real choice: `slots` maps those that hit to their slots."""
         guessed = self._guessed.pop(layer, None)
         if guessed is not None:
-            chosen = list(chosen)
             self.chosen += len(chosen)
-            self.recalled += len(guessed.intersection(chosen))
+            self.recalled += len(set(guessed).intersection(chosen))
         for expert, slot in slots.items():
             if self._unused_slots.get(slot) == (layer, expert):
                 self.used += 1

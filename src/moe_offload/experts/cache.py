@@ -12,7 +12,7 @@ gives up its place. Only slots of one index are ever compared. To try a new idea
 
     class MostRecentlyUsed(LRU):
         def victim(self, candidates: Sequence[int]) -> int:
-            return max(candidates, key=self._last_use.__getitem__)
+            return max(candidates, key=self._rank.__getitem__)
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from itertools import chain
 from math import log2
+from typing import Any
 
 from moe_offload.errors import UserError
 
@@ -52,34 +53,24 @@ class FIFO(ReplacementPolicy):
     """Evict what was admitted first."""
 
     def start(self, n_indexes: int, n_ways: int) -> None:
+        self._n_ways = n_ways
         self._clock = 0
-        self._admitted = [0] * (n_indexes * n_ways)
+        self._rank: list[Any] = [0] * (n_indexes * n_ways)  # the lowest of an index goes first
 
     def filled(self, slot: int, _expert: int) -> None:
         self._clock += 1
-        self._admitted[slot] = self._clock
+        self._rank[slot] = self._clock
 
     def victim(self, candidates: Sequence[int]) -> int:
-        return min(candidates, key=self._admitted.__getitem__)
+        return min(candidates, key=self._rank.__getitem__)
 
 
-class LRU(ReplacementPolicy):
+class LRU(FIFO):
     """Evict what was used longest ago; being admitted counts as a use."""
-
-    def start(self, n_indexes: int, n_ways: int) -> None:
-        self._clock = 0
-        self._last_use = [0] * (n_indexes * n_ways)
 
     def hit(self, slot: int) -> None:
         self._clock += 1
-        self._last_use[slot] = self._clock
-
-    def filled(self, slot: int, _expert: int) -> None:
-        self._clock += 1
-        self._last_use[slot] = self._clock
-
-    def victim(self, candidates: Sequence[int]) -> int:
-        return min(candidates, key=self._last_use.__getitem__)
+        self._rank[slot] = self._clock
 
 
 class Random(ReplacementPolicy):
@@ -92,7 +83,7 @@ class Random(ReplacementPolicy):
         return candidates[int(self._random.random() * len(candidates))]
 
 
-class LFU(ReplacementPolicy):
+class LFU(FIFO):
     """Evict what was used least often; among equals, longest ago.
 
     An expert keeps its count while it is out of the cache: on the Qwen3-30B-A3B trace (per-layer
@@ -100,23 +91,19 @@ class LFU(ReplacementPolicy):
     """
 
     def start(self, n_indexes: int, n_ways: int) -> None:
-        self._n_ways = n_ways
-        self._clock = 0
+        super().start(n_indexes, n_ways)
         self._n_uses: dict[tuple[int, int], int] = {}  # by (index, expert)
         self._tag = [(0, 0)] * (n_indexes * n_ways)
-        self._rank = [(0, 0)] * (n_indexes * n_ways)  # (times used, clock of the last use)
 
     def hit(self, slot: int) -> None:
         self._clock += 1
-        n_uses = self._n_uses[self._tag[slot]] = self._n_uses.get(self._tag[slot], 0) + 1
+        tag = self._tag[slot]
+        n_uses = self._n_uses[tag] = self._n_uses.get(tag, 0) + 1
         self._rank[slot] = (n_uses, self._clock)
 
     def filled(self, slot: int, expert: int) -> None:
         self._tag[slot] = (slot // self._n_ways, expert)
         self.hit(slot)
-
-    def victim(self, candidates: Sequence[int]) -> int:
-        return min(candidates, key=self._rank.__getitem__)
 
 
 class LFRU(LFU):
@@ -134,7 +121,6 @@ class LFRU(LFU):
         super().start(n_indexes, n_ways)
         self._uses_of_index = [0] * n_indexes
         self._past: dict[tuple[int, int], float] = {}  # log2 of the undecayed sum, by tag
-        self._log_sum = [0.0] * (n_indexes * n_ways)
 
     def hit(self, slot: int) -> None:
         tag = self._tag[slot]
@@ -142,10 +128,7 @@ class LFRU(LFU):
         # In logarithms of absolute time the sums never need rescaling: only 2^now is added.
         now = self._uses_of_index[tag[0]] / self._half_life
         log_sum = now + log2(1.0 + 2.0 ** (self._past.get(tag, -1e6) - now))
-        self._log_sum[slot] = self._past[tag] = log_sum
-
-    def victim(self, candidates: Sequence[int]) -> int:
-        return min(candidates, key=self._log_sum.__getitem__)
+        self._rank[slot] = self._past[tag] = log_sum
 
 
 POLICIES: dict[str, type[ReplacementPolicy]] = {
@@ -171,22 +154,14 @@ def make_policy(name: str, seed: int = 0) -> ReplacementPolicy:
     return Random(seed) if policy is Random else policy()
 
 
-class SlotState(IntEnum):
-    EMPTY = 0
-    IN_FLIGHT = 1
-    READY = 2
-
-
-_EMPTY, _IN_FLIGHT, _READY = (int(state) for state in SlotState)  # plain ints: the hot path
+_EMPTY, _IN_FLIGHT, _READY = range(3)
 
 
 class ExpertCache:
     """N indexes x M ways of experts, with one replacement policy.
 
     Counters, all since construction: `hits` and `misses` of `lookup` on cached layers,
-    `admissions` (copies begun), `evictions` (ready experts that gave up their place),
-    `cancellations` (copies that failed) and `refusals` (admissions that found every way of the
-    index in use or in flight).
+    `admissions` (copies begun) and `evictions` (ready experts that gave up their place).
 
     With `n_slots`, where memory has no room for all, the last index has fewer ways.
     """
@@ -212,8 +187,6 @@ class ExpertCache:
         self.misses = 0
         self.admissions = 0
         self.evictions = 0
-        self.cancellations = 0
-        self.refusals = 0
 
     def lookup(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Return the slot of each expert that is ready, else -1; ready ones become in use.
@@ -225,19 +198,17 @@ class ExpertCache:
             return [-1] * len(experts)
         slot_of = self._slots[layer]
         found = []
-        n_hits = 0
         for expert in experts:
             slot = slot_of.get(expert, -1)
-            if slot >= 0:
-                if self._state[slot] == _READY:
-                    n_hits += 1
-                    self._used_in_step[slot] = self._step[layer]
-                    self.policy.hit(slot)
-                else:
-                    slot = -1
+            if slot >= 0 and self._state[slot] == _READY:
+                self._used_in_step[slot] = self._step[layer]
+                self.policy.hit(slot)
+            else:
+                slot = -1
             found.append(slot)
-        self.hits += n_hits
-        self.misses += len(found) - n_hits
+        n_misses = found.count(-1)
+        self.hits += len(found) - n_misses
+        self.misses += n_misses
         return found
 
     def admit(self, layer: int, expert: int) -> int | None:
@@ -261,7 +232,6 @@ class ExpertCache:
                 way for way in range(first, end) if state[way] == _READY and used[way] != step
             ]
             if not candidates:
-                self.refusals += 1
                 return None
             slot = self.policy.victim(candidates) if len(candidates) > 1 else candidates[0]
             del slot_of[self._expert[slot]]
@@ -275,16 +245,14 @@ class ExpertCache:
 
     def mark_ready(self, slot: int) -> None:
         """The copy into the in-flight `slot` is complete: lookups may now hit it."""
-        assert self._state[slot] == _IN_FLIGHT, f"slot {slot} is {self.state(slot).name}"
+        assert self._state[slot] == _IN_FLIGHT, slot
         self._state[slot] = _READY
 
     def cancel(self, slot: int) -> None:
         """The copy into the in-flight `slot` failed: the slot is empty again."""
-        assert self._state[slot] == _IN_FLIGHT, f"slot {slot} is {self.state(slot).name}"
+        assert self._state[slot] == _IN_FLIGHT, slot
         del self._slots[slot // self.n_ways][self._expert[slot]]
-        self._expert[slot] = -1
         self._state[slot] = _EMPTY
-        self.cancellations += 1
 
     def end_step(self, layer: int) -> None:
         """The step of `layer` is over: none of its slots is in use any more."""
@@ -296,9 +264,8 @@ class ExpertCache:
     ) -> list[tuple[int, int]]:
         """Admit `experts` in their order, at most the layer's share; return (expert, slot) pairs.
 
-        `quota` is what the pass has left. This is the order of the background fetches of one
-        decode step, shared by the engine and the simulator: the step's missed experts in top-k
-        order, while the layer has some of its share left.
+        `quota` is what the pass has left. In a decode step the experts are those missed, in top-k
+        order.
         """
         share = self.share(layer, quota)
         fetches: list[tuple[int, int]] = []
@@ -334,29 +301,21 @@ class ExpertCache:
     ) -> list[tuple[int, int]]:
         """Admit the experts of a prompt's last tokens; return the (expert, slot) pairs to fetch.
 
-        `ids` is [T][K]. The experts of the last tokens are wanted, walking back from the last
-        token until they fill the index; those already there stay, the others are admitted:
-
-        - all that are in `waited`, which the prompt itself copies to compute: keeping them is no
-          background fetch, so they are not charged to `quota`;
-        - of the rest, those of the newest tokens, as many as this layer's share of `quota`, what
-          the pass has left.
-
-        `warm_charge` tells what the pairs cost. The policy sees them from the oldest token to the
-        newest, so that the last token's experts are the most recent. No hits or misses are
-        counted.
+        `ids` is [T][K]. Wanted are as many experts as the index holds, walking back from the last
+        token; those already there stay. Admitted are all others in `waited`, which the prompt
+        itself copies to compute: they are not charged to `quota`, what the pass has left (see
+        `warm_charge`). Of the rest the newest are, as many as this layer's share of it. The policy
+        sees the oldest first, and no hits or misses are counted.
         """
         if layer >= self.n_indexes:
             return []
         slot_of = self._slots[layer]
         n_ways = min(self.n_ways, self.n_slots - layer * self.n_ways)
         wanted: dict[int, None] = {}
-        for token in reversed(ids):
-            for expert in token:
-                if len(wanted) < n_ways:
-                    wanted.setdefault(expert)
+        for expert in chain.from_iterable(reversed(ids)):
             if len(wanted) == n_ways:
                 break
+            wanted[expert] = None
         self.protect(layer, list(wanted))  # no admission below may evict one of them
         share = self.share(layer, quota)
         absent = [expert for expert in wanted if expert not in slot_of]
@@ -396,18 +355,9 @@ class ExpertCache:
         """Return the slot that holds or awaits `expert`, whatever its state, or None."""
         return self._slots[layer].get(expert) if layer < self.n_indexes else None
 
-    def state(self, slot: int) -> SlotState:
-        """Return the state of `slot`."""
-        return SlotState(self._state[slot])
-
-    def tag(self, slot: int) -> tuple[int, int] | None:
-        """Return the (layer, expert) that `slot` holds or awaits, or None when it is empty."""
-        expert = self._expert[slot]
-        return None if expert < 0 else (slot // self.n_ways, expert)
-
-    def in_use(self, slot: int) -> bool:
-        """Return whether the current step of the slot's layer uses `slot`."""
-        return self._used_in_step[slot] == self._step[slot // self.n_ways]
+    def in_flight(self) -> list[int]:
+        """Return the slots that await their copies."""
+        return [slot for slot, state in enumerate(self._state) if state == _IN_FLIGHT]
 
 
 @dataclass

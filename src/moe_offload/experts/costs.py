@@ -1,15 +1,15 @@
 """What a layer's experts cost on the CPU, on the GPU and on the bus between them.
 
-Each side's cost is measured on this machine (`calibration`) or computed from a hardware file
-(`machine_file`); nothing here knows a constant of its own. The predictions overlap the
-sides as the dispatcher does: hits on the GPU, misses on the CPU and copies on the bus, at once.
+Each is measured on this machine (`calibration`) or computed from a hardware file (`machine_file`);
+nothing here knows a constant of its own. The predictions overlap the sides as the dispatcher does:
+hits on the GPU, misses on the CPU and copies on the bus, at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 _NO_TIME_US = 1e12  # eleven days: no call takes as long
@@ -70,11 +70,6 @@ class PrefillSplit:
     gpu_us: float
     cpu_us: float
 
-    @property
-    def us(self) -> float:
-        """The predicted time of the layer's experts: both sides run at once."""
-        return max(self.gpu_us, self.cpu_us)
-
 
 @dataclass(frozen=True)
 class CostModel:
@@ -103,10 +98,8 @@ class CostModel:
     step_us: float = 0.0
 
     def __post_init__(self) -> None:
-        speeds, times_us = (
-            (self.copy_gbps, self.copy_gbps_shared),
-            (self.copy_call_us, self.dense_us_per_layer, self.step_us),
-        )
+        speeds = self.copy_gbps, self.copy_gbps_shared
+        times_us = self.copy_call_us, self.dense_us_per_layer, self.step_us
         if not (
             all(0 < gbps < float("inf") for gbps in speeds)
             and all(0 <= us < _NO_TIME_US for us in times_us)
@@ -172,56 +165,33 @@ class CostModel:
             cpu_us *= self.cpu_shared_factor
         return self.dense_us_per_layer + max(cpu_us, gpu_us, copies_us)
 
-    def decode_step_us(self, hits_of_layer: Sequence[int], top_k: int, copying: bool) -> float:
-        """Return one decode step in us from the number of chosen experts that hit in each layer."""
-        layers_us = sum(self.decode_layer_us(n, top_k - n, copying) for n in hits_of_layer)
-        return layers_us + self.step_us
-
-    def should_fetch_now(
-        self, n_hits: int, miss_counts: Sequence[int], backlog_us: float = 0.0
-    ) -> list[bool]:
-        """Return for each missed expert whether to wait for its copy rather than use the CPU.
-
-        `miss_counts` holds the tokens of each missed expert (1 in decode of one sequence);
-        `backlog_us` is the copy time already queued. The number of copies waited for minimises
-        max(CPU, GPU); the experts with the most tokens are the ones copied. Whole experts are
-        compared, no share of the bus is rounded, and a miss left to the CPU may still be fetched
-        in the background: the answer "none" never starves the cache.
-        """
-        split = self._split([1] * n_hits, list(miss_counts), backlog_us)
-        waited = set(split.gpu_experts[n_hits:])
-        return [n_hits + i in waited for i in range(len(miss_counts))]
-
     def split_prefill(
         self, counts: Sequence[int], cached: Collection[int], backlog_us: float = 0.0
     ) -> PrefillSplit:
+        """`split` for a prompt: `counts[e]` tokens on expert e (0: not needed), `cached` ready."""
+        held = {e: n for e, n in enumerate(counts) if n and e in cached}
+        missed = {e: n for e, n in enumerate(counts) if n and e not in cached}
+        return self.split(held, missed, backlog_us)
+
+    def split(
+        self, held: Mapping[int, int], missed: Mapping[int, int], backlog_us: float = 0.0
+    ) -> PrefillSplit:
         """Share a layer's experts between the CPU and fetch + GPU so that both finish together.
 
-        `counts[e]` is the number of prompt tokens on expert e (0: not needed); `cached` are the
-        experts that are ready on the GPU, which need no copy and stay there; `backlog_us` is the
-        copy time already queued, behind which every copy of this layer waits. The others are
-        shared by tokens: the fuller an expert, the more the GPU saves for the same copy. Every
-        such split is tried and the fastest is returned; ties copy less. O(E log E), no rounding.
+        `held` experts are ready on the GPU and computed there, `missed` ones are not: expert ->
+        tokens. `backlog_us` is the copy time already queued, behind which every copy of this layer
+        waits. The missed are shared by tokens: the fuller an expert, the more the GPU saves for the
+        same copy. Every such split is tried and the fastest is returned; ties copy less. Whole
+        experts are compared and no share of the bus is rounded, so that an answer of no copies
+        never starves the cache: misses may still be fetched in the background. O(E log E).
         """
-        held = [e for e, n in enumerate(counts) if n and e in cached]
-        rest = [e for e, n in enumerate(counts) if n and e not in cached]
-        split = self._split([counts[e] for e in held], [counts[e] for e in rest], backlog_us)
-        expert = [*held, *rest]
-        return replace(
-            split,
-            gpu_experts=tuple(expert[i] for i in split.gpu_experts),
-            cpu_experts=tuple(expert[i] for i in split.cpu_experts),
-        )
-
-    def _split(self, held: list[int], rest: list[int], backlog_us: float) -> PrefillSplit:
-        """The fastest split; experts are numbered through `held`, then `rest`."""
-        order = sorted(range(len(rest)), key=lambda i: -rest[i])
-        left_us = self._cpu_left_us([rest[i] for i in order])
-        gpu_us_of_experts = sum(self.gpu.one_us(n) for n in held)
+        order = sorted(missed, key=lambda e: -missed[e])
+        left_us = self._cpu_left_us([missed[e] for e in order])
+        gpu_us_of_experts = sum(map(self.gpu.one_us, held.values()))
         backlog = backlog_us / self.copy_us(shared=True)
         best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
-        for n in range(len(rest) + 1):
-            last = rest[order[n - 1]] if n else 0
+        for n in range(len(order) + 1):
+            last = missed[order[n - 1]] if n else 0
             if n:
                 gpu_us_of_experts += self.gpu.one_us(last)
             cpu_us, copies_us = self.overlap_us(left_us[n], backlog + n)
@@ -230,10 +200,9 @@ class CostModel:
                 gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
             if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
                 best_n, best_gpu_us, best_cpu_us = n, gpu_us, cpu_us
-        numbers = [len(held) + i for i in order]
         return PrefillSplit(
-            gpu_experts=(*range(len(held)), *numbers[:best_n]),
-            cpu_experts=tuple(sorted(numbers[best_n:])),
+            gpu_experts=(*held, *order[:best_n]),
+            cpu_experts=tuple(sorted(order[best_n:])),
             n_copies=best_n,
             gpu_us=best_gpu_us,
             cpu_us=best_cpu_us,

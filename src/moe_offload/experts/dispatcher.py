@@ -7,6 +7,8 @@ the hits, starts the copies, computes the misses on the calling thread and adds 
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +52,7 @@ class MoeExperts(nn.Module):
 
 
 class MoeDispatcher:
-    """Runs the MoE layers of one model, driven by the one thread that calls the model.
+    """Runs the MoE layers of one model, driven by the thread whose turn it is to call the model.
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
@@ -61,7 +63,7 @@ class MoeDispatcher:
         self,
         store: ExpertStore,
         cpu: Sequence[CpuExperts],
-        recorder: Recorder | NullRecorder,
+        recorder: Recorder,
         accelerator: Accelerator | None = None,
         ranges: NvtxRanges | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class MoeDispatcher:
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
         self._is_open = False  # the pass begun last has not ended
-        self._device: torch.device | None = None  # the model's, as a layer sees it
+        self._device = torch.device("cpu")  # the model's, as a layer sees it
         # On a GPU, by layer: events where its block begins and where the host has its routing.
         self._block_events: dict[int, tuple[Any, Any]] = {}
         self._decode = False
@@ -82,22 +84,38 @@ class MoeDispatcher:
         self._token_mask: Tensor | None = None
         self._batch_prompt = 0  # of the batch that is running, and of the next to begin
         self._next_prompt = 0
-        self._quota_left = 0
         self._next_layer = 0
         self._pass_started_s = 0.0
         self._last_end_s = 0.0
         self._block_started_s = 0.0
 
     def attach(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Follow `model`'s forward passes and the start of each MoE block."""
-        model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        model.register_forward_hook(self._after_pass)
+        """Follow `model`'s forward passes and the start of each MoE block.
+
+        Threads take turns from now on: what is kept of a pass is one pass's. Hooks would not do,
+        for none is called after a Ctrl-C, and the turn must end then too.
+        """
+        turn = threading.RLock()  # one pass may call the model again
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def one_pass(*args: Any, **kwargs: Any) -> Any:
+            with turn:
+                self._before_pass(args, kwargs)
+                output = forward(*args, **kwargs)
+                self._after_pass()
+            return output
+
+        model.forward = one_pass
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
-        parameter = next(model.parameters(), None)
-        self._device = None if parameter is None else parameter.device
+        self._device = next((parameter.device for parameter in model.parameters()), self._device)
 
-    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _before_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
             self.accelerator.recover()
         self._is_open = True
@@ -128,11 +146,11 @@ class MoeDispatcher:
         prompt = self._batch_prompt if self.prompt is None else self.prompt
         self.recorder.begin_pass(phase, n_tokens, prompt, batch)
         if self.accelerator is not None:
-            self._quota_left = self.accelerator.quota
+            self.accelerator.begin_pass()
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
-    def _after_pass(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._device is not None and self._device.type == "cuda":
+    def _after_pass(self) -> None:
+        if self._on_gpu:
             torch.cuda.current_stream(self._device).synchronize()
         duration_s = time.perf_counter() - self._pass_started_s
         self.recorder.end_pass(duration_s)
@@ -144,7 +162,7 @@ class MoeDispatcher:
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
-        if self.recorder.enabled and self._device is not None and self._device.type == "cuda":
+        if self.recorder.enabled and self._on_gpu:
             cuda: Any = torch.cuda
             if self._next_layer not in self._block_events:
                 pair = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
@@ -174,7 +192,7 @@ class MoeDispatcher:
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
-            self._handoff.to_host(hidden, index, weights)
+            self._handoff.to_host(index.long(), weights.float(), hidden)
             return torch.zeros_like(hidden)
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)
@@ -202,15 +220,13 @@ class MoeDispatcher:
         if block_events is not None:
             block_events[1].record(torch.cuda.current_stream(self._device))
         self._ranges.part(layer, "plan")
-        evicted = 0 if accelerator is None else accelerator.cache.evictions
+        before = self._counters()
         if accelerator is None:
-            plan = Plan({}, (), tuple(_counts(step.ids)), ())
+            plan = Plan({}, (), tuple(_counts(step.ids)))
         elif self._decode:
             plan = self._start_decode(accelerator, step)
             if guess is not None:
-                self._spend(
-                    step, accelerator.fetch_ahead(layer + 1, step.guessed, self._quota_left)
-                )
+                accelerator.fetch_ahead(layer + 1, step.guessed)
         else:
             plan = self._start_prefill(accelerator, step)
         planned_s = time.perf_counter()
@@ -224,13 +240,14 @@ class MoeDispatcher:
         ended_s = time.perf_counter()
         began_s, block_began_s = self._last_end_s, self._block_started_s
         is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
-        evictions = 0 if accelerator is None else accelerator.cache.evictions - evicted
-        ids, launches, fetches = step.ids, step.launches, step.n_fetches
+        after = self._counters()
+        ids, launches = step.ids, step.launches
         waited = () if self._decode else plan.waited
 
         def event() -> LayerEvent:
             """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
             block_bytes = self.store.layouts[layer].block_bytes
+            fetches = after[1] - before[1]
             router_us = (routed_s - block_began_s) * 1e6
             if block_events is not None:  # the host ran ahead: attention ended in the block's time
                 on_device_us = float(block_events[0].elapsed_time(block_events[1])) * 1e3
@@ -245,7 +262,7 @@ class MoeDispatcher:
                 hits=n_hits if is_cached else 0,
                 misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
                 fetches=fetches,
-                evictions=evictions,
+                evictions=after[0] - before[0],
                 attention_us=(routed_s - began_s) * 1e6 - router_us,
                 router_us=router_us,
                 plan_us=(planned_s - routed_s) * 1e6,
@@ -268,6 +285,12 @@ class MoeDispatcher:
         self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
+    def _counters(self) -> tuple[int, int]:
+        """The evictions and the copies begun so far."""
+        if self.accelerator is None:
+            return 0, 0
+        return self.accelerator.cache.evictions, self.accelerator.fetcher.begun
+
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a decode step's layer, launch its hits and start its copies."""
         counts = _counts(step.ids)
@@ -279,17 +302,10 @@ class MoeDispatcher:
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
             step.launch_waited(plan.waited)
-        self._spend(
-            step, accelerator.fetch_background(step.layer, plan.background, self._quota_left)
-        )
+        accelerator.fetch_background(step.layer, plan.cpu)
         accelerator.cache.end_step(step.layer)
         accelerator.prefetch.observe(step.layer, plan.hits, counts)
         return plan
-
-    def _spend(self, step: LayerStep, fetches: int) -> None:
-        """Count what `step` fetched in the background."""
-        self._quota_left -= fetches
-        step.n_fetches += fetches
 
     def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> Plan:
         """Plan a prompt's layer, launch its accelerator part, and warm the decode cache.
@@ -305,12 +321,9 @@ class MoeDispatcher:
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
-            quota = accelerator.background_quota(step.layer, self._quota_left)
-            warmed = accelerator.cache.warm(step.layer, tokens, quota, plan.waited)
-            self._quota_left -= accelerator.cache.warm_charge(warmed, plan.waited)
-            step.n_fetches += len(warmed)
-            step.launch_waited(plan.waited, keep=dict(warmed))
-            for expert, slot in warmed:  # for the tokens to come: behind what is waited for
+            warmed = accelerator.warm(step.layer, tokens, plan.waited)
+            step.launch_waited(plan.waited, keep=warmed)
+            for expert, slot in warmed.items():  # for the tokens to come: behind what is waited for
                 if expert not in plan.waited:
                     accelerator.fetch(step.layer, expert, slot)
         return plan

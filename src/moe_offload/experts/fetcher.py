@@ -14,7 +14,6 @@ order tested without a GPU is the order that holds on one.
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -25,8 +24,6 @@ import torch
 from torch import Tensor
 
 from moe_offload.machine.streams import HostEvent, HostStream
-
-CopyHook = Callable[[int], None]
 
 # A whole Mixtral expert at once takes a core for 30 ms and then rests, so that what runs beside it
 # is slowed or not by luck; memcpy is as fast in chunks of this size (measured: 256 KiB to 64 MiB).
@@ -40,25 +37,17 @@ class CopyCancelledError(Exception):
     """The fetcher was closed, or the program interrupted, before the copy began."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A copy into `slot` has ended; with an error the slot's bytes are undefined."""
-
-    slot: int
-    error: Exception | None
-
-
 @dataclass(eq=False)
 class Copy:
-    """One copy on its way. `error` is final once `done`; `source` keeps its memory alive.
+    """One copy into `slot`; until it is `done`, `source` keeps its memory alive.
 
-    Of one that is never `issued`, a Ctrl-C came in between, nobody knows how far it came.
+    `error` is final then, and with one the slot's bytes are undefined. Of a copy that is never
+    `issued`, a Ctrl-C came in between, nobody knows how far it came.
     """
 
     slot: int
     source: Tensor | None
     stream: Any
-    started: Any
     ready: Any
     issued: bool = False
     error: Exception | None = None
@@ -74,13 +63,9 @@ class ExpertFetcher(ABC):
 
     def __init__(self, slots: Tensor, copy_streams: list[Any]) -> None:
         self.slots = slots
-        self.copies = 0
-        self.bytes_copied = 0
-        self.failures = 0
-        self.busy_s = 0.0
+        self.begun = 0  # copies, of which
+        self.copies = 0  # have ended well
         self._streams = copy_streams
-        self._issued = 0
-        self._closed = False
         self._latest: dict[int, Copy] = {}
         self._released: dict[int, Any] = {}
         self._in_flight: list[Copy] = []
@@ -100,20 +85,14 @@ class ExpertFetcher(ABC):
         The copy waits for computation on the slot that was issued before this call, and for an
         earlier copy into it. On CUDA `source` must be pinned, or the call itself copies.
         """
-        if self._closed:
-            raise RuntimeError("the fetcher is closed")
-        if source.shape != self.slots.shape[1:] or not source.is_contiguous():
-            raise ValueError(
-                f"expected a contiguous block {list(self.slots.shape[1:])}, found {source.shape}"
-            )
-        stream = self._streams[self._issued % len(self._streams)]
-        self._issued += 1
-        copy = Copy(slot, source, stream, self._new_event(timed=True), self._new_event(timed=True))
+        assert source.shape == self.slots.shape[1:] and source.is_contiguous(), source.shape
+        stream = self._streams[self.begun % len(self._streams)]
+        self.begun += 1
+        copy = Copy(slot, source, stream, self._new_event())
         self._in_flight.append(copy)
         self._wait_released(slot, stream)
         if slot in self._latest and not self._latest[slot].done:
             stream.wait_event(self._latest[slot].ready)
-        copy.started.record(stream)
         try:
             self._enqueue(copy, source, stream)
         except Exception as error:  # reported by poll(), whatever it is
@@ -122,16 +101,11 @@ class ExpertFetcher(ABC):
         self._latest[slot] = copy
         copy.issued = True
 
-    def poll(self) -> list[Completion]:
+    def poll(self) -> list[Copy]:
         """The copies that ended since the last call, in the order they were started."""
-        running, completions = [], []
-        for copy in self._in_flight:
-            if self._has_ended(copy):
-                completions.append(Completion(copy.slot, copy.error))
-            else:
-                running.append(copy)
-        self._in_flight = running
-        return completions
+        before = self._in_flight
+        self._in_flight = [copy for copy in before if not self._has_ended(copy)]
+        return [copy for copy in before if copy.done]
 
     def wait_ready(self, slots: Iterable[int], stream: Any) -> list[Copy]:
         """Make `stream` wait for the latest copy into each slot; the host does not.
@@ -149,18 +123,21 @@ class ExpertFetcher(ABC):
         """Note that every use of the slots so far lies before `event`, which is recorded."""
         self._released.update(dict.fromkeys(slots, event))
 
-    def drain(self) -> list[Completion]:
+    def drain(self) -> list[Copy]:
         """Block until no copy is in flight; returns what `poll` had not reported."""
         for copy in self._in_flight:
-            self._synchronize(copy)
+            try:
+                copy.ready.synchronize()
+            except Exception as error:  # CUDA reports a failed copy where it is asked for
+                copy.error = error
         return self.poll()
 
-    @abstractmethod
     def close(self) -> None:
         """End all copies, those in flight included; the slots may be freed afterwards."""
+        self.drain()
 
     @abstractmethod
-    def _new_event(self, timed: bool) -> Any: ...
+    def _new_event(self) -> Any: ...
 
     @abstractmethod
     def _enqueue(self, copy: Copy, source: Tensor, stream: Any) -> None: ...
@@ -170,13 +147,6 @@ class ExpertFetcher(ABC):
         if event is not None:
             stream.wait_event(event)
 
-    @staticmethod
-    def _synchronize(copy: Copy) -> None:
-        try:
-            copy.ready.synchronize()
-        except Exception as error:
-            copy.error = error
-
     def _has_ended(self, copy: Copy) -> bool:
         try:
             if not copy.issued:
@@ -184,18 +154,11 @@ class ExpertFetcher(ABC):
                 copy.error = CopyCancelledError(f"copy into slot {copy.slot}")
             if copy.error is None and not copy.ready.query():
                 return False
-            if copy.error is None:
-                self.busy_s += copy.started.elapsed_time(copy.ready) / 1e3
-        except Exception as error:  # CUDA reports a failed copy where it is asked for
+        except Exception as error:  # see drain()
             copy.error = error
         copy.done = True
-        if copy.error is not None:
-            self.failures += 1
-        else:
-            assert copy.source is not None
-            self.copies += 1
-            self.bytes_copied += copy.source.nbytes
         copy.source = None
+        self.copies += copy.error is None
         return True
 
 
@@ -214,17 +177,12 @@ class CudaFetcher(ExpertFetcher):
         super().__init__(slots, [stream])
         self._cuda = cuda
         self._gap_stream = cuda.Stream(device=slots.device)
-        self._gap_events = self._new_event(timed=False), self._new_event(timed=False)
+        self._gap_events = self._new_event(), self._new_event()
         self._ungapped_bytes = 0
 
-    def close(self) -> None:
-        self._closed = True
-        for copy in self._in_flight:
-            self._synchronize(copy)
-
-    def _new_event(self, timed: bool) -> Any:
+    def _new_event(self) -> Any:
         # Blocking: a host that waits (`drain`) sleeps, and takes no core from the CPU's experts.
-        return self._cuda.Event(enable_timing=timed, blocking=timed)
+        return self._cuda.Event(blocking=True)
 
     def _enqueue(self, copy: Copy, source: Tensor, stream: Any) -> None:
         target = self.slots[copy.slot]
@@ -262,23 +220,20 @@ class HostFetcher(ExpertFetcher):
         self,
         slots: Tensor,
         emulate_pcie_gbps: float | None = None,
-        before_copy: CopyHook | None = None,
+        before_copy: Callable[[int], None] | None = None,
         n_streams: int = 1,
     ) -> None:
         super().__init__(slots, [HostStream(f"expert copy {i}") for i in range(n_streams)])
         self._s_per_byte = 1e-9 / emulate_pcie_gbps if emulate_pcie_gbps else 0.0
         self._before_copy = before_copy
         self._link_free_s = 0.0
-        self._link = threading.Lock()
 
     def close(self) -> None:
         """Finish the copies that have begun; the others end with `CopyCancelledError`."""
-        if not self._closed:
-            self._closed = True
-            for stream in self._streams:
-                stream.close(cancel=True)
+        for stream in self._streams:
+            stream.close(cancel=True)
 
-    def _new_event(self, timed: bool) -> HostEvent:  # host events are always timed
+    def _new_event(self) -> HostEvent:
         return HostEvent()
 
     def _enqueue(self, copy: Copy, source: Tensor, stream: HostStream) -> None:
@@ -291,24 +246,20 @@ class HostFetcher(ExpertFetcher):
                 raise CopyCancelledError(f"copy into slot {copy.slot}")
             if self._before_copy is not None:
                 self._before_copy(copy.slot)
-            # One thread, as a DMA engine takes no cores: torch's copy_ would use all of them.
-            if self._s_per_byte:
-                self._copy_paced(source, target, stream)
-            else:
-                ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+            self._copy_paced(source, target, stream)
         except Exception as error:  # reported by poll(), whatever it is
             copy.error = error
 
     def _copy_paced(self, source: Tensor, target: Tensor, stream: HostStream) -> None:
-        n_bytes = source.nbytes
+        """One thread, as a DMA engine takes no cores: torch's copy_ would use all of them."""
         # Counted from when the link became free: oversleeping does not add up over the chunks.
-        with self._link:
-            start_s = max(time.perf_counter(), self._link_free_s)
-            self._link_free_s = start_s + n_bytes * self._s_per_byte
-        for offset in range(0, n_bytes, _CHUNK_BYTES):
-            n_chunk = min(_CHUNK_BYTES, n_bytes - offset)
-            ctypes.memmove(target.data_ptr() + offset, source.data_ptr() + offset, n_chunk)
-            end_s = start_s + (offset + n_chunk) * self._s_per_byte
+        start_s = max(time.perf_counter(), self._link_free_s)
+        self._link_free_s = start_s + source.nbytes * self._s_per_byte
+        chunk_bytes = _CHUNK_BYTES if self._s_per_byte else source.nbytes
+        for offset in range(0, source.nbytes, chunk_bytes):
+            end = min(offset + chunk_bytes, source.nbytes)
+            ctypes.memmove(target.data_ptr() + offset, source.data_ptr() + offset, end - offset)
+            end_s = start_s + end * self._s_per_byte
             stream.cancelled.wait(max(0.0, end_s - time.perf_counter()))
 
 

@@ -8,7 +8,8 @@ copy. On the CPU nothing moves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from functools import cached_property
 
 import torch
@@ -20,6 +21,7 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 
 
+@dataclass
 class LayerStep:
     """One call of one MoE layer, made as its input arrives on the host.
 
@@ -29,33 +31,25 @@ class LayerStep:
     stays in `launches`, with the experts it computes.
     """
 
-    def __init__(
-        self,
-        store: ExpertStore,
-        cpu: CpuExperts,
-        handoff: HostHandoff,
-        accelerator: Accelerator | None,
-        layer: int,
-        hidden: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        guess: Tensor | None = None,
-    ) -> None:
-        self.store = store
-        self.cpu = cpu
-        self.handoff = handoff
-        self.accelerator = accelerator
-        self.layer = layer
-        self.hidden = hidden
-        self.index = index.long()
-        self.weights = weights.float()
-        routing = [self.index, self.weights] + ([] if guess is None else [guess])
-        self.host_hidden, self.host_index, self.host_weights, *guesses = handoff.to_host(
-            hidden, *routing
+    store: ExpertStore
+    cpu: CpuExperts
+    handoff: HostHandoff
+    accelerator: Accelerator | None
+    layer: int
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    guess: InitVar[Tensor | None]
+
+    def __post_init__(self, guess: Tensor | None) -> None:
+        self.index = self.index.long()
+        self.weights = self.weights.float()
+        guesses = [] if guess is None else [guess]
+        self.host_index, *host_guesses, self.host_weights, self.host_hidden = self.handoff.to_host(
+            self.index, *guesses, self.weights, self.hidden
         )
         self.ids: list[list[int]] = self.host_index.tolist()
-        self.guessed = list(dict.fromkeys(e for g in guesses for e in g.flatten().tolist()))
-        self.n_fetches = 0
+        self.guessed = list(dict.fromkeys(e for g in host_guesses for e in g.flatten().tolist()))
         self.launches: list[tuple[Pending, tuple[int, ...]]] = []
         self._outs: list[Tensor] = []
         self._failed: list[int] = []
@@ -80,24 +74,14 @@ class LayerStep:
         )
         self.launches.append((pending, tuple(slots)))
 
-    def launch_waited(self, experts: Iterable[int], keep: Mapping[int, int] | None = None) -> None:
+    def launch_waited(self, experts: Iterable[int], keep: Collection[int] | None = None) -> None:
         """Copy and compute each expert, one launch each, so that a copy hides the previous one.
 
-        In a prompt, `keep` maps the experts that the cache is to hold afterwards to their slots;
-        the others pass through a staging slot. Without it, in decode, each is admitted to the
-        cache where its index has a way.
+        `keep` as in `Accelerator.slot_for_waited`.
         """
-        accelerator = self.accelerator
-        assert accelerator is not None
+        assert self.accelerator is not None
         for expert in experts:
-            if keep is not None and expert in keep:
-                slot = keep[expert]
-                accelerator.fetch(self.layer, expert, slot)
-            else:
-                slot, started = accelerator.slot_for_waited(
-                    self.layer, expert, staging_only=keep is not None
-                )
-                self.n_fetches += started
+            slot = self.accelerator.slot_for_waited(self.layer, expert, keep)
             if len(self.hidden) == 1:
                 self.launch({expert: slot})
             else:
@@ -153,7 +137,7 @@ class LayerStep:
             gpu = None if self.accelerator is None else self.accelerator.gpu
             if gpu is not None and gpu.reads_host and self.handoff.is_mapped:
                 return gpu.add_from_host(on_device, cpu_out, self.hidden)
-            sent = self.handoff.to_device(cpu_out, self.hidden.device)
+            sent = cpu_out.to(self.hidden.device, non_blocking=True)
             on_device = sent if on_device is None else on_device + sent
         if on_device is None:
             return torch.zeros_like(self.hidden)
@@ -189,7 +173,7 @@ class LayerStep:
 class HostHandoff:
     """Staging memory for one model; grows to the largest prompt seen.
 
-    Not thread-safe. A result is read asynchronously, by a kernel or by `to_device`'s copy; its
+    Not thread-safe. A result is read asynchronously, by a kernel or by a copy to the GPU; its
     memory is used again by the next layer only after that layer's `to_host`, which waits for the
     stream, so nobody still reads it. `is_mapped`: a GPU's kernels can read what `result` gave.
     """
@@ -199,27 +183,24 @@ class HostHandoff:
         self._inbox = torch.empty(0, dtype=torch.uint8)
         self._result = torch.empty(0, dtype=torch.float32)
 
-    def to_host(self, hidden: Tensor, *routing: Tensor) -> list[Tensor]:
-        """`hidden` [T, H] and the small `routing` tensors, contiguous on the host.
+    def to_host(self, *parts: Tensor) -> list[Tensor]:
+        """`parts` contiguous on the host.
 
-        On a GPU all travel in one buffer, and the call waits for the current stream.
+        On a GPU all travel in one buffer, and the call waits for the current stream. The widest
+        elements come first, so that every view of the buffer is aligned.
         """
-        parts = [hidden, *routing]
-        if hidden.device.type == "cpu":
+        if parts[0].device.type == "cpu":
             return [part.contiguous() for part in parts]
-        # Widest elements first, so that every view of the buffer is aligned.
-        order = sorted(range(len(parts)), key=lambda number: -parts[number].element_size())
-        joined = torch.cat([parts[n].contiguous().view(torch.uint8).flatten() for n in order])
+        joined = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
         if self._inbox.numel() < joined.numel():
             self._inbox, _ = _staging(joined.numel(), torch.uint8)
-        self._inbox[: joined.numel()].copy_(joined, non_blocking=True)
-        torch.cuda.current_stream(hidden.device).synchronize()
-        host, start = list(parts), 0
-        for n in order:
-            end = start + parts[n].nbytes
-            host[n] = self._inbox[start:end].view(parts[n].dtype).view(parts[n].shape)
-            start = end
-        return host
+        inbox = self._inbox[: joined.numel()]
+        inbox.copy_(joined, non_blocking=True)
+        torch.cuda.current_stream(parts[0].device).synchronize()
+        hosts = inbox.split([part.nbytes for part in parts])
+        return [
+            host.view(part.dtype).view(part.shape) for host, part in zip(hosts, parts, strict=True)
+        ]
 
     def result(self, n_tokens: int, hidden_size: int, device: torch.device) -> Tensor:
         """Host memory for the CPU's output, fp32 [T, H]: pinned and reused for a GPU, else new."""
@@ -229,10 +210,6 @@ class HostHandoff:
         if self._result.numel() < size:
             self._result, self.is_mapped = _staging(size, torch.float32)
         return self._result[:size].view(n_tokens, hidden_size)
-
-    def to_device(self, result: Tensor, device: torch.device) -> Tensor:
-        """`result` on `device`, asynchronously on a GPU."""
-        return result if device.type == "cpu" else result.to(device, non_blocking=True)
 
 
 def _staging(size: int, dtype: torch.dtype) -> tuple[Tensor, bool]:

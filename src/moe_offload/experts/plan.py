@@ -21,15 +21,13 @@ class Plan:
     """One layer's experts by the side that computes them.
 
     `hits` maps experts that are ready on the accelerator to their slots. `waited` are computed
-    there once their copies arrive; `cpu` on the CPU; `background` are missed experts to fetch
-    for the tokens to come, in this order. `hits`, `waited` and `cpu` are disjoint and together
-    hold every chosen expert once.
+    there once their copies arrive, `cpu` on the CPU; in decode these are fetched in the background
+    for the tokens to come, in this order. Each chosen expert is in one of the three.
     """
 
     hits: Mapping[int, int]
     waited: tuple[int, ...]
     cpu: tuple[int, ...]
-    background: tuple[int, ...]
 
 
 def plan_decode(
@@ -47,15 +45,14 @@ def plan_decode(
     those whose waiting shortens the step by the calibrated `costs`.
     """
     hits = {e: slot for e, slot in zip(counts, slots, strict=True) if slot >= 0}
-    missed = [e for e in counts if e not in hits]
+    missed = {e: n for e, n in counts.items() if e not in hits}
     if mode == "fetch":
-        return Plan(hits, tuple(missed), (), ())
+        return Plan(hits, tuple(missed), ())
+    waited: tuple[int, ...] = ()
     if mode == "costs" and costs is not None and missed:
-        now = costs.should_fetch_now(len(hits), [counts[e] for e in missed], backlog_us)
-        waited = tuple(e for e, wait in zip(missed, now, strict=True) if wait)
-        left = tuple(e for e, wait in zip(missed, now, strict=True) if not wait)
-        return Plan(hits, waited, left, left)
-    return Plan(hits, (), tuple(missed), tuple(missed))
+        split = costs.split(dict.fromkeys(hits, 1), missed, backlog_us)
+        waited = tuple(e for e in missed if e not in split.cpu_experts)
+    return Plan(hits, waited, tuple(e for e in missed if e not in waited))
 
 
 def plan_prefill(
@@ -71,18 +68,17 @@ def plan_prefill(
     accelerator to their slots. With `costs`, the split that is predicted to finish first, so a
     short prompt does not stream the model and a long one does not wait for the CPU. `fetch`
     streams every expert that is not there. `backlog_us` is the copy time already queued, such as
-    the warm-up of the layer before. Background fetches are the dispatcher's warm-up,
-    after the layer, and not part of this plan.
+    the warm-up of the layer before.
     """
     chosen = [e for e, n in enumerate(counts) if n]
-    if mode != "fetch" and costs is not None:
-        split = costs.split_prefill(counts, {e for e in ready if counts[e]}, backlog_us)
-        hits = {e: ready[e] for e in split.gpu_experts if e in ready}
-        waited = tuple(e for e in split.gpu_experts if e not in ready)
-        return Plan(hits, waited, split.cpu_experts, ())
     hits = {e: ready[e] for e in chosen if e in ready}
     missed = tuple(e for e in chosen if e not in ready)
-    return Plan(hits, missed, (), ()) if mode == "fetch" else Plan(hits, (), missed, ())
+    if mode == "fetch":
+        return Plan(hits, missed, ())
+    if costs is None:
+        return Plan(hits, (), missed)
+    split = costs.split_prefill(counts, hits, backlog_us)
+    return Plan(hits, split.gpu_experts[len(hits) :], split.cpu_experts)
 
 
 _WARM_UP_STEPS = 4  # the cache is still filling
@@ -117,25 +113,25 @@ class MissTrial:
     @property
     def line(self) -> str:
         """What was found, for the summary."""
-        counts = {mode: len(values) for mode, values in self._seconds.items()}
         if self._verdict is None:
             return (
                 f"miss policy auto: undecided after {self._steps} decode steps "
                 f"(needs {TRIAL_STEPS})"
             )
         kept = "waiting for copies by cost" if self._verdict == "costs" else "cpu"
-        medians = {mode: 1e3 * median(values) for mode, values in self._seconds.items()}
+        costs_ms, cpu_ms = (1e3 * median(self._seconds[mode]) for mode in ("costs", "cpu"))
         return (
-            f"miss policy auto: kept {kept} (median step {medians['costs']:.2f} ms by cost, "
-            f"{medians['cpu']:.2f} ms with cpu, {counts['costs']} steps each)"
+            f"miss policy auto: kept {kept} (median step {costs_ms:.2f} ms by cost, "
+            f"{cpu_ms:.2f} ms with cpu, {_ROUNDS * _ROUND_STEPS} steps each)"
         )
 
     def record(self, step_s: float) -> None:
         """The duration of a decode step that ran in `mode`."""
-        if self._verdict is None:
-            if self._steps >= _WARM_UP_STEPS:
-                self._seconds[self.mode].append(step_s)
-            self._steps += 1
-            if all(len(values) >= _ROUNDS * _ROUND_STEPS for values in self._seconds.values()):
-                costs, cpu = (median(self._seconds[mode]) for mode in ("costs", "cpu"))
-                self._verdict = "costs" if costs < cpu else "cpu"
+        if self._verdict is not None:
+            return
+        if self._steps >= _WARM_UP_STEPS:
+            self._seconds[self.mode].append(step_s)
+        self._steps += 1
+        if self._steps == TRIAL_STEPS:
+            costs_s, cpu_s = (median(self._seconds[mode]) for mode in ("costs", "cpu"))
+            self._verdict = "costs" if costs_s < cpu_s else "cpu"

@@ -114,21 +114,30 @@ class Recorder:
         self._ids = array("h")
         self._n_hits_of_token = array("h")
         self._waited: dict[int, int] = {}  # row -> a bit per expert
-        self._open_pass: tuple[bool, int, int, int] | None = None
         self._at_end: list[Callable[[], LayerEvent]] = []
         self._begun = (-1, 0, 0, 0)  # the pass begun last; rows, ids, hits before it
+        self._pass = (False, 0, 0, 0)  # what it is
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the pass begun last has not ended."""
+        return self._begun[0] == len(self._passes)
 
     def begin_pass(self, phase: Phase, n_tokens: int, prompt: int, n_sequences: int = 1) -> None:
         """A forward pass over `n_tokens` tokens of `n_sequences` starts.
 
         `prompt` is the (first) prompt's number.
         """
-        if self._begun[0] == len(self._passes):  # it never ended: an error, a Ctrl-C
+        if self._is_open:  # it never ended: an error, a Ctrl-C
+            _, n_rows, n_ids, n_hits = self._begun
             self._at_end.clear()
-            self._drop_last_pass()
+            del self._layers[n_rows * _LAYER_ROW.size :]
+            del self._ids[n_ids:]
+            del self._n_hits_of_token[n_hits:]
+            self._waited = {row: bits for row, bits in self._waited.items() if row < n_rows}
         n_rows = len(self._layers) // _LAYER_ROW.size
         self._begun = (len(self._passes), n_rows, len(self._ids), len(self._n_hits_of_token))
-        self._open_pass = (phase == "decode", n_tokens, prompt, n_sequences)
+        self._pass = (phase == "decode", n_tokens, prompt, n_sequences)
 
     def at_end(self, event: Callable[[], LayerEvent]) -> None:
         """Record what `event` tells when the pass has ended; they are asked in their order."""
@@ -150,24 +159,14 @@ class Recorder:
 
     def end_pass(self, duration_s: float, unix_s: float | None = None) -> None:
         """The pass begun last is done, by default now; `duration_s` is its wall-clock time."""
-        if self._open_pass is None:
-            raise ValueError("end_pass without begin_pass")
-        decode, n_tokens, prompt, n_sequences = self._open_pass
+        assert self._is_open, "end_pass without begin_pass"
+        decode, n_tokens, prompt, n_sequences = self._pass
         now_s = time.time() if unix_s is None else unix_s
         for event in self._at_end:
             self.layer(event())
         self._at_end.clear()
         # Only this makes the pass one: a Ctrl-C before it leaves the others as they were.
         self._passes.append((decode, n_tokens, prompt, duration_s, n_sequences, now_s))
-        self._open_pass = None
-
-    def _drop_last_pass(self) -> None:
-        """Forget the layers of a pass that never ended."""
-        _, n_rows, n_ids, n_hits = self._begun
-        del self._layers[n_rows * _LAYER_ROW.size :]
-        del self._ids[n_ids:]
-        del self._n_hits_of_token[n_hits:]
-        self._waited = {row: bits for row, bits in self._waited.items() if row < n_rows}
 
     def token(self, prompt: int, time_s: float, unix_s: float) -> None:
         """The last pass gave `prompt` a token, `time_s` after its previous one or, for the first
@@ -175,7 +174,7 @@ class Recorder:
 
         In a batched pass the calls come in the order of the pass's rows.
         """
-        last_pass = len(self._passes) - (self._open_pass is None)
+        last_pass = len(self._passes) - (not self._is_open)
         self._tokens.append((last_pass, prompt, time_s, unix_s))
 
     # Reading. A pass that never ended (an interrupted run) is left out with its layers.
@@ -215,22 +214,17 @@ class Recorder:
 
     def expert_ids(self) -> npt.NDArray[np.int16]:
         """The ids of all layer events, end to end: T * K of each row of `layer_table`."""
-        rows = self.layer_table()
-        n_ids = int((rows["n_tokens"].astype(np.int64) * rows["top_k"]).sum())
-        return np.frombuffer(self._ids.tobytes(), dtype=np.int16)[:n_ids]
+        return self._of_finished(self._ids, "top_k")
 
     def hits_of_tokens(self) -> npt.NDArray[np.int16]:
         """`n_hits_of_token` of all cached layer events, end to end: T of each cached row."""
-        rows = self.layer_table()
-        n_entries = int((rows["n_tokens"].astype(np.int64) * rows["cached"]).sum())
-        return np.frombuffer(self._n_hits_of_token.tobytes(), dtype=np.int16)[:n_entries]
+        return self._of_finished(self._n_hits_of_token, "cached")
 
-    def waited_experts(self, row: int) -> tuple[int, ...]:
-        """The experts that a prompt copied to compute them, of this row of `layer_table`."""
-        bits = self._waited.get(row)
-        if bits is None:
-            return ()
-        return tuple(expert for expert in range(bits.bit_length()) if bits >> expert & 1)
+    def _of_finished(self, numbers: array[int], per_token: str) -> npt.NDArray[np.int16]:
+        """The part of `numbers` in finished passes, by how many a row has `per_token`."""
+        rows = self.layer_table()
+        n_finished = int((rows["n_tokens"].astype(np.int64) * rows[per_token]).sum())
+        return np.frombuffer(numbers.tobytes(), dtype=np.int16)[:n_finished]
 
     def layer_events(self) -> Iterator[LayerEvent]:
         """The layer events of all finished passes, one typed tuple each."""
@@ -245,9 +239,9 @@ class Recorder:
                 if cached:
                     hits_start, hits_end = hits_end, hits_end + n_tokens
                     n_hits_of_token = all_hits[hits_start:hits_end].tolist()
-                waited = self.waited_experts(number)
-                numbers = (layer, ids, n_hits_of_token, *rest, waited, pass_index)
-                yield LayerEvent._make(numbers)
+                bits = self._waited.get(number, 0)
+                waited = tuple(e for e in range(bits.bit_length()) if bits >> e & 1)
+                yield LayerEvent._make((layer, ids, n_hits_of_token, *rest, waited, pass_index))
 
 
 class NullRecorder(Recorder):

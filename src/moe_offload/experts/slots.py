@@ -23,8 +23,6 @@ from moe_offload.machine.streams import HostEvent, HostStream, is_out_of_memory
 if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
     from moe_offload.kernels.triton_experts import TritonExperts
 
-Allocator = Callable[[int, int, torch.device], Tensor]
-
 # Above this many tokens per hit expert the weights are better unpacked once for a GEMM than read by
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
@@ -44,16 +42,16 @@ class Pending:
     `copies` are those it waited for: where one failed the work was left out, and `result` raises.
     """
 
-    _out: Tensor | None
-    _copies: list[Copy]
+    copies: list[Copy]
     start: Any
     end: Any
-    _error: Exception | None = None
+    out: Tensor | None = None
+    error: Exception | None = None
 
     @property
     def copy_failed(self) -> bool:
         """Whether a copy that the work needed failed; final once `result` has raised."""
-        return any(copy.error is not None for copy in self._copies)
+        return any(copy.error is not None for copy in self.copies)
 
     def result(self) -> Tensor:
         """fp32 [T, H]: the weighted sum over each token's hits, zero where it has none.
@@ -64,10 +62,10 @@ class Pending:
         """
         if isinstance(self.end, HostEvent):
             self.end.synchronize()
-        for error in (self._error, *(copy.error for copy in self._copies)):
+        for error in (self.error, *(copy.error for copy in self.copies)):
             if error is not None:
                 raise error
-        out, self._out = self._out, None  # timings outlive the run's outputs
+        out, self.out = self.out, None  # timings outlive the run's outputs
         assert out is not None, "result() hands over once"
         return out
 
@@ -82,9 +80,8 @@ class GpuExperts:
 
     `slots` is uint8 [n_slots, block_bytes], one allocation. When the device has no room for it, as
     many as fit: `n_slots` is what it came to and `notices` says so. What computing an expert needs
-    beside them is reserved with them. `kernels` is "triton", "torch" or "auto": Triton on CUDA
-    where it runs, else torch, with a notice. What a run in `dtype` will launch is compiled here, so
-    that nothing is compiled while decoding.
+    beside them is reserved with them. On CUDA Triton computes where it runs, else torch, with a
+    notice. What a run in `dtype` will launch is compiled here, so that nothing is while decoding.
     `before_compute` is called with the number of hits on the emulated accelerator's thread before
     each launch's work: it may sleep, or raise.
     """
@@ -98,20 +95,18 @@ class GpuExperts:
         act_module: ActivationModule | None = None,
         *,
         dtype: torch.dtype = torch.bfloat16,
-        kernels: str = "auto",
         before_compute: Callable[[int], None] | None = None,
-        allocate: Allocator | None = None,
     ) -> None:
         self.layout = layout
         self.activation = activation
         self.act_module = act_module
         self.device = torch.device(device)
         self.notices: list[str] = []
-        self.slots = self._allocate(n_slots, allocate or _allocate_bytes)
+        self.slots = self._allocate(n_slots)
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
         self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
-        self._kernels = self._load_kernels(kernels, dtype)
+        self._kernels = self._triton_if_it_runs(dtype) if self._thread is None else None
 
     @property
     def description(self) -> str:
@@ -125,15 +120,13 @@ class GpuExperts:
         slot_of_pair: Sequence[int],
         top_k_weights: Tensor,
         fetcher: ExpertFetcher,
-        out: Tensor | None = None,
     ) -> Pending:
         """Start computing the pairs that hit.
 
         `hidden` [T, H] fp32 or bf16 on the device; `slot_of_pair` has T * K entries, a slot or -1
         for a pair that is not ours; `top_k_weights` [T, K] on the device. The work waits for copies
         into its slots in its stream, not on the host, and later copies wait for it. None of the
-        arguments may be written before `result`. With `out`, fp32 [T, H] on the device, the result
-        is added to it and is it: several launches share one tensor.
+        arguments may be written before `result`.
         """
         pairs: dict[int, list[int]] = {}  # slot -> its pairs, as t * K + k
         for pair, slot in enumerate(slot_of_pair):
@@ -143,7 +136,7 @@ class GpuExperts:
             list(pairs),
             sum(map(len, pairs.values())),
             fetcher,
-            lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs, out),
+            lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs),
         )
 
     def launch_expert(
@@ -157,8 +150,9 @@ class GpuExperts:
     ) -> Pending:
         """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
 
-        `pairs` are the expert's, t * K + k, int64 [n] on the device: the host touches and sends
-        nothing that grows with the number of tokens.
+        The result is `out` itself: several launches share it. `pairs` are the expert's, as
+        t * K + k, int64 [n] on the device: the host touches and sends nothing that grows with the
+        number of tokens.
         """
 
         def forward() -> Tensor:
@@ -172,24 +166,26 @@ class GpuExperts:
     ) -> Pending:
         """`forward` in the stream, behind copies into `slots` and before later ones."""
         stream: Any = self._thread or torch.cuda.current_stream(self.device)
-        copies = fetcher.wait_ready(slots, stream)
-        pending = Pending(None, copies, *self._new_events())
+        pending = Pending(fetcher.wait_ready(slots, stream), self._new_event(), self._new_event())
         # The mode belongs to a thread. The caller's, so that it may use the result as its own.
         inference = torch.is_inference_mode_enabled()
 
         def work() -> None:
-            if self._before_compute is not None:
-                self._before_compute(n_pairs)
-            with torch.inference_mode(inference), torch.no_grad():
-                if not pending.copy_failed:
-                    pending._out = forward()
+            try:
+                if self._before_compute is not None:
+                    self._before_compute(n_pairs)
+                with torch.inference_mode(inference), torch.no_grad():
+                    if not pending.copy_failed:
+                        pending.out = forward()
+            except Exception as error:  # raised again by result()
+                pending.error = error
 
         pending.start.record(stream)
         if self._thread is None:
             with self._as_current_device():
-                _run_keeping_error(work, pending)
+                work()
         else:
-            self._thread.submit(lambda: _run_keeping_error(work, pending))
+            self._thread.submit(work)
         pending.end.record(stream)
         fetcher.mark_released(slots, pending.end)
         return pending
@@ -211,27 +207,25 @@ class GpuExperts:
 
     def synchronize(self) -> None:
         """Wait until what was launched has ended."""
-        if self._thread is not None:
-            self._thread.synchronize()
-        else:
+        if self._thread is None:
             torch.cuda.synchronize(self.device)
+        else:
+            self._thread.synchronize()
 
     def close(self) -> None:
         """Finish what was launched; end the emulated accelerator's thread."""
-        if self._thread is not None:
-            self._thread.close()
-        else:
+        if self._thread is None:
             torch.cuda.synchronize(self.device)
+        else:
+            self._thread.close()
 
     def _as_current_device(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device, whatever its arguments are on."""
         return torch.cuda.device(self.device) if self._thread is None else nullcontext()
 
-    def _new_events(self) -> tuple[Any, Any]:
-        if self._thread is not None:
-            return HostEvent(), HostEvent()
+    def _new_event(self) -> Any:
         cuda: Any = torch.cuda
-        return cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        return HostEvent() if self._thread is not None else cuda.Event(enable_timing=True)
 
     def _forward(
         self,
@@ -239,15 +233,12 @@ class GpuExperts:
         slot_of_pair: Sequence[int],
         top_k_weights: Tensor,
         pairs: dict[int, list[int]],
-        out: Tensor | None,
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
         few = len(slot_of_pair) <= PAIRS_FOR_TABLE
         if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
-            result = self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
-            return result if out is None else out.add_(result)
-        if out is None:
-            out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            return self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         if len(hidden) > 1:
             # One small copy for all slots; what is pageable and small does not hold the host up.
             members = torch.tensor([pair for of_slot in pairs.values() for pair in of_slot])
@@ -276,14 +267,14 @@ class GpuExperts:
             return self._kernels.expert(slot, x)
         return expert_ffn(self.layout, self.slots[slot], x, self.activation, self.act_module)
 
-    def _allocate(self, wanted: int, allocate: Allocator) -> Tensor:
+    def _allocate(self, wanted: int) -> Tensor:
         """As many of `wanted` slots as fit, by bisection."""
         slots = None
         fit, too_many, n_slots = 0, wanted + 1, wanted
         while fit + 1 < too_many or slots is None:
             slots = None  # the smaller allocation makes room for the larger
             try:
-                slots = allocate(n_slots, self.layout.block_bytes, self.device)
+                slots = _allocate_bytes(n_slots, self.layout.block_bytes, self.device)
                 fit = n_slots
             except RuntimeError as error:
                 if n_slots == 0 or not is_out_of_memory(error):
@@ -296,11 +287,6 @@ class GpuExperts:
                 f"of {self.layout.block_bytes / 1e6:.1f} MB fit"
             )
         return slots
-
-    def _load_kernels(self, kernels: str, dtype: torch.dtype) -> TritonExperts | None:
-        if kernels == "torch" or (kernels == "auto" and self._thread is not None):
-            return None
-        return self._triton() if kernels == "triton" else self._triton_if_it_runs(dtype)
 
     def _triton(self) -> TritonExperts:
         from moe_offload.kernels.triton_experts import TritonExperts
@@ -347,10 +333,3 @@ def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Ten
         # to supply took several times as long, and the first tokens' hits came late.
         slots.zero_()
     return slots
-
-
-def _run_keeping_error(work: Callable[[], None], pending: Pending) -> None:
-    try:
-        work()
-    except Exception as error:  # raised again by result()
-        pending._error = error

@@ -57,20 +57,13 @@ class ExpertStore:
             self._stored.append(blocks.view(count, layout.block_bytes))
         self._blocks = [self._stored[layer % self.n_stored] for layer in range(len(shapes))]
         self._pointers = [
-            torch.arange(count, dtype=torch.int64) * layout.block_bytes + blocks.data_ptr()
-            for layout, count, blocks in zip(
-                self.layouts, self.n_experts, self._blocks, strict=True
-            )
+            torch.arange(len(blocks)) * blocks.shape[1] + blocks.data_ptr()
+            for blocks in self._blocks
         ]
 
     @property
     def n_layers(self) -> int:
         return len(self.layouts)
-
-    @property
-    def pinned(self) -> bool:
-        """Whether all of it is."""
-        return len(self._registered) == self.n_stored
 
     def is_pinned(self, layer: int) -> bool:
         """Whether a GPU copies this layer's blocks without the host's help."""

@@ -58,8 +58,6 @@ class CpuAttention:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
         **extras: Any,
     ) -> tuple[Tensor, None]:
         """Attention of `query` [B, heads, S, Dk] over `key`, `value` [B, kv_heads, S', Dk or Dv].
@@ -67,21 +65,12 @@ class CpuAttention:
         Returns [B, S, heads, Dv] and no weights. `attention_mask` is boolean, or None where each
         query sees all keys up to its own.
         """
-        if not _served(query, key, value, attention_mask, dropout, extras):
-            if attention_mask is None:
-                attention_mask = _causal_at_the_end(query, key)
-            output, _ = sdpa_attention_forward(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                **extras,
-            )
-            return output, None
-        return self.attend(query, key, value, attention_mask, scaling), None
+        if _served(query, key, value, attention_mask, extras):
+            return self.attend(query, key, value, attention_mask, extras.get("scaling")), None
+        if attention_mask is None:
+            attention_mask = _causal_at_the_end(query, key)
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extras)
+        return output, None
 
     def attend(
         self,
@@ -135,12 +124,7 @@ def _causal_at_the_end(query: Tensor, key: Tensor) -> Tensor | None:
 
 
 def _served(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    extras: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extras: dict[str, Any]
 ) -> bool:
     """Whether the kernels compute this call."""
     return (
@@ -150,7 +134,7 @@ def _served(
         and query.dtype in (torch.bfloat16, torch.float32)
         and query.dtype == key.dtype == value.dtype
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
-        and dropout == 0.0
+        and not extras.get("dropout")
         and extras.get("softcap") is None
         and not any(
             isinstance(extra, Tensor) and name not in _WITHOUT_EFFECT
@@ -205,13 +189,11 @@ def xformers_attention(
     if groups > 1:
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
-    bias: Any = None
     if attention_mask is None:
         attention_mask = _causal_at_the_end(query, key)
+    bias: Any = None if query.shape[2] == 1 else LowerTriangularMask()
     if attention_mask is not None:
         bias = _bias(attention_mask, query)
-    elif query.shape[2] > 1:
-        bias = LowerTriangularMask()
     out = memory_efficient_attention(
         query.transpose(1, 2).contiguous(),
         key.transpose(1, 2).contiguous(),

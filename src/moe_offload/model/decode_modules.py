@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_offload.kernels.bindings import (
-    CpuKernels,
-    KernelChoice,
-    is_plain,
-    load_kernels,
-)
+from moe_offload.kernels.bindings import CpuKernels, KernelChoice, is_plain, load_kernels
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.kernels.library import (
     FORMAT_CODES,
@@ -30,7 +25,6 @@ from moe_offload.kernels.library import (
     RouterArguments,
 )
 from moe_offload.model.attention import register_kernels, takes_other_attention
-from moe_offload.model.loader import install_experts
 
 FORMS: Final = {"round_then_weight": 0, "weight_then_round": 1, "one_plus_weight": 2}
 # 16 tokens of Mixtral; beyond, torch's threads are worth their start.
@@ -42,35 +36,33 @@ _NORM_EQUAL_PART: Final = 0.99
 # Rounding a logit to bf16 the other way may change a close choice; a different rule changes most.
 _ROUTER_EQUAL_PART: Final = 0.75
 
-Part = Literal["logits", "scores", "index"]
-
 
 def use_cpu_kernels(
     model: PreTrainedModel, kernel: KernelChoice, isa: str, routers: Iterable[nn.Module] = ()
-) -> int:
-    """Route plain bf16 linears of a CPU model through the expert kernels; returns how many.
+) -> None:
+    """Route plain bf16 linears of a CPU model through the expert kernels.
 
     Subclasses of `nn.Linear` keep the model's own arithmetic. In decode steps attention goes to the
     kernels as well where the model leaves it to torch, and so do the norms and those of `routers`
     that are found to compute what the kernels do.
     """
     kernels = load_kernels(kernel, isa)
-    is_torchs = model.config._attn_implementation == "sdpa" and takes_other_attention(type(model))
-    if kernels is not None and is_torchs:
+    if kernels is None:
+        return
+    if model.config._attn_implementation == "sdpa" and takes_other_attention(type(model)):
         model.set_attn_implementation(register_kernels(kernels))
-    replaced = 0
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            linear = CpuLinear.from_linear(module, kernel=kernel, isa=isa)
-            install_experts(model, path, linear)
-            replaced += 1
-    if kernels is not None and model.dtype == torch.bfloat16:
-        use_norm_kernels(model, kernels)
+            model.set_submodule(path, CpuLinear.from_linear(module, kernel=kernel, isa=isa))
+    if model.dtype == torch.bfloat16:
+        for module in model.modules():
+            norm = probe_norm(module, kernels)
+            if norm is not None:
+                module.forward = norm
         for module in routers:
             router = probe_router(module, kernels)
             if router is not None:
                 module.forward = router
-    return replaced
 
 
 @torch.no_grad()
@@ -123,9 +115,9 @@ class CpuNorm:
 
     def __init__(self, module: nn.Module, form: str, epsilon: float, kernels: CpuKernels) -> None:
         self.own = module.forward
-        self._parameters = module._parameters
+        self._parameters: Any = module._parameters
         self._kernels = kernels
-        weight = _weight(self._parameters)
+        weight = cast(Tensor, module.weight)
         self._width = weight.numel()
         self._arguments = NormArguments(
             FORMS[form], weight.dtype == torch.bfloat16, epsilon, self._width, weight.data_ptr()
@@ -135,48 +127,29 @@ class CpuNorm:
         n = hidden_states.numel()
         unusual = args or kwargs or hidden_states.shape[-1] != self._width
         if n > _MAX_NORM_ELEMENTS or unusual or not is_plain(hidden_states):
-            result: Tensor = self.own(hidden_states, *args, **kwargs)
-            return result
+            return cast(Tensor, self.own(hidden_states, *args, **kwargs))
         out = torch.empty_like(hidden_states)
-        self._arguments.weight = _weight(self._parameters).data_ptr()  # of now: it may have moved
+        self._arguments.weight = self._parameters["weight"].data_ptr()  # of now: it may have moved
         self._kernels.call("rms_norm", self._arguments, hidden_states, True, n // self._width, out)
         return out
 
 
-def use_norm_kernels(model: nn.Module, kernels: CpuKernels) -> int:
-    """Give each bf16 norm that a form describes our forward; returns how many."""
-    known: dict[tuple[object, ...], str | None] = {}
-    installed = 0
-    for module in model.modules():
-        epsilon = _epsilon(module)
-        if epsilon is None:
-            continue
-        weight = _weight(module._parameters)
-        settings = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, (int, float, str))
-        }
-        key = (type(module), weight.shape, weight.dtype, *sorted(settings.items()))
-        if key not in known:
-            known[key] = probe_norm(module, epsilon, kernels)
-        form = known[key]
-        if form is not None:
-            module.forward = CpuNorm(module, form, epsilon, kernels)
-            installed += 1
-    return installed
-
-
 @torch.no_grad()
-def probe_norm(module: nn.Module, epsilon: float, kernels: CpuKernels) -> str | None:
-    """The form that gives what `module` gives for values of all sizes; None where none does."""
+def probe_norm(module: nn.Module, kernels: CpuKernels) -> CpuNorm | None:
+    """Our forward for an RMSNorm, or None where no form gives what `module` does at all sizes."""
+    weight = _only_weight(module)
+    settings = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
+    epsilon = next((value for value in settings if isinstance(value, float)), None)
+    if weight is None or weight.dim() != 1 or epsilon is None:
+        return None
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return None
     probe = copy.deepcopy(module)
-    weight = _weight(probe._parameters)
     generator = torch.Generator().manual_seed(0)
     width = weight.numel()
     x = torch.randn(_PROBE_ROWS, width, generator=generator)
     x = (x * torch.logspace(-4, 4, _PROBE_ROWS)[:, None]).bfloat16()
-    weight.copy_(torch.randn(width, generator=generator))
+    cast(Tensor, probe.weight).copy_(torch.randn(width, generator=generator))
     expected = answer_to(probe, x)
     if not isinstance(expected, Tensor) or expected.dtype != x.dtype or expected.shape != x.shape:
         return None
@@ -184,21 +157,7 @@ def probe_norm(module: nn.Module, epsilon: float, kernels: CpuKernels) -> str | 
         found = CpuNorm(probe, form, epsilon, kernels)(x)
         close = torch.allclose(found.float(), expected.float(), rtol=2**-7, atol=0)
         if close and (found == expected).float().mean() >= _NORM_EQUAL_PART:
-            return form
-    return None
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    """The epsilon of what may be an RMSNorm: nothing but one vector, `weight`; else None."""
-    weight = _only_weight(module)
-    if weight is None or weight.dim() != 1:
-        return None
-    if weight.dtype not in (torch.bfloat16, torch.float32):
-        return None
-    for name in ("variance_epsilon", "eps", "epsilon"):
-        epsilon = getattr(module, name, None)
-        if isinstance(epsilon, float):
-            return epsilon
+            return CpuNorm(module, form, epsilon, kernels)
     return None
 
 
@@ -208,19 +167,19 @@ class CpuRouter:
     def __init__(
         self,
         module: nn.Module,
-        order: tuple[Part, ...],
+        order: tuple[str, ...],
         top_k: int,
         normalise: bool,
         scores_dtype: torch.dtype,
         kernels: CpuKernels,
     ) -> None:
         self.own = module.forward
-        self._parameters = module._parameters
+        self._parameters: Any = module._parameters
         self._order = order
         self._top_k = top_k
         self._scores_dtype = scores_dtype
         self._kernels = kernels
-        weight = _weight(self._parameters)
+        weight = cast(Tensor, module.weight)
         self._n_experts, self._width = weight.shape
         matrix = MatrixArguments(
             FORMAT_CODES["bf16"], self._n_experts, self._width, weight.data_ptr(), None, None
@@ -234,22 +193,14 @@ class CpuRouter:
         unusual = args or kwargs or hidden_states.shape[-1] != self._width
         if n_tokens > _MAX_ROUTED_TOKENS or unusual or not is_plain(hidden_states):
             return cast(tuple[Tensor, ...], self.own(hidden_states, *args, **kwargs))
-        parts: dict[Part, Tensor] = {
+        parts = {
             "logits": torch.empty(n_tokens, self._n_experts, dtype=torch.bfloat16),
             "scores": torch.empty(n_tokens, self._top_k, dtype=self._scores_dtype),
             "index": torch.empty(n_tokens, self._top_k, dtype=torch.int64),
         }
         arguments = self._arguments
-        arguments.matrix.weight = _weight(self._parameters).data_ptr()  # of now, as in CpuNorm
-        self._kernels.call(
-            "route",
-            arguments,
-            hidden_states,
-            n_tokens,
-            parts["logits"],
-            parts["scores"],
-            parts["index"],
-        )
+        arguments.matrix.weight = self._parameters["weight"].data_ptr()  # of now, as in CpuNorm
+        self._kernels.call("route", arguments, hidden_states, n_tokens, *parts.values())
         return tuple(parts[part] for part in self._order)
 
 
@@ -282,29 +233,25 @@ def probe_router(module: nn.Module, kernels: CpuKernels) -> CpuRouter | None:
     return None
 
 
-def _order(output: object, n_experts: int) -> tuple[Part, ...] | None:
+def _order(output: object, n_experts: int) -> tuple[str, ...] | None:
     """Which part is where in a router's output; None if unclear."""
     index = _chosen(output)
-    if index is None or index.dtype != torch.int64 or index.shape[1] == n_experts:
+    if index is None or index.shape[1] == n_experts:
         return None
-    order: list[Part] = []
-    for part in cast(tuple[object, ...], output):
-        if part is index:
-            order.append("index")
-        elif not isinstance(part, Tensor):
-            return None
-        elif part.shape == (len(index), n_experts) and part.dtype == torch.bfloat16:
-            order.append("logits")
-        elif part.shape == index.shape and part.dtype in (torch.bfloat16, torch.float32):
-            order.append("scores")
-        else:
-            return None
-    if len(set(order)) < len(order) or "scores" not in order:
-        return None
-    return tuple(order)
+    parts: dict[object, str] = {
+        (index.shape, torch.int64): "index",
+        (index.shape, torch.float32): "scores",
+        (index.shape, torch.bfloat16): "scores",
+        ((len(index), n_experts), torch.bfloat16): "logits",
+    }
+    order = tuple(
+        parts.get((getattr(part, "shape", None), getattr(part, "dtype", None)), "unknown")
+        for part in cast(tuple[object, ...], output)
+    )
+    return order if sorted(order) in (["index", "scores"], ["index", "logits", "scores"]) else None
 
 
-def _agree(order: tuple[Part, ...], ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+def _agree(order: tuple[str, ...], ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
     found, expected = dict(zip(order, ours, strict=True)), dict(zip(order, theirs, strict=True))
     same = (found["index"] == expected["index"]).all(dim=1)
     if same.float().mean() < _ROUTER_EQUAL_PART:
@@ -321,13 +268,5 @@ def _agree(order: tuple[Part, ...], ours: tuple[Tensor, ...], theirs: tuple[Tens
 
 def _only_weight(module: nn.Module) -> Tensor | None:
     """The one tensor of a module that holds nothing but `weight`; None for any other module."""
-    if any(True for _ in module.children()) or any(True for _ in module.buffers()):
-        return None
-    parameters = {name: value for name, value in module._parameters.items() if value is not None}
-    return parameters["weight"] if list(parameters) == ["weight"] else None
-
-
-def _weight(parameters: dict[str, nn.Parameter | None]) -> Tensor:
-    weight = parameters["weight"]
-    assert weight is not None
-    return weight
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    return tensors["weight"] if list(tensors) == ["weight"] else None

@@ -9,21 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from moe_offload.checkpoint.block import BlockLayout, block_layout, pack_block
+from moe_offload.checkpoint.block import BlockLayout, pack_block
 from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import ModelOptions, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
-from moe_offload.model.loader import Progress, assign, build_skeleton, finish_model
+from moe_offload.model.loader import Progress, build_skeleton, fill_model
 from moe_offload.model.tokenization import Message
 from moe_offload.simulation.shapes import shape_config
 from moe_offload.simulation.trace_files import read_trace
@@ -63,57 +61,48 @@ class ForcedRouting:
                 f"{top_k - info.top_k} are drawn by how often it chooses each (seed {seed})"
             )
         generator = torch.Generator().manual_seed(seed)
-        self._decoded: list[Tensor] = []
+        self._decoded: list[Tensor] = []  # by layer [tokens, top_k]
         self._prompt: list[Tensor] = []
         for layer in range(n_layers):
-            decoded = _tensor(trace.passes.decoded(layer))
-            prompt = _tensor(trace.passes.prompted(layer))
-            seen = torch.cat([prompt, decoded]).flatten().int()
-            counts = torch.bincount(seen, minlength=n_experts) + 0.5  # half a time for the unseen
-            self._decoded.append(_filled(decoded, top_k, counts, generator))
-            own = len(prompt) > 0
-            self._prompt.append(
-                _filled(prompt, top_k, counts, generator) if own else self._decoded[layer]
+            decoded, prompt = (
+                # [tokens, top_k], in as few bytes as torch can index with
+                torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
+                for ids in (trace.passes.decoded(layer), trace.passes.prompted(layer))
             )
-        self._next_token = 0
-        self._decode = False
-        self._n_tokens = 0
+            if info.top_k < top_k:
+                seen = torch.cat([prompt, decoded]).flatten().int()
+                counts = torch.bincount(seen, minlength=n_experts) + 0.5  # half for the unseen
+                decoded = _filled(decoded, top_k, counts, generator)
+                prompt = _filled(prompt, top_k, counts, generator)
+            self._decoded.append(decoded)
+            self._prompt.append(prompt if len(prompt) else decoded)
+        self.next_token = 0  # of the decoded ones
+        self._tokens, self._start = self._prompt, 0
 
     def begin_pass(self, decode: bool, n_tokens: int) -> None:
         """A forward pass over `n_tokens` tokens, padding included, begins."""
-        if self._decode:
-            self._next_token += self._n_tokens
-        self._decode, self._n_tokens = decode, n_tokens
-
-    def rewind(self) -> None:
-        """Start the trace over."""
-        self._next_token, self._decode = 0, False
+        self._tokens, self._start = self._prompt, 0
+        if decode:
+            self._tokens, self._start = self._decoded, self.next_token
+            self.next_token += n_tokens
 
     def choose(self, layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The trace's ids in the place of `index` int64 [T, K]; all weights equal."""
-        source = self._decoded[layer] if self._decode else self._prompt[layer]
-        start = self._next_token if self._decode else 0
-        rows = torch.arange(start, start + index.shape[0]) % len(source)
-        ids = source[rows].long().to(index.device, non_blocking=True)  # small: no need to wait
+        tokens = self._tokens[layer]
+        rows = torch.arange(self._start, self._start + len(index)) % len(tokens)
+        ids = tokens[rows].long().to(index.device, non_blocking=True)  # small: no need to wait
         return ids, torch.full_like(weights, 1 / index.shape[1])
 
 
 def _filled(tokens: Tensor, top_k: int, counts: Tensor, generator: torch.Generator) -> Tensor:
     """`tokens` [T, k] completed to `top_k` distinct experts, drawn by `counts` fp32 [E]."""
     n_missing = top_k - tokens.shape[1]
-    if not n_missing:
-        return tokens
     chunks = []
     for chunk in tokens.split(_CHUNK_TOKENS):
         weights = counts.repeat(len(chunk), 1).scatter_(1, chunk.long(), 0.0)
         drawn = torch.multinomial(weights, n_missing, generator=generator)
         chunks.append(torch.cat([chunk, drawn.to(tokens.dtype)], dim=1))
     return torch.cat(chunks)
-
-
-def _tensor(ids: npt.NDArray[Any]) -> Tensor:
-    """A trace's ids [T, top_k] in as few bytes as torch can index with."""
-    return torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
 
 
 _N_ROUTED_TOKENS = 512  # then the made routing repeats
@@ -124,58 +113,39 @@ _SCALE = 0.02  # standard deviation
 
 
 class DummyModel:
-    """A `ModelSource` of random weights; `seed` fixes them.
+    """A `ModelSource` of random weights, always the same ones.
 
     With `n_stored_layers`, the experts of so many layers are made, and serve the other layers too.
     """
 
-    dense_format = "bf16"
+    dense_format: WeightFormat = "bf16"
 
-    def __init__(
-        self, options: ModelOptions, seed: int = 0, n_stored_layers: int | None = None
-    ) -> None:
+    def __init__(self, options: ModelOptions, n_stored_layers: int | None = None) -> None:
         assert options.dummy_shape is not None
         self.name = f"random weights of {options.dummy_shape}"
         self.weight_format: WeightFormat = options.dummy_format
         self.dtype = torch.bfloat16
         fields = shape_config(options.dummy_shape, options.dummy_layers)
         self.config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(0)
         self._values = torch.randn(_N_VALUES, generator=self._generator) * _SCALE
         skeleton = build_skeleton(self.config, self.dtype, "sdpa")
         found = find_experts(skeleton)
         self.experts_paths = [one.name for one in found]
-        self.layouts: list[BlockLayout] = [
-            block_layout(
-                self.weight_format,
-                one.hidden_size,
-                one.intermediate_size,
-                one.has_gate,
-                one.has_bias,
-            )
-            for one in found
-        ]
+        self.layouts = [one.block_layout(self.weight_format) for one in found]
         self.n_experts = [one.n_experts for one in found]
+        self.top_k = experts_per_token(self.config) or 0  # every shape has one
         self.n_stored_layers = min(n_stored_layers or len(found), len(found))
         paths = tuple(self.experts_paths)
         self.dense_bytes = sum(
-            tensor.numel() * tensor.element_size()
+            tensor.nbytes
             for name, tensor in skeleton.state_dict().items()
             if not name.startswith(paths)
         )
 
-    @property
-    def top_k(self) -> int:
-        """K, which every shape has."""
-        top_k = experts_per_token(self.config)
-        assert top_k is not None
-        return top_k
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Nothing to compare: they are made from the model's own shapes."""
-
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Random matrices of standard deviation 0.02, norms of one, biases of zero."""
+        tensors = {}
         for name, meta in model.state_dict().items():
             if meta.dim() >= 2:
                 tensor = self._random(meta.shape, meta.dtype)
@@ -183,21 +153,20 @@ class DummyModel:
                 tensor = torch.ones(meta.shape, dtype=meta.dtype)
             else:
                 tensor = torch.zeros(meta.shape, dtype=meta.dtype)
-            assign(model, name, tensor.to(device))
+            tensors[name] = tensor.to(device)
             progress(tensor.nbytes)
-        finish_model(model, device)
+        fill_model(model, tensors, device)
 
     def load_experts(self, store: ExpertStore, progress: Progress) -> None:
         """Every block its own memory; the values repeat every few experts."""
+        assert len(set(self.layouts)) == 1, "every shape's layers are alike"
         templates = [self._random_block(self.layouts[0]) for _ in range(_N_TEMPLATES)]
         for layer in range(store.n_stored):
-            if self.layouts[layer] != self.layouts[0]:
-                raise UserError(f"the MoE layers of {self.name} differ in shape")
             for expert in range(store.n_experts[layer]):
                 store.block(layer, expert).copy_(templates[(layer + expert) % _N_TEMPLATES])
                 progress(self.layouts[0].block_bytes)
 
-    def _random(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def _random(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """The same random values over and over, from another place each time."""
         start = int(torch.randint(_N_VALUES, (), generator=self._generator))
         values = self._values.roll(start).to(dtype)
@@ -206,7 +175,7 @@ class DummyModel:
             part.copy_(values[: len(part)])
         return tensor.view(*shape)
 
-    def _random_block(self, layout: BlockLayout) -> torch.Tensor:
+    def _random_block(self, layout: BlockLayout) -> Tensor:
         rows, hidden, inner = layout.first_rows, layout.hidden_size, layout.intermediate_size
         weights = {
             "gate_up": self._random((rows, hidden)),
@@ -227,11 +196,11 @@ def dummy_routing(source: DummyModel, trace: Path | None, seed: int = 0) -> Forc
     """
     n_layers, n_experts = len(source.n_experts), source.n_experts[0]
     if trace is not None:
-        return ForcedRouting(read_trace(trace), n_layers, n_experts, source.top_k, seed)
-    workload = even_workload(n_layers, n_experts, source.top_k, MIXTRAL_OVERLAP)
-    return ForcedRouting(
-        workload.generate(_N_ROUTED_TOKENS, seed), n_layers, n_experts, source.top_k
-    )
+        found = read_trace(trace)
+    else:
+        workload = even_workload(n_layers, n_experts, source.top_k, MIXTRAL_OVERLAP)
+        found = workload.generate(_N_ROUTED_TOKENS, seed)
+    return ForcedRouting(found, n_layers, n_experts, source.top_k, seed)
 
 
 class DummyTokenizer:

@@ -6,15 +6,24 @@ import inspect
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PretrainedConfig,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from moe_offload.config import GenerationOptions
 from moe_offload.errors import UserError
 from moe_offload.model.kv_cache import make_cache
 
@@ -26,97 +35,64 @@ StopReason = Literal["eos", "length", "context", "stop", "interrupted"]
 class Generated:
     """What one prompt produced; times in seconds, on one clock from the batch's start.
 
-    `prefill_s` is the prompt's evaluation up to its first token (TTFT, shared by the batch);
-    `token_times_s[i]` is the duration of the step that produced token `i`.
+    `token_times_s[i]` is the duration of the step that produced token `i`; the first is the
+    prompt's evaluation (TTFT, shared by the batch).
     """
 
     prompt: int
     n_prompt_tokens: int
     ids: list[int] = field(default_factory=list)
-    prefill_s: float = 0.0
     token_times_s: list[float] = field(default_factory=list)
     stop: StopReason = "interrupted"
 
 
-@dataclass(frozen=True)
 class Sampler:
     """Chooses the next token: greedy at temperature 0, else drawn by its probability.
 
-    It is drawn from the `top_k` likeliest (0: all), of them from the nucleus of mass `top_p`, and
-    from those of at least `min_p` times the largest probability. Before all that, the scores of
-    tokens that the text has already are divided by `repetition_penalty`, negative ones multiplied.
-    Each of the four is transformers' own of that name.
-
-    Each prompt draws from a generator of its own, seeded by `seed` and its number, so that its
+    What `options` leave of the probabilities is decided by transformers' own classes, in its order.
+    Each prompt draws from a generator of its own, seeded by the seed and its number, so that its
     sample depends neither on the prompts beside it nor on those before.
     """
 
-    temperature: float
-    top_p: float
-    seed: int
-    device: torch.device
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    def __init__(self, options: GenerationOptions, device: torch.device) -> None:
+        self._options = options
+        self._device = device
+        self._generators: dict[int, torch.Generator] = {}
+        self._penalty = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+        self._warpers = LogitsProcessorList()
+        if options.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(options.top_p))
+        if options.min_p > 0:
+            self._warpers.append(MinPLogitsWarper(options.min_p))
 
-    def generator(self, prompt: int) -> torch.Generator | None:
-        """Prompt number `prompt`'s own stream of random numbers; None where nothing is drawn."""
-        if self.temperature == 0:
-            return None
-        seed = random.Random(f"{self.seed} {prompt}").getrandbits(63)
-        return torch.Generator(self.device).manual_seed(seed)
-
-    def choose(
-        self,
-        logits: Tensor,
-        generators: Sequence[torch.Generator | None],
-        texts: Sequence[Sequence[int]] = (),
-    ) -> Tensor:
-        """int64 [B] from logits [B, vocabulary], row by row with its generator.
-
-        `texts` are each row's tokens so far, which only the repetition penalty needs.
-        """
-        if self.repetition_penalty != 1:
-            logits = self._penalized(logits, texts)
-        if self.temperature == 0:
+    def choose(self, logits: Tensor, texts: Mapping[int, list[int]]) -> Tensor:
+        """int64 [B] from logits [B, vocabulary]; `texts` are the rows' tokens so far, by prompt."""
+        logits = logits.float()
+        if self._options.repetition_penalty != 1:
+            longest = max(map(len, texts.values()))
+            # in one length by repeating a token, which is penalised once all the same
+            ids = [[*text, *text[:1] * (longest - len(text))] for text in texts.values()]
+            logits = self._penalty(torch.tensor(ids, device=self._device), logits)
+        if self._options.temperature == 0:
             return logits.argmax(dim=-1)
         # less the largest first: a tiny temperature would make an infinity of it
-        logits = logits.float() - logits.amax(dim=-1, keepdim=True).float()
-        logits = logits / max(self.temperature, _LOWEST_TEMPERATURE)
-        if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
-        probabilities = torch.softmax(logits, dim=-1)
-        order = None
-        if self.top_p < 1:
-            probabilities, order = probabilities.sort(dim=-1, descending=True)
-            outside = probabilities.cumsum(dim=-1) - probabilities >= self.top_p
-            probabilities = probabilities.masked_fill(outside, 0.0)
-        if self.min_p > 0:
-            least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
-            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-        drawn = torch.cat(
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        logits = logits / max(self._options.temperature, _LOWEST_TEMPERATURE)
+        rows = self._warpers(None, logits).softmax(dim=-1)
+        return torch.cat(
             [
-                torch.multinomial(row, 1, generator=generator)
-                for row, generator in zip(probabilities, generators, strict=True)
+                torch.multinomial(row, 1, generator=self._generator(prompt))
+                for row, prompt in zip(rows, texts, strict=True)
             ]
         )
-        return drawn if order is None else order.gather(-1, drawn[:, None]).squeeze(-1)
 
-    def _penalized(self, logits: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
-        logits = logits.float().clone()
-        for row, text in zip(logits, texts, strict=True):
-            there = torch.tensor(sorted(set(text)), device=row.device)
-            scores, penalty = row[there], self.repetition_penalty
-            row[there] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        return logits
-
-
-def make_sampler(
-    temperature: float, top_p: float, seed: int, device: torch.device, **more: float
-) -> Sampler:
-    """`more`: the sampler's further fields."""
-    return Sampler(temperature, top_p, seed, device, **more)  # type: ignore[arg-type]
+    def _generator(self, prompt: int) -> torch.Generator:
+        if prompt not in self._generators:
+            seed = random.Random(f"{self._options.seed} {prompt}").getrandbits(63)
+            self._generators[prompt] = torch.Generator(self._device).manual_seed(seed)
+        return self._generators[prompt]
 
 
 def stop_ids(model: PreTrainedModel, tokenizer_eos: frozenset[int]) -> frozenset[int]:
@@ -164,42 +140,37 @@ def require_fitting(ids: Sequence[int], config: PretrainedConfig, name: str = "t
         )
 
 
-# What a checkpoint may suggest for sampling, and what stands for nothing suggested.
-_SUGGESTIONS: dict[str, tuple[object, ...]] = {
-    "temperature": (None,),
-    "top_p": (None, 1.0),
-    "top_k": (None, 0),
-    "min_p": (None, 0.0),
-    "typical_p": (None, 1.0),
-    "repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "bad_words_ids": (None, []),
+# What a checkpoint may suggest for sampling, and what has no effect.
+_SUGGESTIONS: dict[str, Any] = {
+    "temperature": None,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "bad_words_ids": [],
 }
 
 
-def unused_suggestions(
-    suggested: dict[str, Any], temperature: float, top_p: float, **more: float
-) -> list[str]:
-    """A line for the user where the checkpoint's generation defaults suggest other sampling.
-
-    `more` are further settings of the run, by the checkpoint's names for them.
-    """
-    used: dict[str, Any] = {"temperature": temperature, "top_p": top_p} | more
+def unused_suggestions(suggested: dict[str, Any], options: GenerationOptions) -> list[str]:
+    """A line for the user where the checkpoint's generation defaults suggest other sampling."""
+    used = asdict(options)
     if not suggested.get("do_sample"):  # greedy: what shapes a draw has no effect
         used |= {name: suggested.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
     unused = [
         f"{name} {suggested[name]}"
         for name, nothing in _SUGGESTIONS.items()
-        if suggested.get(name) not in (*nothing, used.get(name))
+        if suggested.get(name) not in (None, nothing, used.get(name))
     ]
     if not unused:
         return []
     line = shorten(", ".join(unused), 200, placeholder=" ...")
     return [
-        f"the checkpoint suggests {line}; this run has temperature {temperature:g} and top-p "
-        f"{top_p:g}, and of all else what its flags say"
+        f"the checkpoint suggests {line}; this run has temperature {options.temperature:g} and "
+        f"top-p {options.top_p:g}, and of all else what its flags say"
     ]
 
 
@@ -207,116 +178,99 @@ def unused_suggestions(
 def generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
     *,
-    max_tokens: int,
-    sampler: Sampler,
-    eos_ids: frozenset[int],
+    eos_ids: frozenset[int] = frozenset(),
     first_prompt: int = 0,
     on_pass: Callable[[Sequence[int]], None] | None = None,
-    forced: Sequence[int] | None = None,
 ) -> Iterator[tuple[Generated, int]]:
     """Generate for a batch of prompts; yields (prompt's record, token id) as tokens appear.
 
     `prompts` are token ids, left-padded here to one length; prompt `i` is reported as
     `first_prompt + i`. A prompt that stops leaves the batch. `on_pass` hears, before each
-    forward pass, which prompts are in it. `forced` overrides the sampled tokens (replays). A model
-    that would take padding for text has its prompts one after the other where lengths differ.
-    Raises UserError for a prompt longer than the model's context. The end-of-sequence token is
-    counted and yielded. Records end with their `stop` reason set. Whoever iterates may set it too,
-    to end a prompt by what its text says.
+    forward pass, which prompts are in it. A model that would take padding for text has its prompts
+    one after the other where lengths differ. Raises UserError for a prompt longer than the model's
+    context. The end-of-sequence token is counted and yielded. Records end with their `stop` reason
+    set. Whoever iterates may set it too, to end a prompt by what its text says.
     """
-    limit = context_length(model.config)
     for ids in prompts:
         require_fitting(ids, model.config)
-    device = model.device
-    active = [Generated(first_prompt + i, len(ids)) for i, ids in enumerate(prompts)]
-    generators = {record.prompt: sampler.generator(record.prompt) for record in active}
-    inputs, mask = _left_pad(prompts, device)
-    if mask is not None and _counts_padding(model.config):
+    if len(set(map(len, prompts))) > 1 and _counts_padding(model.config):
         for number, ids in enumerate(prompts, start=first_prompt):
             yield from generate_batch(
-                model,
-                [ids],
-                max_tokens=max_tokens,
-                sampler=sampler,
-                eos_ids=eos_ids,
-                first_prompt=number,
-                on_pass=on_pass,
-                forced=forced,
+                model, [ids], options, eos_ids=eos_ids, first_prompt=number, on_pass=on_pass
             )
         return
-    n_past = 0
+    limit = context_length(model.config)
+    sampler = Sampler(options, model.device)
+    active = [Generated(number, len(ids)) for number, ids in enumerate(prompts, start=first_prompt)]
+    texts = {record.prompt: list(ids) for record, ids in zip(active, prompts, strict=True)}
+    inputs, mask, positions = _left_pad(prompts, model.device)
+    cache_name = cache_argument(model)
     cache = None
     if model._supports_default_dynamic_cache():  # else the model makes one of its own
-        cache = make_cache(model.config, inputs.shape[1] + max_tokens)
+        cache = make_cache(model.config, inputs.shape[1] + options.max_tokens)
     started = time.perf_counter()
-    for step in range(max_tokens):
+    while True:
         if on_pass is not None:
             on_pass([record.prompt for record in active])
-        positions = _positions(mask, inputs, n_past)
-        logits, cache = _forward(model, inputs, mask, positions, cache)
+        output: Any = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_name: cache},
+        )
+        logits, cache = output.logits[:, -1], output[cache_name]
         _require_finite(logits, active)
-        texts: list[list[int]] = []
-        if sampler.repetition_penalty != 1:
-            texts = [[*prompts[one.prompt - first_prompt], *one.ids] for one in active]
-        generators_of_rows = [generators[record.prompt] for record in active]
-        tokens = sampler.choose(logits, generators_of_rows, texts)
-        if forced is not None:
-            tokens = torch.full_like(tokens, forced[step])
+        tokens = sampler.choose(logits, {one.prompt: texts[one.prompt] for one in active})
         chosen = tokens.tolist()
         now = time.perf_counter()
-        keep = []
-        for row, (record, token) in enumerate(zip(active, chosen, strict=True)):
+        for record, token in zip(active, chosen, strict=True):
+            texts[record.prompt].append(token)
             record.ids.append(token)
             record.token_times_s.append(now - started)
-            if step == 0:
-                record.prefill_s = now - started
-            stop = _stop_reason(record, token, eos_ids, max_tokens, limit)
-            if stop is None:
-                keep.append(row)
-            else:
-                record.stop = stop
+            record.stop = _stop_reason(record, eos_ids, options.max_tokens, limit)
         started = now
         yield from zip(active, chosen, strict=True)
-        keep = [row for row in keep if active[row].stop == "interrupted"]
+        keep = [row for row, record in enumerate(active) if record.stop == "interrupted"]
         if not keep:
             return
         if len(keep) < len(active):
-            rows = torch.tensor(keep, device=device)
+            rows = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(rows)
-            mask, tokens = None if mask is None else mask[rows], tokens[rows]
-            active = [active[row] for row in keep]
-        n_past += inputs.shape[1]
-        inputs = tokens[:, None]
+            mask = None if mask is None else mask[rows]
+            active, tokens, positions = [active[row] for row in keep], tokens[rows], positions[rows]
+        inputs, positions = tokens[:, None], positions[:, -1:] + 1
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
 
 
 def _stop_reason(
-    record: Generated, token: int, eos_ids: frozenset[int], max_tokens: int, limit: int | None
-) -> StopReason | None:
-    if token in eos_ids:
+    record: Generated, eos_ids: frozenset[int], max_tokens: int, limit: int | None
+) -> StopReason:
+    if record.ids[-1] in eos_ids:
         return "eos"
     if len(record.ids) >= max_tokens:
         return "length"
     if limit is not None and record.n_prompt_tokens + len(record.ids) >= limit:
         return "context"
-    return None
+    return "interrupted"
 
 
 def _left_pad(
     prompts: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """int64 [B, S] ids, and 0 in a mask like it for padding; no mask where nothing is padded."""
-    longest = max(len(ids) for ids in prompts)
-    inputs = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, ids in enumerate(prompts):
-        inputs[row, longest - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
-        mask[row, longest - len(ids) :] = 1
-    if all(len(ids) == longest for ids in prompts):  # spares every step the look at it
-        return inputs.to(device), None
-    return inputs.to(device), mask.to(device)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """int64 [B, S]: the ids, a mask with 0 for padding, and each token's number in its prompt.
+
+    No mask where nothing is padded: that spares every step the look at it.
+    """
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompts]
+    positions = torch.arange(longest) - torch.tensor([[longest - len(ids)] for ids in prompts])
+    mask = (positions >= 0).long().to(device) if (positions < 0).any() else None
+    return torch.tensor(padded, device=device), mask, positions.clamp(min=0).to(device)
 
 
 def _counts_padding(config: PretrainedConfig) -> bool:
@@ -328,33 +282,6 @@ def _counts_padding(config: PretrainedConfig) -> bool:
 def cache_argument(model: PreTrainedModel) -> str:
     """How this release of transformers calls the KV cache: `cache` from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _positions(mask: Tensor | None, inputs: Tensor, n_past: int) -> Tensor:
-    """int64 like `inputs` [B, S]: each token's number in its own sequence, padding not counted."""
-    if mask is not None:
-        return (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-    numbers = torch.arange(n_past, n_past + inputs.shape[1], device=inputs.device)
-    return numbers.expand(inputs.shape)
-
-
-def _forward(
-    model: PreTrainedModel,
-    inputs: Tensor,
-    mask: Tensor | None,
-    positions: Tensor,
-    cache: DynamicCache | None,
-) -> tuple[Tensor, DynamicCache]:
-    name = cache_argument(model)
-    output: Any = model(
-        input_ids=inputs,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        logits_to_keep=1,
-        **{name: cache},
-    )
-    return output.logits[:, -1], output[name]
 
 
 def _require_finite(logits: Tensor, active: Sequence[Generated]) -> None:

@@ -33,64 +33,43 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
     before the next token is added, so no memory but the layer's own is written.
     """
 
+    is_initialized: bool
+
     def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._keys: _Rows | None = None
-        self._values: _Rows | None = None
         super().__init__()
-
-    @property
-    def keys(self) -> Tensor | None:
-        return None if self._keys is None else self._keys.held()
-
-    @keys.setter
-    def keys(self, tensor: Tensor | None) -> None:
-        self._keys = None if tensor is None else _Rows(tensor)
-
-    @property
-    def values(self) -> Tensor | None:
-        return None if self._values is None else self._values.held()
-
-    @values.setter
-    def values(self, tensor: Tensor | None) -> None:
-        self._values = None if tensor is None else _Rows(tensor)
+        self._rooms = _Room(max_tokens), _Room(max_tokens)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add the tokens of `key_states` and `value_states`; all keys and values held."""
-        if self._keys is None or self._values is None:
+        if not self.is_initialized:
             self.device = key_states.device
             self.is_initialized = True
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        assert self._keys is not None and self._values is not None
-        self._keys.add(key_states, self.max_tokens)
-        self._values.add(value_states, self.max_tokens)
-        return self._keys.held(), self._values.held()
-
-    def get_seq_length(self) -> int:
-        """The tokens held."""
-        return 0 if self._keys is None else self._keys.length
+        keys, values = self._rooms
+        self.keys = keys.add(self.keys, key_states)
+        self.values = values.add(self.values, value_states)
+        return self.keys, self.values
 
 
-class _Rows:
-    """Rows [B, heads, length, D] at the front of `room` [B, heads, capacity, D]."""
+class _Room:
+    """Memory [B, heads, capacity, D] whose front is the rows that it gave last."""
 
-    def __init__(self, room: Tensor) -> None:
-        self.room = room
-        self.length = room.shape[2]
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._memory: Tensor | None = None
+        self._given: Tensor | None = None
 
-    def held(self) -> Tensor:
-        return self.room.narrow(2, 0, self.length)
-
-    def add(self, rows: Tensor, max_tokens: int) -> None:
-        length = self.length + rows.shape[2]
-        batch, heads, capacity, width = self.room.shape
-        if length > capacity:
+    def add(self, held: Tensor, rows: Tensor) -> Tensor:
+        """`held` [B, heads, S, D] and `rows` behind it, without a copy of what was given last."""
+        n_held, length = held.shape[2], held.shape[2] + rows.shape[2]
+        if self._memory is None or held is not self._given or length > self._memory.shape[2]:
             spare = max(_FEWEST_SPARE_TOKENS, length // _SPARE_PART)
-            capacity = max(length, min(length + spare, max_tokens))
-            room = self.room.new_empty(batch, heads, capacity, width)
-            room.narrow(2, 0, self.length).copy_(self.held())
-            self.room = room
-        self.room.narrow(2, self.length, rows.shape[2]).copy_(rows)
-        self.length = length
+            batch, heads, _, width = rows.shape
+            capacity = max(length, min(length + spare, self._max_tokens))
+            self._memory = rows.new_empty(batch, heads, capacity, width)
+            self._memory[:, :, :n_held] = held
+        self._memory[:, :, n_held:length] = rows
+        self._given = self._memory[:, :, :length]
+        return self._given

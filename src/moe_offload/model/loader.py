@@ -8,7 +8,6 @@ follow its convention runs unmodified.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -24,22 +23,17 @@ from transformers import (
 )
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
-from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.model_config import (
+    build_on_meta,
     builder_of,
     require_experts_per_token,
     require_generation_config,
     require_plausible_depth,
     transformers_told,
 )
-from moe_offload.checkpoint.prepared import (
-    MODEL_DTYPES,
-    PREPARE_AGAIN,
-    Manifest,
-    PackedWeight,
-    iterate_dense,
-)
+from moe_offload.checkpoint.prepared import MODEL_DTYPES, PREPARE_AGAIN, Manifest, iterate_dense
+from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_linear import CpuLinear
@@ -66,16 +60,12 @@ class MoeSite:
 
 def model_config(manifest: Manifest) -> PretrainedConfig:
     """The transformers config of a prepared folder; UserError for one that it cannot use."""
-    model_type = str(manifest.config.get("model_type", ""))
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"{manifest.folder} holds a model of type '{model_type}', which the installed "
-            "transformers does not know: install a newer transformers"
-        )
     path = manifest.folder / MANIFEST_NAME
     require_plausible_depth(manifest.config, path, PREPARE_AGAIN)
-    with transformers_told(f"use the config in {path}", PREPARE_AGAIN):
-        config = CONFIG_MAPPING[model_type].from_dict(dict(manifest.config))
+    remedy = f"install a newer transformers, or {PREPARE_AGAIN}"
+    with transformers_told(f"use the config in {path}", remedy):
+        model_class = CONFIG_MAPPING[str(manifest.config.get("model_type"))]
+        config: PretrainedConfig = model_class.from_dict(dict(manifest.config))
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
     require_experts_per_token(config, n_experts, path, PREPARE_AGAIN)
     if manifest.generation_config is not None:
@@ -88,26 +78,16 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
 
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
-    builder = builder_of(config)
-    model_class = builder._model_mapping[type(config)]
-    if not model_class._supports_sdpa:
-        if attention != "sdpa":
-            raise UserError(
-                f"{model_class.__name__} computes its attention itself: use --attention sdpa, "
-                "which leaves it to the model"
-            )
-        attention = "eager"
-    elif attention != "sdpa" and not takes_other_attention(model_class):
+    model_class = builder_of(config)._model_mapping[type(config)]
+    if attention != "sdpa" and not takes_other_attention(model_class):
         raise UserError(
-            f"{model_class.__name__} computes its attention differently under names it does not "
-            "know: use --attention sdpa"
+            f"{model_class.__name__} computes its attention itself: use --attention sdpa, which "
+            "leaves it to the model"
         )
+    if not model_class._supports_sdpa:
+        attention = "eager"
     task = "build the model that the prepared folder describes"
-    with transformers_told(task, PREPARE_AGAIN), torch.device("meta"):
-        model: PreTrainedModel = builder.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    return model.eval()
+    return build_on_meta(config, dtype, attention, task, PREPARE_AGAIN).eval()
 
 
 def given_text_alone(config: PretrainedConfig) -> list[str]:
@@ -118,26 +98,13 @@ def given_text_alone(config: PretrainedConfig) -> list[str]:
 
 
 def find_moe_sites(model: PreTrainedModel, experts_paths: list[str]) -> list[MoeSite]:
-    """The model's MoE layers, in order; UserError when the model has no such module."""
+    """The model's MoE layers, in order."""
     sites = []
     for layer, path in enumerate(experts_paths):
-        try:
-            experts = model.get_submodule(path)
-        except AttributeError as error:
-            raise UserError(
-                f"the prepared model names the experts module '{path}', which the installed "
-                "transformers does not have: prepare the model again with --force"
-            ) from error
-        activation, own = probe_activation(experts)
+        activation, own = probe_activation(model.get_submodule(path))
         block = model.get_submodule(path.rpartition(".")[0])
         sites.append(MoeSite(layer, path, block, activation, own))
     return sites
-
-
-def install_experts(model: PreTrainedModel, path: str, module: nn.Module) -> None:
-    """Put `module` in the place of the experts module at `path`."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def refuse_saving(model: PreTrainedModel) -> None:
@@ -152,23 +119,6 @@ def refuse_saving(model: PreTrainedModel) -> None:
     model.save_pretrained = save_pretrained
 
 
-def one_pass_at_a_time(model: PreTrainedModel) -> None:
-    """Let threads take turns: a forward pass begins when another thread's has ended.
-
-    What the experts keep of a pass is one pass's. To be called when all other hooks are in place.
-    """
-    lock = threading.RLock()  # one pass may call the model again
-
-    def begin(*_: object) -> None:
-        lock.acquire()
-
-    def end(*_: object) -> None:
-        lock.release()
-
-    model.register_forward_pre_hook(begin, prepend=True)
-    model.register_forward_hook(end, always_call=True)
-
-
 class ModelSource(Protocol):
     """Where a model's weights come from: a prepared folder, or a generator of random ones.
 
@@ -181,22 +131,13 @@ class ModelSource(Protocol):
     name: str
     config: PretrainedConfig
     dtype: torch.dtype
+    weight_format: WeightFormat
+    dense_format: WeightFormat
     experts_paths: list[str]
     layouts: list[BlockLayout]
     n_experts: list[int]
     n_stored_layers: int
     dense_bytes: int
-
-    @property
-    def weight_format(self) -> str:
-        """The experts' format."""
-
-    @property
-    def dense_format(self) -> str:
-        """The format of the large dense matrices."""
-
-    def check(self, model: PreTrainedModel) -> None:
-        """UserError unless these are the weights of `model`, a skeleton with its own experts."""
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
         """Fill every weight but the experts."""
@@ -222,27 +163,18 @@ class PreparedModel:
         self.weight_format = manifest.weight_format
         self.dense_format = manifest.dense_format
 
-    def check(self, model: PreTrainedModel) -> None:
-        """UserError for a manifest that does not fit the model which its config builds."""
-        require_fit(self.manifest, model)
-
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
-        """Read the dense weights to `device`; every tensor's checksum is checked.
-
-        UserError when a tensor is missing, superfluous, or of another shape than the model's.
-        """
-        packed = {weight.name: weight for weight in self.manifest.packed_weights}
-        parts: dict[str, dict[str, Tensor]] = {}
-        for stored_name, tensor in iterate_dense(self.manifest):
+        """Read the dense weights to `device`; every tensor's checksum is checked."""
+        tensors = {}
+        for name, tensor in iterate_dense(self.manifest.dense):
             progress(tensor.nbytes)
-            name, _, part = stored_name.rpartition(".")
-            if name not in packed:
-                assign(model, stored_name, tensor.to(device))
-                continue
-            parts.setdefault(name, {})[part] = tensor
-        for name, tensors in parts.items():  # last: a layer takes its bias along
-            _install_packed(model, packed[name], tensors["packed"], tensors["scale"])
-        finish_model(model, device)
+            tensors[name] = tensor.to(device)
+        for weight in self.manifest.packed_weights:
+            path = weight.name.removesuffix(".weight")
+            packed, scale = (tensors.pop(f"{weight.name}.{part}") for part in ("packed", "scale"))
+            linear: Any = model.get_submodule(path)
+            model.set_submodule(path, CpuLinear.from_packed(linear, packed, scale, weight.bits))
+        fill_model(model, tensors, device)
         if self.manifest.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(self.manifest.generation_config)
 
@@ -251,8 +183,12 @@ class PreparedModel:
         store.read(self.manifest.moe_layers, progress)
 
 
-def finish_model(model: PreTrainedModel, device: torch.device) -> None:
-    """Tie weights and compute what no checkpoint holds; UserError names what is still missing."""
+def fill_model(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Give a skeleton its weights, compute what no checkpoint holds; UserError for what is missing.
+
+    `tensors` are of the names and shapes of the model, which `require_fit` has compared.
+    """
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
@@ -274,8 +210,7 @@ def finish_model(model: PreTrainedModel, device: torch.device) -> None:
                 uninitialised.append((module, name))
     model.initialize_weights()
     for module, name in uninitialised:
-        buffer = module.get_buffer(name)
-        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+        if module.get_buffer(name).isnan().any():
             raise UserError(
                 f"buffer '{name}' of {type(module).__name__} is in no checkpoint and the model "
                 "does not initialise it: this architecture is not supported"
@@ -294,43 +229,5 @@ def onednn_linears(model: PreTrainedModel) -> list[CpuLinear]:
 
 
 def distinct_linears(linears: Iterable[CpuLinear]) -> list[CpuLinear]:
-    """The first of each shape: what one layer has, or near it."""
-    by_shape: dict[tuple[int, int], CpuLinear] = {}
-    for linear in linears:
-        by_shape.setdefault((linear.out_features, linear.in_features), linear)
-    return list(by_shape.values())
-
-
-def assign(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the parameter or buffer `name`; UserError when the model has none like it."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-        current = module._parameters.get(leaf)
-        if current is None:
-            current = module._buffers[leaf]
-    except (AttributeError, KeyError) as error:
-        raise UserError(
-            f"the prepared folder holds the tensor '{name}', which the installed transformers' "
-            "model does not have: prepare the model again with --force"
-        ) from error
-    if current is None or current.shape != tensor.shape:
-        raise UserError(
-            f"tensor '{name}' has shape {list(tensor.shape)}, the model expects "
-            f"{None if current is None else list(current.shape)}: prepare the model again"
-        )
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _install_packed(
-    model: PreTrainedModel, weight: PackedWeight, packed: Tensor, scale: Tensor
-) -> None:
-    path = weight.name.rpartition(".")[0]
-    linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear), path
-    install_experts(
-        model, path, CpuLinear.from_packed(linear, packed, scale, 8 if weight.bits == 8 else 4)
-    )
+    """One of each shape: what one layer has, or near it."""
+    return list({(one.out_features, one.in_features): one for one in linears}.values())

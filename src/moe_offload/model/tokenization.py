@@ -25,7 +25,6 @@ _OWN_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 _LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
 
-
 Message = Mapping[str, str]  # of a chat: its role (system, user, assistant) and its content
 
 
@@ -40,11 +39,9 @@ class Tokenizer(Protocol):
 
         UserError for a chat that the template does not take.
         """
-        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
-        ...
 
 
 class MistralTokenizer:
@@ -82,8 +79,8 @@ class MistralTokenizer:
             raise UserError(f"mistral-common refuses these messages ({_said(error)})") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        n_known = self.vocabulary_size  # a model's rows may be padded beyond
-        return str(self._tokenizer.decode([token for token in ids if token < n_known]))
+        known = [token for token in ids if token < self.vocabulary_size]  # rows may be padded
+        return str(self._tokenizer.decode(known))
 
 
 class CheckpointTokenizer:
@@ -100,11 +97,7 @@ class CheckpointTokenizer:
                 f"{folder} holds no tokenizer (transformers made an empty one): copy the model's "
                 "tokenizer files there"
             )
-        if not self._backend.chat_template and (folder / "chat_template.json").is_file():
-            # a processor's file, which holds the text model's template as well
-            self._backend.chat_template = read_json_object(folder / "chat_template.json").get(
-                "chat_template"
-            )
+        self._backend.chat_template = self._backend.chat_template or _template(folder)
         self._folder = folder
         self.name = f"{type(self._backend).__name__} ({folder.name})"
         eos = self._backend.eos_token_id
@@ -189,9 +182,8 @@ def bounded(seconds: float, n_bytes: int) -> Iterator[None]:
             raise_in(ctypes.c_ulong(thread), ctypes.py_object(TimeoutError))
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = psutil.Process().memory_info().vms + n_bytes
-    for other in (soft, hard):
-        limit = limit if other == resource.RLIM_INFINITY else min(limit, other)
+    limits = [one for one in (soft, hard) if one != resource.RLIM_INFINITY]
+    limit = min([psutil.Process().memory_info().vms + n_bytes, *limits])
     timer = threading.Timer(seconds, expire)
     timer.start()
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -237,13 +229,11 @@ def check_tokenizer(folder: Path, model_type: str) -> None:
     at.
     """
     for path in sorted(folder.glob("tokenizer*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                    raise UserError(
-                        f"{path} is a git-lfs pointer, not the file itself: run git lfs pull "
-                        "there, or download it again"
-                    )
+        if path.is_file() and path.read_bytes().startswith(_LFS_POINTER):
+            raise UserError(
+                f"{path} is a git-lfs pointer, not the file itself: run git lfs pull there, or "
+                "download it again"
+            )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
@@ -270,6 +260,7 @@ def _template(folder: Path) -> str:
     """The checkpoint's own chat template; empty where it has none."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    # the last is a processor's file, which holds the text model's template as well
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (folder / name).is_file():
             template = read_json_object(folder / name).get("chat_template")
@@ -289,28 +280,19 @@ class StreamingDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._window_start = 0
-        self._printed_end = 0
+        self._known: list[int] = []  # the tokens of the last piece
+        self._new: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that became certain with `token`, possibly empty."""
-        self._ids.append(token)
-        piece = self._pending()
-        if piece.endswith("\ufffd"):
+        self._new.append(token)
+        piece = self.finish()
+        if not piece or piece.endswith("\ufffd"):
             return ""
-        return self._commit(piece)
+        self._known, self._new = self._new, []
+        return piece
 
     def finish(self) -> str:
-        """Whatever was held back, incomplete characters included."""
-        return self._commit(self._pending())
-
-    def _pending(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._window_start : self._printed_end])
-        return self._tokenizer.decode(self._ids[self._window_start :])[len(known) :]
-
-    def _commit(self, piece: str) -> str:
-        if piece:
-            self._window_start = self._printed_end
-            self._printed_end = len(self._ids)
-        return piece
+        """What is held back, incomplete characters included."""
+        known = self._tokenizer.decode(self._known)
+        return self._tokenizer.decode([*self._known, *self._new])[len(known) :]

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import Machine
-from moe_offload.simulation.replay import Replay, Timeline, prefetch_step_us, replay
+from moe_offload.simulation.replay import Busy, Replay, Timeline, prefetch_step_us, replay
 from moe_offload.simulation.shapes import ModelShape, load_shape
-from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.workload import MIXTRAL_OVERLAP, Workload, even_workload
 
 N_TOKENS = 128
@@ -49,13 +48,6 @@ class Cell:
         return 100 * (self.predicted / self.measured - 1)
 
 
-def paper_workload(shape: ModelShape, n_tokens: int = N_TOKENS) -> Trace:
-    """Synthetic routing with Mixtral's reuse; Phi-3.5-MoE's is not published and taken alike."""
-    repeat = even_workload(shape.n_layers, 8, 2, MIXTRAL_OVERLAP).repeat
-    workload = Workload(shape.name, shape.n_layers, shape.n_experts, shape.top_k, repeat)
-    return workload.generate(n_tokens)
-
-
 def paper_cells(machine: Machine) -> Iterator[Cell]:
     """Predict every figure in turn; `machine` is varied in its cores and nothing else."""
     watts: dict[int, float] = {}
@@ -65,17 +57,17 @@ def paper_cells(machine: Machine) -> Iterator[Cell]:
         for cores, measured in by_cores.items():
             variant = machine.variant(cores=cores)
             if method == COLLABORATIVE:
-                result, timeline = _collaborative(variant, shape)
-                busy = timeline.busy
+                result = _collaborative(variant, shape)
                 per_s = result.tokens_per_s
-                total = variant.joules(timeline.now_us, busy.cpu_us, busy.copy_us, busy.gpu_us)
+                total = variant.joules(result.decode_us, result.busy)
                 energy = total / result.n_decode_tokens
             else:
                 costs = variant.cost_model(shape, "bf16")
                 step_us = prefetch_step_us(costs, shape.n_layers, shape.top_k)
                 per_s = 1e6 / step_us
                 gpu_us = costs.dense_us_per_layer + costs.gpu.us(shape.top_k, shape.top_k)
-                energy = variant.joules(step_us, 0, step_us, shape.n_layers * gpu_us)
+                busy = Busy(gpu_us=shape.n_layers * gpu_us, copy_us=step_us)
+                energy = variant.joules(step_us, busy)
             if name == "mixtral-8x7b":
                 joules[method] = energy
                 if method == COLLABORATIVE:
@@ -105,8 +97,11 @@ def paper_table(machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _collaborative(machine: Machine, shape: ModelShape) -> tuple[Replay, Timeline]:
+def _collaborative(machine: Machine, shape: ModelShape) -> Replay:
     n_indexes, n_ways = CACHES[shape.name]
     cache = ExpertCache(n_indexes, n_ways, make_policy("LRU"))
+    # Mixtral's reuse for both: that of Phi-3.5-MoE is not published.
+    repeat = even_workload(shape.n_layers, 8, 2, MIXTRAL_OVERLAP).repeat
+    workload = Workload(shape.name, shape.n_layers, shape.n_experts, shape.top_k, repeat)
     timeline = Timeline(machine.cost_model(shape, "bf16"))
-    return replay(paper_workload(shape).passes, cache, timeline=timeline), timeline
+    return replay(workload.generate(N_TOKENS).passes, cache, timeline=timeline)

@@ -7,16 +7,8 @@ in a prompt the cache is warmed with the experts of its last tokens, by the same
 one, from the trace, where it was recorded. Without a clock every copy ends before the next layer
 begins.
 
-`Timeline` is the clock. Each layer passes in the dispatcher's order: dense work on the GPU; hits
-launched, copies queued, misses on the CPU, all at once; the layer ends when both sides have.
-Copies go one at a time in the order they were queued and carry on across layers and tokens. While
-the CPU computes and the bus copies, both are slower by the cost model's shared speeds; the GPU
-goes on at its own.
-
-`Belady` is the bound beside every policy: evict what is used again last. Without bypass it is a
-policy like the others, run by the production directory, only that it knows the future. With
-bypass (`most_hits`) a missed expert need not be kept at all; that is the most hits any policy can
-have, whatever it evicts or refuses to admit.
+Beside every policy stand two bounds that know the future: `Belady`, a policy like the others, and
+`most_hits`, which need not keep a missed expert at all.
 """
 
 from __future__ import annotations
@@ -25,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from types import MappingProxyType
 
 from moe_offload.experts.cache import ExpertCache, HitCounts, ReplacementPolicy
 from moe_offload.experts.costs import CostModel, PrefillSplit
@@ -33,10 +24,7 @@ from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, distinct_
 
 
 class Belady(ReplacementPolicy):
-    """Evict what is used again last. `begin_pass` tells it how far the replay has come.
-
-    `future` is all that is replayed. Experts that are never used again go first.
-    """
+    """Evict what is used again last, of all in `future`, which is what is replayed."""
 
     def __init__(self, future: Routing) -> None:
         self._future = future
@@ -71,10 +59,9 @@ def n_decoded_ids(one: RoutingPass) -> int:
 
 
 def most_hits(routing: Routing, n_indexes: int, n_ways: int) -> int:
-    """The most experts of decode that any N x M cache can hit: Belady with bypass.
+    """The most experts of decode that any N x M cache can hit, in the unit of `Replay.found`.
 
-    An expert counts once in a pass, as in `Replay.found`, however many tokens chose it.
-
+    This is Belady's optimum with bypass: no policy exceeds it, whatever it evicts or refuses.
     Between two uses an expert either stays the whole time, a hit, or need not be there; at most M
     stay at once. Keeping the M that are used again first is optimal for such intervals. A
     prompt's experts may be kept without having been looked up.
@@ -108,7 +95,14 @@ class Busy:
 
 
 class Timeline:
-    """The modelled time of one run, and which copies have arrived by then."""
+    """The modelled time of one run, and which copies have arrived by then.
+
+    Each layer passes in the dispatcher's order: dense work on the GPU; hits launched, copies
+    queued, misses on the CPU, all at once; the layer ends when both sides have. Copies go one at a
+    time in the order they were queued and carry on across layers and tokens. While the CPU
+    computes and the bus copies, both are slower by the cost model's shared speeds; the GPU goes on
+    at its own.
+    """
 
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
@@ -126,13 +120,11 @@ class Timeline:
 
     def pass_dense(self) -> None:
         """Let the attention and routing of one layer pass."""
-        self._pass(self.costs.dense_us_per_layer)
-        self.busy.gpu_us += self.costs.dense_us_per_layer
+        self._pass_both(0.0, self.costs.dense_us_per_layer)
 
     def pass_rest(self) -> None:
         """Let what a pass takes beside its layers go by: the head."""
-        self._pass(self.costs.step_us)
-        self.busy.gpu_us += self.costs.step_us
+        self._pass_both(0.0, self.costs.step_us)
 
     def pass_experts(
         self, gpu_experts: int, cpu_experts: int, slots: Sequence[int], n_tokens: int = 1
@@ -140,7 +132,7 @@ class Timeline:
         """Let one layer's experts pass.
 
         `gpu_experts` hits and `cpu_experts` misses have `n_tokens` each; copies into `slots` begin
-        with them. Ends when both sides have; copies may be left over.
+        with them.
         """
         costs = self.costs
         self.queue(slots)
@@ -149,21 +141,17 @@ class Timeline:
             costs.gpu.us(gpu_experts, gpu_experts * n_tokens),
         )
 
-    def split_prefill(self, counts: Sequence[int], ready: Collection[int]) -> PrefillSplit:
-        """Share a prompt layer's experts as the dispatcher does, behind the copies queued by now.
-
-        `counts[e]` is the number of tokens on expert e; `ready` experts are cached. The backlog is
-        the dispatcher's: it knows how many copies have not ended, not how far the first has come.
-        """
-        backlog_us = len(self._queue) * self.costs.copy_us(shared=True)
-        return self.costs.split_prefill(counts, ready, backlog_us)
+    @property
+    def backlog_us(self) -> float:
+        """The queued copies, each whole: how far the first has come the dispatcher cannot know."""
+        return len(self._queue) * self.costs.copy_us(shared=True)
 
     def pass_prefill(
         self,
         split: PrefillSplit,
         counts: Sequence[int],
-        warmed: Sequence[tuple[int, int]] = (),
-        in_flight: Mapping[int, int] = MappingProxyType({}),
+        warmed: Sequence[tuple[int, int]],
+        in_flight: Mapping[int, int],
     ) -> None:
         """Let one layer's experts of a prompt pass as `split` shares them.
 
@@ -196,10 +184,7 @@ class Timeline:
             self._queue.append([slot, self.costs.copy_us(shared=False)])
 
     def _pass_both(self, cpu_us: float, gpu_us: float) -> None:
-        """Let a layer's work pass, each side's time given for a quiet machine.
-
-        Copies slow the CPU and are slowed by it; a GPU and its bus know nothing of each other.
-        """
+        """Let a layer's work pass, each side's time given for a quiet machine."""
         began_us = self.now_us
         self._pass(cpu_us, self.costs.cpu_shared_factor, self._slowdown)
         self.busy.cpu_us += self.now_us - began_us
@@ -254,14 +239,15 @@ def bound_us(costs: CostModel, n_layers: int, hits: float, misses: float) -> flo
 
 @dataclass
 class Replay:
-    """What a replay counted.
+    """What a replay counted, of a cache that was empty.
 
     `decode` and `prefill` are hits of the cached layers by token, as the engine's summary counts
     them. `looked_up` counts what decode asks the directory: an expert that several tokens of a
     pass chose counts once, and `found` of them were there. This is the unit of fetches and of the
     optimum; for one sequence both units are the same. `fetches` and `evictions` include the
     warm-up after prompts. `hits_by_layer` has one row for each pass, as the cachehit CSV: hits of
-    each cached layer, where kept. The times are modelled, 0 without a timeline.
+    each cached layer, where kept. The times are modelled, and how long each part was `busy` in
+    them: 0 without a timeline.
     """
 
     decode: HitCounts = field(default_factory=HitCounts)
@@ -274,6 +260,7 @@ class Replay:
     evictions: int = 0
     decode_us: float = 0.0
     prefill_us: float = 0.0
+    busy: Busy = field(default_factory=Busy)
     hits_by_layer: list[list[int]] = field(default_factory=list)
 
     @property
@@ -294,17 +281,12 @@ def replay(
     timeline: Timeline | None = None,
     keep_layers: bool = False,
 ) -> Replay:
-    """Run `passes` through `cache`, whose counters go on from where they were.
+    """Run `passes` through `cache`.
 
     `quota` is the most fetches of one pass. With a `timeline`, copies take their modelled time
     and the times are filled; without, they are instant. `keep_layers` fills `hits_by_layer`.
     """
-    result = Replay(
-        looked_up=-cache.hits - cache.misses,
-        found=-cache.hits,
-        fetches=-cache.admissions,
-        evictions=-cache.evictions,
-    )
+    result = Replay()
     policy = cache.policy
     for one in passes:
         if isinstance(policy, Belady):
@@ -322,10 +304,12 @@ def replay(
             result.decode_us += timeline.now_us - began_us if timeline else 0.0
         if keep_layers:
             result.hits_by_layer.append(row)
-    result.looked_up += cache.hits + cache.misses
-    result.found += cache.hits
-    result.fetches += cache.admissions
-    result.evictions += cache.evictions
+    if timeline is not None:
+        result.busy = timeline.busy
+    result.looked_up = cache.hits + cache.misses
+    result.found = cache.hits
+    result.fetches = cache.admissions
+    result.evictions = cache.evictions
     return result
 
 
@@ -372,15 +356,15 @@ def _replay_prefill(
         if timeline is not None:
             tokens_of = Counter(chain.from_iterable(tokens))
             counts = [tokens_of[expert] for expert in range(1 + max(tokens_of))]
-            split = timeline.split_prefill(counts, ready)
+            split = timeline.costs.split_prefill(counts, ready, timeline.backlog_us)
             waited = [expert for expert in split.gpu_experts if expert not in ready]
+            places = {expert: cache.slot_of(layer, expert) for expert in waited}
+            in_flight = {expert: slot for expert, slot in places.items() if slot is not None}
         if layer < cache.n_indexes:
             row.append(_count(counted, tokens, ready))
-        places = {expert: cache.slot_of(layer, expert) for expert in waited}
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
         if timeline is not None:
-            in_flight = {expert: slot for expert, slot in places.items() if slot is not None}
             timeline.pass_prefill(split, counts, fetches, in_flight)
         else:
             for _, slot in fetches:

@@ -49,23 +49,24 @@ class ModelShape:
         return 2 * (self.n_layers * self.dense_weights_per_layer + self.other_weights)
 
 
-def shape_names() -> list[str]:
-    """The models whose shapes are known."""
-    return sorted(_read_shapes())
+def known_shapes() -> dict[str, dict[str, Any]]:
+    """The transformers configurations of the models whose shapes are known, by name."""
+    shapes: dict[str, dict[str, Any]] = yaml.safe_load(SHAPES_FILE.read_text(encoding="utf-8"))
+    return shapes
 
 
 def shape_named_in(model: str) -> str | None:
     """The shape whose name begins a model's, as files of weights are called; None without one."""
     plain = model.lower().replace("_", "-")
-    return next((name for name in shape_names() if plain.startswith(name)), None)
+    return next((name for name in known_shapes() if plain.startswith(name)), None)
 
 
 def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
     """The transformers configuration of the shape called `name`, cut to `n_layers` where given.
 
-    Raises UserError for a name that is not known, and for more layers than the shape has.
+    Raises UserError for a name that is not known, and for layers that the shape has not.
     """
-    shapes = _read_shapes()
+    shapes = known_shapes()
     if name not in shapes:
         raise UserError(
             f"expected one of the shapes {', '.join(sorted(shapes))}, found {name!r}; choose one "
@@ -73,16 +74,12 @@ def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
         )
     fields = dict(shapes[name])
     if n_layers is not None:
+        first = 1 + (fields.get("first_k_dense_replace") or 0)
         most = fields["num_hidden_layers"]
-        n_dense = fields.get("first_k_dense_replace") or 0
-        if n_layers <= n_dense:
+        if not first <= n_layers <= most:
             raise UserError(
-                f"expected --dummy-layers from {n_dense + 1} to {most}, for {name} has experts "
-                f"from layer {n_dense + 1} on, found {n_layers}"
-            )
-        if n_layers > most:
-            raise UserError(
-                f"expected --dummy-layers of at most {most}, {name}'s, found {n_layers}"
+                f"expected --dummy-layers from {first} to {most}, for {name} has experts from "
+                f"layer {first} to the last, found {n_layers}"
             )
         fields["num_hidden_layers"] = n_layers
     return fields
@@ -91,11 +88,6 @@ def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
 def load_shape(name: str) -> ModelShape:
     """Return the shape called `name`; raises UserError with the known names for another."""
     return shape_of_config(name, shape_config(name))
-
-
-def _read_shapes() -> dict[str, dict[str, Any]]:
-    shapes: dict[str, dict[str, Any]] = yaml.safe_load(SHAPES_FILE.read_text(encoding="utf-8"))
-    return shapes
 
 
 def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:

@@ -4,62 +4,48 @@
       per decoded token (rows of one index are one batch); a prefill has no ids. The reference's
       header says 32 layers for every model: where header and rows differ, rows count.
   *.route.csv         `turn,phase,step,layer,slot,expert,...`, phase 0 prompt and 1 decode, after
-      `#` comments that name the model, its layers and its experts.
+      `#` comments that name the model and its experts.
   JSON lines          a run's routing.jsonl: a header object {"routing_trace": 1, "model": ...,
       "n_layers": ..., "top_k": ..., "n_experts": ..., "synthetic": ...}, then one object per
       forward pass: {"phase": "prefill" | "decode", "prompt": 0, "ids": [layer][token][k]}, and for
       a prompt that was partly computed on the GPU "waited": [layer][...], the experts copied for
       that.
 
-Files are streamed: `TraceReader` holds one pass, whatever the file's size; `read_trace` holds them
-all, a byte an expert. Anything that does not fit is a UserError with its line number, raised when
-that line is read and not later.
+Each is a generator over a `Reading`, which holds the line and all checks. Files are streamed:
+`TraceReader` holds one pass, whatever the file's size; `read_trace` holds them all, a byte an
+expert. Anything that does not fit is a UserError with its line number, raised when that line is
+read and not later.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from moe_offload.errors import UserError
-from moe_offload.simulation.traces import N_IDS, Phase, Routing, RoutingPass, Trace, TraceInfo
+from moe_offload.files import from_json, require_regular
+from moe_offload.simulation.traces import N_IDS, NEVER, Routing, RoutingPass, Trace, TraceInfo
 
 _MAX_FIRST_LINE = 1 << 20  # characters: a file without an end of line is no trace
 
 
-class TraceFormat:
-    """What the three formats share: the current line number, and checks that name it."""
+class Reading:
+    """One way through a file: the current line, what the file has told by then, and the checks."""
 
-    def __init__(self, path: Path, n_experts: int | None) -> None:
+    def __init__(self, path: Path, n_experts: int | None = None) -> None:
         self.path = path
         self.line_number = 0
-        self.n_experts = n_experts
-        self.model = re.sub(r"\.(expert_choices|route|csv|jsonl)\b", "", path.name)
-        self.synthetic = "synthetic" in path.name
-        self.notes: tuple[str, ...] = ()
-        self.n_layers = 0
-        self.top_k = 0
-        self.expert_bytes: list[int] = []
+        name = re.sub(r"\.(expert_choices|route|csv|jsonl)\b", "", path.name)
+        self.info = TraceInfo(name, 0, 0, n_experts, synthetic="synthetic" in path.name)
 
-    def passes(self) -> Iterator[RoutingPass]:
-        raise AssertionError("each format reads its own passes")
-
-    def info(self) -> TraceInfo:
-        n_bytes = self.expert_bytes
-        return TraceInfo(
-            self.model,
-            self.n_layers,
-            self.top_k,
-            self.n_experts,
-            self.synthetic,
-            self.notes,
-            sum(n_bytes) // len(n_bytes) if n_bytes else None,
-        )
+    def learn(self, **facts: Any) -> None:
+        self.info = replace(self.info, **facts)
 
     def lines(self) -> Iterator[str]:
         with self.path.open(encoding="utf-8", errors="replace") as lines:
@@ -73,16 +59,23 @@ class TraceFormat:
             "correct the trace or record it again"
         )
 
-    def token(self, experts: Iterable[int]) -> tuple[int, ...]:
-        """One token's choices, checked: distinct and in range."""
-        ids = tuple(experts)
-        limit = self.n_experts or N_IDS
-        if len(set(ids)) != len(ids):
-            raise self.error("distinct experts of one token", list(ids))
-        if ids and not 0 <= min(ids) <= max(ids) < limit:
-            wrong = next(expert for expert in ids if not 0 <= expert < limit)
-            raise self.error(f"an expert id of 0 to {limit - 1}", wrong)
-        return ids
+    def numbers(self, values: Sequence[str], least: int = 0, most: int = NEVER) -> list[int]:
+        try:
+            found = list(map(int, values))
+        except ValueError:
+            found = [-1]
+        if min(found) < least or max(found) > most:
+            raise self.error(f"whole numbers of {least} to {most}", values)
+        return found
+
+    def token(self, experts: Sequence[int]) -> tuple[int, ...]:
+        """One token's choices, or what a layer waited for, if distinct and in range."""
+        n_experts = self.info.n_experts or N_IDS
+        if experts and (
+            len(set(experts)) != len(experts) or not 0 <= min(experts) <= max(experts) < n_experts
+        ):
+            raise self.error(f"distinct expert ids of 0 to {n_experts - 1}", list(experts))
+        return tuple(experts)
 
     def checked(self, one: RoutingPass) -> RoutingPass:
         """`one`, if its layers and its tokens are as many as those before.
@@ -90,194 +83,162 @@ class TraceFormat:
         Of a prompt a last layer may have seen fewer tokens: only the last one's output is needed.
         """
         counts = [len(tokens) for tokens in one.ids]
-        self.n_layers = self.n_layers or len(counts)
-        if len(counts) != self.n_layers:
-            raise self.error(f"{self.n_layers} layers", len(counts))
         if not counts or min(counts) == 0 or (one.phase == "decode" and len(set(counts)) > 1):
             raise self.error("as many tokens in every layer, at least one", counts)
-        self.top_k = self.top_k or len(one.ids[0][0])
+        if not (self.info.n_layers and self.info.top_k):
+            self.learn(
+                n_layers=self.info.n_layers or len(counts),
+                top_k=self.info.top_k or max(1, len(one.ids[0][0])),
+            )
+        if len(counts) != self.info.n_layers:
+            raise self.error(f"{self.info.n_layers} layers", len(counts))
+        top_k = self.info.top_k
         for tokens in one.ids:
             for token in tokens:
-                if len(token) != self.top_k:
-                    raise self.error(f"{self.top_k} expert ids for each token", list(token))
+                if len(token) != top_k:
+                    raise self.error(f"{top_k} expert ids for each token", list(token))
         return one
 
-    def integer(self, text: object, what: str, least: int = 0, most: int = 1 << 60) -> int:
-        try:
-            number = int(str(text))
-        except ValueError:
-            raise self.error(f"a whole number as {what}", repr(text)) from None
-        if not least <= number <= most:
-            raise self.error(f"{what} of {least} to {most}", number)
-        return number
+
+def expert_choices(reading: Reading) -> Iterator[RoutingPass]:
+    for (prompt, _), rows in groupby(_choices_by_row(reading), itemgetter(0)):
+        ids = tuple(zip(*(tokens for _, tokens in rows), strict=True))
+        yield RoutingPass("decode" if ids else "prefill", ids, prompt)
 
 
-class ExpertChoices(TraceFormat):
-    def passes(self) -> Iterator[RoutingPass]:
-        lines = (line for line in self.lines() if not line.startswith("#"))
-        header = next(lines).split(",")
-        blocks = [name for name in header if name.startswith("Block_")]
-        further = header[1 + len(blocks) :]  # columns that only this tool writes
-        if not blocks or header[: 1 + len(blocks)] != ["Index", *blocks]:
-            raise self.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header))
-        self.top_k = blocks.count(blocks[0])
-        width = 0
-        prompt = -1
-        batch: list[list[tuple[int, ...]]] = []
-        index = ""
-        for line in lines:
-            first, *cells = line.split(",")
-            owner = None
-            if further and len(cells) + 1 == len(header):
-                owner = cells[-1] if further[-1] == "Prompt" else None
-                del cells[len(blocks) :]
-            is_prefill = not any(cells)
-            if batch and (is_prefill or first != index):
-                yield self._decode(batch, prompt)
-                batch = []
-            if is_prefill:
-                prompt = prompt + 1 if owner is None else self.integer(owner, "Prompt")
-                yield RoutingPass("prefill", (), prompt)
-                continue
-            if not width:
-                width = len(cells)
-                self._set_layers(width, len(blocks))
-            if len(cells) != width:
-                raise self.error(f"{width} expert ids like the rows before", len(cells))
-            index = first
-            batch.append(self._token_of_layers(cells))
-        if batch:
-            yield self._decode(batch, prompt)
-
-    def _set_layers(self, width: int, n_header_ids: int) -> None:
-        self.n_layers, rest = divmod(width, self.top_k)
-        if rest:
-            raise self.error(f"{self.top_k} expert ids for each layer, as the header", width)
-        if width != n_header_ids:
-            self.notes = (
-                f"the header names {n_header_ids // self.top_k} layers and the rows hold "
-                f"{self.n_layers}: the rows were read",
+def _choices_by_row(
+    reading: Reading,
+) -> Iterator[tuple[tuple[int, str | int], list[tuple[int, ...]]]]:
+    """Of each row what tells its pass from others, prompt first, and a token for each layer."""
+    lines = (line for line in reading.lines() if not line.startswith("#"))
+    header = next(lines).split(",")
+    blocks = [name for name in header if name.startswith("Block_")]
+    if not blocks or header[: 1 + len(blocks)] != ["Index", *blocks]:
+        raise reading.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header))
+    top_k = blocks.count(blocks[0])
+    reading.learn(top_k=top_k)
+    prompt = -1
+    for line in lines:
+        index, *cells = line.split(",")
+        owner = None
+        if 1 + len(cells) == len(header):  # behind the ids are columns that only this tool writes
+            owner = cells[-1] if header[-1] == "Prompt" else None
+            del cells[len(blocks) :]
+        if not any(cells):
+            (prompt,) = [prompt + 1] if owner is None else reading.numbers([owner])
+            yield (prompt, reading.line_number), []
+            continue
+        ids = reading.numbers(cells)
+        tokens = [reading.token(ids[at : at + top_k]) for at in range(0, len(ids), top_k)]
+        reading.checked(RoutingPass("decode", tuple((token,) for token in tokens)))
+        if len(ids) != len(blocks) and not reading.info.notes:
+            note = (
+                f"the header names {len(blocks) // top_k} layers and the rows hold {len(tokens)}: "
+                "the rows were read"
             )
-
-    def _token_of_layers(self, cells: list[str]) -> list[tuple[int, ...]]:
-        try:
-            ids = list(map(int, cells))
-        except ValueError:
-            ids = [self.integer(cell, "an expert id") for cell in cells]  # raises for the one
-        return [self.token(ids[at : at + self.top_k]) for at in range(0, len(ids), self.top_k)]
-
-    def _decode(self, batch: list[list[tuple[int, ...]]], prompt: int) -> RoutingPass:
-        return RoutingPass("decode", tuple(zip(*batch, strict=True)), max(prompt, 0))
+            reading.learn(notes=(note,))
+        yield (max(prompt, 0), index), tokens
 
 
-class Route(TraceFormat):
-    COLUMNS = "turn,phase,step,layer,slot,expert"
+_ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert"
 
-    def passes(self) -> Iterator[RoutingPass]:
-        current: tuple[int, ...] = ()
-        tokens: dict[int, list[list[int]]] = {}
-        n_declared = n_columns = 0
-        for line in self.lines():
-            if line.startswith("#"):
-                facts = dict(re.findall(r"(\w+)=(\S+)", line))
-                self.model = Path(facts.get("model", self.model)).stem
-                if "n_layer" in facts:
-                    n_declared = self.integer(facts["n_layer"], "n_layer")
-                if "expert_bytes" in facts:
-                    self.expert_bytes.append(self.integer(facts["expert_bytes"], "expert_bytes"))
-                if "n_expert" in facts:
-                    self.n_experts = self.integer(facts["n_expert"], "n_expert", 1, N_IDS)
-                continue
-            if not n_columns:
-                if not line.startswith(self.COLUMNS):
-                    raise self.error(f"the columns {self.COLUMNS},...", line)
-                n_columns = line.count(",") + 1
-                continue
-            cells = line.split(",")
-            if len(cells) != n_columns:
-                raise self.error(f"{n_columns} columns", len(cells))
-            try:
-                turn, phase, step, layer, slot, expert = map(int, cells[:6])
-            except ValueError:
-                for cell, name in zip(cells, self.COLUMNS.split(","), strict=False):
-                    self.integer(cell, name)  # raises for the one that is none
-                raise
-            if phase not in (0, 1):
-                raise self.error("phase 0 (prompt) or 1 (decode)", phase)
-            if layer < 0 or (n_declared and layer >= n_declared):
-                raise self.error(f"a layer of 0 to {n_declared - 1}, as the comment says", layer)
-            # A prompt is one pass, each of its steps a token; a decoded token is a pass.
-            key = (turn, phase, step if phase else 0)
-            if key != current:
-                self.integer(turn, "turn")
-                if current:
-                    yield self._pass(current, tokens)
-                current, tokens = key, {}
+
+def route(reading: Reading) -> Iterator[RoutingPass]:
+    for (turn, phase, _), rows in groupby(_route_by_row(reading), itemgetter(0)):
+        tokens: dict[int, list[list[int]]] = {}  # by layer
+        for _, layer, slot, expert in rows:
             of_layer = tokens.setdefault(layer, [])
             if slot == 0:
                 of_layer.append([])
-            if not of_layer or slot != len(of_layer[-1]):
-                raise self.error(f"slot {len(of_layer[-1]) if of_layer else 0} next", slot)
-            token = of_layer[-1]
+            token = of_layer[-1] if of_layer else []
+            if slot != len(token):
+                raise reading.error(f"slot {len(token)} next", slot)
             token.append(expert)
-            if expert in token[:-1] or not 0 <= expert < (self.n_experts or N_IDS):
-                self.token(token)  # raises
-        if current:
-            yield self._pass(current, tokens)
-
-    def _pass(self, key: tuple[int, ...], tokens: dict[int, list[list[int]]]) -> RoutingPass:
+            if expert in token[:-1] or expert >= (reading.info.n_experts or N_IDS):
+                reading.token(token)  # raises
         ids = tuple(tuple(map(tuple, tokens[layer])) for layer in sorted(tokens))
-        return self.checked(RoutingPass("decode" if key[1] else "prefill", ids, key[0]))
+        yield reading.checked(RoutingPass("decode" if phase else "prefill", ids, turn))
 
 
-class JsonLines(TraceFormat):
-    def passes(self) -> Iterator[RoutingPass]:
-        for line in self.lines():
-            try:
-                one = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise self.error("a JSON object", f"{line[:40]!r} ({error})") from None
-            if not isinstance(one, dict):
-                raise self.error("a JSON object", line)
-            if "routing_trace" in one:
-                self._set_facts(one)
-            else:
-                yield self._pass(one)
+def _route_by_row(reading: Reading) -> Iterator[tuple[tuple[int, int, int], int, int, int]]:
+    """Of each row its pass (turn, phase, and in decode the step), layer, slot and expert."""
+    n_columns = 0
+    n_bytes = []  # of each layer's experts
+    for line in reading.lines():
+        if line.startswith("#"):
+            facts = dict(re.findall(r"(\w+)=(\S+)", line))
+            if "model" in facts:
+                reading.learn(model=Path(facts["model"]).stem)
+            if "expert_bytes" in facts:
+                n_bytes += reading.numbers([facts["expert_bytes"]])
+                reading.learn(expert_bytes=sum(n_bytes) // len(n_bytes))
+            if "n_expert" in facts:
+                reading.learn(n_experts=reading.numbers([facts["n_expert"]], 1, N_IDS)[0])
+        elif not n_columns:
+            if not line.startswith(_ROUTE_COLUMNS):
+                raise reading.error(f"the columns {_ROUTE_COLUMNS},...", line)
+            n_columns = line.count(",") + 1
+        else:
+            cells = line.split(",")
+            if len(cells) != n_columns:
+                raise reading.error(f"{n_columns} columns", len(cells))
+            turn, phase, step, layer, slot, expert = reading.numbers(cells[:6])
+            if phase > 1:
+                raise reading.error("phase 0 (prompt) or 1 (decode)", phase)
+            # A prompt is one pass, each of its steps a token; a decoded token is a pass.
+            yield (turn, phase, step if phase else 0), layer, slot, expert
 
-    def _set_facts(self, facts: dict[str, Any]) -> None:
-        self.model = str(facts.get("model", self.model))
-        self.synthetic = bool(facts.get("synthetic", self.synthetic))
-        notes = facts.get("notes", [])
-        if not isinstance(notes, list):
-            raise self.error("notes as a list of sentences", repr(notes))
-        self.notes = tuple(map(str, notes))
-        if facts.get("expert_bytes") is not None:
-            self.expert_bytes = [self.integer(facts["expert_bytes"], "expert_bytes")]
-        for name in ("n_layers", "top_k", "n_experts"):
-            if facts.get(name) is not None:
-                setattr(self, name, self.integer(facts[name], name, 1, N_IDS))
 
-    def _pass(self, one: dict[str, Any]) -> RoutingPass:
-        phase: Phase | None = one.get("phase")
-        if phase not in ("prefill", "decode") or not isinstance(one.get("ids"), list):
-            raise self.error('"phase" of prefill or decode, and "ids"', one)
+def json_lines(reading: Reading) -> Iterator[RoutingPass]:
+    for line in reading.lines():
         try:
-            ids = tuple(tuple(map(self._ids, layer)) for layer in one["ids"])
-        except TypeError:
-            raise self.error("ids as [layer][token][k], whole numbers", one["ids"]) from None
+            one = json.loads(line)
+        except (ValueError, RecursionError):
+            one = None
+        if not isinstance(one, dict):
+            raise reading.error("a JSON object", repr(line))
+        if "routing_trace" not in one:
+            yield _json_pass(reading, one)
+            continue
+        known = asdict(reading.info) | {"notes": []}
+        told = {name: one[name] for name in known.keys() & one.keys() if one[name] is not None}
         try:
-            waited = tuple(map(self._ids, one.get("waited", [])))
-        except TypeError:
-            raise self.error("waited as [layer][expert]", one["waited"]) from None
-        if waited and len(waited) != len(ids):
-            raise self.error(f"waited for {len(ids)} layers", len(waited))
-        found = RoutingPass(phase, ids, self.integer(one.get("prompt", 0), "prompt"), waited)
-        return found if phase == "prefill" and not ids else self.checked(found)
+            reading.info = info = from_json(TraceInfo, known | told)
+        except ValueError as error:
+            raise reading.error("the facts of a trace", error) from None
+        reading.numbers([str(info.expert_bytes or 0)])
+        reading.numbers([str(1 if info.n_experts is None else info.n_experts)], 1, N_IDS)
 
-    def _ids(self, experts: list[int]) -> tuple[int, ...]:
+
+def _json_pass(reading: Reading, one: dict[str, Any]) -> RoutingPass:
+    def token(experts: list[int]) -> tuple[int, ...]:
         if not all(type(expert) is int for expert in experts):
             raise TypeError
-        return self.token(experts)
+        return reading.token(experts)
+
+    phase = one.get("phase")
+    try:
+        ids = tuple(tuple(map(token, layer)) for layer in one["ids"])
+        waited = tuple(map(token, one.get("waited", [])))
+    except (KeyError, TypeError):
+        phase = None
+    if phase not in ("prefill", "decode") or (waited and len(waited) != len(ids)):
+        raise reading.error(
+            '"phase" of prefill or decode, "ids" as [layer][token][k] and, if any, "waited" as '
+            "[layer][expert]",
+            one,
+        )
+    (prompt,) = reading.numbers([str(one.get("prompt", 0))])
+    found = RoutingPass(phase, ids, prompt, waited)
+    return found if phase == "prefill" and not ids else reading.checked(found)
+
+
+# By the first character of a file, comments left out.
+_FORMATS: dict[str, Callable[[Reading], Iterator[RoutingPass]]] = {
+    "I": expert_choices,
+    "t": route,
+    "{": json_lines,
+}
 
 
 class TraceReader:
@@ -288,13 +249,11 @@ class TraceReader:
     """
 
     def __init__(self, path: Path, n_experts: int | None = None) -> None:
-        self.path = path
-        self.n_experts = n_experts
+        self._place = path, n_experts
         if n_experts is not None and not 1 <= n_experts <= N_IDS:
             raise UserError(f"expected 1 to {N_IDS} experts a layer, found {n_experts}")
         try:
-            if path.exists() and not path.is_file():  # a pipe cannot be read twice
-                raise OSError(0, "not a regular file")
+            require_regular(path)  # a pipe cannot be read twice
             with path.open(encoding="utf-8") as lines:
                 first = "\n"
                 while first and (first.startswith("#") or not first.strip()):
@@ -305,29 +264,20 @@ class TraceReader:
                 f"expected a routing trace at {path}, found none that can be read ({reason}): "
                 "give the expert_choices.csv or routing.jsonl of a run"
             ) from None
-        kinds: dict[str, type[TraceFormat]] = {"{": JsonLines, "I": ExpertChoices, "t": Route}
-        if first[:1] not in kinds:
+        if first[:1] not in _FORMATS:
             raise UserError(
                 f"{path}, line 1: expected a routing trace (a header that starts with Index, or "
                 f"turn,phase,step, or JSON lines), found {first.strip()[:40]!r}"
             )
-        self._kind = kinds[first[0]]
-        reading = self._read()
-        for one in reading.passes():
+        self.format = _FORMATS[first[0]]
+        reading = Reading(*self._place)
+        for one in self.format(reading):
             if one.ids:
                 break
-        self.info = reading.info()
-
-    @property
-    def leaves_prompts_out(self) -> bool:
-        """Whether the file's format has no place for the ids of prompts."""
-        return self._kind is ExpertChoices
+        self.info = reading.info
 
     def __iter__(self) -> Iterator[RoutingPass]:
-        return self._read().passes()
-
-    def _read(self) -> TraceFormat:
-        return self._kind(self.path, self.n_experts)
+        return self.format(Reading(*self._place))
 
 
 def read_trace(path: Path, n_experts: int | None = None) -> Trace:
@@ -337,36 +287,28 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     table, is taken instead. A note of the trace says so, or why not.
     """
     reader = TraceReader(path, n_experts)
-    routing, info = _routing_beside(reader) or (Routing(reader), reader.info)
+    routing, info = Routing(reader), reader.info
+    beside = path.with_name(path.stem.replace("expert_choices", "routing") + ".jsonl")
+    if reader.format is expert_choices and "expert_choices" in path.stem and beside.is_file():
+        try:
+            whole = TraceReader(beside, n_experts)
+            with_prompts = Routing(whole)
+            note = f"prompts are left out: {beside} is of another run"
+            if _same_run(routing, with_prompts):
+                routing, info = with_prompts, whole.info
+                note = f"{beside} was read: it has the prompts' tokens too"
+        except UserError as error:
+            note = f"prompts are left out: {error}"
+        info = replace(info, notes=(*info.notes, note))
     if not routing.n_decoded:
         raise UserError(f"{path}: expected at least one decoded token, found {len(routing)} passes")
     n_experts = info.n_experts or n_experts or routing.highest + 1
     return Trace(replace(info, n_experts=n_experts), routing)
 
 
-def _routing_beside(choices: TraceReader) -> tuple[Routing, TraceInfo] | None:
-    """What routing.jsonl beside an expert_choices.csv holds, prompts and all."""
-    path = choices.path
-    beside = path.with_name(path.stem.replace("expert_choices", "routing") + ".jsonl")
-    if not (choices.leaves_prompts_out and "expert_choices" in path.stem and beside.is_file()):
-        return None
-    try:
-        whole = TraceReader(beside, choices.n_experts)
-        routing = Routing(whole)
-    except UserError as error:
-        return Routing(choices), _noted(choices.info, f"prompts are left out: {error}")
-    if all(_same_step(*both) for both in zip_longest(choices, routing)):
-        return routing, _noted(whole.info, f"{beside} was read: it has the prompts' tokens too")
-    note = f"prompts are left out: {beside} is of another run"
-    return Routing(choices), _noted(choices.info, note)
-
-
-def _same_step(one: RoutingPass | None, other: RoutingPass | None) -> bool:
-    """Whether a row of expert_choices.csv is what routing.jsonl says of that pass."""
-    if one is None or other is None or one.phase != other.phase:
-        return False
-    return one.phase == "prefill" or one.ids == other.ids
-
-
-def _noted(info: TraceInfo, note: str) -> TraceInfo:
-    return replace(info, notes=(*info.notes, note))
+def _same_run(choices: Routing, whole: Routing) -> bool:
+    """Whether every pass of expert_choices.csv is what routing.jsonl says of it."""
+    return len(choices) == len(whole) and all(
+        one.phase == other.phase and (one.phase == "prefill" or one.ids == other.ids)
+        for one, other in zip(choices, whole, strict=True)
+    )

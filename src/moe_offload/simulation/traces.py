@@ -63,7 +63,7 @@ class Routing:
     def __init__(self, passes: Iterable[RoutingPass]) -> None:
         self.top_k = 0
         self.highest = -1
-        self._width = 1  # bytes of an id
+        self._code: Literal["B", "H"] = "B"  # ids of one byte or of two, in `array`'s words
         self._decode: list[bytearray] = []  # [layer]: ids by token, then by rank
         self._prefill: list[bytearray] = []
         self._n_decoded = array("q")  # tokens up to the end of each pass
@@ -90,12 +90,12 @@ class Routing:
             ids = tuple(self._tokens(*one) for one in zip(self._prefill, spans, strict=False))
             return RoutingPass("prefill", ids, number, waited)
         span = (self._n_decoded[index - 1] if index else 0, self._n_decoded[index])
-        if self._width == 1 == span[1] - span[0]:  # as below, in a third of the time
+        if self._code == "B" and span[1] - span[0] == 1:  # as below, in a third of the time
             first, end = (self.top_k * token for token in span)
-            return RoutingPass(
-                "decode", tuple([(tuple(of[first:end]),) for of in self._decode]), number
-            )
-        return RoutingPass("decode", tuple(self._tokens(of, span) for of in self._decode), number)
+            ids = tuple([(tuple(of[first:end]),) for of in self._decode])
+        else:
+            ids = tuple(self._tokens(of, span) for of in self._decode)
+        return RoutingPass("decode", ids, number)
 
     @property
     def n_decoded(self) -> int:
@@ -115,8 +115,8 @@ class Routing:
 
         Places count ids: each decoded token has top-k of them, in every layer.
         """
-        ids, width = self._decode[layer], self._width
-        needle = expert.to_bytes(width, "little")
+        ids, needle = self._decode[layer], array(self._code, [expert]).tobytes()
+        width = len(needle)
         found = ids.find(needle, width * place)
         while found >= 0 and found % width:  # the halves of two ids
             found = ids.find(needle, found + 1)
@@ -137,12 +137,13 @@ class Routing:
             highest = max(ids)
             if highest > self.highest:
                 self.highest = highest
-                if highest > 255 and self._width == 1:
+                if highest > 255 and self._code == "B":
                     self._widen()
             store = self._decode[layer] if decode else self._prefill[layer]
-            first = len(store) // (self.top_k * self._width)
+            new = array(self._code, ids)
+            first = len(store) // (self.top_k * new.itemsize)
             spans.append((first, first + len(tokens)))
-            store += bytes(ids) if self._width == 1 else np.array(ids, "<u2").tobytes()
+            store += new.tobytes()
         if decode:
             assert len(set(spans)) == 1, spans
             n_tokens = spans[0][1]
@@ -152,21 +153,17 @@ class Routing:
         self._numbers.append(one.prompt)
 
     def _tokens(self, ids: bytearray, span: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-        first, end = (self.top_k * self._width * token for token in span)
-        flat = tuple(ids[first:end])
-        if self._width > 1:
-            flat = tuple(np.frombuffer(ids[first:end], "<u2").tolist())
-        if span[1] - span[0] == 1:
-            return (flat,)
+        first, end = (self.top_k * token for token in span)
+        flat = memoryview(ids).cast(self._code)[first:end].tolist()
         return tuple(zip(*[iter(flat)] * self.top_k, strict=True))
 
     def _array(self, ids: bytearray) -> npt.NDArray[Any]:
-        return np.frombuffer(ids, f"<u{self._width}").reshape(-1, self.top_k)
+        return np.frombuffer(ids, self._code).reshape(-1, self.top_k)
 
     def _widen(self) -> None:
         for stores in (self._decode, self._prefill):
-            stores[:] = [bytearray(self._array(ids).astype("<u2").tobytes()) for ids in stores]
-        self._width = 2
+            stores[:] = [bytearray(self._array(ids).astype("H").tobytes()) for ids in stores]
+        self._code = "H"
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,14 @@ expert format is fastest depends on the routing, the CPU and the bus at once.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
 
 from moe_offload.errors import UserError
-from moe_offload.experts.cache import POLICIES, ExpertCache, ReplacementPolicy, make_policy
+from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
-from moe_offload.simulation.replay import (
-    Belady,
-    Busy,
-    Replay,
-    Timeline,
-    bound_us,
-    most_hits,
-    replay,
-)
+from moe_offload.simulation.replay import Belady, Replay, Timeline, bound_us, most_hits, replay
 from moe_offload.simulation.traces import N_IDS, Routing, RoutingPass, Trace
 from moe_offload.simulation.workload import typical_workload
 
@@ -70,25 +61,30 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A replay and the optimum beside it; times and speeds are 0 without a cost model."""
+    """A replay and the optimum beside it, whose speed is 0 without a cost model."""
 
     replay: Replay
     most_hits: int
-    busy: Busy
     bound_tokens_per_s: float = 0.0
+
+    @property
+    def bypass_percent(self) -> float:
+        """The hits that no policy can exceed, in the unit of `Replay.found_percent`."""
+        return 100 * self.most_hits / max(self.replay.looked_up, 1)
 
 
 def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) -> Outcome:
     """Replay `trace` with one setting, on a modelled clock where `costs` are given."""
-    cache = ExpertCache(setting.n_indexes, setting.n_ways, _policy(setting.policy, trace))
-    timeline = Timeline(costs) if costs is not None else None
-    result = replay(trace.passes, cache, setting.quota, timeline)
+    name = setting.policy
+    policy = Belady(trace.passes) if name == BELADY else make_policy(name)
+    cache = ExpertCache(setting.n_indexes, setting.n_ways, policy)
+    result = replay(trace.passes, cache, setting.quota, Timeline(costs) if costs else None)
     best = most_hits(trace.passes, cache.n_indexes, setting.n_ways)
-    if timeline is None or costs is None:
-        return Outcome(result, best, Busy())
+    if costs is None:
+        return Outcome(result, best)
     n = result.n_decode_passes
     least_us = n * bound_us(costs, trace.n_layers, best / n, (trace.n_chosen - best) / n)
-    return Outcome(result, best, timeline.busy, result.n_decode_tokens / least_us * 1e6)
+    return Outcome(result, best, result.n_decode_tokens / least_us * 1e6)
 
 
 def sweep(
@@ -110,42 +106,6 @@ def sweep(
         return pool.map(row, settings, chunksize=-(-len(settings) // (4 * processes)))
 
 
-def grid(trace: Trace, policies: Iterable[str] = ()) -> list[Setting]:
-    """The settings of a sweep: N x M x policy, each number doubling up to the model's own."""
-    names = [*(policies or POLICIES), BELADY]
-    return [
-        Setting(n, m, policy)
-        for n in _doubling(trace.n_layers, 3)
-        for m in _doubling(trace.n_experts, 5)
-        for policy in names
-    ]
-
-
-def share_one_index(trace: Trace) -> Trace:
-    """The same routing for one index that all layers share, as other tools cache.
-
-    Each layer becomes a pass of one layer, its experts numbered apart from the other layers'.
-    """
-    E = trace.n_experts
-    if trace.n_layers * E > N_IDS:
-        raise UserError(f"--one-index numbers up to {N_IDS} experts, found {trace.n_layers} x {E}")
-    info = replace(trace.info, n_layers=1, n_experts=trace.n_layers * E)
-    return Trace(info, Routing(_layer_by_layer(trace)))
-
-
-def _layer_by_layer(trace: Trace) -> Iterator[RoutingPass]:
-    E = trace.n_experts
-    for one in trace.passes:
-        for layer, tokens in enumerate(one.ids):
-            first = layer * E
-            shifted = tuple(tuple(first + expert for expert in token) for token in tokens)
-            yield RoutingPass(one.phase, (shifted,), one.prompt)
-
-
-def _policy(name: str, trace: Trace) -> ReplacementPolicy:
-    return Belady(trace.passes) if name == BELADY else make_policy(name)
-
-
 def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Setting) -> SweepRow:
     slots = setting.n_indexes * setting.n_ways
     fits = None if costs is None else slots * costs.block_bytes <= cache_bytes
@@ -159,7 +119,7 @@ def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Set
         hit_one=result.decode.at_least_one_percent,
         hit_two=result.decode.at_least_two_percent,
         hit_expert=result.found_percent,
-        bound_bypass=100 * outcome.most_hits / max(result.looked_up, 1),
+        bound_bypass=outcome.bypass_percent,
         all_hits=100 * result.found / trace.n_chosen,
         fetches=result.fetches,
         evictions=result.evictions,
@@ -170,17 +130,46 @@ def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Set
     )
 
 
+def grid(trace: Trace) -> list[Setting]:
+    """The settings of a sweep: N x M x policy, each number doubling up to the model's own."""
+    return [
+        Setting(n, m, policy)
+        for n in _doubling(trace.n_layers, 3)
+        for m in _doubling(trace.n_experts, 5)
+        for policy in (*POLICIES, BELADY)
+    ]
+
+
 def _doubling(limit: int, count: int) -> list[int]:
     """`limit` and its halves, `count` in all, ascending."""
     return sorted({max(1, limit >> shift) for shift in range(count)})
 
 
+def share_one_index(trace: Trace) -> Trace:
+    """The same routing for one index that all layers share, as other tools cache.
+
+    Each layer becomes a pass of one layer, its experts numbered apart from the other layers'.
+    """
+    E = trace.n_experts
+    if trace.n_layers * E > N_IDS:
+        raise UserError(f"--one-index numbers up to {N_IDS} experts, found {trace.n_layers} x {E}")
+    passes = (
+        RoutingPass(
+            one.phase,
+            (tuple(tuple(layer * E + expert for expert in token) for token in tokens),),
+            one.prompt,
+        )
+        for one in trace.passes
+        for layer, tokens in enumerate(one.ids)
+    )
+    return Trace(replace(trace.info, n_layers=1, n_experts=trace.n_layers * E), Routing(passes))
+
+
 SEARCH_TOKENS = 64
 PROMPT_TOKENS = 16
-POLICIES_TRIED = ("LRU", "FIFO", "LFRU", "LFU")  # earlier ones win ties
+OTHER_POLICIES = ("FIFO", "LFRU", "LFU")  # tried after LRU; earlier ones win ties
 WORTHWHILE = 1.005  # less gain than this is noise of the routing
-
-_Key = TypeVar("_Key")
+BUDGETS = 6
 
 
 @dataclass(frozen=True)
@@ -190,33 +179,28 @@ class CacheChoice:
     n_indexes: int
     n_ways: int
     policy: str
-    predicted_tokens_per_s: float
-    reason: str
+    tokens_per_s: float
+    reason: str = field(compare=False)
 
 
 @dataclass(frozen=True)
-class TunedSetting:
-    """One point of a tuning: a cache in one expert format, its memory and its speed.
+class TunedSetting(CacheChoice):
+    """One point of a tuning: the fastest cache in one expert format, and its memory.
 
     `on_front`: nothing found is at least as fast in less memory.
     """
 
     weight_format: str
-    n_indexes: int
-    n_ways: int
-    policy: str
     cache_bytes: int
-    tokens_per_s: float
     on_front: bool = False
 
 
 def choose_cache(
     free_bytes: int,
-    block_bytes: int,
     n_layers: int,
     n_experts: int,
     top_k: int,
-    cost_model: CostModel,
+    costs: CostModel,
     trace: Trace | None = None,
 ) -> CacheChoice:
     """Choose N, M and policy for `free_bytes` of GPU memory.
@@ -226,81 +210,72 @@ def choose_cache(
     fits or no cache beats the CPU alone. Takes a second or two. Raises UserError for a trace of
     another shape.
     """
-    if trace is not None and (trace.n_layers != n_layers or trace.n_experts > n_experts):
+    if trace is None:
+        source = "synthetic routing of this shape"
+        workload = typical_workload(n_layers, n_experts, top_k)
+        trace = workload.generate(SEARCH_TOKENS, n_prompt_tokens=PROMPT_TOKENS)
+    elif trace.n_layers != n_layers or trace.n_experts > n_experts:
         raise UserError(
             f"expected a trace of {n_layers} layers and at most {n_experts} experts, found "
             f"{trace.n_layers} and {trace.n_experts} in {trace.info.model}; give a trace of "
             "this model, or none"
         )
-    n_slots = min(free_bytes // block_bytes, n_layers * n_experts)
-    if trace is None:
-        synthetic = typical_workload(n_layers, n_experts, top_k)
-        passes = list(synthetic.generate(SEARCH_TOKENS, 0, PROMPT_TOKENS).passes)
-        source = "synthetic routing of this shape"
     else:
-        passes = first_tokens(trace, SEARCH_TOKENS)
         source = f"the trace of {trace.info.model}"
-    speed = _speeds(passes, cost_model)
-    alone = speed(0, 0, "LRU")
-    tried = [((0, 0), alone)]
-    tried += [((n, m), speed(n, m, "LRU")) for n, m in layouts(n_slots, n_layers, n_experts)]
-    (n_indexes, n_ways), best = _best(tried)
-    if not n_indexes:
+    passes = first_tokens(trace, SEARCH_TOKENS)
+
+    def timed(setting: Setting) -> tuple[float, Setting]:
+        cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
+        return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s, setting
+
+    def fastest(best: tuple[float, Setting], settings: Iterable[Setting]) -> tuple[float, Setting]:
+        """The first that no later one beats by a worthwhile margin."""
+        for one in map(timed, settings):
+            if one[0] > best[0] * WORTHWHILE:
+                best = one
+        return best
+
+    n_slots = min(free_bytes // costs.block_bytes, n_layers * n_experts)
+    alone, no_cache = timed(Setting(0, 0, "LRU"))
+    sizes = (Setting(n, m, "LRU") for n, m in layouts(n_slots, n_layers, n_experts))
+    best = fastest((alone, no_cache), sizes)
+    if best[1] is no_cache:
         why = "no cache: not one expert fits"
         if n_slots:
             why = f"no cache: {n_slots} experts fit, but the CPU alone is predicted to be as fast"
         return CacheChoice(0, 0, "LRU", alone, why)
-    policies = [("LRU", best)]
-    policies += [(p, speed(n_indexes, n_ways, p)) for p in POLICIES_TRIED if p != "LRU"]
-    policy, best = _best(policies)
+    per_s, found = fastest(best, [replace(best[1], policy=policy) for policy in OTHER_POLICIES])
     return CacheChoice(
-        n_indexes,
-        n_ways,
-        policy,
-        best,
-        f"{n_indexes * n_ways} of {n_slots} slots that fit; {best:.3g} tokens/s predicted against "
-        f"{alone:.3g} without a cache, by replaying {source}",
+        found.n_indexes,
+        found.n_ways,
+        found.policy,
+        per_s,
+        f"{found.n_indexes * found.n_ways} of {n_slots} slots that fit; {per_s:.3g} tokens/s "
+        f"predicted against {alone:.3g} without a cache, by replaying {source}",
     )
 
 
 def tune(
-    trace: Trace,
-    memory_bytes: int,
-    costs_of_format: dict[str, CostModel],
-    budgets: int = 6,
+    trace: Trace, memory_bytes: int, costs_of_format: dict[str, CostModel]
 ) -> list[TunedSetting]:
     """Find the fastest cache of each expert format at several budgets up to `memory_bytes`.
 
     Returns the points by memory, with the Pareto front of speed against memory marked.
     """
-    points: dict[tuple[str, int, int, str], TunedSetting] = {}
+    points: dict[TunedSetting, None] = {}  # a set in its order
+    shape = trace.n_layers, trace.n_experts, trace.info.top_k
     for weight_format, costs in costs_of_format.items():
-        for step in range(budgets + 1):
-            choice = choose_cache(
-                memory_bytes * step // budgets,
-                costs.block_bytes,
-                trace.n_layers,
-                trace.n_experts,
-                trace.info.top_k,
-                costs,
-                trace,
-            )
-            n, m, policy = choice.n_indexes, choice.n_ways, choice.policy
-            points[weight_format, n, m, policy] = TunedSetting(
-                weight_format,
-                n,
-                m,
-                policy,
-                n * m * costs.block_bytes,
-                choice.predicted_tokens_per_s,
-            )
-    ordered = sorted(points.values(), key=lambda point: (point.cache_bytes, -point.tokens_per_s))
+        for step in range(BUDGETS + 1):
+            choice = choose_cache(memory_bytes * step // BUDGETS, *shape, costs, trace)
+            n_bytes = choice.n_indexes * choice.n_ways * costs.block_bytes
+            points[
+                TunedSetting(**vars(choice), weight_format=weight_format, cache_bytes=n_bytes)
+            ] = None
     fastest = 0.0
     marked = []
-    for point in ordered:
-        on_front = point.tokens_per_s > fastest
+    for point in sorted(points, key=lambda point: (point.cache_bytes, -point.tokens_per_s)):
+        marked.append(replace(point, on_front=point.tokens_per_s > fastest))
         fastest = max(fastest, point.tokens_per_s)
-        marked.append(replace(point, on_front=on_front))
     return marked
 
 
@@ -327,20 +302,3 @@ def first_tokens(trace: Trace, n_tokens: int) -> list[RoutingPass]:
         if not left:
             break
     return kept
-
-
-def _speeds(passes: list[RoutingPass], costs: CostModel) -> Callable[[int, int, str], float]:
-    def tokens_per_s(n_indexes: int, n_ways: int, policy: str) -> float:
-        cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
-        return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s
-
-    return tokens_per_s
-
-
-def _best(tried: list[tuple[_Key, float]]) -> tuple[_Key, float]:
-    """The first that no later one beats by a worthwhile margin."""
-    best = tried[0]
-    for one in tried[1:]:
-        if one[1] > best[1] * WORTHWHILE:
-            best = one
-    return best
