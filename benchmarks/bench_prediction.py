@@ -31,9 +31,9 @@ from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.dummy import DummyModel, dummy_routing
 from moe_offload.model.generation import generate_batch
-from moe_offload.report.files import recorded_trace
+from moe_offload.report.files import recorded_routing
 from moe_offload.simulation.replay import Replay, Timeline, replay
-from moe_offload.simulation.traces import Trace
+from moe_offload.simulation.traces import Routing, Trace
 
 PROMPT = list(range(1, 17))
 QUOTA = 64
@@ -175,7 +175,8 @@ def compared(
 ) -> Round:
     passes, layers = recorder.pass_table(), recorder.layer_table()
     measured_s = statistics.mean(passes["duration_s"][passes["decode"]].tolist())
-    trace = recorded_trace(recorder, source.name, source.n_experts[0], synthetic=True)
+    info, routing = recorded_routing(recorder, source.name, source.n_experts[0], synthetic=True)
+    trace = Trace(info, Routing(routing))
     machines = [between(*costs, n / (BETWEEN - 1)) for n in range(BETWEEN)]
     modelled = [replayed(trace, options, Timeline(one)) for one in machines]
     on_run_clock = [replayed(trace, options, RunClock(one, recorder)) for one in machines]

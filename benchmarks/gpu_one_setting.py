@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from benchmarks.gpu_rows import Row
 from torch import Tensor
 
 from benchmarks.gpu_models import Setting

@@ -5,15 +5,13 @@ part it needs. A field says what its flag is called and means: the command line'
 are made from that (`commands/arguments.py`), and messages name a setting by its flag.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, get_args, get_origin
 
 from moe_offload.errors import UserError
 
@@ -24,19 +22,18 @@ WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 class FormatFacts:
     """How a weight format stores a matrix: `bits` per weight in elements of torch's `dtype`.
 
-    With a `group`, so many inputs of a row share one scale of `scale_bits`, which are packed tiles
+    With a `group`, so many inputs of a row share one scale of 16 bits, which are packed tiles
     (`checkpoint/quantization.py`); without, the matrix is row-major.
     """
 
     dtype: str
     bits: int
     group: int = 0
-    scale_bits: int = 16
 
     @property
     def bits_per_weight(self) -> float:
         """Scales included, padding not."""
-        return self.bits + (self.scale_bits / self.group if self.group else 0)
+        return self.bits + (16 / self.group if self.group else 0)
 
 
 # The one table of weight formats, in the order of WeightFormat in kernels/cpp/kernels.h. A format
@@ -62,10 +59,9 @@ def smaller_format(name: str) -> str | None:
 
 POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
-Device = Literal["auto", "cuda", "cpu"]
-MissPolicy = Literal["cpu", "fetch", "auto"]
-Prefetch = Literal["off", "next-layer"]
-CpuKernel = Literal["auto", "native", "torch"]
+# What torch's generators take. No other number is larger either, though Python has such.
+LEAST_SEED: Final = -(2**63)
+LARGEST: Final = 2**64 - 1
 
 # The kinds of fields: how a message calls one, and what is of it. True is no number.
 _KINDS: Final[dict[Any, tuple[str, type]]] = {
@@ -82,9 +78,9 @@ _KINDS: Final[dict[Any, tuple[str, type]]] = {
 class Flag:
     """A field on the command line: `--name` or `--name METAVAR`, and what --help says of it.
 
-    Values are at least `least` and above `above`. `choices` are a text's, upper or lower case
-    alike; a Literal has its own. `group` is --help's, where that is not the one of the class. A
-    flag without `help` is described elsewhere.
+    Values are at least `least` or above `above`, and at most `most`. `choices`, those of a Literal
+    unless they are given, may be written in lower case where they are in upper case. A flag
+    without `help` is described elsewhere.
     """
 
     usage: str
@@ -92,22 +88,11 @@ class Flag:
     choices: tuple[str, ...] = ()
     least: float = -math.inf
     above: float = -math.inf
-    group: str | None = None
+    most: float = LARGEST
 
     @property
     def name(self) -> str:
         return self.usage.split()[0]
-
-
-@dataclass(frozen=True)
-class Option:
-    """A field and its flag; `kind` is what the field is when it is not None."""
-
-    field: str
-    kind: Any
-    may_be_none: bool
-    default: Any
-    flag: Flag
 
 
 def option(default: Any, usage: str, text: str, **more: Any) -> Any:
@@ -115,14 +100,21 @@ def option(default: Any, usage: str, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"flag": Flag(usage, text, **more)})
 
 
-def options_of(options: type) -> list[Option]:
-    """The fields of a class of options that have flags."""
-    hints = get_type_hints(options)
-    found = []
-    for one in fields(options):
-        kinds = get_args(hint) if NoneType in get_args(hint := hints[one.name]) else (hint,)
-        found.append(Option(one.name, kinds[0], len(kinds) > 1, one.default, one.metadata["flag"]))
-    return found
+def flag_of(one: Field[Any]) -> Flag:
+    flag: Flag = one.metadata["flag"]
+    return flag
+
+
+def kind_of(one: Field[Any]) -> Any:
+    """What a field is when it is not None."""
+    kinds = get_args(one.type)
+    return kinds[0] if NoneType in kinds else one.type
+
+
+def choices_of(one: Field[Any]) -> tuple[str, ...]:
+    """The texts that a field can be, none where that is not limited."""
+    kind = kind_of(one)
+    return flag_of(one).choices or (get_args(kind) if get_origin(kind) is Literal else ())
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,38 +122,49 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_fields(options: object) -> None:
+def _require_for(options: Any, names: Sequence[str], there: bool, sentence: str) -> None:
+    """UserError for a field of `names` that is not its default, unless what it needs is `there`.
+
+    The field's flag takes the place of {} in the sentence.
+    """
+    for one in fields(options):
+        asked = one.name in names and getattr(options, one.name) != one.default
+        _require(there or not asked, sentence.format(flag_of(one).name))
+
+
+def require_range(
+    flag: str, value: Any, least: float, most: float, above: float = -math.inf
+) -> None:
+    """UserError unless the number is in its range; not-a-number is in none."""
+    for keeps, bound in (
+        (value >= least, f"of at least {least}"),
+        (value > above, f"above {above}"),
+        (value <= most, f"of at most {most}"),
+    ):
+        _require(keeps, f"expected {flag} {bound}, found {value}")
+
+
+def _check_fields(options: Any) -> None:
     """UserError for a value that is not of its field's kind, or beyond its bounds.
 
     A Python program can err in both, a command line in the second.
     """
-    for one in options_of(type(options)):
-        value, flag = getattr(options, one.field), one.flag
-        if value is None and one.may_be_none:
+    for one in fields(options):
+        value, flag, kind = getattr(options, one.name), flag_of(one), kind_of(one)
+        may_be_none = kind != one.type
+        if value is None and may_be_none:
             continue
-        words, fits = _fits(value, one.kind)
-        words += " or None" if one.may_be_none else ""
+        if choices := choices_of(one):
+            words = f"one of {', '.join(choices)}"
+            fits = isinstance(value, str) and bool({value, value.upper()} & {*choices})
+        else:
+            words, of = _KINDS[get_origin(kind) or kind]
+            fits = isinstance(value, of) and isinstance(value, bool) == (kind is bool)
+            fits = fits and (of not in (Integral, Real) or -math.inf < value < math.inf)
+        words += " or None" if may_be_none else ""
         _require(fits, f"expected {flag.name} as {words}, found {value!r}")
         if isinstance(value, Real):
-            bound, kept = f"of at least {flag.least}", float(value) >= flag.least
-            if flag.above > -math.inf:
-                bound, kept = f"above {flag.above}", float(value) > flag.above
-            _require(kept, f"expected {flag.name} {bound}, found {value}")
-
-
-def _fits(value: object, kind: Any) -> tuple[str, bool]:
-    """How a message calls `kind`, and whether `value` is of it."""
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        return f"one of {', '.join(choices)}", isinstance(value, str) and value in choices
-    words, of = _KINDS[get_origin(kind) or kind]
-    fits = isinstance(value, of) and isinstance(value, bool) == (kind is bool)
-    return words, fits and (not isinstance(value, Real) or math.isfinite(value))
-
-
-def _require_seed(seed: int) -> None:
-    """What torch's generators take."""
-    _require(-(2**63) <= seed < 2**64, f"expected --seed from -2^63 to 2^64 - 1, found {seed}")
+            require_range(flag.name, value, flag.least, flag.most, flag.above)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class ModelOptions:
     """
 
     model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
-    device: Device = option(
+    device: Literal["auto", "cuda", "cpu"] = option(
         "auto", "--device", "where attention runs; auto: the GPU when there is one"
     )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
@@ -186,24 +189,24 @@ class ModelOptions:
     dummy_layers: int | None = option(
         None, "--dummy-layers L", "fewer layers than the shape has", least=1
     )
-    dummy_format: Literal["bf16", "int8", "int4"] = option(
-        "bf16", "--dummy-format", "weight format of the random experts (default bf16)"
-    )
+    dummy_format: WeightFormat = option(
+        "bf16", "--dummy-format", "weight format of the random experts (default bf16)",
+        choices=FAST_FORMATS,
+    )  # fmt: skip
     routing_trace: Path | None = option(
         None, "--routing-trace FILE",
         "with --dummy-weights: force the routing recorded in this trace",
     )  # fmt: skip
-    cpu_kernel: CpuKernel = option(
-        "auto", "--cpu-kernel", "own kernels, or plain torch as a reference", group="CPU experts"
+    cpu_kernel: Literal["auto", "native", "torch"] = option(
+        "auto", "--cpu-kernel", "own kernels, or plain torch as a reference"
     )
     cpu_isa: str = option(
         "auto", "--cpu-isa ISA",
         "force an instruction set: scalar, avx2, avx512, ... (--version lists this CPU's)",
-        group="CPU experts",
     )  # fmt: skip
     cpu_affinity: tuple[int, ...] | None = option(
         None, "--cpu-affinity LIST",
-        "pin kernel threads to CPUs, such as 0-7,16", group="CPU experts",
+        "pin kernel threads to CPUs, such as 0-7,16",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -216,15 +219,10 @@ class ModelOptions:
             self.model_path is None or self.dummy_shape is None,
             "expected exactly one of --model-path and --dummy-weights, found both",
         )
-        for flag, given, why in (
-            ("--routing-trace", self.routing_trace is not None, "routes for itself"),
-            ("--dummy-layers", self.dummy_layers is not None, "has its own shape"),
-            ("--dummy-format", self.dummy_format != "bf16", "has its own shape"),
-        ):
-            _require(
-                self.dummy_shape is not None or not given,
-                f"{flag} needs --dummy-weights: a real model {why}",
-            )
+        _require_for(
+            self, ("routing_trace", "dummy_layers", "dummy_format"), self.dummy_shape is not None,
+            "{} needs --dummy-weights: a real model has its own",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -250,18 +248,19 @@ class CacheOptions:
     trace: Path | None = option(
         None, "--trace FILE", "with --cache-auto: a routing trace to tune on"
     )
-    miss_policy: MissPolicy = option(
+    miss_policy: Literal["cpu", "fetch", "auto"] = option(
         "cpu", "--miss-policy",
         "a miss is computed on the CPU (default), waits for its copy, or whichever measures faster",
     )  # fmt: skip
-    prefetch: Prefetch = option(
+    prefetch: Literal["off", "next-layer"] = option(
         "off", "--prefetch", "fetch the experts the next layer's router is expected to choose"
     )
     emulate_pcie_gbps: float | None = option(
         None, "--emulate-pcie-gbps X",
         "with --device cpu: slow the emulated accelerator's copies to X GB/s", above=0,
     )  # fmt: skip
-    seed: int = option(0, "--seed N", "")  # of RANDOM; GenerationOptions' flag sets both
+    # Of RANDOM; the flag of GenerationOptions sets both.
+    seed: int = option(0, "--seed N", "", least=LEAST_SEED)
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -274,34 +273,21 @@ class CacheOptions:
             not (self.auto and self.n_indexes),
             "expected --cache-auto or --cache-nblocks with --cache-nways, found both",
         )
-        _require(
-            self.policy.upper() in POLICIES,
-            f"expected --cache-replace-policy as one of {', '.join(POLICIES)}, "
-            f"found {self.policy!r}",
-        )
-        _require_seed(self.seed)
-        _require(
-            self.memory_gb is None or self.auto,
-            "expected --cache-auto with --cache-memory-gb, found none: without it --cache-nblocks "
-            "and --cache-nways give the cache's size",
-        )
-        _require(
-            self.trace is None or self.auto,
-            "--trace needs --cache-auto, which tunes the cache on it",
-        )
-        for flag, asked in (
-            ("--prefetch next-layer", self.prefetch != "off"),
-            ("--miss-policy auto", self.miss_policy == "auto"),
-        ):
-            _require(
-                not asked or self.auto or self.n_slots > 0,
-                f"expected a cache for {flag}: add --cache-nblocks and --cache-nways, "
-                "or --cache-auto",
-            )
-        _require(
-            self.emulate_pcie_gbps is None or self.wants_accelerator,
-            "expected a cache or --miss-policy fetch for --emulate-pcie-gbps, found neither",
-        )
+        _require_for(
+            self, ("memory_gb", "trace"), self.auto,
+            "expected --cache-auto with {}, found none: without it --cache-nblocks and "
+            "--cache-nways give the cache's size",
+        )  # fmt: skip
+        # To fetch each miss and use it once needs no cache.
+        for_a_cache = ("prefetch",) if self.miss_policy == "fetch" else ("prefetch", "miss_policy")
+        _require_for(
+            self, for_a_cache, self.auto or self.n_slots > 0,
+            "expected a cache for {}: add --cache-nblocks and --cache-nways, or --cache-auto",
+        )  # fmt: skip
+        _require_for(
+            self, ("emulate_pcie_gbps",), self.wants_accelerator,
+            "expected a cache or --miss-policy fetch for {}, found neither",
+        )  # fmt: skip
 
     @property
     def n_slots(self) -> int:
@@ -319,19 +305,19 @@ class GenerationOptions:
 
     max_tokens: int = option(MISSING, "--max-tokens N", "tokens per prompt (required)", least=1)
     temperature: float = option(0.0, "--temperature X", "0 is greedy (default)", least=0)
-    top_p: float = option(1.0, "--top-p P", "nucleus sampling mass (default 1)")
+    top_p: float = option(1.0, "--top-p P", "nucleus sampling mass (default 1)", above=0, most=1)
     top_k: int = option(
         0, "--top-k K", "sample from the K likeliest tokens (default 0: all)", least=0
     )
     min_p: float = option(
         0.0, "--min-p P", "leave out tokens below P times the likeliest's probability (default 0)",
-        least=0,
+        least=0, most=1,
     )  # fmt: skip
     repetition_penalty: float = option(
         1.0, "--repetition-penalty X", "divide the scores of tokens there already (default 1: off)",
         above=0,
     )  # fmt: skip
-    seed: int = option(0, "--seed N", "sampling seed (default 0)")
+    seed: int = option(0, "--seed N", "sampling seed (default 0)", least=LEAST_SEED)
     batch_size: int = option(1, "--batch-size B", "prompts at a time (default 1)", least=1)
     stop: tuple[str, ...] = option(
         (), "--stop TEXT", "end an answer before this text; may be given several times"
@@ -339,18 +325,10 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        _require(0 < self.top_p <= 1, f"expected --top-p in (0, 1], found {self.top_p}")
-        _require(self.min_p <= 1, f"expected --min-p in [0, 1], found {self.min_p}")
-        for flag, asked in (
-            ("--top-p", self.top_p < 1),
-            ("--top-k", self.top_k > 0),
-            ("--min-p", self.min_p > 0),
-        ):
-            _require(
-                not asked or self.temperature > 0,
-                f"expected --temperature above 0 for {flag}: greedy decoding has nothing to sample",
-            )
-        _require_seed(self.seed)
+        _require_for(
+            self, ("top_p", "top_k", "min_p"), self.temperature > 0,
+            "expected --temperature above 0 for {}: greedy decoding has nothing to sample",
+        )  # fmt: skip
         _require(
             all(isinstance(text, str) and text for text in self.stop),
             f"expected --stop as a text that is not empty, found {self.stop!r}",
@@ -409,20 +387,15 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        for flag, asked in (
-            ("--output-dir", self.output_dir is not None),
-            ("--breakdown-csv", self.breakdown_csv != OutputOptions.breakdown_csv),
-            ("--cachehit-csv", self.cachehit_csv != OutputOptions.cachehit_csv),
-        ):
-            _require(
-                self.record or not asked,
-                f"expected --no-record or {flag}, found both: without a record there is no file to "
-                "put there",
-            )
-        _require(
-            self.responses_jsonl is not None or not self.resume,
-            "--resume needs --responses-jsonl: the file to go on with",
-        )
+        _require_for(
+            self, ("output_dir", "breakdown_csv", "cachehit_csv"), self.record,
+            "expected --no-record or {}, found both: without a record there is no file to put "
+            "there",
+        )  # fmt: skip
+        _require_for(
+            self, ("resume",), self.responses_jsonl is not None,
+            "{} needs --responses-jsonl: the file to go on with",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

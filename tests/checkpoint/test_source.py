@@ -504,7 +504,7 @@ def test_unwritable_output(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for output, reason in (
         (tmp_path / "file", "a file is where a folder should be"),
         (tmp_path / "file" / "below", "a file is where a folder should be"),
-        (Path("/proc/prepared"), "nothing can be made there"),
+        (Path("/proc/prepared"), "No such file or directory"),
     ):
         message = refusal(capsys, hub, "--hf", output=output)
         assert message == f"error: cannot write {output}: {reason}; choose another --output-path\n"

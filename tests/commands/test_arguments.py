@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
+from unittest.mock import Mock
 
 import pytest
 
-from moe_offload.commands.arguments import build_parser, parse, parse_config, parse_cpu_list
-from moe_offload.config import Config, options_of
+from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.commands import check, draw, generate, prepare, simulate
+from moe_offload.commands.arguments import build_parser, parse_config, parse_cpu_list
+from moe_offload.config import Config, flag_of
 from moe_offload.errors import UserError
 
 RUN = ["--model-path", "m", "--prompt", "x", "--max-tokens", "4"]
@@ -19,27 +24,64 @@ RUN = ["--model-path", "m", "--prompt", "x", "--max-tokens", "4"]
 
 def test_every_field_has_one_flag() -> None:
     kinds = get_type_hints(Config).values()
-    flags = Counter(one.flag.name for kind in kinds for one in options_of(kind) if one.flag.help)
+    found = [flag_of(one) for kind in kinds for one in fields(kind)]
+    flags = Counter(flag.name for flag in found if flag.help)
     assert set(flags.values()) == {1}
     # The cache's seed is the one of the sampling.
-    assert sum(len(fields(kind)) for kind in kinds) == len(flags) + 1
+    assert len(found) == len(flags) + 1
     parsed = {string for action in build_parser()._actions for string in action.option_strings}
-    others = {"-h", "--help", "--show-calibration", "--debug", "--version"}
+    others = {"-h", "--help", "--show-calibration", "--version"}
     assert parsed == flags.keys() | others
 
 
+@pytest.mark.parametrize(
+    "main",
+    [check.main, draw.patterns, draw.plots, generate.main, prepare.main, simulate.main],
+)
+def test_every_command_ends_with_one_sentence_and_shows_more_to_a_debugger(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (["--no-such-flag"], ["--no-such-flag", "--debug"]):
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines()[-1].startswith("error: ")
+        assert (len(err.splitlines()) > 1) == ("Traceback" in err) == ("--debug" in argv)
+
+
+def test_nobody_to_read_a_verdict_does_not_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `check.py ... | head -0`: exit code 0 would say that the answers are right."""
+
+    def nobody(_: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(check, "show", nobody)
+    monkeypatch.setattr(
+        "moe_offload.engine.engine.load_engine", lambda *_: nullcontext(Mock(notes=[]))
+    )
+    monkeypatch.setattr("moe_offload.engine.engine.open_prepared", Mock())
+    monkeypatch.setattr("moe_offload.model.tokenization.load_tokenizer", Mock())
+    verdict = Mock(is_right=False, lines=lambda: ["verdict: wrong"])
+    monkeypatch.setattr("moe_offload.engine.check.check_engine", lambda *_: verdict)
+    (tmp_path / MANIFEST_NAME).touch()
+    arguments = ["--model-path", str(tmp_path), "--source", str(tmp_path)]
+    assert check.main(arguments) == check.EXIT_WRONG
+
+
 def test_what_is_not_given_has_its_default() -> None:
-    config = parse_config(parse(RUN))
+    config = parse_config(build_parser().parse_args(RUN))
     for part in fields(config):
         options = getattr(config, part.name)
         given = {"model_path", "prompt", "max_tokens"}
-        for one in options_of(type(options)):
-            assert (getattr(options, one.field) == one.default) == (one.field not in given)
+        for one in fields(options):
+            assert (getattr(options, one.name) == one.default) == (one.name not in given)
 
 
 def test_every_kind_of_flag_is_read() -> None:
     config = parse_config(
-        parse(
+        build_parser().parse_args(
             [
                 *(*RUN, "--cache-replace-policy", "lfru", "--seed", "7", "--temperature", "0.5"),
                 *("--cpu-affinity", "0-2,5", "--no-record", "--verify", "--stop", "a"),
@@ -65,9 +107,12 @@ def test_what_is_no_list_of_cpus(text: str) -> None:
 def test_a_text_is_utf_8_in_any_locale(flag: str) -> None:
     field = flag.removeprefix("--")
     in_ascii = "\u00e7a va".encode().decode("ascii", "surrogateescape")
-    assert getattr(parse([flag, in_ascii]), field) in ("\u00e7a va", ["\u00e7a va"])
+    assert getattr(build_parser().parse_args([flag, in_ascii]), field) in (
+        "\u00e7a va",
+        ["\u00e7a va"],
+    )
     with pytest.raises(UserError, match=f"{flag}: expected UTF-8 text, found other bytes"):
-        parse([flag, b"caf\xe9".decode("ascii", "surrogateescape")])
+        build_parser().parse_args([flag, b"caf\xe9".decode("ascii", "surrogateescape")])
 
 
 @pytest.mark.parametrize("program", ["main.py", "moe-run"])

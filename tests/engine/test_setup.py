@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.block import block_layout
 from moe_offload.checkpoint.prepared import read_manifest
-from moe_offload.commands.arguments import parse, parse_config
+from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import setup
 from moe_offload.engine.calibration import Calibration, MachineCosts
@@ -74,7 +74,7 @@ def test_the_line_chooses_the_same_cache_again(
     assert flags is not None
     assert ("--seed 3" in line) == has_accelerator
     command = ["--model-path", str(folder), "--prompt", "x", "--max-tokens", "1"]
-    again = parse_config(parse([*command, *flags[1].split()])).cache
+    again = parse_config(build_parser().parse_args([*command, *flags[1].split()])).cache
     if has_accelerator:
         expected = replace(
             options,

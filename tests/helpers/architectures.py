@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
+from moe_offload.commands.prepare_model import prepare_model
 from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
 
@@ -382,7 +382,7 @@ def examine(name: str, folder: Path) -> Row:
     def prepared(**formats: Any) -> Path:
         path = folder / "-".join(formats.values())
         with contextlib.redirect_stderr(io.StringIO()):  # its notes are not the question here
-            prepare_model(PrepareOptions(hub, path, hf=True, **formats))
+            prepare_model(hub, path, hf=True, **formats)
         return path
 
     try:

@@ -13,7 +13,7 @@ from synthetic_recording import Shape, record_run, sensor_samples
 from moe_offload.engine.calibration import predicted_step_us
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import Recorder
-from moe_offload.report.files import ReportPaths, RunInfo, routing_lines, write_reports
+from moe_offload.report.files import ReportPaths, RunInfo, recorded_routing, write_reports
 from moe_offload.report.summary import format_summary, summarize
 
 COSTS = CostModel(SideCost(5, 100, 20), SideCost(5, 20, 5), 10, 10, 8, 1.1, 4096, 30)
@@ -72,7 +72,7 @@ def touched(shape: Shape, folder: Path) -> int:
         predicted_us = predicted_step_us(recorder, COSTS)
         summary = summarize(recorder, samples=samples, predicted_step_us=predicted_us)
         format_summary(summary)
-        lines = routing_lines(recorder, "made up", shape.n_experts, synthetic=True)
+        lines = recorded_routing(recorder, "made up", shape.n_experts, synthetic=True)
         paths = ReportPaths.in_folder(folder)
         written = write_reports(recorder, paths, RunInfo(samples=samples), summary, lines)
     assert folder / "routing.jsonl" in written

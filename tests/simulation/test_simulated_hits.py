@@ -20,8 +20,7 @@ from moe_offload.model.loader import PreparedModel
 from moe_offload.report.files import (
     ReportPaths,
     RunInfo,
-    recorded_trace,
-    routing_lines,
+    recorded_routing,
     write_reports,
 )
 from moe_offload.report.summary import summarize
@@ -93,9 +92,9 @@ def through_the_csv(
     recorder: Recorder, n_experts: int, folder: Path
 ) -> tuple[Trace, list[list[int]]]:
     """(expert_choices.csv as our reader takes it, cache.csv's hits by pass and layer)."""
-    lines = routing_lines(recorder, "tiny", n_experts, synthetic=False)
+    routing = recorded_routing(recorder, "tiny", n_experts, synthetic=False)
     paths = ReportPaths.in_folder(folder)
-    write_reports(recorder, paths, RunInfo(), summarize(recorder), lines)
+    write_reports(recorder, paths, RunInfo(), summarize(recorder), routing)
     with (folder / "cache.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     n_layers = sum(name.startswith("Block_") for name in header)
@@ -241,6 +240,6 @@ def test_late_copies_hit_exactly_as_in_the_engine(
 
 def through_a_file(recorder: Recorder, engine: Engine, folder: Path) -> Trace:
     """The run's routing, written and read as JSON lines."""
-    trace = recorded_trace(recorder, "tiny", engine.store.n_experts[0], synthetic=False)
-    write_trace(folder / "routing.jsonl", trace.info, trace.passes)
+    trace = recorded_routing(recorder, "tiny", engine.store.n_experts[0], synthetic=False)
+    write_trace(folder / "routing.jsonl", *trace)
     return read_trace(folder / "routing.jsonl")

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tiny_models import write_mixtral_with_tokenizer
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.commands import generate
-from moe_offload.commands.arguments import parse, parse_config
+from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.engine.engine import Engine
 from moe_offload.model.generation import generate_batch
@@ -206,66 +207,64 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
     assert lengths[1] < lengths[0]
 
 
+# What is wrong with a command, and with one that has a prompt and --max-tokens.
+BAD_COMMANDS = [
+    ("--prompt x", "--max-tokens is missing"),
+    ("--max-tokens 4", "exactly one of --prompt and --prompt-path, found neither"),
+    ("--prompt x --prompt-path f --max-tokens 4", "found both"),
+    ("--prompt '  ' --max-tokens 4", "the prompt is empty"),
+    ("--prompt x --max-tokens -3", "--max-tokens of at least 1, found -3"),
+    ("--prompt x --max-tokens many", "invalid int value: 'many'"),
+    (f"--prompt '{'word ' * 80}' --max-tokens 4", "the model's context holds 64"),
+    ("--prompt-path no-such-file --max-tokens 4", "No such file"),
+]
+BAD_FLAGS = [
+    ("--top-p 0", "--top-p above 0, found 0"),
+    ("--temperature -1", "--temperature of at"),
+    ("--batch-size 0", "--batch-size of at least"),
+    (f"--batch-size 1{'0' * 400}", "--batch-size of at most"),
+    ("--n-prompts 0", "--n-prompts of at least 1"),
+    ("--cache-nblocks -1", "found -1"),
+    ("--cache-nblocks 2", "both positive"),
+    ("--cache-quota -1", "--cache-quota of at"),
+    ("--no-such-flag", "unrecognized arguments"),
+    ("--device cuda", "torch sees no GPU"),
+    ("--attention xformers", "needs an NVIDIA GPU"),
+    ("--cpu-isa 6502", "6502"),
+    ("--cpu-affinity a-b", "such as 0-7,16"),
+    ("--cpu-affinity 900-999,1022", "900-999,1022"),
+    ("--prefetch next-layer", "expected a cache"),
+    ("--miss-policy auto", "expected a cache"),
+    ("--emulate-pcie-gbps 3", "expected a cache"),
+    ("--top-p 0.5", "--temperature above 0"),
+    ("--top-k 5", "above 0 for --top-k"),
+    ("--min-p 2", "--min-p of at most 1, found 2.0"),
+    ("--repetition-penalty 0", "above 0, found 0"),
+    ("--stop ''", "--stop as a text that is not"),
+    ("--system y --raw-prompt", "found both"),
+    ("--resume", "--resume needs --responses-jsonl"),
+    ("--dummy-layers 2", "needs --dummy-weights"),
+    ("--cache-auto --trace none", "none"),
+    ("--responses-jsonl .", "it is a folder"),
+    ("--seed 18446744073709551616", "found 18446744073709551616"),
+    ("--seed -9223372036854775809", "--seed of at least"),
+    ("--temperature inf", "finite number, found inf"),
+    ("--temperature nan", "finite number, found nan"),
+    ("--cache-memory-gb -1", "above 0, found -1.0"),
+    ("--cache-memory-gb 1", "expected --cache-auto"),
+    ("--no-record --output-dir r", "found both"),
+    ("--no-record --breakdown-csv r", "both"),
+    ("--no-record --cachehit-csv r", "both"),
+    ("--responses-jsonl no/r", "found no no: make"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [
-        (("--prompt", "x"), "--max-tokens is missing"),
-        (("--max-tokens", "4"), "exactly one of --prompt and --prompt-path, found neither"),
-        (("--prompt", "x", "--prompt-path", "f", "--max-tokens", "4"), "found both"),
-        (("--prompt", "  ", "--max-tokens", "4"), "the prompt is empty"),
-        (("--prompt", "x", "--max-tokens", "-3"), "--max-tokens of at least 1, found -3"),
-        (("--prompt", "x", "--max-tokens", "many"), "invalid int value: 'many'"),
-        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0"), "--top-p in (0, 1]"),
-        (("--prompt", "x", "--max-tokens", "4", "--temperature", "-1"), "--temperature of at"),
-        (("--prompt", "x", "--max-tokens", "4", "--batch-size", "0"), "--batch-size of at least"),
-        (("--prompt", "x", "--max-tokens", "4", "--n-prompts", "0"), "--n-prompts of at least 1"),
-        (("--prompt", "x", "--max-tokens", "4", "--cache-nblocks", "-1"), "found -1"),
-        (("--prompt", "x", "--max-tokens", "4", "--cache-nblocks", "2"), "both positive"),
-        (("--prompt", "x", "--max-tokens", "4", "--cache-quota", "-1"), "--cache-quota of at"),
-        (("--prompt", "x", "--max-tokens", "4", "--no-such-flag"), "unrecognized arguments"),
-        (("--prompt", "x", "--max-tokens", "4", "--device", "cuda"), "torch sees no GPU"),
-        (("--prompt", "x", "--max-tokens", "4", "--attention", "xformers"), "needs an NVIDIA GPU"),
-        (("--prompt", "x", "--max-tokens", "4", "--cpu-isa", "6502"), "6502"),
-        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "a-b"), "such as 0-7,16"),
-        (("--prompt", "x", "--max-tokens", "4", "--cpu-affinity", "900-999,1022"), "900-999,1022"),
-        (("--prompt", "word " * 80, "--max-tokens", "4"), "the model's context holds 64"),
-        (("--prompt", "x", "--max-tokens", "4", "--prefetch", "next-layer"), "expected a cache"),
-        (("--prompt", "x", "--max-tokens", "4", "--miss-policy", "auto"), "expected a cache"),
-        (("--prompt", "x", "--max-tokens", "4", "--emulate-pcie-gbps", "3"), "expected a cache"),
-        (("--prompt", "x", "--max-tokens", "4", "--top-p", "0.5"), "--temperature above 0"),
-        (("--prompt", "x", "--max-tokens", "4", "--top-k", "5"), "above 0 for --top-k"),
-        (("--prompt", "x", "--max-tokens", "4", "--min-p", "2"), "--min-p in [0, 1], found 2.0"),
-        (("--prompt", "x", "--max-tokens", "4", "--repetition-penalty", "0"), "above 0, found 0"),
-        (("--prompt", "x", "--max-tokens", "4", "--stop", ""), "--stop as a text that is not"),
-        (("--prompt", "x", "--max-tokens", "4", "--system", "y", "--raw-prompt"), "found both"),
-        (("--prompt", "x", "--max-tokens", "4", "--resume"), "--resume needs --responses-jsonl"),
-        (("--prompt", "x", "--max-tokens", "4", "--dummy-layers", "2"), "needs --dummy-weights"),
-        (("--prompt", "x", "--max-tokens", "4", "--cache-auto", "--trace", "none"), "none"),
-        (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "."), "it is a folder"),
-        (("--prompt-path", "no-such-file", "--max-tokens", "4"), "No such file"),
-        (
-            ("--prompt", "x", "--max-tokens", "4", "--seed", str(2**64)),
-            "found 18446744073709551616",
-        ),
-        (("--prompt", "x", "--max-tokens", "4", "--seed", str(-(2**63) - 1)), "--seed from -2^63"),
-        (
-            ("--prompt", "x", "--max-tokens", "4", "--temperature", "inf"),
-            "finite number, found inf",
-        ),
-        (
-            ("--prompt", "x", "--max-tokens", "4", "--temperature", "nan"),
-            "finite number, found nan",
-        ),
-        (("--prompt", "x", "--max-tokens", "4", "--cache-memory-gb", "-1"), "above 0, found -1.0"),
-        (("--prompt", "x", "--max-tokens", "4", "--cache-memory-gb", "1"), "expected --cache-auto"),
-        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--output-dir", "r"), "found both"),
-        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--breakdown-csv", "r"), "both"),
-        (("--prompt", "x", "--max-tokens", "4", "--no-record", "--cachehit-csv", "r"), "both"),
-        (("--prompt", "x", "--max-tokens", "4", "--responses-jsonl", "no/r"), "found no no: make"),
-    ],
+    BAD_COMMANDS + [(f"--prompt x --max-tokens 4 {flags}", what) for flags, what in BAD_FLAGS],
 )
 def test_bad_arguments(
-    arguments: tuple[str, ...],
+    arguments: str,
     expected: str,
     model: Path,
     run_folder: Path,
@@ -273,7 +272,7 @@ def test_bad_arguments(
 ) -> None:
     if expected == "torch sees no GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert expected in refused(capsys, "--model-path", model, *arguments)
+    assert expected in refused(capsys, "--model-path", model, *shlex.split(arguments))
     assert not any(run_folder.iterdir()), "a refused run leaves nothing"
 
 
@@ -849,7 +848,9 @@ def test_a_reader_that_goes_away_costs_no_evidence(
 def test_the_machine_is_calibrated_without_a_model(
     run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = calibration_options(parse_config(parse(["--show-calibration"])).model)
+    shapes = calibration_options(
+        parse_config(build_parser().parse_args(["--show-calibration"])).model
+    )
     assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 2)
     real = shapes_module._read_shapes()
     small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}

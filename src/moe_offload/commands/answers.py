@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Answers:
             self._handle = _locked(path) if self._is_file else _device(path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+        self._end = 0  # of the finished answers
         try:
             if self._is_file and os.fstat(self._handle).st_size:
                 if not config.output.resume:
@@ -50,9 +52,7 @@ class Answers:
                         f"{path} holds answers already: go on with them by --resume, or name "
                         "another file with --responses-jsonl"
                     )
-                self._end = self._read()
-            else:
-                self._end = 0
+                self._read()
         except BaseException:
             self.close()
             raise
@@ -68,10 +68,9 @@ class Answers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> int:
-        """Take in the finished answers; returns where the last of them ends."""
-        end = place = 0
-        faulty = ""
+    def _read(self) -> None:
+        """Take in the finished answers."""
+        place, faulty = 0, ""
         with os.fdopen(os.dup(self._handle), "rb") as file:
             for number, line in enumerate(file, start=1):
                 place += len(line)
@@ -82,8 +81,7 @@ class Answers:
                     faulty = f"line {number} of {self.path} is no answer of a run"
                 elif answer["stop"] != "interrupted":
                     self._lines.append(answer)
-                    end = place
-        return end
+                    self._end = place
 
     def settings(self, prompt: Prompt) -> dict[str, Any]:
         """All that the answer to `prompt` depends on besides its text."""
@@ -101,34 +99,33 @@ class Answers:
             answers.setdefault(_key(line.get("id"), line["index"]), []).append(line)
         left = []
         for prompt in prompts:
-            of_prompt = answers.get(_key(prompt.id, prompt.index))
-            if not of_prompt:
+            if of_prompt := answers.get(_key(prompt.id, prompt.index)):
+                self._require_same(of_prompt.pop(0), prompt)
+            else:
                 left.append(prompt)
-                continue
-            self._require_same(of_prompt.pop(0), prompt)
-        for lines in answers.values():
-            for line in lines:
-                raise UserError(
-                    f"{self.path} holds an answer to a prompt that is not among these (index "
-                    f"{line['index']}): --resume needs the same prompts, or name another file"
-                )
+        for line in chain.from_iterable(answers.values()):
+            raise self._other(
+                f"holds an answer to a prompt that is not among these (index {line['index']})"
+            )
         return left
 
     def _require_same(self, line: dict[str, Any], prompt: Prompt) -> None:
         if any(line.get(key) != value for key, value in _source(prompt).items()):
-            raise UserError(
-                f"{self.path} holds an answer to another prompt than that of {prompt.name}: "
-                "--resume needs the same prompts, or name another file"
-            )
+            raise self._other(f"holds an answer to another prompt than that of {prompt.name}")
         before = line.get("settings")
         before = before if isinstance(before, dict) else {}
         for name, value in self.settings(prompt).items():
             if before.get(name) != value:
-                raise UserError(
-                    f"{self.path} was answered with {name} {json.dumps(before.get(name))}, now it "
-                    f"is {json.dumps(value)}: --resume needs the same settings, or name another "
-                    "file"
+                raise self._other(
+                    f"was answered with {name} {json.dumps(before.get(name))}, now it is "
+                    f"{json.dumps(value)}"
                 )
+
+    def _other(self, what: str) -> UserError:
+        return UserError(
+            f"{self.path} {what}: --resume needs the same prompts and settings, or name another "
+            "file"
+        )
 
     def write(self, prompt: Prompt, facts: dict[str, Any]) -> None:
         """Append a line; it is whole on disk, or UserError says why it is not there at all."""

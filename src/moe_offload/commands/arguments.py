@@ -1,6 +1,6 @@
-"""The command line that generates text: its flags are the fields of `config`.
+"""How every command reads its arguments and ends, and the command line that generates text.
 
-Also how every command reads its own: `ArgumentParser`, `a_path`.
+Flags that set a field of `config` are made from it.
 """
 
 from __future__ import annotations
@@ -8,23 +8,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
 
 from moe_offload.config import (
     CacheOptions,
     Config,
     GenerationOptions,
     ModelOptions,
-    Option,
     OutputOptions,
     PromptOptions,
-    options_of,
+    choices_of,
+    flag_of,
+    kind_of,
 )
 from moe_offload.errors import UserError
+from moe_offload.machine.terminal import answer
+
+_Options = TypeVar("_Options")
 
 
 def a_path(text: str) -> Path:
@@ -59,6 +64,33 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def run_command(
+    parser: ArgumentParser,
+    work: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None,
+) -> int:
+    """The exit code of a command: its arguments (default: the command line's) parsed, and its work.
+
+    What ends it early is told in one sentence; --debug, which every command has, shows where.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return answer(lambda: work(parser.parse_args(argv)) or 0, "--debug" in argv)
+
+
+def make_writable(folder: Path, flag: str) -> None:
+    """Make a folder and try it; UserError, with the flag to change, if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(
+            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}"
+        ) from error
+
+
 def started_as(script: str) -> str:
     """What the user has started: an installed command, else `script`."""
     name = Path(sys.argv[0]).name
@@ -83,12 +115,11 @@ _GROUPS: Final[dict[str, Any]] = {
     "prompts (exactly one of the first two)": PromptOptions,
     "generation": GenerationOptions,
     "expert cache": CacheOptions,
-    "CPU experts": None,
     "results": OutputOptions,
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser; mistakes raise UserError instead of exiting.
 
     What it parses has an attribute for each field whose flag was given, and none for the others.
@@ -104,40 +135,40 @@ def build_parser() -> argparse.ArgumentParser:
         parser.epilog = _EPILOG.replace("python3 src/main.py", parser.prog).replace(
             "weights_preprocessor.py", "moe-prepare"
         )
-    groups = {title: parser.add_argument_group(title) for title in _GROUPS}
     for title, options in _GROUPS.items():
-        for one in options_of(options) if options else ():
-            if one.flag.help:
-                groups[one.flag.group or title].add_argument(
-                    one.flag.name,
-                    dest=one.field,
-                    default=argparse.SUPPRESS,
-                    help=one.flag.help,
-                    **_reading(one),
-                )
-    other = parser.add_argument_group("other")
-    other.add_argument(
+        names = [one.name for one in fields(options) if flag_of(one).help]
+        add_flags(parser.add_argument_group(title), options, *names)
+    parser.add_argument(
         "--show-calibration",
         action="store_true",
         help="measure this machine, show it and exit; without a model: on one layer of the shape "
         f"that --dummy-weights names (default {CALIBRATION_SHAPE})",
     )
-    other.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    other.add_argument("--version", action="store_true", help="show versions and CPU kernels, exit")
+    parser.add_argument(
+        "--version", action="store_true", help="show versions and CPU kernels, exit"
+    )
     return parser
 
 
-def _reading(one: Option) -> dict[str, Any]:
+def add_flags(group: argparse._ActionsContainer, options: type, *names: str) -> None:
+    """The flags of these fields; one that is not given leaves no attribute (see `chosen`)."""
+    for one in fields(options):
+        if one.name in names:
+            flag = flag_of(one)
+            group.add_argument(
+                flag.name, dest=one.name, default=argparse.SUPPRESS, help=flag.help, **_reading(one)
+            )
+
+
+def _reading(one: Field[Any]) -> dict[str, Any]:
     """How argparse reads the flag."""
-    kind = get_origin(one.kind) or one.kind
+    kind = get_origin(kind_of(one)) or kind_of(one)
     if kind is bool:
         return {"action": "store_false" if one.default else "store_true"}
-    if kind is Literal:
-        return {"choices": get_args(one.kind)}
-    if one.flag.choices:
-        return {"choices": one.flag.choices, "type": str.upper}
-    metavar = one.flag.usage.split()[1]
-    if get_args(one.kind)[:1] == (str,):
+    if choices := choices_of(one):
+        return {"choices": choices, "type": str.upper if kind is str else str}
+    metavar = flag_of(one).usage.split()[1]
+    if kind is tuple and str in get_args(one.type):
         return {"action": "append", "type": a_text, "metavar": metavar}
     readers = {str: a_text, Path: a_path, tuple: parse_cpu_list}
     return {"type": readers.get(kind, kind), "metavar": metavar}
@@ -155,13 +186,15 @@ def parse_config(arguments: argparse.Namespace) -> Config:
         given["prompt"] = "Random weights have nothing to say."
     if "max_tokens" not in given:
         raise UserError("--max-tokens is missing: say how many tokens to generate per prompt")
-    kinds = get_type_hints(Config)
-    return Config(**{part: _built(kind, given) for part, kind in kinds.items()})
+    parts: Any = fields(Config)
+    return Config(**{part.name: chosen(part.type, given) for part in parts})
 
 
-def _built(kind: Any, given: dict[str, Any]) -> Any:
-    values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+def chosen(options: Callable[..., _Options], given: dict[str, Any]) -> _Options:
+    """The checked options whose flags were given, the others as they are by default."""
+    names = {one.name for one in fields(options)} & given.keys()  # type: ignore[arg-type]
+    lists = {name: tuple(given[name]) for name in names if isinstance(given[name], list)}
+    return options(**{name: given[name] for name in names} | lists)
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -179,8 +212,3 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
     if not cpus:
         raise UserError(f"expected --cpu-affinity as a list such as 0-7,16, found '{text}'")
     return tuple(cpus)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The raw arguments; UserError for unknown or malformed flags."""
-    return build_parser().parse_args(argv)

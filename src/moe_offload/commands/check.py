@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from moe_offload.checkpoint.folders import require_prepared
-from moe_offload.commands.arguments import ArgumentParser, a_path
-from moe_offload.config import POLICIES, CacheOptions, ModelOptions
-from moe_offload.errors import UserError
-from moe_offload.machine.terminal import say
+from moe_offload.commands.arguments import ArgumentParser, a_path, add_flags, chosen, run_command
+from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
+from moe_offload.machine.terminal import say, show
 
-EXIT_WRONG, EXIT_USER_ERROR = 1, 2
+EXIT_WRONG = 1
 TEXTS = (
     "Explain in two sentences why the sky is blue.",
     "def fibonacci(n):",
@@ -22,13 +20,14 @@ TEXTS = (
 )
 
 
-def build_parser() -> ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 right, 1 wrong, 2 a mistake of the user's."""
     parser = ArgumentParser(
         prog="check.py",
         description="Compare this tool's answers with those of transformers' own model, layer by "
         "layer, and name what differs. Exit code 0: right, 1: wrong.",
     )
-    parser.add_argument("--model-path", type=a_path, required=True, help="the prepared folder")
+    add_flags(parser, ModelOptions, "model_path", "device")
     parser.add_argument(
         "--source",
         type=a_path,
@@ -36,54 +35,30 @@ def build_parser() -> ArgumentParser:
         "(default: where that was, if it is still there)",
     )
     parser.add_argument("--max-tokens", type=int, default=16, help="per text (default 16)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--cache-nblocks", type=int, default=0, help="cache indexes N")
-    parser.add_argument("--cache-nways", type=int, default=0, help="ways M")
-    parser.add_argument("--cache-replace-policy", choices=POLICIES, default="FIFO")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
+    add_flags(parser, CacheOptions, "n_indexes", "n_ways", "policy")
+    return run_command(parser, _check, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 right, 1 wrong, 2 a mistake of the user's."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = build_parser().parse_args(argv)
-        require_prepared(options.model_path)
-        if options.max_tokens < 1:
-            raise UserError(f"expected --max-tokens of at least 1, found {options.max_tokens}")
-        cache = CacheOptions(
-            n_indexes=options.cache_nblocks,
-            n_ways=options.cache_nways,
-            policy=options.cache_replace_policy,
-        )
-        return _check(options, cache)
-    except KeyboardInterrupt:
-        say("interrupted: no verdict")
-        return 130
-    except (UserError, OSError) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        say(f"error: {error}")
-        return EXIT_USER_ERROR
-
-
-def _check(options: Any, cache: CacheOptions) -> int:
+def _check(arguments: Namespace) -> int:
+    model = chosen(ModelOptions, vars(arguments))
+    cache = chosen(CacheOptions, vars(arguments))
+    n_tokens = GenerationOptions(arguments.max_tokens).max_tokens
+    assert model.model_path is not None  # there are no random weights to check
+    require_prepared(model.model_path)
     from moe_offload.engine.check import check_engine  # torch: seconds
     from moe_offload.engine.engine import load_engine, open_prepared
     from moe_offload.model.tokenization import load_tokenizer
 
-    model = ModelOptions(model_path=options.model_path, device=options.device)
     source = open_prepared(model)
-    tokenizer = load_tokenizer(options.model_path, source.config.model_type)
+    tokenizer = load_tokenizer(model.model_path, source.config.model_type)
     with load_engine(source, model, cache) as engine:
         for note in engine.notes:
             say(note)
-        where: Path | None = options.source
+        where: Path | None = arguments.source
         if where is None and Path(source.manifest.source).is_dir():
             where = Path(source.manifest.source)
         prompts = [tokenizer.encode(text, raw=False) for text in TEXTS]
-        result = check_engine(engine, prompts, options.max_tokens, where)
-    for line in result.lines():
-        print(line)
+        result = check_engine(engine, prompts, n_tokens, where)
+    with suppress(BrokenPipeError):  # nobody reads it; the exit code tells it too
+        show("\n".join(result.lines()))
     return 0 if result.is_right else EXIT_WRONG

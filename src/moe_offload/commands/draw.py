@@ -13,14 +13,14 @@ chance alone gives for that E and K.
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from moe_offload.commands.arguments import ArgumentParser, a_path
+from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
+from moe_offload.config import LARGEST, require_range
 from moe_offload.errors import UserError, plain
-from moe_offload.machine.terminal import answer, show
+from moe_offload.machine.terminal import show
 from moe_offload.report.figures import (
     Drawing,
     draw_breakdown,
@@ -58,7 +58,7 @@ def plots(argv: Sequence[str] | None = None) -> int:
         type=a_path,
         help="where the figures go (default: RUN_DIR/figures; with several runs: figures)",
     )
-    return _answer(parser, argv, _plots)
+    return run_command(parser, _plots, argv)
 
 
 def patterns(argv: Sequence[str] | None = None) -> int:
@@ -75,29 +75,18 @@ def patterns(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output-dir", type=a_path, default=Path("figures"), help="default: figures"
     )
-    return _answer(parser, argv, _patterns)
+    return run_command(parser, _patterns, argv)
 
 
-def _answer(
-    parser: ArgumentParser, argv: Sequence[str] | None, work: Callable[[Namespace], list[str]]
-) -> int:
-    """Parse, do the `work` and print the lines that it gives."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    def done() -> int:
-        lines = work(parser.parse_args(argv))
-        show("\n".join(map(plain, lines)))
-        return 0
-
-    return answer(done, "--debug" in argv)
-
-
-def _plots(arguments: Namespace) -> list[str]:
+def _plots(arguments: Namespace) -> None:
     runs = read_runs(arguments.runs)
     default = runs[0].folder / "figures" if len(runs) == 1 else Path("figures")
     written, left_out = draw_all(runs, arguments.output_dir or default)
-    return [*left_out, *map(str, written)]
+    _print([*left_out, *map(str, written)])
+
+
+def _print(lines: Sequence[str]) -> None:
+    show("\n".join(map(plain, lines)))
 
 
 def draw_all(runs: Sequence[RunFiles], folder: Path) -> tuple[list[Path], list[str]]:
@@ -136,14 +125,14 @@ def _experts(run: RunFiles) -> tuple[Drawing | None, str]:
         return None, str(error)
 
 
-def _patterns(arguments: Namespace) -> list[str]:
-    if arguments.n_experts is not None and arguments.n_experts < 1:
-        raise UserError(f"expected --n-experts of at least 1, found {arguments.n_experts}")
+def _patterns(arguments: Namespace) -> None:
+    if arguments.n_experts is not None:
+        require_range("--n-experts", arguments.n_experts, 1, LARGEST)
     trace = read_trace(arguments.trace, arguments.n_experts)
     found = analyse(trace)
     with house_style():
         paths = save_drawing(draw_patterns(found, trace.info.model), arguments.output_dir)
-    return [*format_patterns(found, trace.info), *map(str, paths)]
+    _print([*format_patterns(found, trace.info), *map(str, paths)])
 
 
 def format_patterns(patterns: Patterns, info: TraceInfo) -> list[str]:

@@ -7,8 +7,7 @@ each result has a file of its own that can be written. Then loads and runs (`run
 from __future__ import annotations
 
 import sys
-import tempfile
-import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,13 @@ from pathlib import Path
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import require_prepared
 from moe_offload.commands.answers import Answers
-from moe_offload.commands.arguments import build_parser, parse, parse_config, started_as
+from moe_offload.commands.arguments import (
+    build_parser,
+    make_writable,
+    parse_config,
+    run_command,
+    started_as,
+)
 from moe_offload.commands.prompts import LeftOut, read_prompts
 from moe_offload.config import Config
 from moe_offload.errors import UserError
@@ -25,7 +30,6 @@ from moe_offload.machine.terminal import (
     EXIT_USER_ERROR,
     Interruption,
     complain,
-    open_closed_streams,
     say,
     show,
 )
@@ -38,30 +42,31 @@ _FLAGS = {"breakdown": "--breakdown-csv", "cachehit": "--cachehit-csv"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    open_closed_streams()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
     with Interruption() as interruption:
-        try:
-            return _main(argv, interruption)
-        except KeyboardInterrupt:
-            say(f"interrupted ({interruption.name}) before any token: no file was written")
-            return interruption.exit_code
-        except BrokenPipeError:  # such as `| head`: there is nobody left to tell
-            return EXIT_USER_ERROR
-        except (UserError, OSError) as error:
-            if "--debug" in argv:
-                traceback.print_exc()
-            complain(error)
-            return EXIT_USER_ERROR
+
+        def work(arguments: Namespace) -> int:
+            if not argv:
+                parser.print_usage(sys.stderr)
+            command = [started_as("src/main.py"), *argv]
+            try:
+                return _generate(arguments, command, interruption)
+            except KeyboardInterrupt:
+                say(f"interrupted ({interruption.name}) before any token: no file was written")
+                return interruption.exit_code
+            except BrokenPipeError:  # such as `| head`: there is nobody left to tell
+                return EXIT_USER_ERROR
+
+        return run_command(parser, work, argv)
 
 
-def _main(argv: Sequence[str], interruption: Interruption) -> int:
-    arguments = parse(argv)
+def _generate(arguments: Namespace, command: list[str], interruption: Interruption) -> int:
     if arguments.version:
-        show(_version_text())
+        libraries = [f"{name} {number}" for name, number in versions().items() if number]
+        lines = [f"moe-cpu-gpu-inference {VERSION}", *describe_kernels(), *libraries]
+        show("\n".join(lines))
         return 0
-    if not argv:
-        build_parser().print_usage(sys.stderr)
     config = parse_config(arguments)
     _check_sources(config)
     # The imports below are not at the top because torch and transformers take seconds to load:
@@ -73,23 +78,21 @@ def _main(argv: Sequence[str], interruption: Interruption) -> int:
         show_calibration(config)
         return 0
     prompts, left_out = read_prompts(config.prompts, config.generation)
-    paths = ReportPaths.in_folder(
-        config.output.output_dir, config.output.breakdown_csv, config.output.cachehit_csv
-    )
+    output = config.output
+    paths = ReportPaths.in_folder(output.output_dir, output.breakdown_csv, output.cachehit_csv)
     check_destinations(config, paths)
     with ExitStack() as stack:
         answers = None
-        if config.output.responses_jsonl is not None:
-            answers = stack.enter_context(Answers(config.output.responses_jsonl, config))
+        if output.responses_jsonl is not None:
+            answers = stack.enter_context(Answers(output.responses_jsonl, config))
             prompts = answers.unanswered(prompts)
             if not prompts:
                 say(f"all {answers.n_before} prompts are answered in {answers.path}")
                 return _left_out_code(left_out)
-        if not config.output.quiet:
+        if not output.quiet:
             say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
         from moe_offload.commands.run import run
 
-        command = [started_as("src/main.py"), *argv]
         code = run(config, prompts, left_out, answers, paths, command, interruption)
     return code or _left_out_code(left_out)
 
@@ -128,7 +131,7 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
     wanted: list[tuple[str, Path]] = []
     if config.output.record:
         # The names that nobody chose first: what takes one of them was asked for by its flag.
-        named = sorted(paths.by_name().items(), key=lambda one: one[0] in _FLAGS)
+        named = sorted(paths.items(), key=lambda one: one[0] in _FLAGS)
         wanted += [(_FLAGS.get(name, "--output-dir"), path) for name, path in named]
     if config.output.responses_jsonl is not None:
         folder = config.output.responses_jsonl.parent
@@ -162,23 +165,5 @@ def check_destinations(config: Config, paths: ReportPaths) -> None:
         if path.resolve() in taken or same_file_as(path, taken) is not None:
             raise UserError(f"another of the run's files goes to {path}: {another}")
         taken.add(path.resolve())
-        _try_folder(path.parent, flag)
-
-
-def _try_folder(folder: Path, flag: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         remedy = "" if flag == "--responses-jsonl" else ", or --no-record"
-        raise UserError(
-            f"cannot write results to {folder.resolve()} ({reason}): choose another {flag}{remedy}"
-        ) from error
-
-
-def _version_text() -> str:
-    lines = [f"moe-cpu-gpu-inference {VERSION}", *describe_kernels()]
-    lines += [f"{name} {number}" for name, number in versions().items() if number]
-    return "\n".join(lines)
+        make_writable(path.parent, flag + remedy)

@@ -1,27 +1,26 @@
-"""Entry point of weights_preprocessor.py: a checkpoint as users have it -> a prepared folder."""
+"""weights_preprocessor.py's command line: a checkpoint as users have it -> a prepared folder."""
 
 from __future__ import annotations
 
 import errno
-import os
-import sys
-import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import require_source
-from moe_offload.commands.arguments import ArgumentParser, a_path
+from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
 from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
-from moe_offload.machine.terminal import complain, open_closed_streams, say, show
-
-_ANOTHER: Final = "choose another --output-path"
+from moe_offload.machine.terminal import say, show
 
 
-def build_parser() -> ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 done or already done, 2 a user mistake, a bad file or a full disk, 130 interrupted.
+    """
     parser = ArgumentParser(
         prog="weights_preprocessor.py",
         description="Prepare a Mixture-of-Experts checkpoint for src/main.py. The source is only "
@@ -59,38 +58,26 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="prepare again although the folder is prepared"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and library warnings")
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    return parser
+    return run_command(parser, _prepare, argv)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run with these arguments (default: the command line's); returns the exit code.
-
-    0 done or already done, 2 a user mistake, a bad file or a full disk, 130 interrupted.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    open_closed_streams()
+def _prepare(arguments: Namespace) -> int:
+    require_source(arguments.input_path, arguments.hf)
     try:
-        options = build_parser().parse_args(arguments)
-        require_source(options.input_path, options.hf)
         # Here and not at the top: torch and transformers take seconds to load. --help and a wrong
         # path need not wait for them, and Ctrl-C while they load is one line as well.
-        from moe_offload.commands.prepare_model import PrepareOptions, prepare_model
+        from moe_offload.commands.prepare_model import prepare_model
 
-        done = prepare_model(PrepareOptions(**vars(options)))
-        with suppress(OSError):  # nobody reads it; prepared is prepared
-            show(done)
-        return 0
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            say("interrupted; run the same command again to go on")
-            return 130
-        reason = _explain(error, options.output_path) if isinstance(error, OSError) else error
-        complain(reason)
-        return 2
+        done = prepare_model(**vars(arguments))
+    except OSError as error:
+        raise UserError(_explain(error, arguments.output_path)) from error
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on")
+        return 130
+    with suppress(OSError):  # nobody reads it; prepared is prepared
+        show(done)
+    return 0
 
 
 def _explain(error: OSError, output: Path) -> str:
@@ -99,10 +86,7 @@ def _explain(error: OSError, output: Path) -> str:
             f"the disk of {output} is full; free some space and run the same command again, "
             "finished files are kept"
         )
-    where = error.filename if error.filename is not None else output
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"cannot write {where}: a file is where a folder should be; {_ANOTHER}"
-    if isinstance(error, FileNotFoundError):
-        return f"cannot write {where}: nothing can be made there; {_ANOTHER}"
-    reason = os.strerror(error.errno) if error.errno is not None else str(error)
-    return f"cannot write {where}: {reason}; {_ANOTHER} or mend its permissions"
+    where = output if error.filename is None else error.filename
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    reason = "a file is where a folder should be" if in_the_way else error.strerror or error
+    return f"cannot write {where}: {reason}; choose another --output-path"

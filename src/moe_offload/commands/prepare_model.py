@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,67 +24,54 @@ from moe_offload.checkpoint.writer import (
 )
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.machine.terminal import byte_bar
+from moe_offload.machine.terminal import byte_bar, say
 from moe_offload.model.tokenization import check_tokenizer
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """The command line: what to prepare, and into what.
-
-    `dense_dtype` auto is bf16, or fp32 with fp32 experts; `debug` shows the libraries' warnings.
-    """
-
-    input_path: Path
-    output_path: Path
-    hf: bool = False
-    expert_dtype: WeightFormat = "bf16"
-    dense_dtype: WeightFormat | Literal["auto"] = "auto"
-    force: bool = False
-    debug: bool = False
-
-
-def prepare_model(options: PrepareOptions) -> str:
+def prepare_model(
+    input_path: Path,
+    output_path: Path,
+    hf: bool = False,
+    expert_dtype: WeightFormat = "bf16",
+    dense_dtype: WeightFormat | Literal["auto"] = "auto",
+    force: bool = False,
+    debug: bool = False,
+) -> str:
     """Prepare a folder, or find that it is prepared; returns the sentence to tell the user.
 
-    Shows progress on a terminal's stderr. UserError for a bad checkpoint or folder; OSError from
-    the disk passes through.
+    The arguments are the command line's: `dense_dtype` auto is bf16, or fp32 with fp32 experts;
+    `debug` shows the libraries' warnings. Shows progress on a terminal's stderr. UserError for a
+    bad checkpoint or folder; OSError from the disk passes through.
     """
     started_s = time.monotonic()
-    if not options.debug:
+    if not debug:
         transformers.logging.set_verbosity_error()
-    dense_format = options.dense_dtype
-    if dense_format == "auto":
-        dense_format = "fp32" if options.expert_dtype == "fp32" else "bf16"
-    formats = Formats(
-        weight_format=options.expert_dtype,
-        dense_format=dense_format,
-        model_dtype=torch.float32 if dense_format == "fp32" else torch.bfloat16,
-    )
-    source = open_source(options.input_path, options.hf, formats.model_dtype)
+    if dense_dtype == "auto":
+        dense_dtype = "fp32" if expert_dtype == "fp32" else "bf16"
+    model_dtype = torch.float32 if dense_dtype == "fp32" else torch.bfloat16
+    formats = Formats(expert_dtype, dense_dtype, model_dtype)
+    source = open_source(input_path, hf, model_dtype)
     check_tokenizer(source.folder, source.config.model_type)
-    output = options.output_path
-    output.mkdir(parents=True, exist_ok=True)
-    with exclusive(output):
-        if (output / MANIFEST_NAME).exists() and not options.force:
-            _require_same(read_manifest(output), source, formats)
-            tidy(output)
-            return f"{output} is already prepared; --force prepares it again"
-        claim(output, source.folder)
-        manifest = _prepare(source, output, formats)
+    output_path.mkdir(parents=True, exist_ok=True)
+    with exclusive(output_path):
+        if (output_path / MANIFEST_NAME).exists() and not force:
+            _require_same(read_manifest(output_path), source, formats)
+            tidy(output_path)
+            return f"{output_path} is already prepared; --force prepares it again"
+        claim(output_path, source.folder)
+        manifest = _prepare(source, output_path, formats)
     return _summary(manifest, time.monotonic() - started_s)
 
 
 def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manifest:
     if source.unused:
-        print(
+        say(
             f"note: the model has no place for {len(source.unused)} tensors of the checkpoint, "
-            f"such as {source.unused[0]}; they are left out",
-            file=sys.stderr,
+            f"such as {source.unused[0]}; they are left out"
         )
     preparation = Preparation(source, output, formats)
     if read_record(output).get("key"):
-        print("found an interrupted preparation: keeping its finished files", file=sys.stderr)
+        say("found an interrupted preparation: keeping its finished files")
     created_with = {
         "tool": VERSION,
         "torch": str(torch.__version__),

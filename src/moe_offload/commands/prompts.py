@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from moe_offload.config import GenerationOptions, PromptOptions
 from moe_offload.errors import UserError
@@ -18,17 +19,10 @@ Messages = tuple[dict[str, str], ...]  # of a chat: each a role and its content
 _LARGEST_FILE_BYTES: Final = 64 << 20  # a million long prompts; more is a wrong file
 _TOLD: Final = 10  # so many lines that are left out are told of one by one
 _ROLES: Final = ("system", "user", "assistant")
-# What a line of JSON may say besides its prompt: the kinds, and the field of GenerationOptions.
-_SETTINGS: Final[dict[str, tuple[type, ...]]] = {
-    "max_tokens": (int,),
-    "temperature": (int, float),
-    "top_p": (int, float),
-    "top_k": (int,),
-    "min_p": (int, float),
-    "repetition_penalty": (int, float),
-    "seed": (int,),
-    "stop": (str, list),
-}
+# What a line of JSON may say besides its prompt: how it alone is answered.
+_SETTINGS: Final = {one.name for one in fields(GenerationOptions)} - {"batch_size"}
+# A zero, and half of a surrogate pair, which bytes that are no UTF-8 and JSON escapes give.
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,9 @@ def read_prompts(
     """
     left_out = LeftOut(options.path)
     if options.path is None:
-        text = _standard_input() if options.prompt == "-" else options.prompt or ""
+        text = options.prompt or ""
+        if text == "-":
+            text = _read(sys.stdin.buffer, "standard input").removesuffix("\n")
         if not text.strip():
             raise UserError("the prompt is empty: give --prompt some text")
         found: Sequence[Prompt | None] = [Prompt(0, text, generation)]
@@ -119,28 +115,15 @@ def _chat(text: str | Messages, system: str | None) -> str | Messages:
     return text if text[0]["role"] == "system" else ({"role": "system", "content": system}, *text)
 
 
-def _standard_input() -> str:
-    data = sys.stdin.buffer.read(_LARGEST_FILE_BYTES + 1)
-    if len(data) > _LARGEST_FILE_BYTES:
-        raise UserError("standard input has more than 64 MiB: that is no prompt")
-    return _decoded(data, "standard input").removesuffix("\n")
-
-
 def _lines(path: Path) -> list[tuple[str, str]]:
     """The names of the lines that have text, and their texts."""
     try:
         if not path.is_file() and path.exists():
             raise UserError(f"{path} is not a file: expected one of prompts, one per line")
-        size = path.stat().st_size
-        if size > _LARGEST_FILE_BYTES:
-            raise UserError(
-                f"{path} has {size / 1e6:.0f} MB, expected a text file of prompts of at most "
-                f"{_LARGEST_FILE_BYTES / 1e6:.0f} MB: split it"
-            )
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            text = _read(file, str(path))
     except OSError as error:
         raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    text = _decoded(data, str(path))
     if "\0" in text:
         raise UserError(f"{path} is a binary file: expected text, one prompt per line")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -154,7 +137,13 @@ def _lines(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _decoded(data: bytes, name: str) -> str:
+def _read(file: BinaryIO, name: str) -> str:
+    data = file.read(_LARGEST_FILE_BYTES + 1)
+    if len(data) > _LARGEST_FILE_BYTES:
+        raise UserError(
+            f"{name} has more than {_LARGEST_FILE_BYTES / 1e6:.0f} MB, expected a text of prompts: "
+            "split it"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -163,11 +152,6 @@ def _decoded(data: bytes, name: str) -> str:
             f"{name} is not a UTF-8 text file (byte {error.start}, in line {line}): expected one "
             "prompt per line; convert it to UTF-8"
         ) from error
-
-
-def _is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which bytes that are no UTF-8 and JSON escapes give."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _json_prompts(
@@ -195,7 +179,7 @@ def _json_prompt(line: str, line_name: str, generation: GenerationOptions) -> Pr
         raise UserError(f"is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"is {type(found).__name__}, expected an object with a prompt or messages")
-    known = {"prompt", "messages", "id", *_SETTINGS}
+    known = {"prompt", "messages", "id"} | _SETTINGS
     if unknown := sorted(found.keys() - known):
         raise UserError(
             f"has the unknown field {unknown[0]!r}: known are {', '.join(sorted(known))}"
@@ -210,20 +194,10 @@ def _json_prompt(line: str, line_name: str, generation: GenerationOptions) -> Pr
 
 
 def _own_options(found: dict[str, Any], generation: GenerationOptions) -> GenerationOptions:
-    settings: dict[str, Any] = {}
-    for key, kinds in _SETTINGS.items():
-        value = found.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            words = " or ".join(
-                {"list": "list of texts"}.get(k.__name__, k.__name__) for k in kinds
-            )
-            raise UserError(f"has {value!r} as {key}: expected {words}")
-        settings[key] = value
+    settings = {name: found[name] for name in _SETTINGS if found.get(name) is not None}
     if "stop" in settings:
         stop = settings["stop"]
-        settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        settings["stop"] = tuple(stop) if isinstance(stop, list) else (stop,)
     try:
         return replace(generation, **settings)
     except UserError as error:
@@ -235,7 +209,7 @@ def _text(value: object) -> str:
         raise UserError(
             "has an empty prompt" if value == "" else f"has no text as prompt: {value!r}"
         )
-    if not _is_unicode(value) or "\0" in value:
+    if _NO_TEXT.search(value):
         raise UserError("has text that is not Unicode")
     return value
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
 
-from moe_offload import VERSION
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config, ModelOptions
@@ -34,17 +33,10 @@ from moe_offload.model.generation import (
 )
 from moe_offload.model.loader import PreparedModel
 from moe_offload.model.tokenization import StreamingDetokenizer, Tokenizer, load_tokenizer
-from moe_offload.report.files import ReportPaths, RunInfo, Status, routing_lines, write_reports
+from moe_offload.report.files import ReportPaths, RunInfo, Status, recorded_routing, write_reports
 from moe_offload.report.summary import format_summary, summarize
 
-
-@dataclass(frozen=True)
-class Conversation:
-    """One prompt and what the model made of it."""
-
-    prompt: Prompt
-    response: str
-    generated: Generated
+Encoded = tuple[Prompt, list[int]]  # a prompt and its token ids
 
 
 @gpu_memory_told()
@@ -79,7 +71,7 @@ def run(
         recorder,
         context_tokens=longest * config.generation.batch_size,
         nvtx=config.output.nvtx,
-        say=_unsaid if config.output.quiet else say,
+        say=(lambda _: None) if config.output.quiet else say,
     ) as engine:
         engine.say = say  # what it finds while it runs is a warning
         if routing is not None:
@@ -132,7 +124,7 @@ def run(
             if where and not config.output.quiet:
                 say(f"wrote {where}")
             return 0
-        n_finished = sum(c.generated.stop != "interrupted" for c in conversations)
+        n_finished = sum(one.record.stop != "interrupted" for one in conversations)
         say(
             f"interrupted ({interruption.name}): {n_finished} of {len(prompts)} prompts finished; "
             + (f"what was done is in {where}" if where else "no file was written")
@@ -148,17 +140,13 @@ def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Toke
     return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
 
 
-def _unsaid(line: str) -> None:
-    """What --quiet says of memory."""
-
-
 def encode_prompts(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     raw: bool,
     config: PretrainedConfig,
     left_out: LeftOut,
-) -> list[tuple[Prompt, list[int]]]:
+) -> list[Encoded]:
     """Each prompt with its token ids; one that the model cannot take is left out."""
     encoded = []
     for prompt in prompts:
@@ -178,8 +166,8 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, raw: bool) -> list[int]:
         raise UserError(f"{prompt.name}: {error}") from error
 
 
-class _Response:
-    """A prompt's answer as its tokens come, up to the first of its stop texts."""
+class Conversation:
+    """One prompt and what the model makes of it, up to the first of its stop texts."""
 
     def __init__(self, prompt: Prompt, record: Generated, tokenizer: Tokenizer) -> None:
         self.prompt = prompt
@@ -220,11 +208,9 @@ class _Response:
         return piece
 
 
-def _batches(
-    encoded: Sequence[tuple[Prompt, list[int]]], size: int
-) -> Iterator[Sequence[tuple[Prompt, list[int]]]]:
+def _batches(encoded: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
     """At most `size` prompts at a time: neighbours in the run, of the same settings."""
-    batch: list[tuple[Prompt, list[int]]] = []
+    batch: list[Encoded] = []
     for one in encoded:
         if batch:
             last, prompt = batch[-1][0], one[0]
@@ -240,7 +226,7 @@ def _batches(
 def run_prompts(
     engine: Engine,
     tokenizer: Tokenizer,
-    encoded: Sequence[tuple[Prompt, list[int]]],
+    encoded: Sequence[Encoded],
     config: Config,
     answers: Answers | None,
     conversations: list[Conversation],
@@ -263,31 +249,25 @@ def run_prompts(
         streamed=on_terminal,
         logged=not output.quiet,
     )
-    responses: dict[int, _Response] = {}  # of the batch, until they are finished
+    unfinished: dict[int, Conversation] = {}  # of the batch, by their numbers
 
-    def keep(response: _Response) -> str:
-        """The end of the response, which is in the files from now on."""
-        rest, record = response.finish(), response.record
-        del responses[record.prompt]
-        conversations.append(Conversation(response.prompt, response.text, record))
+    def finish(one: Conversation, shown: bool = stream) -> None:
+        """Its answer is in the files from now on."""
+        rest, record = one.finish(), one.record
+        del unfinished[record.prompt]
+        conversations.append(one)
         if answers is not None:
-            answers.write(
-                response.prompt,
-                {
-                    "response": response.text,
-                    "stop": record.stop,
-                    "prompt_tokens": record.n_prompt_tokens,
-                    "generated_tokens": len(record.ids),
-                    "prefill_s": round(record.token_times_s[0], 6),
-                    "decode_s": round(sum(record.token_times_s[1:]), 6),
-                },
-            )
+            facts = {
+                "response": one.text,
+                "stop": record.stop,
+                "prompt_tokens": record.n_prompt_tokens,
+                "generated_tokens": len(record.ids),
+                "prefill_s": round(record.token_times_s[0], 6),
+                "decode_s": round(sum(record.token_times_s[1:]), 6),
+            }
+            answers.write(one.prompt, facts)
         progress.prompt_done()
-        return rest
-
-    def finish(response: _Response) -> None:
-        rest = keep(response)
-        if stream:
+        if shown:
             show(rest, end="\n" if output.quiet else "\n\n")
 
     try:
@@ -307,44 +287,33 @@ def run_prompts(
                     record.prompt, record.token_times_s[-1], time.time()
                 )
                 progress.token()  # its bar leaves the terminal before the text comes
-                if record.prompt not in responses:
+                if record.prompt not in unfinished:
                     prompt = batch[record.prompt - first][0]
-                    responses[record.prompt] = _Response(prompt, record, tokenizer)
+                    unfinished[record.prompt] = Conversation(prompt, record, tokenizer)
                     if on_terminal and not output.quiet:
                         show(f"PROMPT:\n{prompt.shown}\nRESPONSE:")
-                response = responses[record.prompt]
+                one = unfinished[record.prompt]
                 if token not in eos_ids:
-                    piece = response.push(token)
+                    piece = one.push(token)
                     if stream:
                         show(piece, end="")
                 if record.stop != "interrupted":
-                    finish(response)
+                    finish(one)
             if output.quiet and not (stream or output.hide_responses):
                 done = sorted(conversations[n_before:], key=lambda one: one.prompt.index)
-                show("\n".join(one.response for one in done))
+                show("\n".join(one.text for one in done))
     except KeyboardInterrupt:
-        for response in list(responses.values()):
-            finish(response)
+        for one in list(unfinished.values()):
+            finish(one)
         return "interrupted"
     except BrokenPipeError:  # as the text was streamed: nobody reads it any more
-        for response in list(responses.values()):
-            keep(response)
+        for one in list(unfinished.values()):
+            finish(one, shown=False)
         raise
     finally:
         progress.close()
     conversations.sort(key=lambda conversation: conversation.prompt.index)
     return "completed"
-
-
-def _ended_early(conversations: Sequence[Conversation]) -> list[str]:
-    """A line where the model's context ended an answer before `--max-tokens` did."""
-    n_full = sum(one.generated.stop == "context" for one in conversations)
-    if not n_full:
-        return []
-    return [
-        f"{n_full} of {len(conversations)} answers end where the model's context is full, "
-        "before --max-tokens"
-    ]
 
 
 def _report(
@@ -361,26 +330,31 @@ def _report(
     started_unix_s: float,
 ) -> list[Path]:
     """Write the CSVs and run.json, then print the summary; returns the files."""
-    costs = engine.costs
     summary = summarize(
         recorder,
-        seqlens=[conversation.generated.n_prompt_tokens for conversation in conversations],
+        seqlens=[one.record.n_prompt_tokens for one in conversations],
         samples=sampler.samples,
         cpu_limit_gbps=engine.cpu_limit_gbps,
         predicted_step_us=engine.predicted_step_us(recorder),
     )
-    notes = [*engine.run_notes(), *_ended_early(conversations), *left_out.notes()]
+    notes = engine.run_notes()
+    n_full = sum(one.record.stop == "context" for one in conversations)
+    if n_full:
+        notes.append(
+            f"{n_full} of {len(conversations)} answers end where the model's context is full, "
+            "before --max-tokens"
+        )
+    notes += left_out.notes()
     if recorder.enabled:  # else no file has the columns that they speak of
         notes += sampler.notes
     info = RunInfo(
         n_threads=torch.get_num_threads(),
         command=list(command),
         settings=asdict(config),
-        tool_version=VERSION,
         hardware=read_hardware(gpu_uuid=engine.gpu_uuid).to_json(),
         model=engine.describe() | {"tokenizer": tokenizer.name},
         layout=asdict(engine.source.layouts[0]),
-        calibration=None if costs is None else costs.to_json(),
+        calibration=None if engine.costs is None else engine.costs.to_json(),
         samples=sampler.samples,
         notes=notes,
         started_unix_s=started_unix_s,
@@ -389,16 +363,13 @@ def _report(
     # What was streamed to a terminal stands there already; a file or a pipe gets the whole summary.
     streamed = config.generation.batch_size == 1 and sys.stdout.isatty()
     shown = [] if config.output.hide_responses or streamed else conversations
-    text = format_summary(
-        summary,
-        conversations=[(c.prompt.shown, c.response) for c in shown],
-        notes=notes,
-    )
+    told = [(one.prompt.shown, one.text) for one in shown]
+    text = format_summary(summary, conversations=told, notes=notes)
     routing = None
-    if recorder.enabled and paths.routing is not None:
+    if recorder.enabled and "routing" in paths:
         dummy = isinstance(engine.source, DummyModel)
         n_experts = engine.store.n_experts[0]
-        routing = routing_lines(recorder, engine.source.name, n_experts, synthetic=dummy)
+        routing = recorded_routing(recorder, engine.source.name, n_experts, synthetic=dummy)
     written = write_reports(recorder, paths, info, summary, routing)  # before a print that may fail
     if not config.output.quiet:
         show(text)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from math import inf
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_offload.commands.arguments import ArgumentParser, a_path
-from moe_offload.config import FAST_FORMATS
+from moe_offload.commands.arguments import (
+    ArgumentParser,
+    a_path,
+    add_flags,
+    chosen,
+    make_writable,
+    run_command,
+)
+from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, require_range
 from moe_offload.errors import UserError, plain
-from moe_offload.experts.cache import POLICIES
 from moe_offload.experts.costs import CostModel
-from moe_offload.machine.terminal import answer
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
@@ -33,6 +36,12 @@ from moe_offload.simulation.tuning import (
 )
 from moe_offload.simulation.workload import typical_workload
 
+DEFAULT_TOKENS = 256
+MOST_TOKENS = 20_000  # 8 million choices of 48 layers' top-8: no more is learnt from more
+MOST_CORES = 4096
+GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
+_CACHE_FLAGS = ("n_indexes", "n_ways", "policy", "quota")
+
 _EPILOG = """examples:
   python3 src/simulator.py expert_choices.csv --cache-nblocks 14 --cache-nways 4
   python3 src/simulator.py expert_choices.csv --sweep --output-dir sweeps
@@ -40,8 +49,8 @@ _EPILOG = """examples:
   python3 src/simulator.py --paper --hardware hardware/rtx4090.yaml"""
 
 
-def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; raises UserError for a mistake in it."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = ArgumentParser(
         prog="simulator.py",
         description="Replay a routing trace through the expert cache: which N, which M, which "
@@ -49,7 +58,6 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     routing = parser.add_argument_group("routing")
     routing.add_argument(
         "trace",
@@ -67,21 +75,7 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
     routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
     cache = parser.add_argument_group("cache")
-    cache.add_argument("--cache-nblocks", type=int, metavar="N", help="indexes")
-    cache.add_argument("--cache-nways", type=int, metavar="M", help="ways")
-    cache.add_argument(
-        "--cache-replace-policy",
-        default="FIFO",
-        metavar="P",
-        help=f"{', '.join(POLICIES)} (default FIFO)",
-    )
-    cache.add_argument(
-        "--cache-quota",
-        type=int,
-        default=64,
-        metavar="Q",
-        help="most background fetches of one forward pass (default 64)",
-    )
+    add_flags(cache, CacheOptions, *_CACHE_FLAGS)
     cache.add_argument(
         "--one-index",
         action="store_true",
@@ -110,76 +104,63 @@ def parse_simulation(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="for --sweep (default: all)"
     )
-    return parser.parse_args(argv)  # fmt: skip
+    return run_command(parser, _simulate, argv)
 
 
-def asked_setting(options: argparse.Namespace) -> Setting:
-    """The cache that the flags ask for; raises UserError with the flag that is missing or wrong."""
-    n_indexes = 1 if options.one_index else options.cache_nblocks
-    for flag, value in (("--cache-nblocks", n_indexes), ("--cache-nways", options.cache_nways)):
-        if value is None:
+@dataclass(frozen=True)
+class _Host:
+    """The machine that a model is predicted on."""
+
+    machine: Machine
+    shape: ModelShape
+    weight_format: str
+
+    @property
+    def costs(self) -> CostModel:
+        return self.machine.cost_model(self.shape, self.weight_format)
+
+    @property
+    def cache_bytes(self) -> float:
+        """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
+        return self.machine.gpu.memory_gb * 1e9 - self.shape.dense_bytes() - GPU_RESERVE_BYTES
+
+    def require_memory(self, setting: Setting) -> None:
+        """UserError for more slots than the GPU can hold."""
+        block_bytes = self.shape.block_bytes(self.weight_format)
+        n_slots = setting.n_indexes * setting.n_ways
+        if n_slots * block_bytes > self.cache_bytes:
             raise UserError(
-                f"expected {flag} of at least 1, found none; give it, or --sweep, --tune or --paper"
+                f"expected at most {max(0, int(self.cache_bytes // block_bytes))} slots beside "
+                f"{self.shape.name}'s dense weights in the {self.machine.gpu.memory_gb:g} GB of "
+                f"{self.machine.name}, found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; "
+                "choose a smaller cache or a larger GPU, or leave --hardware out for the hits alone"
             )
-        _check_range(flag, value, 1)
-    _check_range("--cache-quota", options.cache_quota, 0)
-    return Setting(
-        n_indexes, options.cache_nways, options.cache_replace_policy, options.cache_quota
-    )
 
-
-def _check_range(flag: str, value: float, least: float, most: float = inf) -> None:
-    if value < least:
-        raise UserError(f"expected {flag} of at least {least}, found {value:g}")
-    if not value <= most:  # nor is not-a-number
-        raise UserError(f"expected {flag} of at most {most:.6g}, found {value:g}")
-
-
-def cut_to_model(setting: Setting, trace: Trace) -> Setting:
-    """The part of a cache that the trace's model can use, as the engine cuts it; says so."""
-    fitted = replace(
-        setting,
-        n_indexes=min(setting.n_indexes, trace.n_layers),
-        n_ways=min(setting.n_ways, trace.n_experts),
-    )
-    if fitted != setting:
-        print(
-            f"note: cache {setting.n_indexes} x {setting.n_ways} cut to {fitted.n_indexes} x "
-            f"{fitted.n_ways}: the trace has {trace.n_layers} MoE layers of {trace.n_experts} "
-            "experts"
+    def limit(self) -> str:
+        """What no cache can change: the host's own time for the dense part of a step."""
+        layer_us = self.machine.layer_us
+        step_ms = (self.shape.n_layers * layer_us + self.machine.step_us) / 1e3
+        if not step_ms:
+            return "layer_us of the hardware file is 0: the host's own time is left out"
+        return (
+            f"layer_us of the hardware file, {layer_us:g}, makes {step_ms:.1f} ms a token: with "
+            f"any cache at most {1e3 / step_ms:.1f} tokens/s"
         )
-    return fitted
 
 
-DEFAULT_TOKENS = 256
-MOST_TOKENS = 20_000  # 8 million choices of 48 layers' top-8: no more is learnt from more
-MOST_CORES = 4096
-GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-
-    def work() -> int:
-        run(parse_simulation(argv))
-        return 0
-
-    return answer(work, "--debug" in argv)
-
-
-def run(options: argparse.Namespace) -> None:
+def _simulate(options: argparse.Namespace) -> None:
     """Carry out what the command line asks for, printing as it goes; raises UserError."""
     machine = None
     if options.hardware is not None:
         if options.cores is not None:
-            _check_range("--cores", options.cores, 1, MOST_CORES)
+            require_range("--cores", options.cores, 1, MOST_CORES)
         machine = load_machine(options.hardware).variant(options.cores, options.pcie)
     if options.paper:
         if machine is None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
         for name, (n_indexes, n_ways) in CACHES.items():
-            _check_memory(Setting(n_indexes, n_ways, "LRU"), machine, load_shape(name), "bf16")
+            host = _Host(machine, load_shape(name), "bf16")
+            host.require_memory(Setting(n_indexes, n_ways, "LRU"))
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -191,7 +172,7 @@ def run(options: argparse.Namespace) -> None:
     if options.write_trace is not None:
         write_trace(options.write_trace, trace.info, trace.passes)
         print(f"wrote {options.write_trace}")
-    costs = None
+    on = None
     if machine is not None:
         if shape is None:
             known = shape_named_in(trace.info.model)
@@ -199,17 +180,17 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        costs = machine.cost_model(shape, options.expert_dtype)
+        on = _Host(machine, shape, options.expert_dtype)
     elif options.expert_dtype != "bf16" and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
-        if machine is None or shape is None:
+        if on is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
-        _tune(options, trace, machine, shape)
+        _tune(trace, on, options.memory_gb)
     elif options.sweep:
-        _sweep(options, trace, machine, shape, costs)
-    elif options.cache_nways or not options.write_trace:
-        _one_setting(options, trace, machine, shape, costs)
+        _sweep(trace, on, options)
+    elif "n_ways" in options or not options.write_trace:
+        _one_setting(trace, on, shape, options)
 
 
 def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
@@ -218,7 +199,7 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
             raise UserError("expected a TRACE, or --model for typical synthetic routing")
         workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
         n_tokens = DEFAULT_TOKENS if options.synthetic is None else options.synthetic
-        _check_range("--synthetic", n_tokens, 1, MOST_TOKENS)
+        require_range("--synthetic", n_tokens, 1, MOST_TOKENS)
         return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
     if options.synthetic is not None:
         raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
@@ -261,38 +242,51 @@ def _print_trace(trace: Trace) -> None:
 
 
 def _one_setting(
-    options: argparse.Namespace,
-    trace: Trace,
-    machine: Machine | None,
-    shape: ModelShape | None,
-    costs: CostModel | None,
+    trace: Trace, on: _Host | None, shape: ModelShape | None, options: argparse.Namespace
 ) -> None:
     if options.one_index:
-        if not options.cache_nways or costs is not None:
+        if "n_ways" not in options or on is not None:
             raise UserError("--one-index needs --cache-nways, and has no time model")
+        options.n_indexes = 1
+    given = {name: value for name, value in vars(options).items() if name in _CACHE_FLAGS}
+    cache = chosen(CacheOptions, given)
+    if not cache.n_slots:
+        raise UserError(
+            "expected --cache-nblocks and --cache-nways, found none; give them, or --sweep, --tune "
+            "or --paper"
+        )
+    if options.one_index:
         n_needed = trace.n_layers * trace.info.top_k
-        if options.cache_nways < n_needed and options.cache_replace_policy in ("LRU", "FIFO"):
+        if cache.n_ways < n_needed and cache.policy in ("LRU", "FIFO"):
             print(
-                f"warning: cyclic-scan cliff: one index of {options.cache_nways} ways is smaller "
-                f"than layers x top-k = {n_needed}, so {options.cache_replace_policy} evicts every "
-                "expert before its layer comes round again; use one index for each layer"
+                f"warning: cyclic-scan cliff: one index of {cache.n_ways} ways is smaller than "
+                f"layers x top-k = {n_needed}, so {cache.policy} evicts every expert before its "
+                "layer comes round again; use one index for each layer"
             )
         trace = share_one_index(trace)
-    setting = cut_to_model(asked_setting(options), trace)
-    if setting.n_ways < trace.info.top_k:
+    # The part of the cache that the trace's model can use, as the engine cuts it.
+    n_indexes = min(cache.n_indexes, trace.n_layers)
+    n_ways = min(cache.n_ways, trace.n_experts)
+    if (n_indexes, n_ways) != (cache.n_indexes, cache.n_ways):
         print(
-            f"warning: {setting.n_ways} ways hold fewer than the top-{trace.info.top_k} "
+            f"note: cache {cache.n_indexes} x {cache.n_ways} cut to {n_indexes} x {n_ways}: the "
+            f"trace has {trace.n_layers} MoE layers of {trace.n_experts} experts"
+        )
+    if n_ways < trace.info.top_k:
+        print(
+            f"warning: {n_ways} ways hold fewer than the top-{trace.info.top_k} "
             "experts of one token: most of what is fetched is evicted unused"
         )
-    expert_bytes = trace.info.expert_bytes
+    setting = Setting(n_indexes, n_ways, cache.policy, cache.quota)
+    if on is not None:
+        on.require_memory(setting)
+    outcome = run_setting(trace, setting, None if on is None else on.costs)
+    block_bytes = trace.info.expert_bytes
     if shape is not None:
-        expert_bytes = shape.block_bytes(options.expert_dtype)
-    if machine is not None and shape is not None:
-        _check_memory(setting, machine, shape, options.expert_dtype)
-    outcome = run_setting(trace, setting, costs)
-    _print_hits(trace, setting, outcome, expert_bytes)
-    if machine is not None and costs is not None:
-        _print_times(outcome, machine, trace.n_layers)
+        block_bytes = shape.block_bytes(options.expert_dtype)
+    _print_hits(trace, setting, outcome, block_bytes)
+    if on is not None:
+        _print_times(outcome, on)
 
 
 def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: int | None) -> None:
@@ -327,36 +321,8 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
         )
 
 
-def _cache_bytes(machine: Machine, shape: ModelShape) -> float:
-    """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
-    return machine.gpu.memory_gb * 1e9 - shape.dense_bytes() - GPU_RESERVE_BYTES
-
-
-def _check_memory(setting: Setting, machine: Machine, shape: ModelShape, dtype: str) -> None:
-    block_bytes, free_bytes = shape.block_bytes(dtype), _cache_bytes(machine, shape)
-    n_slots = setting.n_indexes * setting.n_ways
-    if n_slots * block_bytes > free_bytes:
-        raise UserError(
-            f"expected at most {max(0, int(free_bytes // block_bytes))} slots beside "
-            f"{shape.name}'s dense weights in the {machine.gpu.memory_gb:g} GB of {machine.name}, "
-            f"found {n_slots} of {n_slots * block_bytes / 1e9:.1f} GB; choose a smaller cache "
-            "or a larger GPU, or leave --hardware out for the hits alone"
-        )
-
-
-def _host_limit(machine: Machine, n_layers: int) -> str:
-    """What no cache can change: the host's own time for the dense part of a step."""
-    step_ms = (n_layers * machine.layer_us + machine.step_us) / 1e3
-    if not step_ms:
-        return "layer_us of the hardware file is 0: the host's own time is left out"
-    return (
-        f"layer_us of the hardware file, {machine.layer_us:g}, makes {step_ms:.1f} ms a token: "
-        f"with any cache at most {1e3 / step_ms:.1f} tokens/s"
-    )
-
-
-def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
-    result, busy = outcome.replay, outcome.replay.busy
+def _print_times(outcome: Outcome, on: _Host) -> None:
+    result, busy, machine = outcome.replay, outcome.replay.busy, on.machine
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy)
     energy = f", {joules / result.n_decode_tokens:.1f} J a token" if joules else ""
@@ -370,30 +336,23 @@ def _print_times(outcome: Outcome, machine: Machine, n_layers: int) -> None:
         f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
         f"reached {100 * result.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
     )
-    print(f"  {_host_limit(machine, n_layers)}")
+    print(f"  {on.limit()}")
 
 
-def _sweep(
-    options: argparse.Namespace,
-    trace: Trace,
-    machine: Machine | None,
-    shape: ModelShape | None,
-    costs: CostModel | None,
-) -> None:
-    from moe_offload.report.figures import house_style, save_drawing  # matplotlib: a second
-    from moe_offload.report.sweep_figure import draw_sweep
+def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
+    from moe_offload.report.figures import draw_sweep, house_style, save_drawing  # matplotlib: 1 s
 
-    _make_folder(options.output_dir)
-    _check_range("--processes", options.processes, 1)
+    make_writable(options.output_dir, "--output-dir")
+    require_range("--processes", options.processes, 1, LARGEST)
     processes = min(options.processes, os.cpu_count() or 1)  # more of them compute nothing sooner
-    free_bytes = _cache_bytes(machine, shape) if machine and shape else 0.0
+    costs, free_bytes = (on.costs, on.cache_bytes) if on else (None, 0.0)
     rows = sweep(trace, grid(trace), costs, processes, free_bytes)
-    if costs is not None and not any(row.fits for row in rows):
+    if on and not any(row.fits for row in rows):
         raise UserError(
             f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
             f"{free_bytes / 1e9:.1f} GB left; sweep without --hardware, or for a larger GPU"
         )
-    where = f" on {machine.name}, {machine.cpu.cores} cores" if machine else ""
+    where = f" on {on.machine.name}, {on.machine.cpu.cores} cores" if on else ""
     kind = " (synthetic routing)" if trace.info.synthetic else ""
     with house_style():
         drawing = draw_sweep(rows, f"{trace.info.model}{kind}{where}")
@@ -407,25 +366,24 @@ def _sweep(
         print(
             f"{row.n_indexes:>4} {row.n_ways:>4} {row.policy:<7}{row.slots:>6}{row.hit_one:7.1f}"
             f"{row.hit_two:7.1f}{row.hit_expert:8.1f}{row.bound_bypass:7.1f}{speed}"
-            + "  does not fit"
-            * (row.fits is False)
+            + ("  does not fit" if row.fits is False else "")
         )
-    if machine is not None:
-        print(_host_limit(machine, trace.n_layers))
+    if on:
+        print(on.limit())
     print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
-def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: ModelShape) -> None:
-    memory_bytes = _cache_bytes(machine, shape)
+def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
+    memory_bytes, machine = on.cache_bytes, on.machine
     if memory_bytes < 0:
         raise UserError(
-            f"expected GPU memory for {shape.name}'s dense weights, found "
+            f"expected GPU memory for {on.shape.name}'s dense weights, found "
             f"{machine.gpu.memory_gb:g} GB; give the hardware file of a larger GPU"
         )
-    if options.memory_gb is not None:
-        _check_range("--memory-gb", options.memory_gb, 0, memory_bytes / 1e9)
-        memory_bytes = options.memory_gb * 1e9
-    costs = {name: machine.cost_model(shape, name) for name in FAST_FORMATS}
+    if memory_gb is not None:
+        require_range("--memory-gb", memory_gb, 0, memory_bytes / 1e9)
+        memory_bytes = memory_gb * 1e9
+    costs = {name: machine.cost_model(on.shape, name) for name in FAST_FORMATS}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )
@@ -437,7 +395,7 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
             f"{point.weight_format:<7}{point.n_indexes:>4}{point.n_ways:>5} {point.policy:<7}"
             f"{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
         )
-    print(_host_limit(machine, trace.n_layers))
+    print(on.limit())
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"
@@ -447,11 +405,9 @@ def _tune(options: argparse.Namespace, trace: Trace, machine: Machine, shape: Mo
 def _calibrate(path: Path, shape: ModelShape | None) -> None:
     if shape is None:
         raise UserError("--calibrate needs --model: measured with experts of which shape?")
-    from moe_offload.commands.measure import (
-        measure_machine,  # torch, which no other task needs
-    )
+    from moe_offload.commands.measure import measure_machine  # torch: no other task needs it
 
-    _make_folder(path.parent)
+    make_writable(path.parent, "--calibrate")
     if path.is_dir():
         raise UserError(f"expected --calibrate to name a file to write, found the folder {path}")
     machine = measure_machine(path, shape)
@@ -461,13 +417,3 @@ def _calibrate(path: Path, shape: ModelShape | None) -> None:
         f"the bus {bus_gbps:.1f} GB/s, the GPU {machine.gpu.gbps:.1f} GB/s"
     )
     print(f"wrote {path}")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"expected a folder to write to at {path}, found none ({error.strerror}): choose "
-            "another"
-        ) from None

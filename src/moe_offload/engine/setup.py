@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
 
 from moe_offload.checkpoint.model_config import experts_per_token
-from moe_offload.config import CacheOptions, options_of
+from moe_offload.config import CacheOptions, flag_of
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
 from moe_offload.experts.cache import ExpertCache, make_policy
@@ -92,8 +92,8 @@ def _flags(options: CacheOptions) -> str:
     """The command line that chooses `options` again, defaults left out."""
     if not options.wants_accelerator:
         return "--cache-nblocks 0"
-    chosen = [(one, getattr(options, one.field)) for one in options_of(CacheOptions)]
-    return " ".join(f"{one.flag.name} {value}" for one, value in chosen if value != one.default)
+    chosen = [(one, getattr(options, one.name)) for one in fields(options)]
+    return " ".join(f"{flag_of(one).name} {value}" for one, value in chosen if value != one.default)
 
 
 def slots_to_measure(source: ModelSource) -> int:

@@ -7,6 +7,7 @@ whole machine: who loads by that is killed half-way. What a machine can do is en
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -90,29 +91,28 @@ class Hardware:
 
     def describe(self) -> list[str]:
         """The facts as lines for people."""
-        limit = ""
+        limit, caches, gpu = "", "not reported", "none found"
         if self.memory_limit_bytes is not None:
             limit = f", limited to {self.memory_limit_bytes / _GIB:.1f} GiB by a cgroup"
-        lines = [
-            f"CPU: {self.cpu}, {self.n_cores} cores ({self.n_threads} threads), "
-            f"{len(self.numa_nodes) or 1} NUMA node(s), "
-            f"{self.memory_bytes / _GIB:.1f} GiB memory{limit}",
-            f"ISA: {' '.join(self.isa) or 'not reported'}",
-        ]
-        sizes = [
-            f"L{c.level} {c.kind.lower()} {c.n_instances} x {c.size_bytes // 1024} KiB"
-            for c in self.caches
-        ]
-        if sizes:
-            lines.append(f"Caches: {', '.join(sizes)}")
-        gpu = "none found"
+        if self.caches:
+            caches = ", ".join(
+                f"L{c.level} {c.kind.lower()} {c.n_instances} x {c.size_bytes // 1024} KiB"
+                for c in self.caches
+            )
         if self.gpu is not None:
             gpu = (
                 f"{self.gpu.name}, {self.gpu.memory_bytes / _GIB:.1f} GiB, "
                 f"PCIe {self.gpu.pcie_generation or '?'} x{self.gpu.pcie_width or '?'}, "
                 f"driver {self.gpu.driver}"
             )
-        return [*lines, f"GPU: {gpu}"]
+        return [
+            f"CPU: {self.cpu}, {self.n_cores} cores ({self.n_threads} threads), "
+            f"{len(self.numa_nodes) or 1} NUMA node(s), "
+            f"{self.memory_bytes / _GIB:.1f} GiB memory{limit}",
+            f"ISA: {' '.join(self.isa) or 'not reported'}",
+            f"Caches: {caches}",
+            f"GPU: {gpu}",
+        ]
 
 
 def read_hardware(
@@ -154,19 +154,16 @@ def _cpuinfo(path: Path) -> dict[str, str]:
 
 
 def _caches(cpu_root: Path) -> tuple[Cache, ...]:
-    instances: dict[tuple[int, str, int], set[str]] = {}
+    instances = set()
     for index in cpu_root.glob("cpu[0-9]*/cache/index[0-9]*"):
         level, kind, size = (_text(index / name) for name in ("level", "type", "size"))
         if level.isdigit() and size[:-1].isdigit():
-            unit = {"K": 1024, "M": 1024**2}.get(size[-1], 1)
+            size_bytes = int(size[:-1]) * {"K": 1024, "M": 1024**2}.get(size[-1], 1)
             # Cores that share an instance name the same cores.
             shared_by = _text(index / "shared_cpu_list") or str(index)
-            key = (int(level), kind, int(size[:-1]) * unit)
-            instances.setdefault(key, set()).add(shared_by)
-    return tuple(
-        Cache(level, kind, size_bytes, len(instances[level, kind, size_bytes]))
-        for level, kind, size_bytes in sorted(instances)
-    )
+            instances.add((int(level), kind, size_bytes, shared_by))
+    alike = Counter(instance[:3] for instance in instances)
+    return tuple(Cache(*key, n_instances) for key, n_instances in sorted(alike.items()))
 
 
 def _numa_nodes(node_root: Path) -> tuple[str, ...]:
@@ -255,11 +252,9 @@ def _upwards(root: Path, path: str) -> Iterator[Path]:
 
 
 def _reclaimable(folder: Path, prefix: str) -> int:
-    fields = (line.split() for line in _text(folder / "memory.stat").splitlines())
-    known = {
-        field[0]: int(field[1]) for field in fields if len(field) == 2 and field[1].isdecimal()
-    }
-    return sum(known.get(prefix + name, 0) for name in _RECLAIMABLE)
+    lines = (line.partition(" ") for line in _text(folder / "memory.stat").splitlines())
+    wanted = [prefix + name for name in _RECLAIMABLE]
+    return sum(int(n) for name, _, n in lines if name in wanted and n.isdecimal())
 
 
 def _number(path: Path) -> int | None:

@@ -47,30 +47,33 @@ class RaplReader:
 
     def __init__(self, root: Path = POWERCAP_ROOT) -> None:
         self.note: str | None = None
-        self._counters: list[_WrappingCounter] = []
-        packages = sorted(filter(_is_package, root.glob("intel-rapl:*")))
+        self._total_uj = 0
+        self._last_uj: dict[Path, int] = {}
+        zones = sorted(filter(_is_package, root.glob("intel-rapl:*")))
         try:
-            self._counters = [_WrappingCounter(zone) for zone in packages]
+            self._range_uj = {zone: _number(zone / "max_energy_range_uj") for zone in zones}
+            self._last_uj = {zone: _number(zone / "energy_uj") for zone in zones}
         except PermissionError:
             self.note = (
-                f"CPU energy: {packages[0]}/energy_uj is readable by root only, energy columns "
+                f"CPU energy: {zones[0]}/energy_uj is readable by root only, energy columns "
                 f"stay empty; to enable: sudo chmod a+r {root}/intel-rapl:*/energy_uj"
             )
         except (OSError, ValueError) as error:
-            self.note = f"CPU energy: {packages[0]} cannot be read ({error})"
-        if not packages:
+            self.note = f"CPU energy: {zones[0]} cannot be read ({error})"
+        if not zones:
             self.note = "CPU energy: no powercap RAPL on this machine, energy columns stay empty"
 
     def read_j(self) -> float | None:
         """Joules since this reader was made, or None."""
-        if not self._counters:
-            return None
         try:
-            return sum(counter.read_uj() for counter in self._counters) / 1e6
+            for zone, last_uj in self._last_uj.items():
+                now_uj = self._last_uj[zone] = _number(zone / "energy_uj")
+                wrapped_uj = self._range_uj[zone] if now_uj < last_uj else 0
+                self._total_uj += now_uj - last_uj + wrapped_uj
         except (OSError, ValueError) as error:
             self.note = f"CPU energy: the RAPL counter stopped being readable ({error})"
-            self._counters = []
-            return None
+            self._last_uj = {}
+        return self._total_uj / 1e6 if self._last_uj else None
 
 
 def _is_package(zone: Path) -> bool:
@@ -81,19 +84,8 @@ def _is_package(zone: Path) -> bool:
         return False
 
 
-class _WrappingCounter:
-    def __init__(self, zone: Path) -> None:
-        self._path = zone / "energy_uj"
-        self._range_uj = int((zone / "max_energy_range_uj").read_text())
-        self._last_uj = int(self._path.read_text())
-        self._total_uj = 0
-
-    def read_uj(self) -> int:
-        now_uj = int(self._path.read_text())
-        step_uj = now_uj - self._last_uj
-        self._total_uj += step_uj if step_uj >= 0 else step_uj + self._range_uj
-        self._last_uj = now_uj
-        return self._total_uj
+def _number(path: Path) -> int:
+    return int(path.read_text())
 
 
 class NvmlReader:
@@ -117,12 +109,9 @@ class NvmlReader:
 
     def _read(self, call: str) -> int | None:
         """What NVML's `call` says of the GPU, in thousandths; None where it cannot say."""
-        if self._handle is None:
-            return None
-        try:
-            return int(getattr(self._nvml, call)(self._handle))
-        except self._nvml.NVMLError:
-            return None
+        with suppress(self._nvml.NVMLError):
+            return None if self._handle is None else int(getattr(self._nvml, call)(self._handle))
+        return None
 
     def read_power_w(self) -> float | None:
         """The GPU's power draw now, W, or None."""
@@ -158,7 +147,7 @@ class CpuReader:
         except (AttributeError, OSError, NotImplementedError):
             return None
         if len(mhz) == len(use):  # else one figure stands for all cores
-            mhz = [mhz[core] for core in sorted(range(len(use)), key=use.__getitem__, reverse=True)]
+            mhz = [mhz[core] for core in np.argsort(use)[::-1]]
         busiest = mhz[: self._n_busiest]
         return sum(busiest) / len(busiest) if any(busiest) else None
 
@@ -200,15 +189,16 @@ class SensorSampler:
         self.samples: list[Sample] = []
 
     def _read(self) -> None:
-        sample = Sample(
-            unix_s=time.time(),
-            busiest_mhz=self._cpu.read_mhz(),
-            cpu_temperature_c=self._cpu.read_temperature_c(),
-            cpu_energy_j=self._rapl.read_j(),
-            gpu_energy_j=self._gpu.read_j() if self._gpu else None,
-            gpu_power_w=self._gpu.read_power_w() if self._gpu else None,
+        self.samples.append(
+            Sample(
+                unix_s=time.time(),
+                busiest_mhz=self._cpu.read_mhz(),
+                cpu_temperature_c=self._cpu.read_temperature_c(),
+                cpu_energy_j=self._rapl.read_j(),
+                gpu_energy_j=self._gpu.read_j() if self._gpu else None,
+                gpu_power_w=self._gpu.read_power_w() if self._gpu else None,
+            )
         )
-        self.samples.append(sample)
 
     def _loop(self) -> None:
         while not self._left.wait(self._period_s):
@@ -228,15 +218,14 @@ class SensorSampler:
     def notes(self) -> list[str]:
         """One line for each sensor that is missing, known once the samples are taken."""
         notes = [reader.note for reader in (self._rapl, self._gpu) if reader and reader.note]
-        if self.samples:
-            last = self.samples[-1]
-            for side, energy_j in (("CPU", last.cpu_energy_j), ("GPU", last.gpu_energy_j)):
-                if energy_j == 0:  # as in virtual machines
-                    notes.append(f"{side} energy: its counter stands still, its cells stay empty")
-            if last.cpu_temperature_c is None:
-                notes.append("CPU temperature: no sensor on this machine, its cells stay empty")
-            if last.busiest_mhz is None:
-                notes.append("CPU frequency: not reported on this machine, its cells stay empty")
+        for last in self.samples[-1:]:
+            missing = {
+                "CPU energy: its counter stands still": last.cpu_energy_j == 0,  # virtual machines
+                "GPU energy: its counter stands still": last.gpu_energy_j == 0,
+                "CPU temperature: no sensor on this machine": last.cpu_temperature_c is None,
+                "CPU frequency: not reported on this machine": last.busiest_mhz is None,
+            }
+            notes += [f"{what}, its cells stay empty" for what, is_so in missing.items() if is_so]
         return notes
 
 

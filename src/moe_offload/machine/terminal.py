@@ -49,24 +49,20 @@ def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
     except OSError as error:
         status = os.fstat(file.fileno())
         was_terminal = stat.S_ISCHR(status.st_mode) and not os.isatty(file.fileno())
-        _give_up(file)
+        # What could not be written goes nowhere: the flush at exit would fail again, and change the
+        # exit code.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
         if error.errno != errno.EIO or not was_terminal:
             error.filename = getattr(file, "name", None)
             raise
 
 
-def _give_up(file: TextIO) -> None:
-    """Let what `file` could not write go nowhere: the flush at exit would fail again, and change
-    the exit code."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, file.fileno())
-    os.close(nowhere)
-
-
-def say(text: str) -> None:
-    """Lines for the user on stderr; that nobody reads them, such as a closed pipe, is no error."""
+def say(text: str, file: TextIO | None = None) -> None:
+    """Lines for the user, on stderr; that nobody reads them, such as a closed pipe, is no error."""
     with suppress(OSError):
-        show("\n".join(map(plain, text.split("\n"))), file=sys.stderr)
+        show("\n".join(map(plain, text.split("\n"))), file=file or sys.stderr)
 
 
 def complain(error: object) -> None:
@@ -166,12 +162,7 @@ class Interruption:
 def told_if_slow(line: str, *, file: TextIO | None = None, delay_s: float = 1.0) -> Iterator[None]:
     """Show `line` once what is done inside has taken `delay_s`, where `file` is a terminal."""
     where = sys.stderr if file is None else file
-
-    def tell() -> None:
-        with suppress(OSError):  # a closed terminal
-            show(line, file=where)
-
-    timer = threading.Timer(delay_s, tell)
+    timer = threading.Timer(delay_s, say, [line, where])
     timer.daemon = True
     if where.isatty():
         timer.start()
@@ -225,17 +216,16 @@ class RunProgress:
         self._shown = self._file.isatty()
         self._evaluation: Any = None
         self._hooks: list[Any] = []
+        self._n_prompts = n_prompts
         self._by_prompt = n_prompts > 1
         self._n_tokens = self._n_done = 0
-        self._of = f"of {n_prompts} prompts"
         self._started_s = time.perf_counter()
         self._line_every_s = line_every_s if logged and not self._shown else math.inf
         self._next_line_s = self._started_s + self._line_every_s
-        shown = self._shown and not streamed
-        if self._by_prompt:
-            self._bar = self._new_bar("prompts", "prompt", n_prompts, shown)
-        else:
-            self._bar = self._new_bar("tokens", "tok", max_tokens, shown)
+        counted = (
+            ("prompts", "prompt", n_prompts) if self._by_prompt else ("tokens", "tok", max_tokens)
+        )
+        self._bar = self._new_bar(*counted, shown=self._shown and not streamed)
 
     def _new_bar(self, what: str, unit: str, total: int, shown: bool) -> Any:
         return tqdm(
@@ -262,11 +252,8 @@ class RunProgress:
         rate = self._n_tokens / max(now_s - self._started_s, 1e-9)
         if now_s >= self._next_line_s:
             self._next_line_s = now_s + self._line_every_s
-            line = f"{self._n_done} {self._of} done, {self._n_tokens} tokens, {rate:.1f} tok/s"
-            with suppress(OSError):
-                show(line, file=self._file)
-        if self._bar.disable:
-            return
+            done = f"{self._n_done} of {self._n_prompts} prompts done"
+            say(f"{done}, {self._n_tokens} tokens, {rate:.1f} tok/s", self._file)
         self._bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
         if not self._by_prompt:
             self._bar.update()

@@ -13,17 +13,18 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from moe_offload import VERSION
 from moe_offload.errors import UserError
 from moe_offload.experts.recorder import Recorder
 from moe_offload.files import write_together
@@ -33,24 +34,17 @@ from moe_offload.report.tables import (
     Row,
     breakdown_rows,
     cachehit_rows,
+    events_of_passes,
     expert_choice_rows,
     frequency_rows,
     token_rows,
+    with_prompts,
 )
-from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo, trace_lines
+from moe_offload.simulation.traces import RoutingPass, TraceInfo, trace_lines
 
 
-@dataclass(frozen=True)
-class ReportPaths:
-    """Where each file goes; `routing` is None for a run that is not to leave its routing."""
-
-    breakdown: Path
-    cachehit: Path
-    expert_choices: Path
-    token_gen_time: Path
-    cpu_freq_avg: Path
-    run_json: Path
-    routing: Path | None = None
+class ReportPaths(dict[str, Path]):
+    """Where each of a run's files goes, by what it holds."""
 
     @classmethod
     def in_folder(
@@ -60,37 +54,28 @@ class ReportPaths:
         cachehit_csv: Path = Path("cache.csv"),
     ) -> ReportPaths:
         """All files under `folder`; the working directory, where none is given, has no routing."""
-        routing = None if folder is None else folder / "routing.jsonl"
-        folder = folder or Path()
-        return cls(
-            breakdown=folder / breakdown_csv,
-            cachehit=folder / cachehit_csv,
-            expert_choices=folder / "expert_choices.csv",
-            token_gen_time=folder / "token_gen_time.csv",
-            cpu_freq_avg=folder / "cpu_freq_avg.csv",
-            run_json=folder / "run.json",
-            routing=routing,
-        )
-
-    def all(self) -> list[Path]:
-        return list(self.by_name().values())
-
-    def by_name(self) -> dict[str, Path]:
-        paths = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: path for name, path in paths.items() if path is not None}
+        names = {
+            "breakdown": breakdown_csv,
+            "cachehit": cachehit_csv,
+            "expert_choices": Path("expert_choices.csv"),
+            "token_gen_time": Path("token_gen_time.csv"),
+            "cpu_freq_avg": Path("cpu_freq_avg.csv"),
+            "run_json": Path("run.json"),
+        }
+        if folder is None:
+            return cls(names)
+        names["routing"] = Path("routing.jsonl")
+        return cls({name: folder / path for name, path in names.items()})
 
     def beside_others(self) -> ReportPaths:
         """The names of an unfinished run: these if all are free, else out.partial.csv, else
         out.partial-2.csv and so on."""
         paths, number = self, 0
-        while any(path.exists() for path in paths.all()):
+        while any(path.exists() for path in paths.values()):
             number += 1
             tail = ".partial" if number == 1 else f".partial-{number}"
-            names = {
-                name: path.with_name(f"{path.stem}{tail}{path.suffix}")
-                for name, path in self.by_name().items()
-            }
-            paths = replace(self, **names)
+            names = {name: f"{path.stem}{tail}{path.suffix}" for name, path in self.items()}
+            paths = ReportPaths({name: self[name].with_name(new) for name, new in names.items()})
         return paths
 
 
@@ -118,8 +103,8 @@ _PACKAGES = ("torch", "transformers", "safetensors", "mistral-common", "numpy", 
 def versions() -> dict[str, str | None]:
     """Python's version and those of the packages a run depends on; None where not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= dict.fromkeys(_PACKAGES)
     for package in _PACKAGES:
-        found[package] = None
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -140,49 +125,26 @@ def git_state(folder: Path) -> dict[str, str | bool] | None:
     return {"commit": commit, "modified": bool(changes)}
 
 
-def recorded_trace(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Trace:
-    """Return every pass that `recorder` holds, in order.
+def recorded_routing(
+    recorder: Recorder, model: str, n_experts: int, synthetic: bool
+) -> tuple[TraceInfo, Iterator[RoutingPass]]:
+    """The trace of all that `recorder` holds; a night's is made pass by pass and never held.
 
     `synthetic` marks routing that no model chose, as in runs on random weights.
     """
-    info = _recorded_info(recorder, model, n_experts, synthetic)
-    return Trace(info, Routing(_recorded_passes(recorder)))
-
-
-def routing_lines(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> Iterator[str]:
-    """The lines of the trace's file, made one pass at a time: a night's trace is never held."""
-    info = _recorded_info(recorder, model, n_experts, synthetic)
-    yield from trace_lines(info, _recorded_passes(recorder))
-
-
-def _recorded_info(recorder: Recorder, model: str, n_experts: int, synthetic: bool) -> TraceInfo:
     layers = recorder.layer_table()
-    n_layers = np.bincount(layers["pass_index"], minlength=1)
-    return TraceInfo(
-        model,
-        n_layers=int(n_layers.max()),
-        top_k=int(layers["top_k"].max(initial=0)),
-        n_experts=n_experts,
-        synthetic=synthetic,
-    )
+    n_layers = int(np.bincount(layers["pass_index"], minlength=1).max())
+    top_k = int(layers["top_k"].max(initial=0))
+    return TraceInfo(model, n_layers, top_k, n_experts, synthetic), _recorded_passes(recorder)
 
 
 def _recorded_passes(recorder: Recorder) -> Iterator[RoutingPass]:
-    by_pass = groupby(recorder.layer_events(), key=lambda event: event.pass_index)
-    index, events = next(by_pass, (-1, iter(())))
-    for number, one in enumerate(recorder.pass_table()):
-        ids: list[tuple[tuple[int, ...], ...]] = []
-        waited: list[tuple[int, ...]] = []
-        if number == index:
-            for event in events:
-                ids.append(tuple(map(tuple, event.ids)))
-                waited.append(event.waited)
-            index, events = next(by_pass, (-1, iter(())))
+    for one, events in zip(recorder.pass_table(), events_of_passes(recorder), strict=True):
         yield RoutingPass(
             "decode" if one["decode"] else "prefill",
-            tuple(ids),
+            tuple(tuple(map(tuple, event.ids)) for event in events),
             int(one["prompt"]),
-            tuple(waited) if any(waited) else (),
+            tuple(e.waited for e in events) if any(e.waited for e in events) else (),
         )
 
 
@@ -197,19 +159,17 @@ class RunInfo:
     are the CPU threads that computed experts.
     """
 
-    command: Sequence[str] = ()
-    tool_version: str = ""
-    source_folder: Path = Path(__file__).parent
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
-    layout: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    samples: Sequence[Sample] = ()
-    notes: Sequence[str] = ()
-    started_unix_s: float | None = None
     status: Status = "completed"
+    started_unix_s: float | None = None
+    command: Sequence[str] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
     n_threads: int = 1
+    hardware: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    notes: Sequence[str] = ()
+    samples: Sequence[Sample] = ()
 
 
 def write_reports(
@@ -217,32 +177,35 @@ def write_reports(
     paths: ReportPaths,
     info: RunInfo,
     summary: RunSummary,
-    routing: Iterable[str] | None = None,
+    routing: tuple[TraceInfo, Iterable[RoutingPass]] | None = None,
 ) -> list[Path]:
     """Write all files atomically and return where they are.
 
     A run that did not complete never replaces files of an earlier one, complete or not: where any
     is in the way, all of its own are named `*.partial.*`. A run that finished no forward pass, or
-    recorded nothing (`--no-record`), writes nothing. `routing` are the lines of `paths.routing`.
+    recorded nothing (`--no-record`), writes nothing. `routing` is the trace for `paths["routing"]`.
     Raises UserError where the files cannot be written; no temporary file stays behind.
     """
     if not (recorder.enabled and len(recorder.pass_table())):
         return []
     if routing is None:
-        paths = replace(paths, routing=None)
+        paths = ReportPaths({name: paths[name] for name in paths if name != "routing"})
     if info.status != "completed":
         paths = paths.beside_others()
-    lines: dict[Path, Iterable[str]] = {
-        paths.breakdown: _csv_lines(breakdown_rows(recorder)),
-        paths.cachehit: _csv_lines(cachehit_rows(recorder)),
-        paths.expert_choices: _csv_lines(expert_choice_rows(recorder)),
-        paths.token_gen_time: _csv_lines(token_rows(recorder, info.samples)),
-        paths.cpu_freq_avg: _csv_lines(frequency_rows(info.samples)),
+    tables = {
+        "breakdown": breakdown_rows(recorder),
+        "cachehit": cachehit_rows(recorder),
+        "expert_choices": expert_choice_rows(recorder),
+        "token_gen_time": token_rows(recorder, info.samples),
     }
-    if paths.routing is not None and routing is not None:
-        lines[paths.routing] = routing
+    lines: dict[Path, Iterable[str]] = {
+        paths[name]: _csv_lines(with_prompts(rows, recorder)) for name, rows in tables.items()
+    }
+    lines[paths["cpu_freq_avg"]] = _csv_lines(frequency_rows(info.samples))
+    if routing is not None and "routing" in paths:
+        lines[paths["routing"]] = trace_lines(*routing)
     document = _finite(_run_document(paths, info, summary))
-    lines[paths.run_json] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
+    lines[paths["run_json"]] = [json.dumps(document, indent=2, allow_nan=False, default=str) + "\n"]
     try:
         write_together(lines)
     except OSError as error:
@@ -256,34 +219,30 @@ def write_reports(
 
 
 def _run_document(paths: ReportPaths, info: RunInfo, summary: RunSummary) -> dict[str, Any]:
-    started, folder = info.started_unix_s, paths.run_json.parent
-    files = {name: os.path.relpath(path, folder) for name, path in paths.by_name().items()}
+    facts = vars(info).copy()
+    started_unix_s, calibration = facts.pop("started_unix_s"), facts["calibration"]
+    del facts["samples"]
+    folder = paths["run_json"].parent
+    files = {name: os.path.relpath(path, folder) for name, path in paths.items()}
     del files["run_json"]
     return {
         "format_version": 1,
-        "status": info.status,
-        "started": None if started is None else _utc(datetime.fromtimestamp(started, timezone.utc)),
-        "written": _utc(datetime.now(timezone.utc)),
-        "command": list(info.command),
-        "settings": dict(info.settings),
-        "versions": {"tool": info.tool_version, **versions()},
-        "git": git_state(info.source_folder),
-        "n_threads": info.n_threads,
-        "hardware": dict(info.hardware),
-        "model": dict(info.model),
-        "layout": dict(info.layout),
-        "calibration": None if info.calibration is None else _measured(info.calibration),
+        **facts,
+        "started": None if started_unix_s is None else _utc(started_unix_s),
+        "written": _utc(time.time()),
+        "versions": {"tool": VERSION, **versions()},
+        "git": git_state(Path(__file__).parent),
+        "calibration": None if calibration is None else _measured(calibration),
         "summary": summary.to_json(),
-        "notes": list(info.notes),
         "files": files,
     }
 
 
-def _utc(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")
+def _utc(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, timezone.utc).isoformat(timespec="seconds")
 
 
-def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(calibration: dict[str, Any]) -> dict[str, Any]:
     """`calibration` with null for the costs of copies where no accelerator was there to copy to.
 
     The planner's stand-in for them is a link that is all but closed: no measurement.
@@ -291,7 +250,7 @@ def _measured(calibration: Mapping[str, Any]) -> dict[str, Any]:
     costs = dict(calibration.get("costs") or {})
     if not isfinite((costs.get("gpu") or {}).get("expert_us", 0.0)):
         costs |= dict.fromkeys([name for name in costs if "copy" in name or "shared" in name])
-    return dict(calibration) | {"costs": costs}
+    return calibration | {"costs": costs}
 
 
 def _finite(value: Any) -> Any:

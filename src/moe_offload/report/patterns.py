@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from math import comb
 from typing import Any
 
@@ -21,6 +21,7 @@ from moe_offload.simulation.traces import N_IDS, Trace
 
 Members = npt.NDArray[np.bool_]
 _Compare = Callable[[Members], Any]
+_MOST_LAGS = 16
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,15 @@ def token_sequences(trace: Trace) -> Iterator[Members]:
 
     A sequence ends with its prompt, and where a batch loses or gains rows.
     """
-    sequence: list[Members] = []
-    shape: tuple[int, int] | None = None
-    for one in trace.passes:
-        if one.phase != "decode":
-            continue
-        ids = np.array(one.ids)  # [L, B, K]
-        members = np.zeros((ids.shape[1], ids.shape[0], trace.n_experts), dtype=bool)
-        np.put_along_axis(members, ids.transpose(1, 0, 2), True, axis=2)
-        if shape != (one.prompt, len(members)) and sequence:
-            yield from _rows(sequence)
-            sequence = []
-        shape = (one.prompt, len(members))
-        sequence.append(members)
-    if sequence:
-        yield from _rows(sequence)
+    decoded = (one for one in trace.passes if one.phase == "decode")
+    for _, passes in groupby(decoded, lambda one: (one.prompt, len(one.ids[0]))):
+        ids = np.array([one.ids for one in passes])  # [T, L, B, K]
+        members = np.zeros((*ids.shape[:3], trace.n_experts), dtype=bool)
+        np.put_along_axis(members, ids, True, axis=3)
+        yield from members.transpose(2, 0, 1, 3)
 
 
-def _rows(sequence: list[Members]) -> Iterator[Members]:
-    stacked = np.stack(sequence)  # [T, B, L, E]
-    yield from (stacked[:, row] for row in range(stacked.shape[1]))
-
-
-def analyse(trace: Trace, n_lags: int = 16) -> Patterns:
+def analyse(trace: Trace) -> Patterns:
     """Reuse across consecutive layers and tokens of a trace's decoded tokens.
 
     Raises UserError for a trace with fewer than four consecutive decoded tokens, and for more
@@ -121,40 +108,33 @@ def analyse(trace: Trace, n_lags: int = 16) -> Patterns:
             f"{longest}: record a longer run"
         )
     one, every = chance_share_one(E, K), chance_share_all(E, K)
-    kinds: list[tuple[str, _Compare, float]] = [
-        ("next layer: identical set", lambda s: (s[:, 1:] == s[:, :-1]).all(axis=2), every),
-        (
-            "next layer: at least one same index",
-            lambda s: (s[:, 1:] & s[:, :-1]).any(axis=2),
-            one,
-        ),
-        ("previous token: at least one", lambda s: _shared(s, 1) >= 1, one),
-        ("previous token: all", lambda s: _shared(s, 1) == K, every),
-        (
-            "each of the two previous tokens: at least one",
+    kinds: dict[str, tuple[_Compare, float]] = {
+        "next layer: identical set": (lambda s: (s[:, 1:] == s[:, :-1]).all(axis=2), every),
+        "next layer: at least one same index": (lambda s: (s[:, 1:] & s[:, :-1]).any(axis=2), one),
+        "previous token: at least one": (lambda s: _shared(s, 1) >= 1, one),
+        "previous token: all": (lambda s: _shared(s, 1) == K, every),
+        "each of the two previous tokens: at least one": (
             lambda s: (_shared(s, 1)[1:] >= 1) & (_shared(s, 2) >= 1),
             one**2,
         ),
-        (
-            "one expert in common with the two previous tokens",
+        "one expert in common with the two previous tokens": (
             lambda s: _common(s, 3),
             chance_common_expert(E, K, 3),
         ),
-        (
-            "one expert in common with the three previous tokens or more",
+        "one expert in common with the three previous tokens or more": (
             lambda s: _common(s, 4),
             chance_common_expert(E, K, 4),
         ),
-    ]
-    lags = range(1, min(n_lags, longest - 1) + 1)
+    }
+
+    def at_lag(lag: int) -> Reuse:
+        return _reuse(f"lag {lag}", sequences, lambda s: _shared(s, lag) / K, K / E)
+
     n_tokens = sum(len(sequence) for sequence in sequences)
     return Patterns(
         *(L, E, K, n_tokens),
-        reuses=tuple(_reuse(name, sequences, how, chance) for name, how, chance in kinds),
-        lags=tuple(
-            _reuse(f"lag {lag}", sequences, partial(_shared_part, lag=lag, top_k=K), K / E)
-            for lag in lags
-        ),
+        reuses=tuple(_reuse(name, sequences, *kind) for name, kind in kinds.items()),
+        lags=tuple(map(at_lag, range(1, min(_MOST_LAGS, longest - 1) + 1))),
         popularity=np.sum([sequence.sum(axis=0) for sequence in sequences], axis=0) / n_tokens,
     )
 
@@ -171,10 +151,6 @@ def _shared(sequence: Members, lag: int) -> npt.NDArray[np.int64]:
     """[T - lag, L]: how many experts each token shares with the one `lag` before."""
     earlier = sequence[: max(len(sequence) - lag, 0)]
     return np.asarray((sequence[lag:] & earlier).sum(axis=2))
-
-
-def _shared_part(sequence: Members, lag: int, top_k: int) -> npt.NDArray[np.float64]:
-    return _shared(sequence, lag) / top_k
 
 
 def _common(sequence: Members, n_sets: int) -> npt.NDArray[np.bool_]:

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import csv
-import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from stat import S_ISREG
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_offload.errors import UserError
+from moe_offload.files import read_json_object, require_regular
 
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
 
 _REMEDY = "give the folder that a run wrote (src/main.py --output-dir)"
-_LARGEST_DOCUMENT_BYTES = 2**26
 _LARGEST_TABLE_BYTES = 2**32  # a hundred times a night's
 _LARGEST_NUMBER = 1e18
-# The files that figures need, and the columns besides `Index` and the phase of those with numbers.
-_FILES = ("breakdown", "cachehit", "expert_choices", "token_gen_time")
-_PARTS = ("attention", "router", "plan", "cpu", "gpu", "copy_wait", "combine", "rest_ms")
-_HITS = ("Block_0", "Tokens", "Hits", "Misses", "Pairs")
 _MAY_BE_EMPTY = (
     *("Accumulated Generation Throughput (tokens/s)", "CPU Frequency", "CPU Temperature"),
 )
-_TOKENS = ("Time", *_MAY_BE_EMPTY)
+# What figures need of each CSV: the column that names the phase, and those with numbers.
+_COLUMNS = {
+    "breakdown": (
+        *("phase", "Index", "attention", "router", "plan", "cpu", "gpu", "copy_wait", "combine"),
+        "rest_ms",
+    ),
+    "cachehit": ("Phase", "Index", "Block_0", "Tokens", "Hits", "Misses", "Pairs"),
+    "token_gen_time": ("", "Index", "Time", *_MAY_BE_EMPTY),
+}
 
 
 @dataclass(frozen=True)
@@ -82,43 +85,61 @@ def read_run(folder: Path, label: str) -> RunFiles:
     `folder` may name one of several run.json files in a folder, such as an unfinished run's.
     """
     named = folder.is_file() or folder.suffix == ".json"
-    document = _Document(folder if named else _document_path(folder))
-    folder = document.path.parent
-    paths = {name: folder / document.fact(str, "files", name) for name in _FILES}
-    decode, breakdown = _read_table(paths["breakdown"], _PARTS, "phase")
-    decode_of_hits, cachehit = _read_table(paths["cachehit"], _HITS, "Phase")
-    _, tokens = _read_table(paths["token_gen_time"], _TOKENS)
-    _check_is_file(paths["expert_choices"], _LARGEST_TABLE_BYTES)
+    path = folder if named else _document_path(folder)
+    document, folder = read_json_object(path, _REMEDY), path.parent
+
+    def fact(kind: type[T], names: str, default: T | None = None) -> T:
+        """What lies under these names; where it is absent or null, `default` if there is one."""
+        found: Any = document
+        for name in names.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found is None and default is not None:
+            return default
+        if kind is float and type(found) is int:
+            found = float(found)
+        if type(found) is not kind:
+            raise UserError(
+                f"{path}: expected the JSON that a run writes, found {found!r:.40} as its {names}: "
+                f"{_REMEDY}"
+            )
+        return found
+
+    paths = {name: folder / fact(str, f"files.{name}") for name in (*_COLUMNS, "expert_choices")}
+    tables = [_read_table(paths[name], *columns) for name, columns in _COLUMNS.items()]
+    (decode, breakdown), (decode_of_hits, cachehit), (_, tokens) = tables
+    with _opened(paths["expert_choices"]):
+        pass
     if len(decode) != len(decode_of_hits):
         raise UserError(
             f"{folder}: expected {paths['breakdown'].name} and {paths['cachehit'].name} of one "
             f"run, found {len(decode)} and {len(decode_of_hits)} forward passes: {_REMEDY}"
         )
-    document.fact(dict, "summary")
+    hits = np.stack([cachehit[name] for name in cachehit if name.startswith("Block_")], axis=1)
+    pairs, most_pairs = cachehit["Pairs"], cachehit["Tokens"] * hits.shape[1]
     n_choices = cachehit["Hits"] + cachehit["Misses"]
-    counts = np.stack([cachehit["Tokens"], cachehit["Pairs"], n_choices])
-    if (counts < 0).any() or (counts[:, cachehit["Pairs"] > 0] < 1).any():
+    if not ((pairs >= 0) & (pairs <= n_choices) & (pairs <= most_pairs)).all():
         raise UserError(f"{paths['cachehit']}: expected counts that agree: run again")
-    n_experts = document.fact(list, "model", "n_experts", default=[])
-    on_gpu = document.fact(str, "model", "device", default="cpu") != "cpu"
-    gpu = document.fact(str, "hardware", "gpu", "name", default="") if on_gpu else ""
-    cpu = document.fact(str, "hardware", "cpu", default="")
-    n, m = (document.fact(int, "model", f"cache_n{axis}", default=0) for axis in ("blocks", "ways"))
+    fact(dict, "summary")
+    on_gpu = fact(str, "model.device", "cpu") != "cpu"
+    gpu = fact(str, "hardware.gpu.name", "") if on_gpu else ""
+    n, m = fact(int, "model.cache_nblocks", 0), fact(int, "model.cache_nways", 0)
     return RunFiles(
         folder,
         label,
-        model=document.fact(str, "model", "name", default=""),
-        machine=" and ".join(filter(None, (cpu, gpu))),
-        n_experts=max((n for n in n_experts if type(n) is int), default=None),
-        n_threads=document.fact(int, "n_threads", default=0),
+        model=fact(str, "model.name", ""),
+        machine=" and ".join(filter(None, (fact(str, "hardware.cpu", ""), gpu))),
+        n_experts=max(
+            (n for n in fact(list, "model.n_experts", []) if type(n) is int), default=None
+        ),
+        n_threads=fact(int, "n_threads", 0),
         cache=(n, m),
-        policy=document.fact(str, "settings", "cache", "policy", default="").upper() if n else "",
-        batch_size=document.fact(int, "settings", "generation", "batch_size", default=1),
-        throughput=document.fact(float, "summary", "generation_throughput", default=0.0),
+        policy=fact(str, "settings.cache.policy", "").upper() if n else "",
+        batch_size=fact(int, "settings.generation.batch_size", 1),
+        throughput=fact(float, "summary.generation_throughput", 0.0),
         decode=decode,
         breakdown=breakdown,
         cachehit=cachehit,
-        hits=np.stack([cachehit[name] for name in cachehit if name.startswith("Block_")], axis=1),
+        hits=hits,
         tokens=tokens,
         choices=paths["expert_choices"],
     )
@@ -135,97 +156,52 @@ def _document_path(folder: Path) -> Path:
     return unfinished[-1]
 
 
-class _Document:
-    """run.json, whose facts are checked for their kind as they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        _check_is_file(path, _LARGEST_DOCUMENT_BYTES)
-        try:
-            self._content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}: expected the JSON that a run writes, found another file: {_REMEDY}"
-            ) from error
-
-    def fact(self, kind: type[T], *names: str, default: T | None = None) -> T:
-        """What lies under these names; where it is absent or null, `default` if there is one."""
-        found: Any = self._content
-        for name in names:
-            found = found.get(name) if isinstance(found, dict) else None
-        if found is None and default is not None:
-            return default
-        if kind is float and type(found) is int:
-            found = float(found)
-        if type(found) is not kind:
-            raise UserError(
-                f"{self.path}: expected the JSON that a run writes, found {found!r:.40} as its "
-                f"{'.'.join(names)}: {_REMEDY}"
-            )
-        return found
-
-
-def _check_is_file(path: Path, limit_bytes: int) -> None:
-    """UserError for what is not there, waits for a writer, never ends, or is no run's."""
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """The text of a CSV; UserError for what is not there, waits for a writer, or never ends."""
     try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(
-            f"expected {path}, which cannot be read ({error.strerror}): {_REMEDY}"
-        ) from (error)
-    if not S_ISREG(status.st_mode):
-        raise UserError(f"expected a file, found {path}, a folder, pipe or device: {_REMEDY}")
-    if status.st_size > limit_bytes:
-        raise UserError(
-            f"expected {path} of at most {limit_bytes >> 20} MiB, found {status.st_size >> 20}: "
-            f"{_REMEDY}"
-        )
+        require_regular(path, _LARGEST_TABLE_BYTES)
+        with path.open(newline="", encoding="utf-8") as file:
+            yield file
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"expected {path}, which cannot be read ({reason}): {_REMEDY}") from error
 
 
 def _read_table(
-    path: Path, required: Sequence[str], phase: str | None = None
+    path: Path, phase: str, *required: str
 ) -> tuple[npt.NDArray[np.bool_], dict[str, Floats]]:
     """(where the column `phase` says decode, all other columns as numbers by name).
 
     UserError names the line of a bad cell.
     """
-    _check_is_file(path, _LARGEST_TABLE_BYTES)
     decode, numbers = [], array("d")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            wanted = ["Index", *required, *([phase] if phase else [])]
-            missing = [name for name in wanted if name not in header]
-            if missing:
+    with _opened(path) as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        missing = [name for name in (*required, phase) if name and name not in header]
+        if missing:
+            raise UserError(
+                f"{path}, line 1: expected the columns {', '.join(missing)}, found "
+                f"{','.join(header)[:60]!r}: {_REMEDY}"
+            )
+        for row in reader:
+            try:
+                cells = dict(zip(header, row, strict=True))
+                decode.append(cells.pop(phase, "") == "decode")
+                numbers.extend([float(cell or "nan") for cell in cells.values()])
+            except ValueError as error:
                 raise UserError(
-                    f"{path}, line 1: expected the columns {', '.join(missing)}, found "
-                    f"{','.join(header)[:60]!r}: {_REMEDY}"
-                )
-            at = header.index(phase) if phase else len(header)
-            for row in reader:
-                if len(row) != len(header):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: expected {len(header)} cells, found "
-                        f"{len(row)}: run again, the file is damaged"
-                    )
-                decode += [row.pop(at) == "decode"] if phase else []
-                numbers.extend([float(cell or "nan") for cell in row])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"expected {path}, which cannot be read ({error}): {_REMEDY}") from error
-    except ValueError as error:
-        raise UserError(
-            f"{path}, line {reader.line_num}: expected a number in every column but {phase}, found "
-            f"{','.join(row)[:60]!r}: run again, the file is damaged"
-        ) from error
-    names = [name for name in header if name != phase]
+                    f"{path}, line {reader.line_num}: expected {len(header)} cells, a number in "
+                    f"every column but {phase}, found {','.join(row)[:60]!r}: run again, the file "
+                    "is damaged"
+                ) from error
+    names = [name for name in dict.fromkeys(header) if name != phase]
     table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(names)).T
     columns = dict(zip(names, table, strict=True))
-    for name in names:
-        known = columns[name][~np.isnan(columns[name])]
-        if np.abs(known).max(initial=0) > _LARGEST_NUMBER or (
-            name in wanted and name not in _MAY_BE_EMPTY and len(known) < table.shape[1]
-        ):
+    for name, values in columns.items():
+        whole = name in required and name not in _MAY_BE_EMPTY
+        if (np.abs(values) > _LARGEST_NUMBER).any() or (whole and np.isnan(values).any()):
             raise UserError(
                 f"{path}: expected a number of sensible size in every line of column {name}: run "
                 "again, the file is damaged"

@@ -57,12 +57,12 @@ class RunSummary:
     @property
     def prompt_throughput(self) -> float:
         """Prompt tokens per second."""
-        return _ratio(self.prompt_tokens, self.prompt_s)
+        return self.prompt_tokens / self.prompt_s if self.prompt_s > 0 else 0.0
 
     @property
     def generation_throughput(self) -> float:
         """Generated tokens per second."""
-        return _ratio(self.generated_tokens, self.generation_s)
+        return self.generated_tokens / self.generation_s if self.generation_s > 0 else 0.0
 
     @property
     def cpu_share_of_limit(self) -> float | None:
@@ -108,7 +108,6 @@ def summarize(
     tokens = tokens[tokens["pass_index"] < len(passes)]
     first = ~decode_pass[tokens["pass_index"]]
     decode_tokens = tokens[~first]
-    seqlens = tuple(seqlens) or _prompt_lengths(passes)
     hits_of_token = recorder.hits_of_tokens()
     cached = layers[layers["cached"] == 1]
     decode_cached = decode_pass[cached["pass_index"]]
@@ -126,7 +125,7 @@ def summarize(
         prompt_s=float(passes["duration_s"][~decode_pass].sum()),
         generated_tokens=len(decode_tokens),
         generation_s=float(step_times_s(decode_tokens)[1].sum()),
-        seqlens=seqlens,
+        seqlens=tuple(seqlens) or _prompt_lengths(passes),
         ttft_s=tuple(tokens["time_s"][first].tolist()),
         tpot_median_s=float(np.median(times_s)) if len(times_s) else None,
         tpot_p95_s=float(np.percentile(times_s, 95)) if len(times_s) else None,
@@ -159,9 +158,10 @@ def step_times_s(tokens: Table) -> tuple[Table, Floats]:
 
 def _prompt_lengths(passes: Table) -> tuple[int, ...]:
     prefill = passes[~passes["decode"]]
-    _, prompt = np.unique(prefill["prompt"], return_inverse=True)
-    lengths = np.bincount(prompt, weights=prefill["n_tokens"])
-    return tuple(lengths.astype(np.int64).tolist())
+    prompts, place = np.unique(prefill["prompt"], return_inverse=True)
+    lengths = np.zeros(len(prompts), dtype=np.int64)
+    np.add.at(lengths, place, prefill["n_tokens"])
+    return tuple(lengths.tolist())
 
 
 def _hit_counts(cached: Table, hits_of_token: Table, wanted: Table) -> HitCounts:
@@ -202,10 +202,6 @@ def token_energies_j(decode_tokens: Table, samples: Sequence[Sample], sensor: st
 
 def _mean(values: Floats | None) -> float | None:
     return float(values.mean()) if values is not None and len(values) else None
-
-
-def _ratio(amount: float, seconds: float) -> float:
-    return amount / seconds if seconds > 0 else 0.0
 
 
 def format_summary(

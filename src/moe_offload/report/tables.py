@@ -8,20 +8,21 @@
 | token_gen_time.csv | generated token after a prompt's first | s, tokens/s, MHz, degrees C |
 | cpu_freq_avg.csv | second | degrees C, MHz, W |
 
-`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). Runs of more than
-one prompt have a `Prompt` column at the end of the first four; for a pass over a batch it names the
-batch's first prompt. None is an empty cell.
+`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). The first four end
+with a `Prompt` column; for a pass over a batch it names the batch's first prompt. In a run of one
+prompt they are written without it (`with_prompts`). None is an empty cell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_offload.experts.recorder import BYTES, DURATIONS, Recorder, Table
+from moe_offload.experts.recorder import BYTES, DURATIONS, LayerEvent, Recorder, Table
 from moe_offload.machine.sensors import Sample
 from moe_offload.report.summary import step_times_s, token_energies_j
 
@@ -32,18 +33,26 @@ BREAKDOWN_HEADER = (
     *("phase", "tokens", "step_ms", "rest_ms"),
     *(name.removesuffix("_us") for name in DURATIONS),
     *BYTES,
+    "Prompt",
 )
 CACHEHIT_MORE = (
     *("Phase", "Tokens", "Hits", "Misses", "Pairs", "At Least One", "At Least Two"),
-    *("Fetches", "Evictions"),
+    *("Fetches", "Evictions", "Prompt"),
 )
 TOKEN_HEADER = (
     *("Index", "Time", "Timestamp", "Accumulated Generation Throughput (tokens/s)"),
     *("CPU Frequency", "CPU Temperature", "CPU Energy (J)", "GPU Energy (J)", "GPU Power (W)"),
+    "Prompt",
 )
 FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0", "CPU Power (W)", "GPU Power (W)")
-_CHUNK_PASSES = 256  # rows made at a time: a long run's are never all in memory
 _EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
+
+
+def with_prompts(rows: Iterable[Row], recorder: Recorder) -> Iterable[Row]:
+    """`rows`, without their last column, the prompt, in a run of no more than one."""
+    owners = (recorder.pass_table()["prompt"], recorder.token_table()["prompt"])
+    several = len(np.unique(np.concatenate(owners))) > 1
+    return rows if several else (row[:-1] for row in rows)
 
 
 def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
@@ -54,7 +63,6 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     attn, router, plan and rest they add up to the step.
     """
     passes, layers = recorder.pass_table(), recorder.layer_table()
-    prompts = _PromptColumn(recorder)
     n_layers = np.maximum(np.bincount(layers["pass_index"], minlength=len(passes)), 1)
 
     def mean_ms(us: Table) -> Table:
@@ -67,7 +75,7 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     compute_ms = mean_ms(compute_us)
     parts_ms = sum(ms for name, ms in of_part.items() if name != "gpu_us")  # the gpu's are beside
     step_ms = passes["duration_s"] * 1e3
-    yield (*BREAKDOWN_HEADER, *prompts.header)
+    yield BREAKDOWN_HEADER
     yield from _numbered(
         of_part["attention_us"],
         compute_ms,
@@ -77,8 +85,8 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
         step_ms,
         step_ms - parts_ms * n_layers,
         *of_part.values(),
-        *(_sums(layers[name], layers, passes).astype(np.int64) for name in BYTES),
-        *prompts.columns(passes),
+        *_counts(BYTES, layers, passes),
+        passes["prompt"],
     )
 
 
@@ -90,22 +98,18 @@ def cachehit_rows(recorder: Recorder) -> Iterable[Row]:
     cached = layers[layers["cached"] == 1]
     pass_of_pair = np.repeat(cached["pass_index"], cached["n_tokens"])
     n_hits_of_pair = recorder.hits_of_tokens()
-    prompts = _PromptColumn(recorder)
-    yield ("Index", *(f"Block_{n}" for n in range(hits.shape[1])), *CACHEHIT_MORE, *prompts.header)
+    yield ("Index", *(f"Block_{n}" for n in range(hits.shape[1])), *CACHEHIT_MORE)
     yield from _numbered(
         *hits.T,
         _phases(passes),
         passes["n_tokens"],
-        *(_sums(cached[name], cached, passes).astype(np.int64) for name in ("hits", "misses")),
+        *_counts(("hits", "misses"), cached, passes),
         *(
             np.bincount(pass_of_pair[n_hits_of_pair >= least], minlength=len(passes))
             for least in (0, 1, 2)
         ),
-        *(
-            _sums(layers[name], layers, passes).astype(np.int64)
-            for name in ("fetches", "evictions")
-        ),
-        *prompts.columns(passes),
+        *_counts(("fetches", "evictions"), layers, passes),
+        passes["prompt"],
     )
 
 
@@ -114,73 +118,48 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
 
     In a batch a decode pass has one row per sequence, all with the pass's index.
     """
-    passes, tokens, prompts = recorder.pass_table(), recorder.token_table(), _PromptColumn(recorder)
-    choices = _Choices(recorder)
-    yield ("Index", *choices.header, *prompts.header)
-    no_ids = [""] * len(choices.header)
-    first_token = np.searchsorted(tokens["pass_index"], np.arange(len(passes) + 1))
+    passes, tokens, layers = recorder.pass_table(), recorder.token_table(), recorder.layer_table()
+    widths = np.zeros(_n_layers(layers), dtype=np.int64)
+    np.maximum.at(widths, layers["layer"], layers["top_k"])
+    columns = (np.cumsum(widths) - widths).tolist()
+    header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
+    yield ("Index", *header, "Prompt")
+    no_ids: list[object] = [""] * len(header)
+    first_token = np.searchsorted(tokens["pass_index"], np.arange(len(passes) + 1)).tolist()
     owners, prompt_of_pass = tokens["prompt"].tolist(), passes["prompt"].tolist()
     is_decode = passes["decode"].tolist()
-    for first in range(0, len(passes), _CHUNK_PASSES):
-        chunk = range(first, min(first + _CHUNK_PASSES, len(passes)))
-        for index, sequences in zip(chunk, choices.decoded(chunk), strict=True):
-            prompt = prompt_of_pass[index]
-            if not is_decode[index]:
-                yield (index, *no_ids, *prompts.cells(prompt))
-                continue
-            of_pass = owners[first_token[index] : first_token[index + 1]]
-            of_pass += [prompt] * (len(sequences) - len(of_pass))
-            for owner, sequence in zip(of_pass, sequences, strict=False):
-                yield (index, *sequence, *prompts.cells(owner))
+    for index, events in enumerate(events_of_passes(recorder)):
+        prompt = prompt_of_pass[index]
+        if not is_decode[index]:
+            yield (index, *no_ids, prompt)
+            continue
+        sequences = [no_ids.copy() for _ in range(max([len(e.ids) for e in events], default=1))]
+        for event in events:
+            first = columns[event.layer]
+            for cells, ids in zip(sequences, event.ids, strict=False):
+                cells[first : first + len(ids)] = ids
+        of_pass = owners[first_token[index] : first_token[index + 1]]
+        of_pass += [prompt] * (len(sequences) - len(of_pass))
+        for owner, cells in zip(of_pass, sequences, strict=False):
+            yield (index, *cells, owner)
 
 
-class _Choices:
-    """The chosen experts as cells: K for each layer, one row per sequence of a decode pass."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._decode = recorder.pass_table()["decode"]
-        self._layers, self._ids = recorder.layer_table(), recorder.expert_ids()
-        self._lengths = self._layers["n_tokens"].astype(np.int64) * self._layers["top_k"]
-        self._starts = np.cumsum(self._lengths) - self._lengths
-        self._pass_of_row = self._layers["pass_index"].astype(np.int64)
-        self._first_row = np.searchsorted(self._pass_of_row, np.arange(len(self._decode) + 1))
-        widths = np.zeros(_n_layers(self._layers), dtype=np.int64)
-        np.maximum.at(widths, self._layers["layer"], self._layers["top_k"])
-        self._columns = np.cumsum(widths) - widths
-        self.header = [f"Block_{n}" for n, width in enumerate(widths) for _ in range(width)]
-
-    def decoded(self, chunk: range) -> Iterator[list[list[object]]]:
-        """Each pass's rows of cells, none for a prefill; empty where a layer has no such id."""
-        rows = np.arange(self._first_row[chunk.start], self._first_row[chunk.stop])
-        rows = rows[self._decode[self._pass_of_row[rows]]]
-        layers, lengths, place_in_chunk = (
-            self._layers[rows], self._lengths[rows], self._pass_of_row[rows] - chunk.start
-        )  # fmt: skip
-        n_sequences = self._decode[chunk.start : chunk.stop].astype(np.int64)  # 1 without layers
-        np.maximum.at(n_sequences, place_in_chunk, layers["n_tokens"])
-        ends = np.cumsum(n_sequences)
-        # Of every id: its place among those of its row of the table, and its cell.
-        place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        token, k = np.divmod(place, np.repeat(layers["top_k"], lengths))
-        first_cells = (ends - n_sequences)[place_in_chunk]
-        cells = np.full((int(n_sequences.sum()), len(self.header)), -1, dtype=np.int64)
-        cells[
-            np.repeat(first_cells, lengths) + token,
-            np.repeat(self._columns[layers["layer"]], lengths) + k,
-        ] = self._ids[np.repeat(self._starts[rows], lengths) + place]
-        filled: list[list[Any]] = cells.tolist()
-        if (cells < 0).any():
-            filled = [["" if expert < 0 else expert for expert in row] for row in filled]
-        for n, end in zip(n_sequences.tolist(), ends.tolist(), strict=True):
-            yield filled[end - n : end]
+def events_of_passes(recorder: Recorder) -> Iterator[list[LayerEvent]]:
+    """The layer events of each finished pass: a list for every row of `pass_table`."""
+    by_pass = groupby(recorder.layer_events(), key=lambda event: event.pass_index)
+    index, events = next(by_pass, (-1, iter(())))
+    for number in range(len(recorder.pass_table())):
+        of_pass = list(events) if number == index else []
+        if of_pass:
+            index, events = next(by_pass, (-1, iter(())))
+        yield of_pass
 
 
 def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
     """Rows of token_gen_time.csv; energies are the token's own (its share of a batch's step)."""
     passes, tokens = recorder.pass_table(), recorder.token_table()
     tokens = tokens[tokens["pass_index"] < len(passes)]
-    prompts = _PromptColumn(recorder)
-    yield (*TOKEN_HEADER, *prompts.header)
+    yield TOKEN_HEADER
     tokens = tokens[passes["decode"][tokens["pass_index"]]]
     pass_indexes, times_s = step_times_s(tokens)
     elapsed_s = np.cumsum(times_s)[np.searchsorted(pass_indexes, tokens["pass_index"])]
@@ -203,7 +182,7 @@ def token_rows(recorder: Recorder, samples: Sequence[Sample]) -> Iterable[Row]:
             None if cpu_j is None else float(cpu_j[index]),
             None if gpu_j is None else float(gpu_j[index]),
             sample.gpu_power_w,
-            *prompts.cells(int(token["prompt"])),
+            int(token["prompt"]),
         )
 
 
@@ -219,21 +198,6 @@ def frequency_rows(samples: Sequence[Sample]) -> Iterable[Row]:
         gpu_w = sample.gpu_power_w if gpu_w is None else gpu_w
         yield (second, sample.cpu_temperature_c, sample.busiest_mhz, cpu_w, gpu_w)
         before = sample
-
-
-class _PromptColumn:
-    """The `Prompt` column, which only runs of more than one prompt have."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        owners = (recorder.pass_table()["prompt"], recorder.token_table()["prompt"])
-        self._present = len(np.unique(np.concatenate(owners))) > 1
-        self.header = ("Prompt",) if self._present else ()
-
-    def cells(self, prompt: int) -> tuple[int, ...]:
-        return (prompt,) if self._present else ()
-
-    def columns(self, passes: Table) -> tuple[Table, ...]:
-        return (passes["prompt"],) if self._present else ()
 
 
 def _numbered(*columns: npt.NDArray[Any] | list[str]) -> Iterable[Row]:
@@ -253,6 +217,10 @@ def _sums(values: Table, layers: Table, passes: Table) -> Table:
     """The sum over each pass of what `values` has for every row of `layers`."""
     sums = np.bincount(layers["pass_index"], weights=values, minlength=len(passes))
     return sums.astype(np.float64)  # without rows it is of int
+
+
+def _counts(names: Sequence[str], layers: Table, passes: Table) -> list[Table]:
+    return [_sums(layers[name], layers, passes).astype(np.int64) for name in names]
 
 
 def _mean_power_w(before: Sample | None, sample: Sample, sensor: str) -> float | None:

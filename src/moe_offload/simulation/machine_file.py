@@ -151,10 +151,13 @@ def _side(call_us: float, read_ns: float, token_ns: float) -> SideCost:
     return SideCost(call_us, max(read_ns - token_ns, 0.0) / 1e3, token_ns / 1e3)
 
 
+_LARGEST_FILE_BYTES = 1 << 20
+
+
 def load_machine(path: Path) -> Machine:
     """Read a hardware file; raises UserError for what is missing or cannot be."""
     try:
-        require_regular(path, 1 << 20)
+        require_regular(path, _LARGEST_FILE_BYTES)
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(data, dict):
             data.setdefault("name", path.stem)
