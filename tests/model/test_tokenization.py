@@ -171,8 +171,10 @@ def test_a_leftover_file_of_mistrals_does_not_beat_the_checkpoints_own(
     }[leftover]
     (tmp_path / leftover).write_bytes((DATA / source).read_bytes())
     write_byte_tokenizer(tmp_path, template)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     tokenizer = load_tokenizer(tmp_path, "mixtral")
     assert isinstance(tokenizer, CheckpointTokenizer)
+    assert tokenizer.vocabulary_size == 257  # the bytes and <|end|>
     assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
 
 

@@ -150,6 +150,9 @@ def _own_backend(folder: Path) -> Any:
 
     settings = {"local_files_only": True, "trust_remote_code": False}
     try:
+        if all((folder / name).is_file() for name in ("tokenizer.json", "tekken.json")):
+            # AutoTokenizer would take Mistral's file for the checkpoint's own
+            return PreTrainedTokenizerFast.from_pretrained(folder, **settings)
         return AutoTokenizer.from_pretrained(folder, **settings)
     except Exception as error:  # of as many kinds as there are ways for its files to be wrong
         config_path = folder / "tokenizer_config.json"
