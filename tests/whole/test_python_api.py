@@ -131,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"config": "text"}, "{path} is damaged (Manifest.config: expected dict, found 'text')"),
         ({"config": None}, "config: expected dict, found None"),
         ({"config": [1]}, "config: expected dict, found [1]"),
-        ({"config.model_type": ["mixtral"]}, "does not know"),
+        ({"config.model_type": ["mixtral"]}, "it finds no"),
         ({"config.hidden_size": "abc"}, "transformers cannot use the config in {path}"),
         ({"config.eos_token_id": "x"}, "transformers cannot use the config in {path}"),
         ({"config.max_position_embeddings": "x"}, "transformers cannot use the config in {path}"),
