@@ -852,10 +852,10 @@ def test_the_machine_is_calibrated_without_a_model(
         parse_config(build_parser().parse_args(["--show-calibration"])).model
     )
     assert (shapes.dummy_shape, shapes.dummy_layers) == ("mixtral-8x7b", 2)
-    real = shapes_module._read_shapes()
+    real = shapes_module.known_shapes()
     small = {**real["deepseek-v2-lite"], "hidden_size": 128, "moe_intermediate_size": 64}
     small |= {"intermediate_size": 128, "vocab_size": 96}
-    monkeypatch.setattr(shapes_module, "_read_shapes", lambda: {"deepseek-v2-lite": small})
+    monkeypatch.setattr(shapes_module, "known_shapes", lambda: {"deepseek-v2-lite": small})
     assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite") == 0
     out = capsys.readouterr().out
     for text in ("CPU: ", "ISA: ", "GPU: ", "memory, plain read: ", "GB/s", "while measuring: "):
