@@ -124,7 +124,10 @@ def test_a_slot_with_other_weights_is_found(folders) -> None:
     """What an eviction that comes too early does: a hit computes with what came into its slot."""
 
     def overwritten(engine, _) -> None:
-        engine.model.register_forward_pre_hook(lambda *_: engine.accelerator.gpu.slots.zero_())
+        def overwrite(*_: object) -> None:
+            engine.accelerator.gpu.slots.zero_()
+
+        engine.model.register_forward_pre_hook(overwrite)
 
     source, folder = folders
     room_for_all = CacheOptions(n_indexes=2, n_ways=4)  # what is copied once is hit ever after
