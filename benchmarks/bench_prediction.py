@@ -86,13 +86,13 @@ class RunClock(Timeline):
 
     def pass_dense(self) -> None:
         before, self._after = next(self._spans)
-        self._pass(before, 1.0, True)
+        self._pass(before, 1.0, self._slowdown)
 
     def pass_rest(self) -> None:
         """The head is in the spans."""
 
     def _pass_both(self, cpu_work_us: float, gpu_work_us: float) -> None:
-        self._pass(self._after, 1.0, True)
+        self._pass(self._after, 1.0, self._slowdown)
         self._after = 0.0  # of a prompt's layer, the first of two calls
 
 

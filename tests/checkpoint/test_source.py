@@ -166,6 +166,17 @@ def test_wrong_shapes(
     assert "model.norm.weight" in message and "needs (32,), found (3,)" in message
 
 
+def test_two_tensors_for_one_place_are_refused(
+    model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_models.write_hub(model, tmp_path / "one")
+    state = load_file(folder / "model.safetensors")
+    twin = {"norm.weight": state["model.norm.weight"] + 1}  # the base model's name for the same
+    save_file({**state, **twin}, folder / "model.safetensors")
+    said = refusal(capsys, folder, "--hf")
+    assert "norm.weight are both the model's model.norm.weight" in said
+
+
 def test_unused_tensors_are_mentioned(
     model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from against_transformers import prepared, prompt_ids
 from tiny_models import build_model, mixtral, qwen3_moe, write_hub
+from transformers import GenerationConfig
 
 from moe_offload.checkpoint.prepared import checksum, read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
@@ -71,6 +72,18 @@ def test_a_right_folder_is_right(folders) -> None:
 def test_an_architecture_with_another_router_is_right(tmp_path: Path) -> None:
     source = write_hub(build_model(qwen3_moe(), dtype=torch.bfloat16), tmp_path / "source")
     found = check(prepared(source, tmp_path / "prepared", "--hf"), source)
+    assert found.is_right, list(found.lines())
+
+
+def test_a_checkpoints_penalties_do_not_make_it_wrong(folders) -> None:
+    """Greedy tokens under a penalty are not those with the largest logits."""
+    penalised = GenerationConfig(repetition_penalty=5.0, suppress_tokens=[1, 2])
+
+    def suggest(engine, _) -> None:
+        engine.model.generation_config = penalised
+
+    source, folder = folders
+    found = check(folder, source, CacheOptions(), suggest=suggest)
     assert found.is_right, list(found.lines())
 
 

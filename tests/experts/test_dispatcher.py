@@ -347,6 +347,20 @@ def test_after_a_ctrl_c_another_thread_has_its_turn(monkeypatch):
     assert run.model.wrong_layers == 0
 
 
+def test_a_pass_waits_while_a_calibration_leaves_the_experts_out():
+    """Else another thread's pass would take the zeros for its own."""
+    run = Run()
+    other = threading.Thread(target=run.steps_without_close, args=(5,), daemon=True)
+    with run.dispatcher.experts_left_out():
+        other.start()
+        other.join(timeout=0.2)
+        assert other.is_alive()
+    other.join(timeout=20)
+    assert not other.is_alive()
+    run.accelerator.close()
+    assert run.model.wrong_layers == 0
+
+
 def test_a_model_that_nobody_closed_leaves_no_thread():
     before = set(threading.enumerate())
     run = Run()

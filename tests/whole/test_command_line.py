@@ -781,6 +781,24 @@ def test_a_second_signal_does_not_tear_the_reports(
     assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
 
 
+def test_an_answer_without_its_last_token_is_no_finished_one(
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C when the step has ended a prompt and its last text is not told yet."""
+
+    def interrupted_at_the_end(*arguments: object, **options: object) -> object:
+        for step in generate_batch(*arguments, **options):  # type: ignore[arg-type]
+            if step[0].stop == "length":
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr("moe_offload.commands.run.generate_batch", interrupted_at_the_end)
+    flags = ("--max-tokens", 4, "--responses-jsonl", "answers.jsonl")
+    assert run("--model-path", model, "--prompt", "x", *flags) == 130
+    (answer,) = map(json.loads, (run_folder / "answers.jsonl").read_text().splitlines())
+    assert answer["stop"] == "interrupted"
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
     model: Path,

@@ -245,6 +245,11 @@ class ConversionPlan:
     def _outcome(self, group: _Group) -> dict[str, tuple[int, ...]]:
         """Target name -> shape, found by converting meta tensors."""
         if group.converter is None:
+            if len(group.names) > 1 and group.target in self._expected:
+                raise UserError(
+                    f"the tensors {group.names[0]} and {group.names[1]} are both the model's "
+                    f"{group.target}: keep the right one, or download the checkpoint again"
+                )
             return {group.target: self._tensors[group.names[0]].shape}
         if group.target not in self._expected:
             return {group.target: ()}

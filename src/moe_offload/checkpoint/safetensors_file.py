@@ -174,6 +174,8 @@ def write_file(path: Path, n_bytes: int, parts: Iterable[bytes | Tensor]) -> lis
                 while len(view):
                     done = os.pwrite(file.fileno(), view, position)
                     view, position = view[done:], position + done
+            if position != n_bytes:
+                raise ValueError(f"{path}: {position} bytes were written, {n_bytes} were planned")
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

@@ -270,6 +270,13 @@ def run_prompts(
         if shown:
             show(rest, end="\n" if output.quiet else "\n\n")
 
+    def cut_off(shown: bool) -> None:
+        """Keep what was begun. A step's last token may be known and its text not told yet."""
+        for one in list(unfinished.values()):
+            if one.record.stop != "stop":
+                one.record.stop = "interrupted"
+            finish(one, shown)
+
     try:
         for batch in _batches(encoded, size):
             first, options = batch[0][0].index, batch[0][0].options
@@ -303,12 +310,10 @@ def run_prompts(
                 done = sorted(conversations[n_before:], key=lambda one: one.prompt.index)
                 show("\n".join(one.text for one in done))
     except KeyboardInterrupt:
-        for one in list(unfinished.values()):
-            finish(one)
+        cut_off(shown=stream)
         return "interrupted"
     except BrokenPipeError:  # as the text was streamed: nobody reads it any more
-        for one in list(unfinished.values()):
-            finish(one, shown=False)
+        cut_off(shown=False)
         raise
     finally:
         progress.close()

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from moe_offload.checkpoint.block import pack_block
 from moe_offload.checkpoint.prepared import Manifest, MoeLayer, read_block
@@ -131,6 +132,11 @@ def check_engine(
         engine.model.get_submodule(site.experts_path).register_forward_hook(partial(keep, kept))
         for site, kept in zip(engine.sites, calls, strict=True)
     ]
+    # The checkpoint's penalties and suppressed tokens would choose others than the logits do.
+    suggested = engine.model.generation_config
+    engine.model.generation_config = GenerationConfig(
+        eos_token_id=suggested.eos_token_id, pad_token_id=suggested.pad_token_id
+    )
     texts, ours = [], []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=engine.device)
@@ -144,6 +150,7 @@ def check_engine(
         )
         texts.append(made.sequences[0].cpu())
         ours.append(torch.cat(made.logits).float().cpu())
+    engine.model.generation_config = suggested
     for hook in hooks:
         hook.remove()
     n_layers, unit = len(calls), 2.0 ** (-24 if prepared.dtype == torch.float32 else -9)

@@ -95,6 +95,10 @@ class Engine:
 
         Further lines join `notes`. UserError when the cache cannot be built.
         """
+        with self.dispatcher.turn:
+            self._use_cache(options)
+
+    def _use_cache(self, options: CacheOptions) -> None:
         if self.accelerator is not None:
             self.accelerator.close()
             self.dispatcher.accelerator = None
@@ -122,11 +126,12 @@ class Engine:
         accelerator = self.accelerator
         if self.costs is not None and not again:
             return
-        if accelerator is None:
-            self._measured(None, again)
-            return
-        with accelerator.lending_slots():  # the measurement computes from them and copies into them
-            accelerator.costs = self._measured(accelerator.gpu, again).model
+        with self.dispatcher.turn:
+            if accelerator is None:
+                self._measured(None, again)
+                return
+            with accelerator.lending_slots():  # the measurement computes from and copies into them
+                accelerator.costs = self._measured(accelerator.gpu, again).model
 
     def _slots(self, n_slots: int) -> GpuExperts:
         """`n_slots` for the model's experts, or as many of them as fit."""

@@ -56,7 +56,8 @@ class MoeDispatcher:
 
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
-    as they begin. `forced_routing` replaces the routers.
+    as they begin. `forced_routing` replaces the routers. Whoever uses the slots or changes what
+    passes do holds `turn`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class MoeDispatcher:
         self.recorder = recorder
         self.accelerator = accelerator
         self.prompt: int | None = None
+        self.turn = threading.RLock()  # one pass may call the model again
         self.forced_routing: RoutingChoice | None = None
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
@@ -95,12 +97,11 @@ class MoeDispatcher:
         Threads take turns from now on: what is kept of a pass is one pass's. Hooks would not do,
         for none is called after a Ctrl-C, and the turn must end then too.
         """
-        turn = threading.RLock()  # one pass may call the model again
         forward = model.forward
 
         @functools.wraps(forward)
         def one_pass(*args: Any, **kwargs: Any) -> Any:
-            with turn:
+            with self.turn:
                 self._before_pass(args, kwargs)
                 output = forward(*args, **kwargs)
                 self._after_pass()
@@ -174,13 +175,14 @@ class MoeDispatcher:
     @contextmanager
     def experts_left_out(self) -> Iterator[None]:
         """Inside, layers return zeros and nothing is recorded: what all the rest costs."""
-        recorder, self.recorder = self.recorder, NullRecorder()
-        self._skip_experts = True
-        try:
-            yield
-        finally:
-            self.recorder = recorder
-            self._skip_experts = False
+        with self.turn:
+            recorder, self.recorder = self.recorder, NullRecorder()
+            self._skip_experts = True
+            try:
+                yield
+            finally:
+                self.recorder = recorder
+                self._skip_experts = False
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The layer's output [T, H] in hidden's dtype, on hidden's device.

@@ -189,9 +189,9 @@ def bounded(seconds: float, n_bytes: int) -> Iterator[None]:
     limits = [one for one in (soft, hard) if one != resource.RLIM_INFINITY]
     limit = min([psutil.Process().memory_info().vms + n_bytes, *limits])
     timer = threading.Timer(seconds, expire)
-    timer.start()
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
+        timer.start()
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -237,7 +237,11 @@ def check_tokenizer(folder: Path, model_type: str) -> None:
     at.
     """
     for path in sorted(folder.glob("tokenizer*")):
-        if path.is_file() and path.read_bytes().startswith(_LFS_POINTER):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
             raise UserError(
                 f"{path} is a git-lfs pointer, not the file itself: run git lfs pull there, or "
                 "download it again"
