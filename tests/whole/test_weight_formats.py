@@ -78,10 +78,13 @@ def test_triton_kernels_are_tested_in_every_format() -> None:
 
 @pytest.mark.parametrize("flag", ["--expert-dtype", "--dense-dtype"])
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
-def test_it_can_be_prepared(name: str, flag: str) -> None:
-    paths = ["--input-path", "a", "--output-path", "b"]
-    options = vars(prepare.build_parser().parse_args([*paths, flag, name]))
-    assert name in (options["expert_dtype"], options["dense_dtype"])
+def test_it_can_be_prepared(
+    name: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The choice is taken: what is missed is the source."""
+    paths = ["--input-path", str(tmp_path / "none"), "--output-path", str(tmp_path / "out")]
+    assert prepare.main([*paths, flag, name]) == 2
+    assert "found nothing" in capsys.readouterr().err
 
 
 def test_each_format_but_the_smallest_has_a_smaller_one() -> None:
