@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What requirements.txt installs, by the names that are imported.
 PACKAGES = (
     *("torch", "transformers", "safetensors", "mistral_common", "google.protobuf", "numpy"),
-    *("gguf", "tqdm", "nvtx", "psutil", "pynvml", "matplotlib", "yaml"),
+    *("gguf", "accelerate", "tqdm", "nvtx", "psutil", "pynvml", "matplotlib", "yaml"),
 )
 
 
