@@ -216,7 +216,11 @@ class _Storages:
         info = self._archive.getinfo(self._root + name)
         if info.file_size > limit_bytes:
             raise ValueError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
-        return self._archive.read(info)
+        if info.CRC:
+            return self._archive.read(info)
+        # zipfile would compare: torch.serialization.set_crc32_options(False) saves without.
+        self._file.seek(self._offset(name, info.file_size))
+        return self._file.read(info.file_size)
 
     def _storage(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
         """What the pickle means by ('storage', type, key, device, number of elements)."""
