@@ -340,7 +340,8 @@ def _print_times(outcome: Outcome, on: _Host) -> None:
 
 
 def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
-    from moe_offload.report.figures import draw_sweep, house_style, save_drawing  # matplotlib: 1 s
+    from moe_offload.report.drawing import house_style, save_drawing  # matplotlib: 1 s
+    from moe_offload.report.figures import draw_sweep
 
     make_writable(options.output_dir, "--output-dir")
     require_range("--processes", options.processes, 1, LARGEST)
