@@ -21,7 +21,7 @@ from moe_offload.errors import UserError
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.sensors import NvmlReader, SensorSampler
-from moe_offload.machine.terminal import Interruption, RunProgress, say, show, told_if_slow
+from moe_offload.machine.terminal import Interruption, RunProgress, say, show
 from moe_offload.model.dummy import DummyModel, DummyTokenizer, dummy_routing
 from moe_offload.model.generation import (
     Generated,
@@ -112,11 +112,10 @@ def run(
             raise
         finally:  # what was done before an error is evidence too
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
-            with told_if_slow("writing reports..."):
-                written = _report(
-                    config, engine, recorder, sampler, conversations, left_out, status, paths,
-                    command, tokenizer, started_unix_s,
-                )  # fmt: skip
+            written = _report(
+                config, engine, recorder, sampler, conversations, left_out, status, paths,
+                command, tokenizer, started_unix_s,
+            )  # fmt: skip
         if answers is not None:
             written.append(answers.path)
         where = ", ".join(str(path) for path in written)
