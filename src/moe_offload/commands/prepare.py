@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--expert-dtype",
-        choices=tuple(WEIGHT_FORMATS),
-        default="bf16",
+        choices=("auto", *WEIGHT_FORMATS),
+        default="auto",
         help="how the experts are stored, in bits per weight: "
         + ", ".join(f"{name} {facts.bits_per_weight:g}" for name, facts in WEIGHT_FORMATS.items())
-        + "; default bf16",
+        + "; auto (default): the smallest that holds a quantised checkpoint exactly, else bf16",
     )
     parser.add_argument(
         "--dense-dtype",
