@@ -193,7 +193,7 @@ def read_settings(found: Any, folder: str) -> Settings:
         raise UserError(f"{folder} is quantised with {method:.40}, which is not read: {_READABLE}")
     try:
         settings = read(method, config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder} is quantised ({method}), and its quantization_config is not as {method} "
             f"writes it ({type(error).__name__}: {error!s:.100}); download config.json again"
@@ -207,27 +207,41 @@ def read_settings(found: Any, folder: str) -> Settings:
 
 
 def _from_fp8(method: str, config: Mapping[str, Any]) -> Settings | str:
-    block = config.get("weight_block_size")
-    return Settings(method, block=None if block is None else (int(block[0]), int(block[1])))
+    return Settings(method, block=_block(config.get("weight_block_size")))
+
+
+def _block(found: Any) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None where the config does not say."""
+    if found is None:
+        return None
+    rows, columns = (int(one) for one in found)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"blocks of {found}")
+    return rows, columns
+
+
+def _group(columns: Any) -> tuple[int, int] | None:
+    """The same of a "group_size", which is -1 or missing where whole rows share one."""
+    return _block((1, columns)) if columns not in (None, -1) else None
 
 
 def _from_gptq(method: str, config: Mapping[str, Any]) -> Settings | str:
-    bits, group = int(config["bits"]), int(config["group_size"])
+    bits = int(config["bits"])
     form = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         return f"{bits} bits, format {form}"
     ones = 0 if form == "gptq_v2" else {4: 0x11111111, 8: 0x01010101}[bits]
-    block = (1, group) if group > 0 else None
+    block = _group(config["group_size"])
     return Settings(method, bits, block, zeros_plus=ones, zeros_required=True)
 
 
 def _from_awq(method: str, config: Mapping[str, Any]) -> Settings | str:
     bits = int(config.get("bits") or config["w_bit"])
-    group = int(config.get("group_size") or config["q_group_size"])
     form = str(config.get("version") or config.get("format") or "gemm").lower()
     if bits != 4 or form != "gemm":
         return f"{bits} bits, version {form}"
-    return Settings(method, bits, (1, group) if group > 0 else None, zeros_required=True)
+    block = _group(config.get("group_size") or config["q_group_size"])
+    return Settings(method, bits, block, zeros_required=True)
 
 
 def _from_compressed_tensors(method: str, config: Mapping[str, Any]) -> Settings | str:
@@ -243,20 +257,15 @@ def _from_compressed_tensors(method: str, config: Mapping[str, Any]) -> Settings
     bits = {int(one["num_bits"]) for one in weights if one.get("type", "int") == "int"}
     if bits - {4, 8} or len(bits) > 1:
         return f"{' and '.join(map(str, sorted(bits)))} bits"
-    blocks = {_block_of(one) for one in weights}
+    blocks = {
+        _block(one.get("block_structure")) or _group(one.get("group_size")) for one in weights
+    }
     return Settings(
         method,
         bits=min(bits, default=4),
         block=blocks.pop() if len(blocks) == 1 else None,
         zeros_required=bool(weights) and not any(one.get("symmetric", True) for one in weights),
     )
-
-
-def _block_of(weights: Mapping[str, Any]) -> tuple[int, int] | None:
-    if block := weights.get("block_structure"):
-        return int(block[0]), int(block[1])
-    group = int(weights.get("group_size") or 0)
-    return (1, group) if group > 0 else None
 
 
 _METHODS: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Settings | str]]] = {

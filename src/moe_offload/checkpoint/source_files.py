@@ -126,15 +126,7 @@ def _open_indexed(
 
     An index may lack a tensor that a file holds, as transformers allows.
     """
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} is damaged (it has no weight_map); download it again")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(
-                f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
-                "folder; download it again"
-            )
+    weight_map = read_weight_map(index)
     parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in parts[file]:
@@ -146,6 +138,20 @@ def _open_indexed(
         {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
         for file, part in parts.items()
     )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that an index gives for each tensor; UserError for one outside of its folder."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is damaged (it has no weight_map); download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(
+                f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
+                "folder; download it again"
+            )
+    return weight_map
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
