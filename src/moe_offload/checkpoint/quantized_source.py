@@ -37,6 +37,10 @@ from moe_offload.errors import UserError
 _E8M0: Final = (torch.uint8, torch.float8_e8m0fnu)
 _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 _E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+# Of each byte both numbers, the low nibble's first, as one element of eight bytes.
+_E2M1_PAIRS: Final = torch.stack((_E2M1.repeat(16), _E2M1.repeat_interleave(16)), dim=-1).view(
+    torch.float64
+)[:, 0]
 _AWQ_PLACES: Final = [0, 4, 1, 5, 2, 6, 3, 7]  # where column c of eight lies
 # What activations and caches were quantised with: nothing here computes in that.
 _ACTIVATIONS: Final = re.compile(r".*[._](input|output|activation|[qkv])_(global_)?scale(_ub)?")
@@ -57,11 +61,25 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 def _unpack_awq(words: Tensor, bits: int) -> Tensor:
     """uint8 [C, R] from int32 [C, R/8]."""
     eights = _unpack(words, bits).view(*words.shape, 8)
-    return eights[..., _AWQ_PLACES].flatten(-2)
+    return torch.stack([eights[..., place] for place in _AWQ_PLACES], dim=-1).flatten(-2)
 
 
 def _e2m1(packed: Tensor, _: int) -> Tensor:
-    return _E2M1[_unpack(packed, 4).int()]
+    """fp32 [R, 2 * n] from bytes [R, n]."""
+    return _look_up(_E2M1_PAIRS, packed).view(torch.float32).view(len(packed), -1)
+
+
+def _elements(codes: Tensor, _: int) -> Tensor:
+    """int8 as it is, fp8 in fp32: torch's own conversion takes five times as long."""
+    if codes.dtype == torch.int8:
+        return codes
+    numbers = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return _look_up(numbers, codes).view(codes.shape)
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[bytes of codes], flat; index_select is ten times as fast as an index in brackets."""
+    return table.index_select(0, codes.contiguous().view(torch.uint8).flatten().int())
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class _Form:
     becomes_transposed: bool = False
 
 
-_ELEMENTS: Final = _Form("fp8", lambda shape, bits: (shape[0], shape[1]), lambda codes, _: codes)
+_ELEMENTS: Final = _Form("fp8", lambda shape, bits: (shape[0], shape[1]), _elements)
 _NIBBLES: Final = _Form("e2m1", lambda shape, bits: (shape[0], shape[1] * 2), _e2m1)
 _BLOCKS: Final = _Form(
     "e2m1",
@@ -426,7 +444,8 @@ class _Weight:
         if not self.stacked:
             return of(0)[start:stop]
         turned = self.layout.form.becomes_transposed
-        return torch.stack([of(i).t() if turned else of(i) for i in range(start, stop)])
+        matrices = [of(i).t() if turned else of(i) for i in range(start, stop)]
+        return torch.stack(matrices) if len(matrices) != 1 else matrices[0][None]
 
     def _read(self, role: str, index: int) -> Tensor:
         part = self.parts[role]
@@ -484,7 +503,7 @@ class _Weight:
 
     def _values(self, index: int) -> Tensor:
         codes = self.layout.form.codes(self._read("codes", index), self.settings.bits)
-        values = codes.float().sub_(self._spread(self._zeros(index), index))
+        values = codes.contiguous().float().sub_(self._spread(self._zeros(index), index))
         return values.mul_(self._spread(self._scales(index), index)).to(self.dtype)
 
     def _units_by_block(self, index: int) -> Tensor:
