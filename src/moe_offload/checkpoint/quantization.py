@@ -57,10 +57,11 @@ class Grid:
     neighbours of a row, 0: in all of them. Of `e2m1` it is half the scale, and the numbers are 0,
     1, 2, 3, 4, 6, 8, 12 and their negatives; of `fp8` it is the scale, of e4m3 or e5m2 numbers.
     `units` are all of the matrix, fp32; `used_units()` those of weights that are not zero, read
-    when asked for. `name` is the tensor's.
+    when asked for. `name` is the tensor's; `is_bf16` says that bf16 holds every weight.
     """
 
     name: str
+    is_bf16: bool
     kind: GridKind
     low: int
     high: int

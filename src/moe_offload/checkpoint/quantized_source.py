@@ -522,6 +522,7 @@ class _Weight:
                 low, high = least - int(zeros.max()), most - int(zeros.min())
             yield Grid(
                 name=self.names["codes"],
+                is_bf16=self.dtype == torch.bfloat16,
                 kind=self.kind,
                 low=low,
                 high=high,

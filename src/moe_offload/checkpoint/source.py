@@ -116,9 +116,10 @@ class SourceCheckpoint:
             yield weights
 
     def find_format(self) -> tuple[WeightFormat, str | None]:
-        """The smallest format that holds every expert's matrices exactly, or else bf16 and why.
+        """The smallest format that holds every expert's matrices exactly, or else bf16.
 
-        Reads the scales of a quantised source. Without one it is bf16.
+        With it comes the name of a tensor that bf16 rounds. Reads the scales of a quantised source;
+        of one that is not it is bf16.
         """
         exact = [name for name in get_args(WeightFormat) if name in PACKED_FORMATS]
         exact.sort(key=lambda name: WEIGHT_FORMATS[name].bits_per_weight)
@@ -130,7 +131,7 @@ class SourceCheckpoint:
                 for grid in grids:
                     exact = [name for name in exact if quantization.holds(name, grid)]
                     if not exact:
-                        return "bf16", grid.name
+                        return "bf16", None if grid.is_bf16 else grid.name
         return exact[0], None
 
     def current_fingerprint(self) -> str:

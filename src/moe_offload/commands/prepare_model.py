@@ -56,8 +56,8 @@ def prepare_model(
         expert_dtype, rounded = source.find_format()
         if rounded is not None:
             say(
-                f"note: no format here holds the experts' weights exactly ({rounded} is the "
-                "first), so that they are rounded to bf16; see the README for what becomes what"
+                f"note: no format here holds the experts exactly as they are (such as {rounded}), "
+                "so that they are rounded to bf16"
             )
     formats = Formats(expert_dtype, dense_dtype, model_dtype, exact)
     check_tokenizer(source.folder, source.config.model_type)
