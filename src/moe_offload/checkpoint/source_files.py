@@ -12,7 +12,7 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 
 from moe_offload.checkpoint.folders import WEIGHT_FILES
+from moe_offload.checkpoint.quantization import Grid
 from moe_offload.checkpoint.safetensors_file import checksum, read_header, read_into
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, require_regular
@@ -31,16 +32,31 @@ _LARGEST_PICKLE_BYTES: Final = 64 << 20  # names and shapes: a real one of 10,00
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0."""
+    """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0.
+
+    One that is dequantised as it is read has `quantised`: what its numbers are multiples of.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     path: Path
     read_rows: Callable[[int, int], Tensor]
+    quantised: Quantised | None = None
 
     def read(self) -> Tensor:
         """All of it, in new CPU memory; a 0-dimensional tensor counts as one row."""
         return self.read_rows(0, self.shape[0] if self.shape else 1)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Of a dequantised tensor: a `Grid` for each matrix in it, and each element's unit.
+
+    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well.
+    """
+
+    units: LazyTensor
+    grids: Callable[[], Iterator[Grid]]
 
 
 def open_hugging_face(folder: Path) -> dict[str, LazyTensor]:
@@ -87,10 +103,10 @@ def open_mistral_native(folder: Path) -> dict[str, LazyTensor]:
             f"{folder} holds no weights: expected consolidated*.safetensors or consolidated*.pth "
             "beside params.json; for a Hugging Face folder add --hf"
         )
-    return _merge(read(path) for path in paths)
+    return merge(read(path) for path in paths)
 
 
-def _merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+def merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """The tensors of all files; UserError for one that two of them hold."""
     tensors: dict[str, LazyTensor] = {}
     for part in parts:
@@ -110,6 +126,22 @@ def _open_indexed(
 
     An index may lack a tensor that a file holds, as transformers allows.
     """
+    weight_map = read_weight_map(index)
+    parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in parts[file]:
+            raise UserError(
+                f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
+                "which does not have it; download that file again"
+            )
+    return merge(
+        {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
+        for file, part in parts.items()
+    )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that an index gives for each tensor; UserError for one outside of its folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is damaged (it has no weight_map); download it again")
@@ -119,30 +151,23 @@ def _open_indexed(
                 f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
                 "folder; download it again"
             )
-    parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in parts[file]:
-            raise UserError(
-                f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
-                "which does not have it; download that file again"
-            )
-    return _merge(
-        {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
-        for file, part in parts.items()
-    )
+    return weight_map
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     return {
-        entry.name: _place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
+        entry.name: place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
         for entry in read_header(path)
     }
 
 
-def _place(
+def place(
     path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int, wanted: int = 0
 ) -> LazyTensor:
-    """A tensor that lies there in one piece; `wanted` is its checksum, 0 where none is known."""
+    """The tensor that lies, row by row and little-endian, at `offset_bytes` of a file.
+
+    `wanted` is its checksum, compared where all of it is read at once; 0 where none is known.
+    """
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def read_rows(start: int, stop: int) -> Tensor:
@@ -276,7 +301,7 @@ def _stored(path: Path, tensor: Tensor, checksums: dict[int, int]) -> LazyTensor
     start = offset + first * dtype.itemsize
     if tensor.is_contiguous():
         is_whole = tensor.nbytes == storage.nbytes()
-        return _place(path, dtype, shape, start, checksums[offset] if is_whole else 0)
+        return place(path, dtype, shape, start, checksums[offset] if is_whole else 0)
 
     def read_rows(first: int, last: int) -> Tensor:
         elements = torch.empty(span, dtype=dtype)
