@@ -61,6 +61,7 @@ POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 # What torch's generators take. No other number is larger either, though Python has such.
 LEAST_SEED: Final = -(2**63)
+MOST_PROMPTS: Final = 10_000_000  # their list takes 3 GB
 LARGEST: Final = 2**64 - 1
 
 # The kinds of fields: how a message calls one, and what is of it. True is no number.
@@ -344,7 +345,11 @@ class PromptOptions:
         None, "--prompt-path FILE", "prompts, one per line; of *.jsonl each an object"
     )
     n_prompts: int | None = option(
-        None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
+        None,
+        "--n-prompts N",
+        "how many; cycles through the file (default all)",
+        least=1,
+        most=MOST_PROMPTS,
     )
     shard: str | None = option(
         None, "--shard I/N", "every N-th prompt, the I-th part; auto: as Slurm or SkyPilot says"
