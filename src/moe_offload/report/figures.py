@@ -242,6 +242,8 @@ def draw_comparison(runs: Sequence[RunFiles], by: str) -> Drawing | None:
     lines: dict[tuple[str, ...], dict[Any, list[RunFiles]]] = {}
     for run in runs:
         place = {"cache": run.cache, "threads": run.n_threads, "policy": run.policy}[by]
+        if not place:  # not known, or no cache that had a policy
+            continue
         for policy in policies if by == "cache" and not run.policy else {run.policy}:
             shared = tuple((_set(run) | {"policy": policy, by: ""}).values())
             lines.setdefault(shared, {}).setdefault(place, []).append(run)
