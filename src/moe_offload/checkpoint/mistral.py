@@ -101,11 +101,13 @@ def _rows(tensor: LazyTensor, first: int, n_rows: int, transposed: bool) -> Lazy
 
 
 def _to_half_rotation(tensor: LazyTensor, head_dim: int) -> LazyTensor:
-    """Per head, the even rows first, then the odd ones."""
-
     def read_rows(start: int, stop: int) -> Tensor:
-        weight = tensor.read()
-        pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-        return pairs.transpose(1, 2).reshape(weight.shape)[start:stop].contiguous()
+        return half_rotation(tensor.read(), head_dim)[start:stop].contiguous()
 
     return replace(tensor, read_rows=read_rows)
+
+
+def half_rotation(weight: Tensor, head_dim: int) -> Tensor:
+    """Per head of a matrix or a bias, the even rows first, then the odd ones."""
+    pairs: Tensor = weight.unflatten(0, (-1, head_dim // 2, 2))
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -91,10 +91,14 @@ def chance_common_expert(E: int, K: int, n_sets: int) -> float:
 def token_sequences(trace: Trace) -> Iterator[Members]:
     """Each decoded sequence as bool [T, L, E]: which experts token t used in layer l.
 
-    A sequence ends with its prompt, and where a batch loses or gains rows.
+    A sequence ends with its prompt, and where a batch loses or gains rows: before a row is gained,
+    its prompt is evaluated.
     """
-    decoded = (one for one in trace.passes if one.phase == "decode")
-    for _, passes in groupby(decoded, lambda one: (one.prompt, len(one.ids[0]))):
+    for (phase, *_), passes in groupby(
+        trace.passes, lambda one: (one.phase, one.prompt, len(one.ids[0]) if one.ids else 0)
+    ):
+        if phase != "decode":
+            continue
         ids = np.array([one.ids for one in passes])  # [T, L, B, K]
         members = np.zeros((*ids.shape[:3], trace.n_experts), dtype=bool)
         np.put_along_axis(members, ids, True, axis=3)
