@@ -27,6 +27,7 @@ from moe_offload.files import read_json_object
 _QUANTISATION: Final = ("quantization_config", "compression_config")
 _STOP_IDS: Final = ("eos_token_id", "bos_token_id", "pad_token_id")
 MOST_LAYERS: Final = 1000  # the deepest published models have some 130
+_LARGEST_WINDOW: Final = 1 << 40  # a window of no end is larger than any context, and no int64
 _DEPTHS: Final = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 # Of Mistral's params.json.
 _DEFAULT_CONTEXT: Final = 32768  # Mixtral 8x7B; its params.json does not say
@@ -49,8 +50,11 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
 def require_plausible(found: dict[str, Any], path: Path, remedy: str) -> None:
     """UserError for what no model has: layers whose building would not end, a window of nothing."""
     window = found.get("sliding_window")
-    if type(window) is int and window < 1 and found.get("use_sliding_window", True):
-        raise UserError(f"expected sliding_window of 1 or more in {path}, found {window}; {remedy}")
+    is_used = found.get("use_sliding_window", True)
+    if type(window) is int and is_used and not 1 <= window <= _LARGEST_WINDOW:
+        raise UserError(
+            f"expected sliding_window of 1 to {_LARGEST_WINDOW} in {path}, found {window}; {remedy}"
+        )
     for name, value in found.items():
         if name in _DEPTHS and type(value) in (int, float) and not 0 < value <= MOST_LAYERS:
             raise UserError(

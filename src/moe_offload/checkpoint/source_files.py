@@ -103,10 +103,10 @@ def open_mistral_native(folder: Path) -> dict[str, LazyTensor]:
             f"{folder} holds no weights: expected consolidated*.safetensors or consolidated*.pth "
             "beside params.json; for a Hugging Face folder add --hf"
         )
-    return _merge(read(path) for path in paths)
+    return merge(read(path) for path in paths)
 
 
-def _merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+def merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """The tensors of all files; UserError for one that two of them hold."""
     tensors: dict[str, LazyTensor] = {}
     for part in parts:
@@ -134,7 +134,7 @@ def _open_indexed(
                 f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
                 "which does not have it; download that file again"
             )
-    return _merge(
+    return merge(
         {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
         for file, part in parts.items()
     )
@@ -156,12 +156,13 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     return {
-        entry.name: _place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
+        entry.name: place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
         for entry in read_header(path)
     }
 
 
-def _place(path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> LazyTensor:
+def place(path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> LazyTensor:
+    """The tensor that lies, row by row and little-endian, at `offset_bytes` of a file."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def read_rows(start: int, stop: int) -> Tensor:
@@ -238,7 +239,11 @@ class _Storages:
         info = self._archive.getinfo(self._root + name)
         if info.file_size > limit_bytes:
             raise ValueError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
-        return self._archive.read(info)
+        if info.CRC:
+            return self._archive.read(info)
+        # zipfile would compare: torch.serialization.set_crc32_options(False) saves without.
+        self._file.seek(self._offset(name, info.file_size))
+        return self._file.read(info.file_size)
 
     def _storage(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
         """What the pickle means by ('storage', type, key, device, number of elements)."""
@@ -281,7 +286,7 @@ def _stored(path: Path, tensor: Tensor) -> LazyTensor:
         raise ValueError("it holds a tensor that is larger than its record")
     start = offset + first * dtype.itemsize
     if tensor.is_contiguous():
-        return _place(path, dtype, shape, start)
+        return place(path, dtype, shape, start)
 
     def read_rows(first: int, last: int) -> Tensor:
         elements = torch.empty(span, dtype=dtype)

@@ -122,14 +122,14 @@ class Preparation:
         done = self._keep_finished(on_bytes)
         self._check_room(done)
         source = self._source
-        files = copy_companions(source.folder, self._output, source.config)
+        files = copy_companions(source, self._output)
         for name, file in self._files.items():
             if name not in done:
                 done[name] = write_file(file.shard.file, file.shard.bytes, _parts(file, on_bytes))
                 self._write_record(done)
         if source.current_fingerprint() != source.fingerprint:
             raise UserError(
-                f"the files of {source.folder} changed while they were prepared: run the same "
+                f"the files of {source.path} changed while they were prepared: run the same "
                 "command again once nothing writes to them"
             )
         manifest = self._manifest(done, files, created_with)
@@ -176,7 +176,7 @@ class Preparation:
         parts = [part for parts in self._dense for part in parts]
         return Manifest(
             folder=self._output,
-            source=str(self._source.folder.resolve()),
+            source=str(self._source.path.resolve()),
             source_fingerprint=self._source.fingerprint,
             created_with=created_with,
             config=config,

@@ -60,7 +60,8 @@ def prepare_model(
                 "so that they are rounded to bf16"
             )
     formats = Formats(expert_dtype, dense_dtype, model_dtype, exact)
-    check_tokenizer(source.folder, source.config.model_type)
+    if not source.made_files:
+        check_tokenizer(source.folder, source.config.model_type)
     output_path.mkdir(parents=True, exist_ok=True)
     with exclusive(output_path):
         if (output_path / MANIFEST_NAME).exists() and not force:
@@ -104,7 +105,7 @@ def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats
     if manifest.source_fingerprint != source.fingerprint:
         raise UserError(
             f"{manifest.folder} was prepared from {manifest.source}, whose files were other than "
-            f"those now in {source.folder}; add --force to replace it or choose another "
+            f"those now in {source.path}; add --force to replace it or choose another "
             "--output-path"
         )
 
