@@ -288,8 +288,6 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert "a LoRA adapter, not a model: merge it" in refusal(capsys, folder, "--hf")
     (folder / "adapter_config.json").unlink()
-    (folder / "mixtral.Q4_K_M.gguf").write_bytes(b"GGUF")
-    assert "GGUF files, another program's format" in refusal(capsys, folder, "--hf")
     message = refusal(capsys, Path("mistralai/Mixtral-8x7B-v0.1"), "--hf", output=tmp_path / "out")
     assert "hf download mistralai/Mixtral-8x7B-v0.1 --local-dir" in message
 

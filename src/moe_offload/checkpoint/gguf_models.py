@@ -336,12 +336,11 @@ def to_model_tensors(
 ) -> dict[str, LazyTensor]:
     """The file's tensors under the names of transformers' module tree, in its layout, unread.
 
-    Those of layers that the model does not have keep their names. UserError for any other that it
-    has no place for: then it is not the model that the file was written for.
+    Those of layers for multi-token prediction keep their names. UserError for any other that the
+    model has no place for: then it is not the one that the file was written for.
     """
     architecture = str(file.fields["general.architecture"])
-    n_layers: int = model.config.num_hidden_layers
-    names = _Names(file, architecture, n_layers)
+    names = _Names(file, architecture, model.config.num_hidden_layers)
     made: dict[str, LazyTensor] = {}
     for module in experts:
         made |= _experts_tensors(names, module)
@@ -369,7 +368,8 @@ class _Names:
         self._left = {name: one for name, one in file.tensors.items() if name not in _FACTORS}
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         self._map = gguf.get_tensor_name_map(kinds[architecture], n_layers)
-        self._n_layers = n_layers
+        stated: int = file.fields[f"{architecture}.block_count"]
+        self._spare_layers = range(n_layers, stated)  # of multi-token prediction
 
     def of(self, target: str) -> str:
         """llama.cpp's name of a tensor of the module tree; empty where it has none."""
@@ -390,7 +390,7 @@ class _Names:
     def left_over(self) -> dict[str, LazyTensor]:
         for name in self._left:
             layer = re.match(r"blk\.(\d+)\.", name)
-            if layer is None or int(layer[1]) < self._n_layers:
+            if layer is None or int(layer[1]) not in self._spare_layers:
                 raise UserError(
                     f"{self._path} holds a tensor {name:.80}, for which transformers' model of "
                     "this architecture has no place: use the model's Hugging Face version"
