@@ -20,9 +20,11 @@ from against_transformers import N_TOKENS, greedy, prepared, prompt_ids
 from gguf import GGMLQuantizationType as Type
 from gguf_models import with_stored_weights, write_gguf
 from test_gguf_file import PLAIN, random_blocks
+from test_prepare import assert_same_experts
 from test_source import refusal
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
 
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.engine.engine import load_model
 
 # Rows that fill Q8_0's blocks, so that next to nothing stays F32.
@@ -175,3 +177,36 @@ def test_a_model_with_more_than_it_should_have(
     assert "in a way that is not known here (rope_freqs.weight)" in refusal(capsys, path)
     write_gguf(model, path, more={"blk.0.ffn_up_exps.weight": torch.zeros(4, 95, 64)})
     assert "do not fit together; download" in refusal(capsys, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "becomes"),
+    [(Type.Q4_0, "int4"), (Type.Q5_0, "int8"), (Type.Q8_0, "int8"), (Type.MXFP4, "int8")],
+    ids=lambda one: getattr(one, "name", one),
+)
+def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path: Path) -> None:
+    """Also where no weight of a group is at the end of the range, as with an importance matrix."""
+    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+
+    def pack(values: np.ndarray, stored: Type) -> np.ndarray:
+        if stored != kind:
+            return gguf.quantize(values, stored)
+        packed = random_blocks(kind, values.size // 32)
+        if kind == Type.Q8_0:
+            packed[:, 2:] = (packed[:, 2:].view(np.int8) // 2).view(np.uint8)
+        elif kind == Type.Q4_0:
+            packed[:, 2:] |= 0x11  # no code of -8
+        return packed.reshape(*values.shape[:-1], -1)
+
+    stored = write_gguf(model, tmp_path / "model.gguf", kind, pack=pack)
+    manifest = read_manifest(prepared(tmp_path / "model.gguf", tmp_path / "prepared"))
+    assert manifest.weight_format == becomes
+    assert_same_experts(manifest, with_stored_weights(model, stored))
+
+
+def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+    write_gguf(model, tmp_path / "model.gguf", Type.Q4_1)
+    folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
+    assert read_manifest(folder).weight_format == "bf16"
+    assert "exactly (blk.0.ffn_gate_exps.weight, Q4_1 is the first)" in capsys.readouterr().err

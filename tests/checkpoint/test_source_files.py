@@ -102,15 +102,18 @@ def test_a_file_zipped_again_is_read_where_its_directory_says(
         assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("checksums", [True, False])
 @pytest.mark.parametrize("alignment", [1, 64, 4096])
 def test_what_torch_saves(
     alignment: int,
+    checksums: bool,
     state: dict[str, Tensor],
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "pytorch_model.bin"
     extra = {"nested": {"x": torch.ones(3)}, "n": 5}  # left out: not one tensor by its name
-    with serialization_config.patch({"save.storage_alignment": alignment}):
+    options = {"save.storage_alignment": alignment, "save.compute_crc32": checksums}
+    with serialization_config.patch(options):
         torch.save({**state, **extra}, path)
     assert_same(read_bin(path), state)
 

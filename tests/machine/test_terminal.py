@@ -21,7 +21,6 @@ from moe_offload.machine.terminal import (
     complain,
     say,
     show,
-    told_if_slow,
 )
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
@@ -110,22 +109,6 @@ def test_an_evaluation_that_is_cut_short_leaves_no_hook() -> None:
     progress.evaluate(3)
     progress.close()
     assert not block._forward_hooks
-
-
-def test_slow_work_is_told_of_once() -> None:
-    file = Terminal()
-    with told_if_slow("writing reports...", file=file, delay_s=0.0):
-        assert file.written.wait(60)
-    assert file.getvalue().splitlines() == ["writing reports..."]
-
-
-def test_quick_work_and_work_without_a_terminal_is_not_told_of() -> None:
-    quick, file = Terminal(), Terminal(is_terminal=False)
-    with told_if_slow("writing reports...", file=quick, delay_s=3600.0):
-        pass
-    with told_if_slow("writing reports...", file=file, delay_s=0.0):
-        assert not file.written.wait(0.2)
-    assert quick.getvalue() == file.getvalue() == ""
 
 
 def encoded(encoding: str, text: str) -> bytes:

@@ -27,7 +27,7 @@ from moe_offload.commands import generate
 from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.engine.engine import Engine
-from moe_offload.model.generation import generate_batch
+from moe_offload.model.generation import generate as generate_all
 from moe_offload.simulation import shapes as shapes_module
 from moe_offload.simulation.trace_files import read_trace
 
@@ -131,15 +131,13 @@ def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None
 def test_a_failure_leaves_what_was_done(
     model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-
     def fails_on_the_second(*arguments: object, **options: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise RuntimeError("injected")
-        return generate_batch(*arguments, **options)  # type: ignore[arg-type]
+        for step in generate_all(*arguments, **options):  # type: ignore[arg-type]
+            if step[0].prompt == 1:
+                raise RuntimeError("injected")
+            yield step
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", fails_on_the_second)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", fails_on_the_second)
     (run_folder / "prompts").write_text("One\nTwo\n")
     with pytest.raises(RuntimeError, match="injected"):
         run("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 3)
@@ -514,17 +512,17 @@ ON_A_TERMINAL = """
 import fcntl, os, pathlib, sys, termios, time
 if sys.argv[1] == "controlling":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from moe_offload.commands import generate, run
-from moe_offload.model.generation import generate_batch
+from moe_offload.commands import conversations, generate
+from moe_offload.model.generation import generate as generate_all
 def stalling(*arguments, **options):
-    for number, step in enumerate(generate_batch(*arguments, **options), start=1):
+    for number, step in enumerate(generate_all(*arguments, **options), start=1):
         yield step
         if number == 4:
             stalled = pathlib.Path("stalled")
             stalled.touch()
             while stalled.exists():
                 time.sleep(0.02)
-run.generate_batch = stalling
+conversations.generate = stalling
 sys.exit(generate.main(sys.argv[2:]))
 """
 
@@ -762,7 +760,7 @@ def test_a_second_signal_does_not_tear_the_reports(
 
     def interrupted_later(*arguments: object, **options: object) -> object:
         begun.append(True)
-        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+        for number, step in enumerate(generate_all(*arguments, **options)):  # type: ignore[arg-type]
             if number == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             yield step
@@ -772,7 +770,7 @@ def test_a_second_signal_does_not_tear_the_reports(
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", interrupted_later)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", interrupted_later)
     monkeypatch.setattr("os.fsync", impatient)
     flags = ("--max-tokens", 9, "--output-dir", "run")
     assert run("--model-path", model, "--prompt", "x", *flags) == 130
@@ -787,12 +785,12 @@ def test_an_answer_without_its_last_token_is_no_finished_one(
     """A Ctrl-C when the step has ended a prompt and its last text is not told yet."""
 
     def interrupted_at_the_end(*arguments: object, **options: object) -> object:
-        for step in generate_batch(*arguments, **options):  # type: ignore[arg-type]
+        for step in generate_all(*arguments, **options):  # type: ignore[arg-type]
             if step[0].stop == "length":
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", interrupted_at_the_end)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", interrupted_at_the_end)
     flags = ("--max-tokens", 4, "--responses-jsonl", "answers.jsonl")
     assert run("--model-path", model, "--prompt", "x", *flags) == 130
     (answer,) = map(json.loads, (run_folder / "answers.jsonl").read_text().splitlines())
@@ -810,7 +808,7 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
     close = Engine.close
 
     def signalled_later(*arguments: object, **options: object) -> object:
-        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+        for number, step in enumerate(generate_all(*arguments, **options)):  # type: ignore[arg-type]
             if interrupted and number == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield step
@@ -819,7 +817,7 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
         os.kill(os.getpid(), signal.SIGINT)
         close(engine)
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", signalled_later)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", signalled_later)
     monkeypatch.setattr(Engine, "close", signalled)
     flags = ("--prompt", "x", "--max-tokens", 9)
     assert run("--model-path", model, *flags) == (143 if interrupted else 0)

@@ -94,12 +94,17 @@ def _what_else(path: Path, where: str) -> str:
     """What there is in a folder's place, and what to do."""
     if path.exists():
         return f"a file; check {where}"
-    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+    if is_hub_name(path):
         return (
-            f"nothing; a model of the hub is downloaded first: hf download {path} --local-dir "
-            "FOLDER, and that folder prepared"
+            "nothing; a model of the hub is prepared first: python3 weights_preprocessor.py "
+            f"--input-path {path} --output-path FOLDER --hf"
         )
     return f"nothing; check {where}"
+
+
+def is_hub_name(path: Path) -> bool:
+    """Whether what is given as a path, and is none here, may be the hub's name of a model."""
+    return bool(re.fullmatch(r"[\w.-]*\w/[\w.-]+", str(path))) and not path.parent.exists()
 
 
 def require_source(folder: Path, hugging_face: bool) -> None:

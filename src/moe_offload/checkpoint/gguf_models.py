@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import gguf
@@ -23,7 +24,7 @@ from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.gguf_file import GgufFile
 from moe_offload.checkpoint.mistral import half_rotation
 from moe_offload.checkpoint.model_config import require_plausible, transformers_told
-from moe_offload.checkpoint.source_files import LazyTensor
+from moe_offload.checkpoint.source_files import LazyTensor, Quantised
 from moe_offload.errors import UserError
 
 _SIGMOID: Final = 2  # of `expert_gating_func`; 1 is softmax
@@ -420,7 +421,25 @@ def combined(
         return combine([part.read() for part in parts])[start:stop]
 
     dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
-    return LazyTensor(tuple(shape), dtype, path, read_rows)
+    return LazyTensor(
+        tuple(shape),
+        dtype,
+        path,
+        read_rows,
+        _together(parts, lambda units: combined(units, combine, by_row)),
+    )
+
+
+def _together(
+    parts: Sequence[LazyTensor], join: Callable[[list[LazyTensor]], LazyTensor]
+) -> Quantised | None:
+    """What the numbers of tensors that `join` makes one of are multiples of."""
+    quantised = [part.quantised for part in parts if part.quantised is not None]
+    if len(quantised) < len(parts):
+        return None
+    units = [one.units for one in quantised if one.units is not None]
+    joined = join(units) if len(units) == len(parts) else None
+    return Quantised(joined, lambda: chain.from_iterable(one.grids() for one in quantised))
 
 
 def _halves(config: PreTrainedConfig) -> Callable[[list[Tensor]], Tensor]:
@@ -510,4 +529,5 @@ def _stacked(experts: Sequence[LazyTensor]) -> LazyTensor:
     def read_rows(start: int, stop: int) -> Tensor:
         return torch.stack([expert.read() for expert in experts[start:stop]])
 
-    return LazyTensor((len(experts), *first.shape), first.dtype, first.path, read_rows)
+    shape = (len(experts), *first.shape)
+    return LazyTensor(shape, first.dtype, first.path, read_rows, _together(experts, _stacked))

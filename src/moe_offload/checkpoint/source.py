@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
 from moe_offload.checkpoint.folders import gguf_parts, require_source
 from moe_offload.checkpoint.gguf_file import open_gguf
@@ -32,8 +33,10 @@ from moe_offload.checkpoint.model_config import (
     require_experts_per_token,
     require_generation_config,
 )
+from moe_offload.checkpoint.quantized_source import dequantised
 from moe_offload.checkpoint.safetensors_file import checksum
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
+from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
     LARGEST_JSON_BYTES,
@@ -95,19 +98,49 @@ class SourceCheckpoint:
             _require_finite(name, tensor)
         return tensor
 
-    def iterate_experts(self, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
+    def iterate_experts(
+        self, module: ExpertsModule, units: bool = True
+    ) -> Iterator[dict[str, Tensor]]:
         """One layer's experts in order: block field -> tensor in normal form, source dtype.
 
+        Of a quantised source, with `units`, also `<field>_unit`, what its weights are multiples of.
         UserError for a weight that is not finite.
         """
         readers = {
             field: self.plan.expert_reader(name) for field, name in module.parameters.items()
         }
+        unit_readers = {
+            field: self.plan.unit_reader(name) if units else None
+            for field, name in module.parameters.items()
+        }
         for expert in range(module.n_experts):
             fields = {field: read(expert) for field, read in readers.items()}
             for field, tensor in fields.items():
                 _require_finite(f"{field} of expert {expert} in {module.name}", tensor)
-            yield {field: module.normalise(field, tensor) for field, tensor in fields.items()}
+            weights = {field: module.normalise(field, tensor) for field, tensor in fields.items()}
+            for field, read_unit in unit_readers.items():
+                if read_unit is not None:
+                    weights[f"{field}_unit"] = module.normalise(field, read_unit(expert))
+            yield weights
+
+    def find_format(self) -> tuple[WeightFormat, str | None]:
+        """The smallest format that holds every expert's matrices exactly, or else bf16.
+
+        With it comes the name of a tensor that bf16 rounds. Reads the scales of a quantised source;
+        of one that is not it is bf16.
+        """
+        exact = [name for name in get_args(WeightFormat) if name in PACKED_FORMATS]
+        exact.sort(key=lambda name: WEIGHT_FORMATS[name].bits_per_weight)
+        for module in self.experts:
+            for field in ("gate_up", "down"):
+                grids = self.plan.grids(module.parameters[field])
+                if grids is None:
+                    return "bf16", None
+                for grid in grids:
+                    exact = [name for name in exact if quantization.holds(name, grid)]
+                    if not exact:
+                        return "bf16", None if grid.is_bf16 else grid.name
+        return exact[0], None
 
     def current_fingerprint(self) -> str:
         """What changes with the weight files (name, size, modification time) and the config."""
@@ -138,8 +171,8 @@ def open_source(path: Path, hugging_face: bool, dtype: torch.dtype) -> SourceChe
     """Open a GGUF file, a Hugging Face folder or, without `hugging_face`, Mistral's native one.
 
     `dtype` is what the model will run in. UserError for a missing or wrong folder, damaged or
-    missing files, missing tensors, a model without experts, an unsupported experts layout or a
-    quantised checkpoint.
+    missing files, missing tensors, a model without experts, an unsupported experts layout or one
+    quantised in a way that `quantized_source.py` does not read.
     """
     require_source(path, hugging_face)
     folder, made_files, gguf = path, {}, None
@@ -148,8 +181,10 @@ def open_source(path: Path, hugging_face: bool, dtype: torch.dtype) -> SourceChe
         config, found = read_gguf_config(gguf), gguf.tensors
         made_files = tokenizer_files(gguf)
     elif hugging_face:
-        config = read_hub_config(folder)
+        config, settings = read_hub_config(folder)
         found = tensors = open_hugging_face(folder)
+        if settings is not None:
+            tensors = dequantised(found, settings)
     else:
         config = read_native_config(folder)
         found = open_mistral_native(folder)

@@ -12,7 +12,7 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 
 from moe_offload.checkpoint.folders import WEIGHT_FILES
+from moe_offload.checkpoint.quantization import Grid
 from moe_offload.checkpoint.safetensors_file import read_header, read_into
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, require_regular
@@ -31,16 +32,32 @@ _LARGEST_PICKLE_BYTES: Final = 64 << 20  # names and shapes: a real one of 10,00
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0."""
+    """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0.
+
+    One that is dequantised as it is read has `quantised`: what its numbers are multiples of.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     path: Path
     read_rows: Callable[[int, int], Tensor]
+    quantised: Quantised | None = None
 
     def read(self) -> Tensor:
         """All of it, in new CPU memory; a 0-dimensional tensor counts as one row."""
         return self.read_rows(0, self.shape[0] if self.shape else 1)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Of a dequantised tensor: a `Grid` for each matrix in it, and each element's unit.
+
+    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well;
+    None where no format here could make use of them.
+    """
+
+    units: LazyTensor | None
+    grids: Callable[[], Iterator[Grid]]
 
 
 def open_hugging_face(folder: Path) -> dict[str, LazyTensor]:
@@ -110,15 +127,7 @@ def _open_indexed(
 
     An index may lack a tensor that a file holds, as transformers allows.
     """
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} is damaged (it has no weight_map); download it again")
-    for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(
-                f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
-                "folder; download it again"
-            )
+    weight_map = read_weight_map(index)
     parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in parts[file]:
@@ -130,6 +139,20 @@ def _open_indexed(
         {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
         for file, part in parts.items()
     )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that an index gives for each tensor; UserError for one outside of its folder."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is damaged (it has no weight_map); download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(
+                f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
+                "folder; download it again"
+            )
+    return weight_map
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -217,7 +240,11 @@ class _Storages:
         info = self._archive.getinfo(self._root + name)
         if info.file_size > limit_bytes:
             raise ValueError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
-        return self._archive.read(info)
+        if info.CRC:
+            return self._archive.read(info)
+        # zipfile would compare: torch.serialization.set_crc32_options(False) saves without.
+        self._file.seek(self._offset(name, info.file_size))
+        return self._file.read(info.file_size)
 
     def _storage(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
         """What the pickle means by ('storage', type, key, device, number of elements)."""

@@ -58,11 +58,15 @@ _TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # 
 
 @dataclass(frozen=True)
 class Formats:
-    """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype."""
+    """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype.
+
+    `exact` where `weight_format` is to hold a quantised source without a rounding.
+    """
 
     weight_format: WeightFormat
     dense_format: WeightFormat
     model_dtype: torch.dtype
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Preparation:
         ]
         for position, module in enumerate(source.experts):
             path = output / experts_file_name(position)
-            files.append(_plan_experts_file(source, path, module, formats.weight_format))
+            files.append(_plan_experts_file(source, path, module, formats))
         self._files = {file.shard.file.name: file for file in files}
 
     @property
@@ -208,8 +212,9 @@ def _plan_dense_file(source: SourceCheckpoint, path: Path, parts: list[DensePart
 
 
 def _plan_experts_file(
-    source: SourceCheckpoint, path: Path, module: ExpertsModule, weight_format: WeightFormat
+    source: SourceCheckpoint, path: Path, module: ExpertsModule, formats: Formats
 ) -> _Planned:
+    weight_format = formats.weight_format
     layout = module.block_layout(weight_format)
     shape = (module.n_experts, layout.block_bytes)
     header, (blocks,) = plan_header(
@@ -218,8 +223,14 @@ def _plan_experts_file(
 
     def data() -> Iterator[Tensor]:
         block = torch.empty(layout.block_bytes, dtype=torch.uint8)
-        for weights in source.iterate_experts(module):
-            pack_block(layout, weights, block)
+        packed = WEIGHT_FORMATS[weight_format].group > 0
+        for weights in source.iterate_experts(module, units=packed):
+            kept = pack_block(layout, weights, block)
+            if formats.exact and not kept:
+                raise UserError(
+                    f"an expert in {module.name} would be rounded in {weight_format}, which its "
+                    "scales promised to hold exactly; prepare it with --expert-dtype bf16"
+                )
             yield block
 
     layer = MoeLayer(

@@ -159,20 +159,6 @@ class Interruption:
 
 
 @contextmanager
-def told_if_slow(line: str, *, file: TextIO | None = None, delay_s: float = 1.0) -> Iterator[None]:
-    """Show `line` once what is done inside has taken `delay_s`, where `file` is a terminal."""
-    where = sys.stderr if file is None else file
-    timer = threading.Timer(delay_s, say, [line, where])
-    timer.daemon = True
-    if where.isatty():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-@contextmanager
 def byte_bar(what: str, total_bytes: int, leave: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar over bytes on stderr, silent when that is no terminal; call what it gives to advance.
 

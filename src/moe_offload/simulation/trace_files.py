@@ -163,15 +163,11 @@ def route(reading: Reading) -> Iterator[RoutingPass]:
 def _route_by_row(reading: Reading) -> Iterator[tuple[tuple[int, int, int], int, int, int]]:
     """Of each row its pass (turn, phase, and in decode the step), layer, slot and expert."""
     n_columns = 0
-    n_bytes = []  # of each layer's experts
     for line in reading.lines():
         if line.startswith("#"):
             facts = dict(re.findall(r"(\w+)=(\S+)", line))
             if "model" in facts:
                 reading.learn(model=Path(facts["model"]).stem)
-            if "expert_bytes" in facts:
-                n_bytes += reading.numbers([facts["expert_bytes"]])
-                reading.learn(expert_bytes=sum(n_bytes) // len(n_bytes))
             if "n_expert" in facts:
                 reading.learn(n_experts=reading.numbers([facts["n_expert"]], 1, N_IDS)[0])
         elif not n_columns:
@@ -206,7 +202,6 @@ def json_lines(reading: Reading) -> Iterator[RoutingPass]:
             reading.info = info = from_json(TraceInfo, known | told)
         except ValueError as error:
             raise reading.error("the facts of a trace", error) from None
-        reading.numbers([str(info.expert_bytes or 0)])
         reading.numbers([str(1 if info.n_experts is None else info.n_experts)], 1, N_IDS)
 
 

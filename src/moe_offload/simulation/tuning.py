@@ -15,16 +15,14 @@ from functools import partial
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
-from moe_offload.simulation.replay import Belady, Replay, Timeline, bound_us, most_hits, replay
-from moe_offload.simulation.traces import N_IDS, Routing, RoutingPass, Trace
+from moe_offload.simulation.replay import Replay, Timeline, bound_us, most_hits, replay
+from moe_offload.simulation.traces import RoutingPass, Trace
 from moe_offload.simulation.workload import typical_workload
-
-BELADY = "BELADY"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One cache: N indexes x M ways, a policy by name (`BELADY` for the optimum), its quota."""
+    """One cache: N indexes x M ways, a policy by name, its quota."""
 
     n_indexes: int
     n_ways: int
@@ -59,32 +57,16 @@ class SweepRow:
     fits: bool | None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A replay and the optimum beside it, whose speed is 0 without a cost model."""
-
-    replay: Replay
-    most_hits: int
-    bound_tokens_per_s: float = 0.0
-
-    @property
-    def bypass_percent(self) -> float:
-        """The hits that no policy can exceed, in the unit of `Replay.found_percent`."""
-        return 100 * self.most_hits / max(self.replay.looked_up, 1)
-
-
-def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) -> Outcome:
-    """Replay `trace` with one setting, on a modelled clock where `costs` are given."""
-    name = setting.policy
-    policy = Belady(trace.passes) if name == BELADY else make_policy(name)
-    cache = ExpertCache(setting.n_indexes, setting.n_ways, policy)
+def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) -> Replay:
+    """Replay `trace` with one setting, on a modelled clock where `costs` are given; with bounds."""
+    cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
     result = replay(trace.passes, cache, setting.quota, Timeline(costs) if costs else None)
-    best = most_hits(trace.passes, cache.n_indexes, setting.n_ways)
-    if costs is None:
-        return Outcome(result, best)
-    n = result.n_decode_passes
-    least_us = n * bound_us(costs, trace.n_layers, best / n, (trace.n_chosen - best) / n)
-    return Outcome(result, best, result.n_decode_tokens / least_us * 1e6)
+    best = result.most_hits = most_hits(trace.passes, cache.n_indexes, setting.n_ways)
+    if costs is not None:
+        n = result.n_decode_passes
+        step_us = bound_us(costs, trace.n_layers, best / n, (trace.n_chosen - best) / n)
+        result.bound_tokens_per_s = result.n_decode_tokens / (n * step_us) * 1e6
+    return result
 
 
 def sweep(
@@ -109,8 +91,7 @@ def sweep(
 def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Setting) -> SweepRow:
     slots = setting.n_indexes * setting.n_ways
     fits = None if costs is None else slots * costs.block_bytes <= cache_bytes
-    outcome = run_setting(trace, setting, costs)
-    result = outcome.replay
+    result = run_setting(trace, setting, costs)
     return SweepRow(
         setting.n_indexes,
         setting.n_ways,
@@ -119,12 +100,12 @@ def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Set
         hit_one=result.decode.at_least_one_percent,
         hit_two=result.decode.at_least_two_percent,
         hit_expert=result.found_percent,
-        bound_bypass=outcome.bypass_percent,
+        bound_bypass=result.bound_percent,
         all_hits=100 * result.found / trace.n_chosen,
         fetches=result.fetches,
         evictions=result.evictions,
         tokens_per_s=result.tokens_per_s if fits else None,
-        bound_tokens_per_s=outcome.bound_tokens_per_s if fits else None,
+        bound_tokens_per_s=result.bound_tokens_per_s if fits else None,
         synthetic=trace.info.synthetic,
         fits=fits,
     )
@@ -136,33 +117,13 @@ def grid(trace: Trace) -> list[Setting]:
         Setting(n, m, policy)
         for n in _doubling(trace.n_layers, 3)
         for m in _doubling(trace.n_experts, 5)
-        for policy in (*POLICIES, BELADY)
+        for policy in POLICIES
     ]
 
 
 def _doubling(limit: int, count: int) -> list[int]:
     """`limit` and its halves, `count` in all, ascending."""
     return sorted({max(1, limit >> shift) for shift in range(count)})
-
-
-def share_one_index(trace: Trace) -> Trace:
-    """The same routing for one index that all layers share, as other tools cache.
-
-    Each layer becomes a pass of one layer, its experts numbered apart from the other layers'.
-    """
-    E = trace.n_experts
-    if trace.n_layers * E > N_IDS:
-        raise UserError(f"--one-index numbers up to {N_IDS} experts, found {trace.n_layers} x {E}")
-    passes = (
-        RoutingPass(
-            one.phase,
-            (tuple(tuple(layer * E + expert for expert in token) for token in tokens),),
-            one.prompt,
-        )
-        for one in trace.passes
-        for layer, tokens in enumerate(one.ids)
-    )
-    return Trace(replace(trace.info, n_layers=1, n_experts=trace.n_layers * E), Routing(passes))
 
 
 SEARCH_TOKENS = 64
