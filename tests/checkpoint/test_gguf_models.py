@@ -210,3 +210,17 @@ def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
     assert read_manifest(folder).weight_format == "bf16"
     assert "exactly (blk.0.ffn_gate_exps.weight, Q4_1 is the first)" in capsys.readouterr().err
+
+
+def test_a_scale_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+
+    def pack(values: np.ndarray, stored: Type) -> np.ndarray:
+        packed = gguf.quantize(values, stored)
+        if values.ndim == 3:
+            packed[1, 2, :2] = np.array([np.nan], "<f2").view(np.uint8)
+        return packed
+
+    write_gguf(model, tmp_path / "in" / "model.gguf", Type.Q8_0, pack=pack)
+    message = refusal(capsys, tmp_path / "in" / "model.gguf")
+    assert "gate_up of expert 1 in model.layers.0.mlp.experts holds weights that are inf" in message

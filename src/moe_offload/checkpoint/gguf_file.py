@@ -255,7 +255,8 @@ class _Blocks:
 
     def _values(self, start: int, stop: int) -> Tensor:
         packed = self._packed(start, stop)
-        values = torch.from_numpy(gguf.dequantize(packed.numpy(), self.stored))
+        with np.errstate(all="ignore"):  # a scale may be infinite: whoever uses it looks
+            values = torch.from_numpy(gguf.dequantize(packed.numpy(), self.stored))
         return self._slice(values, start, stop)
 
     def _units(self, start: int, stop: int) -> Tensor:

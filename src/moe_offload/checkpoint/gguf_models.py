@@ -63,6 +63,8 @@ class _Fields:
         found = self.file.fields.get(key, default)
         if isinstance(found, list) and len(set(map(repr, found))) == 1:
             found = found[0]
+        if type(found) is int and kind is float:
+            found = float(found)
         if type(found) is not kind or found != found:
             what = f"found {found!r:.80}" if key in self.file.fields else "it has no such field"
             names = {int: "a whole number", float: "a number", bool: "a truth value", str: "a text"}
@@ -101,7 +103,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
     config = {
         "vocab_size": vocabulary,
         "hidden_size": hidden_size,
-        "intermediate_size": fields.whole("feed_forward_length"),
+        "intermediate_size": fields.whole("feed_forward_length", 0),  # of dense layers
         "num_hidden_layers": fields.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
