@@ -269,6 +269,8 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert "a LoRA adapter, not a model: merge it" in refusal(capsys, folder, "--hf")
     (folder / "adapter_config.json").unlink()
+    (folder / "mixtral.Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert "truncated, damaged or no GGUF file" in refusal(capsys, folder, "--hf")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model-00002-of-00009.safetensors"])
