@@ -52,10 +52,11 @@ class LazyTensor:
 class Quantised:
     """Of a dequantised tensor: a `Grid` for each matrix in it, and each element's unit.
 
-    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well.
+    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well;
+    None where no format here could make use of them.
     """
 
-    units: LazyTensor
+    units: LazyTensor | None
     grids: Callable[[], Iterator[Grid]]
 
 

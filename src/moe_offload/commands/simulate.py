@@ -26,7 +26,6 @@ from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.tuning import (
-    Setting,
     grid,
     run_setting,
     sweep,
@@ -106,10 +105,10 @@ class _Host:
         """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
         return self.machine.gpu.memory_gb * 1e9 - self.shape.dense_bytes() - GPU_RESERVE_BYTES
 
-    def require_memory(self, setting: Setting) -> None:
+    def require_memory(self, cache: CacheOptions) -> None:
         """UserError for more slots than the GPU can hold."""
         block_bytes = self.shape.block_bytes(self.weight_format)
-        n_slots = setting.n_indexes * setting.n_ways
+        n_slots = cache.n_slots
         if n_slots * block_bytes > self.cache_bytes:
             raise UserError(
                 f"expected at most {max(0, int(self.cache_bytes // block_bytes))} slots beside "
@@ -142,7 +141,7 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
         for name, (n_indexes, n_ways) in CACHES.items():
             host = _Host(machine, load_shape(name), "bf16")
-            host.require_memory(Setting(n_indexes, n_ways, "LRU"))
+            host.require_memory(CacheOptions(n_indexes, n_ways))
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -226,35 +225,36 @@ def _one_setting(
             "expected --cache-nblocks and --cache-nways, found none; give them, or --sweep, --tune "
             "or --paper"
         )
+    asked = f"{cache.n_indexes} x {cache.n_ways}"
     # The part of the cache that the trace's model can use, as the engine cuts it.
-    n_indexes = min(cache.n_indexes, trace.n_layers)
-    n_ways = min(cache.n_ways, trace.n_experts)
-    if (n_indexes, n_ways) != (cache.n_indexes, cache.n_ways):
+    n_indexes, n_ways = min(cache.n_indexes, trace.n_layers), min(cache.n_ways, trace.n_experts)
+    cache = replace(cache, n_indexes=n_indexes, n_ways=n_ways)
+    if asked != f"{n_indexes} x {n_ways}":
         print(
-            f"note: cache {cache.n_indexes} x {cache.n_ways} cut to {n_indexes} x {n_ways}: the "
-            f"trace has {trace.n_layers} MoE layers of {trace.n_experts} experts"
+            f"note: cache {asked} cut to {n_indexes} x {n_ways}: the trace has {trace.n_layers} "
+            f"MoE layers of {trace.n_experts} experts"
         )
     if n_ways < trace.info.top_k:
         print(
             f"warning: {n_ways} ways hold fewer than the top-{trace.info.top_k} "
             "experts of one token: most of what is fetched is evicted unused"
         )
-    setting = Setting(n_indexes, n_ways, cache.policy, cache.quota)
     if on is not None:
-        on.require_memory(setting)
-    result = run_setting(trace, setting, None if on is None else on.costs)
+        on.require_memory(cache)
+    result = run_setting(trace, cache, None if on is None else on.costs)
     block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype)
-    _print_hits(trace, setting, result, block_bytes)
+    _print_hits(trace, cache, result, block_bytes)
     if on is not None:
         _print_times(result, on)
 
 
-def _print_hits(trace: Trace, setting: Setting, result: Replay, expert_bytes: int | None) -> None:
-    slots = setting.n_indexes * setting.n_ways
-    size = f", {slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
+def _print_hits(
+    trace: Trace, cache: CacheOptions, result: Replay, expert_bytes: int | None
+) -> None:
+    size = f", {cache.n_slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
     print(
-        f"cache: {setting.n_indexes} indexes x {setting.n_ways} ways, {setting.policy}, quota "
-        f"{setting.quota}: {slots} slots{size}"
+        f"cache: {cache.n_indexes} indexes x {cache.n_ways} ways, {cache.policy}, quota "
+        f"{cache.quota}: {cache.n_slots} slots{size}"
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:
