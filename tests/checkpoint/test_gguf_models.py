@@ -19,9 +19,9 @@ import torch
 from against_transformers import N_TOKENS, greedy, prepared, prompt_ids
 from gguf import GGMLQuantizationType as Type
 from gguf_models import with_stored_weights, write_gguf
-from test_gguf_file import PLAIN, random_blocks
-from test_prepare import assert_same_experts
-from test_source import refusal
+from plain_gguf import PLAIN, random_blocks
+from prepared_weights import assert_same_experts
+from refusals import refusal
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.prepared import read_manifest
