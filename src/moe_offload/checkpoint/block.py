@@ -120,24 +120,33 @@ def block_layout(
     )
 
 
-def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> None:
+def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> bool:
     """Write one expert's logical weights into `out` as the bytes of a block.
 
     `weights` holds `gate_up` [R, H], `down` [H, I] and, with biases, `gate_up_bias` [R] and
-    `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included.
+    `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included. Of a
+    quantised source it also holds `gate_up_unit` and `down_unit`, of which the weights are whole
+    multiples (`quantization.Grid`): a packed format that can takes these over without a rounding.
+    False when one was given and could not be kept.
     """
     facts = WEIGHT_FORMATS[layout.weight_format]
     out.zero_()
+    kept = True
     for name in ("gate_up", "down"):
         weight = weights[name]
         if facts.group:
-            packed, scale = quantization.quantize(weight, facts.bits)
+            unit, taken = weights.get(f"{name}_unit"), None
+            if unit is not None:
+                taken = quantization.take_over(weight, unit, facts.bits)
+                kept = kept and taken is not None
+            packed, scale = taken or quantization.quantize(weight, facts.bits)
             layout.field(name).view(out).copy_(packed)
             layout.field(f"{name}_scale").view(out).copy_(scale)
         else:
             layout.field(name).view(out).copy_(weight)
         if layout.has_bias:
             layout.field(f"{name}_bias").view(out).copy_(weights[f"{name}_bias"])
+    return kept
 
 
 def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "down"]) -> Tensor:
