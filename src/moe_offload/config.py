@@ -381,6 +381,9 @@ class PromptOptions:
     n_prompts: int | None = option(
         None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
     )
+    shard: str | None = option(
+        None, "--shard I/N", "every N-th prompt, the I-th part; auto: as Slurm or SkyPilot says"
+    )
     raw: bool = option(False, "--raw-prompt", "no chat template around the prompt")
     system: str | None = option(None, "--system TEXT", "a system message before each prompt")
 
@@ -391,6 +394,10 @@ class PromptOptions:
             "expected exactly one of --prompt and --prompt-path, found "
             + ("neither" if self.prompt is None else "both"),
         )
+        _require_for(
+            self, ("shard",), self.path is not None,
+            "{} needs --prompt-path: a single prompt has no parts",
+        )  # fmt: skip
         _require(
             self.system is None or not self.raw,
             "expected --system or --raw-prompt, found both: without a template there is no message",
@@ -417,6 +424,9 @@ class OutputOptions:
     )
     quiet: bool = option(False, "--quiet", "print the responses and nothing else")
     hide_responses: bool = option(False, "--hide-resp", "do not print responses")
+    hide_thinking: bool = option(
+        False, "--hide-thinking", "print responses without their <think> parts"
+    )
     record: bool = option(True, "--no-record", "no events, no CSVs, no hit rates")
     nvtx: bool = option(False, "--nvtx", "NVTX ranges for Nsight Systems")
 

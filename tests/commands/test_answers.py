@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moe_offload.commands.answers import Answers
-from moe_offload.commands.prompts import Prompt
+from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import (
     CacheOptions,
     Config,
@@ -28,12 +28,12 @@ TEXTS = ("zero", "one", "two", "three")
 PROMPTS = [Prompt(index, text, GREEDY) for index, text in enumerate(TEXTS)]
 
 
-def config(path: Path, resume: bool = True, raw: bool = False) -> Config:
+def config(path: Path, resume: bool = True) -> Config:
     return Config(
         ModelOptions(None, dummy_shape="mixtral-8x7b"),
         CacheOptions(),
         GREEDY,
-        PromptOptions("text", raw=raw),
+        PromptOptions("text"),
         OutputOptions(responses_jsonl=path, resume=resume),
     )
 
@@ -150,8 +150,9 @@ def test_how_many_are_done_at_a_time_is_no_other_setting(path: Path) -> None:
     with opened(path) as answers:
         larger = [replace(one, options=replace(GREEDY, batch_size=4)) for one in PROMPTS]
         assert len(answers.unanswered(larger)) == 2
-    with opened(path, raw=True) as answers, pytest.raises(UserError, match="with raw false"):
-        answers.unanswered(PROMPTS)
+    raw = [replace(one, raw=True) for one in PROMPTS]
+    with opened(path) as answers, pytest.raises(UserError, match="with raw false"):
+        answers.unanswered(raw)
 
 
 def test_another_file_is_never_taken_for_answers(path: Path) -> None:
@@ -208,3 +209,76 @@ def test_a_pipe_is_written_and_waited_for_by_nobody(tmp_path: Path) -> None:
     os.close(reader)
     with opened(Path("/dev/full")) as answers, pytest.raises(UserError, match="No space left"):
         answers.write(PROMPTS[1], facts())
+
+
+REQUESTS = [
+    replace(one, id=name, endpoint=url, raw=url == "/v1/completions")
+    for one, name, url in zip(
+        PROMPTS,
+        "abcd",
+        ("/v1/chat/completions", "/v1/completions", "/v1/chat/completions", "/v1/completions"),
+        strict=True,
+    )
+]
+COUNTS = {"prompt_tokens": 3, "generated_tokens": 2}
+
+
+def test_requests_of_a_batch_are_answered_in_openais_format(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    left_out = LeftOut(tmp_path / "prompts")
+    left_out.add(UserError("line 9 has no body"), "wrong")
+    with opened(path) as answers:
+        for prompt, stop in zip(REQUESTS, ("eos", "context", "interrupted", "stop"), strict=True):
+            answers.write(prompt, facts(stop) | COUNTS)
+        answers.write_failure(REQUESTS[2], "the worker died")
+        answers.write_left_out(left_out)
+        answers.write_left_out(left_out)
+    lines = {line["custom_id"]: line for line in map(json.loads, path.read_text().splitlines())}
+    assert list(lines) == ["a", "b", "d", "c", "wrong"]
+    fields = {"id", "custom_id", "response", "error"}
+    assert all(line.keys() == fields and line["error"] is None for line in lines.values())
+    of = {name: line["response"] for name, line in lines.items()}
+    status = {name: response["status_code"] for name, response in of.items()}
+    assert status == {"a": 200, "b": 200, "d": 200, "c": 500, "wrong": 400}
+    chat, text = of["a"]["body"], of["b"]["body"]
+    assert chat["choices"][0]["message"] == {"role": "assistant", "content": "an answer"}
+    assert text["choices"][0]["text"] == "an answer"
+    reasons = [of[name]["body"]["choices"][0]["finish_reason"] for name in "abd"]
+    assert reasons == ["stop", "length", "stop"]
+    assert chat["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert of["wrong"]["body"]["error"]["message"] == "line 9 has no body"
+    openai = pytest.importorskip("openai", reason="openai's own reader is not installed")
+    openai.types.chat.ChatCompletion.model_validate(chat, strict=True)
+    openai.types.Completion.model_validate(text, strict=True)
+
+
+def test_a_batch_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with opened(path) as answers:
+        answers.write(REQUESTS[0], facts() | COUNTS)
+        answers.write_failure(REQUESTS[1], "the worker died")
+    before = path.read_bytes()
+    with opened(path) as answers:
+        assert answers.n_before == 1
+        assert [one.id for one in answers.unanswered(REQUESTS)] == ["b", "c", "d"]
+        answers.write(REQUESTS[1], facts() | COUNTS)
+    assert path.read_bytes().startswith(before)
+    with opened(path) as answers:  # of two lines the last counts
+        assert [one.id for one in answers.unanswered(REQUESTS)] == ["c", "d"]
+        for other in (
+            replace(REQUESTS[0], text="another"),
+            replace(REQUESTS[0], options=GenerationOptions(5)),
+            replace(REQUESTS[0], endpoint="/v1/completions"),
+        ):
+            with pytest.raises(UserError, match=r"another prompt than that of .* or of another"):
+                answers.unanswered([other, *REQUESTS[1:]])
+        with pytest.raises(UserError, match=r"not among these \(custom_id 'b'\)"):
+            answers.unanswered([REQUESTS[0], *REQUESTS[2:]])
+
+
+def test_a_failed_prompt_is_done_again(path: Path) -> None:
+    with opened(path) as answers:
+        answers.write_failure(PROMPTS[1], "it failed")
+    assert json.loads(path.read_text().splitlines()[-1]) == {"index": 1, "error": "it failed"}
+    with opened(path) as answers:
+        assert [one.index for one in answers.unanswered(PROMPTS)] == [1, 3]

@@ -134,6 +134,81 @@ def test_a_large_file_of_prompts(tmp_path: Path) -> None:
     assert (len(found), found[-1].text) == (100_001, long)
 
 
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def request(custom_id: Any = "a", url: str = CHAT_URL, **body: Any) -> dict[str, Any]:
+    body = body or {"messages": HI}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def test_lines_of_openais_batch_format(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = {"max_completion_tokens": 3, "top_p": 0.5, "seed": 2, "stop": ["."], "n": 1}
+    found, left_out = from_json(
+        tmp_path,
+        request("x", model="gpt", messages=HI, **asked, stream=False, user="me", logprobs=None),
+        request("y", TEXT_URL, prompt="raw text", temperature=0, top_p=0.9),
+        request("z", messages=[{"role": "developer", "content": parts}, *HI]),
+        {"prompt": "own format", "id": "w"},
+    )
+    assert not left_out.reasons
+    assert [one.id for one in found] == ["x", "y", "z", "w"]
+    assert [one.endpoint for one in found] == [CHAT_URL, TEXT_URL, CHAT_URL, None]
+    assert [one.raw for one in found] == [False, True, False, False]
+    assert found[0].text == tuple(HI)
+    expected = GenerationOptions(3, temperature=0.5, top_p=0.5, seed=2, batch_size=4, stop=(".",))
+    assert found[0].options == expected
+    assert (found[1].text, found[1].options.temperature) == ("raw text", 0)
+    assert found[2].text == ({"role": "system", "content": "a\nb"}, *HI)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"body": {}}, "has the custom_id None"),
+        (request(7), "has the custom_id 7: expected a text"),
+        (request("a") | {"method": "GET"}, "has the method 'GET'"),
+        (request("a", "/v1/embeddings", input="x"), "has the url '/v1/embeddings'"),
+        (request("a") | {"body": None}, "has no body"),
+        (request("a") | {"id": 3}, "unknown field 'id'"),
+        (request("a", prompt="x"), "has no messages, which /v1/chat/completions needs"),
+        (request("a", TEXT_URL, prompt=["x"]), "has no text as prompt"),
+        (request("a", messages=HI, n=2), "has n 2, which is not served"),
+        (request("a", messages=HI, stream=True), "has stream True"),
+        (request("a", messages=HI, tools=[{}]), "has tools"),
+        (request("a", messages=HI, audio={}), "unknown field 'audio'"),
+        (request("a", messages=[{"role": "user", "content": [{"image_url": "x"}]}]), "not text"),
+        (request("a", messages=HI, max_tokens=0), "--max-tokens of at least 1"),
+        (request("first"), "has the id 'first' of line 1"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_request_that_cannot_be_served_is_left_out(
+    line: Any, reason: str, tmp_path: Path
+) -> None:
+    found, left_out = from_json(tmp_path, request("first"), line, request("last"))
+    assert [(one.index, one.id) for one in found] == [(0, "first"), (2, "last")]
+    (said,) = left_out.reasons
+    assert said.startswith(f"line 2 of {tmp_path / 'p.jsonl'} ")
+    assert reason in said
+    named = {"a": said} if line.get("custom_id") == "a" else {}
+    assert left_out.requests == named
+
+
+def test_shards_share_all_prompts_and_keep_their_numbers(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": str(number)}) for number in range(8)]
+    lines[3] = "broken"
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    shards = [read(tmp_path / "p.jsonl", shard=f"{number}/3") for number in (1, 2, 3)]
+    indexes = [[one.index for one in found] for found, _ in shards]
+    assert indexes == [[0, 6], [1, 4, 7], [2, 5]]
+    assert [len(left_out.reasons) for _, left_out in shards] == [1, 0, 0]
+    assert all(one.text == str(one.index) for found, _ in shards for one in found)
+    assert read(tmp_path / "p.jsonl", shard="9/9")[0] == []
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_system_message_comes_first_unless_the_chat_has_one(own: bool, tmp_path: Path) -> None:
     user = {"role": "user", "content": "Hi"}

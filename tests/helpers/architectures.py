@@ -31,11 +31,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_offload.commands.prepare_model import prepare_model
+from moe_offload.config import GenerationOptions
 from moe_offload.engine.engine import load_model
 from moe_offload.errors import UserError
+from moe_offload.model.generation import Request, generate
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "SUPPORTED_MODELS.md"
 _N_LAYERS, _N_NEW = 4, 12
+_UNLIKE = (4, _N_NEW, 8)
 _PROMPTS = [
     [5, 17, 200, 33, 90, 41, 7, 250, 61, 19, 77],
     [9, 8, 7, 100, 55],
@@ -405,6 +408,8 @@ def examine(name: str, folder: Path) -> Row:
     except UserError as error:
         found_batched = "refused"
         notes.append(str(error))
+    if batch == alone:
+        assert _refilled(ours) == [ids[:n] for ids, n in zip(alone, _UNLIKE, strict=True)]
     ours.engine.close()
     notes += _with_a_cache(exact_folder, alone, batch)
     with torch.inference_mode():
@@ -421,6 +426,16 @@ def examine(name: str, folder: Path) -> Row:
     assert len(greedy(small, _PROMPTS[:1], _N_NEW)[0]) == _N_NEW
     small.engine.close()
     return Row(name, found_alone, found_batched, tuple(notes))
+
+
+def _refilled(model: PreTrainedModel) -> list[list[int]]:
+    """Answers of unlike lengths, two at a time: the third prompt joins the second."""
+    requests = [
+        Request(number, ids, GenerationOptions(max_tokens))
+        for number, (ids, max_tokens) in enumerate(zip(_PROMPTS, _UNLIKE, strict=True))
+    ]
+    records = {record.prompt: record for record, _ in generate(model, requests, 2)}
+    return [records[number].ids for number in range(len(_PROMPTS))]
 
 
 def _with_a_cache(folder: Path, alone: list[list[int]], batch: list[list[int]] | None) -> list[str]:

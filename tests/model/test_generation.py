@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_model, mixtral
+from tiny_models import CONFIGS, build_model, gpt_oss, mixtral, nemotron_h, phimoe
 from torch import Tensor
 from transformers import MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
@@ -15,8 +16,11 @@ from moe_offload.config import GenerationOptions
 from moe_offload.errors import UserError
 from moe_offload.model.generation import (
     Generated,
+    Request,
     Sampler,
+    can_refill,
     context_length,
+    generate,
     generate_batch,
     require_fitting,
     stop_ids,
@@ -35,25 +39,19 @@ def model() -> PreTrainedModel:
 def samples(
     model: PreTrainedModel, batches: list[list[int]], seed: int = 3, **settings: float
 ) -> dict[int, list[int]]:
-    """Answers by prompt; each batch has its prompts' numbers, which follow each other."""
+    """Answers by prompt; each batch has its prompts' numbers."""
     options = GenerationOptions(10, **{"temperature": 1.0, "seed": seed, **settings})
     records: dict[int, Generated] = {}
     for batch in batches:
-        for record, _ in generate_batch(
-            model,
-            [PROMPTS[number] for number in batch],
-            options,
-            eos_ids=frozenset({7}),
-            first_prompt=batch[0],
-        ):
+        requests = [Request(number, PROMPTS[number], options) for number in batch]
+        for record, _ in generate(model, requests, len(batch), eos_ids=frozenset({7})):
             records[record.prompt] = record
     return {number: record.ids for number, record in records.items()}
 
 
 def shares(options: GenerationOptions, logits: Tensor, n_rows: int) -> Tensor:
     """How often each token is drawn from `logits` [1, vocabulary], of `n_rows` prompts."""
-    texts = {row: [0] for row in range(n_rows)}
-    drawn = Sampler(options, CPU).choose(logits.expand(n_rows, -1), texts)
+    drawn = torch.cat([Sampler(options, row, CPU).choose(logits, [0]) for row in range(n_rows)])
     return drawn.bincount(minlength=logits.shape[1]) / n_rows
 
 
@@ -207,3 +205,75 @@ def test_what_a_checkpoint_suggests_in_vain_is_said(suggested, named):
     lines = unused_suggestions(suggested, GenerationOptions(1, 0.6, 0.9))
     assert len(lines) == (named is not None)
     assert named is None or named in lines[0]
+
+
+def answers(
+    model: PreTrainedModel,
+    requests: list[Request],
+    batch_size: int,
+    on_pass: Callable[[Sequence[int], bool], None] | None = None,
+) -> dict[int, list[int]]:
+    steps = generate(model, requests, batch_size, eos_ids=frozenset({7}), on_pass=on_pass)
+    return {record.prompt: record.ids for record, _ in steps}
+
+
+# Lengths of prompts and of answers, so unlike that places become free at any time.
+UNLIKE = [(4, 3), (9, 14), (1, 1), (30, 5), (2, 22), (17, 2), (6, 9), (3, 17), (12, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [*((name, 3) for name in [*CONFIGS, "nemotron_h"]), ("mixtral", 8)]
+)
+def test_a_place_in_a_batch_changes_no_answer(name: str, batch_size: int):
+    model = build_model(nemotron_h() if name == "nemotron_h" else CONFIGS[name]())
+    requests = [
+        Request(n, [(11 * n + 5 * place) % 90 + 3 for place in range(length)], GenerationOptions(m))
+        for n, (length, m) in enumerate(UNLIKE)
+    ]
+    alone = {number: ids for one in requests for number, ids in answers(model, [one], 1).items()}
+    assert answers(model, requests, batch_size) == alone
+
+
+@pytest.mark.parametrize("config", [mixtral, gpt_oss, nemotron_h])
+def test_the_next_prompt_takes_a_place_where_the_cache_can_do_that(config):
+    model = build_model(config())
+    passes: list[tuple[list[int], bool]] = []
+    lengths = (2, 5, 2, 2)
+    requests = [Request(n, [3 + n, 9], GenerationOptions(m)) for n, m in enumerate(lengths)]
+    answers(model, requests, 2, lambda numbers, evaluates: passes.append(([*numbers], evaluates)))
+    taken = [([0, 1], True), ([0, 1], False), ([2], True), ([1, 2], False), ([3], True)]
+    waited = [([0, 1], True), ([0, 1], False), ([1], False), ([1], False), ([1], False)]
+    waited += [([2, 3], True), ([2, 3], False)]
+    if can_refill(model):
+        assert passes == [*taken, ([1, 3], False), ([1], False)]
+    else:
+        assert passes == waited
+    assert can_refill(model) == (config is not nemotron_h)
+
+
+def test_each_prompt_of_a_batch_has_its_own_settings(model):
+    sampled = {"temperature": 1.0, "seed": 2}
+    settings = [{}, sampled, {"repetition_penalty": 50.0}, {"max_tokens": 2}]
+    requests = [
+        Request(n, PROMPTS[n], GenerationOptions(**{"max_tokens": 10, **one}))
+        for n, one in enumerate(settings)
+    ]
+    alone = {number: ids for one in requests for number, ids in answers(model, [one], 1).items()}
+    assert answers(model, requests, 4) == alone
+    assert len({tuple(ids) for ids in alone.values()}) == 4
+
+
+def test_positions_that_change_a_whole_batch_are_reached_alone():
+    """Beyond 64 tokens, longrope's other factors hold for every row of a batch."""
+    model = build_model(phimoe())
+    passes: list[list[int]] = []
+    wanted = [(5, 20), (60, 20), (7, 15), (50, 10)]
+    requests = [
+        Request(n, [(7 * place + n) % 90 + 3 for place in range(length)], GenerationOptions(m))
+        for n, (length, m) in enumerate(wanted)
+    ]
+    alone = {number: ids for one in requests for number, ids in answers(model, [one], 1).items()}
+    together = answers(model, requests, 4, lambda numbers, _: passes.append([*numbers]))
+    assert together == alone
+    assert [1] in passes and [2, 3] in passes
+    assert all(one == [1] for one in passes if 1 in one)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -27,7 +28,7 @@ from moe_offload.commands import generate
 from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.engine.engine import Engine
-from moe_offload.model.generation import generate_batch
+from moe_offload.model.generation import generate as generate_all
 from moe_offload.simulation import shapes as shapes_module
 from moe_offload.simulation.trace_files import read_trace
 
@@ -131,15 +132,13 @@ def test_batches_of_prompts_and_responses(model: Path, run_folder: Path) -> None
 def test_a_failure_leaves_what_was_done(
     model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-
     def fails_on_the_second(*arguments: object, **options: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise RuntimeError("injected")
-        return generate_batch(*arguments, **options)  # type: ignore[arg-type]
+        for step in generate_all(*arguments, **options):  # type: ignore[arg-type]
+            if step[0].prompt == 1:
+                raise RuntimeError("injected")
+            yield step
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", fails_on_the_second)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", fails_on_the_second)
     (run_folder / "prompts").write_text("One\nTwo\n")
     with pytest.raises(RuntimeError, match="injected"):
         run("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 3)
@@ -514,17 +513,17 @@ ON_A_TERMINAL = """
 import fcntl, os, pathlib, sys, termios, time
 if sys.argv[1] == "controlling":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-from moe_offload.commands import generate, run
-from moe_offload.model.generation import generate_batch
+from moe_offload.commands import conversations, generate
+from moe_offload.model.generation import generate as generate_all
 def stalling(*arguments, **options):
-    for number, step in enumerate(generate_batch(*arguments, **options), start=1):
+    for number, step in enumerate(generate_all(*arguments, **options), start=1):
         yield step
         if number == 4:
             stalled = pathlib.Path("stalled")
             stalled.touch()
             while stalled.exists():
                 time.sleep(0.02)
-run.generate_batch = stalling
+conversations.generate = stalling
 sys.exit(generate.main(sys.argv[2:]))
 """
 
@@ -565,31 +564,38 @@ def test_a_closed_terminal_costs_no_evidence(
     assert len(by_name(run_folder / "token_gen_time.csv")) == n_tokens - 1
 
 
-def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
+@pytest.mark.parametrize("n_kills", [1, pytest.param(12, marks=pytest.mark.nightly)])
+def test_a_killed_run_is_resumed(n_kills: int, model: Path, run_folder: Path) -> None:
     """SIGKILL, and half a line as a full disk leaves it: the end has each answer once."""
+    chance = random.Random(14)
     prompts, answers = run_folder / "prompts.txt", run_folder / "answers.jsonl"
-    prompts.write_text("\n".join(f"prompt {i}" for i in range(60)))
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(60 * n_kills)))
     arguments = ("--model-path", model, "--prompt-path", prompts, "--max-tokens", 12, "--no-record")
-    flags = ("--hide-resp", "--responses-jsonl")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "src" / "main.py", *map(str, (*arguments, *flags, answers))],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=run_folder,
-    )
-    deadline_s = time.monotonic() + 120
-    while not (answers.exists() and answers.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-    process.kill()
-    process.communicate(timeout=60)
-    done = answers.read_bytes()
-    done = done[: done.rindex(b"\n") + 1]
-    assert 3 <= done.count(b"\n") < 60
-    with answers.open("ab") as file:
-        file.write(b'{"index": 59, "prom')
-    assert run(*arguments, *flags, answers, "--resume") == 0
+    flags = ("--hide-resp", "--resume", "--responses-jsonl")
+    done = b""
+    for _ in range(n_kills):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "src" / "main.py", *map(str, (*arguments, *flags, answers))],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run_folder,
+        )
+        deadline_s = time.monotonic() + 120
+        n_wanted = done.count(b"\n") + 3
+        while not (answers.exists() and answers.read_bytes().count(b"\n") >= n_wanted):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        time.sleep(chance.random() / 10)
+        process.kill()
+        process.communicate(timeout=60)
+        before, done = done, answers.read_bytes()
+        done = done[: done.rindex(b"\n") + 1]
+        assert done.startswith(before), "what was finished stays as it was"
+        assert n_wanted <= done.count(b"\n") < 60 * n_kills
+        with answers.open("ab") as file:
+            file.write(b'{"index": 59, "prom')
+    assert run(*arguments, *flags, answers) == 0
     assert answers.read_bytes().startswith(done), "what was finished stays as it was"
     assert run(*arguments, *flags, run_folder / "whole.jsonl", "--batch-size", 7) == 0
     found, whole = (
@@ -599,11 +605,11 @@ def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
         )
         for path in (answers, run_folder / "whole.jsonl")
     )
-    assert [index for index, _, _ in found] == list(range(60))
+    assert [index for index, _, _ in found] == list(range(60 * n_kills))
     assert [one[:2] for one in found] == [one[:2] for one in whole]
-    before = answers.read_bytes()
-    assert run(*arguments, *flags, answers, "--resume") == 0
-    assert answers.read_bytes() == before, "there is nothing left to do"
+    finished = answers.read_bytes()
+    assert run(*arguments, *flags, answers) == 0
+    assert answers.read_bytes() == finished, "there is nothing left to do"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -762,7 +768,7 @@ def test_a_second_signal_does_not_tear_the_reports(
 
     def interrupted_later(*arguments: object, **options: object) -> object:
         begun.append(True)
-        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+        for number, step in enumerate(generate_all(*arguments, **options)):  # type: ignore[arg-type]
             if number == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             yield step
@@ -772,7 +778,7 @@ def test_a_second_signal_does_not_tear_the_reports(
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", interrupted_later)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", interrupted_later)
     monkeypatch.setattr("os.fsync", impatient)
     flags = ("--max-tokens", 9, "--output-dir", "run")
     assert run("--model-path", model, "--prompt", "x", *flags) == 130
@@ -787,12 +793,12 @@ def test_an_answer_without_its_last_token_is_no_finished_one(
     """A Ctrl-C when the step has ended a prompt and its last text is not told yet."""
 
     def interrupted_at_the_end(*arguments: object, **options: object) -> object:
-        for step in generate_batch(*arguments, **options):  # type: ignore[arg-type]
+        for step in generate_all(*arguments, **options):  # type: ignore[arg-type]
             if step[0].stop == "length":
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", interrupted_at_the_end)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", interrupted_at_the_end)
     flags = ("--max-tokens", 4, "--responses-jsonl", "answers.jsonl")
     assert run("--model-path", model, "--prompt", "x", *flags) == 130
     (answer,) = map(json.loads, (run_folder / "answers.jsonl").read_text().splitlines())
@@ -810,7 +816,7 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
     close = Engine.close
 
     def signalled_later(*arguments: object, **options: object) -> object:
-        for number, step in enumerate(generate_batch(*arguments, **options)):  # type: ignore[arg-type]
+        for number, step in enumerate(generate_all(*arguments, **options)):  # type: ignore[arg-type]
             if interrupted and number == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield step
@@ -819,7 +825,7 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
         os.kill(os.getpid(), signal.SIGINT)
         close(engine)
 
-    monkeypatch.setattr("moe_offload.commands.run.generate_batch", signalled_later)
+    monkeypatch.setattr("moe_offload.commands.conversations.generate", signalled_later)
     monkeypatch.setattr(Engine, "close", signalled)
     flags = ("--prompt", "x", "--max-tokens", 9)
     assert run("--model-path", model, *flags) == (143 if interrupted else 0)

@@ -41,7 +41,12 @@ WITHOUT_TORCH = [
 WITHOUT_TENSORS = ["errors", "experts.cache", "prerequisites"]
 
 # Variables that belong to the user's system or shell. The project has none of its own.
-FOREIGN_VARIABLES = {"OMP_NUM_THREADS", "CXX", "XDG_CACHE_HOME", "NO_COLOR", "PATH"}
+FOREIGN_VARIABLES = {
+    *("OMP_NUM_THREADS", "CXX", "XDG_CACHE_HOME", "NO_COLOR", "PATH"),
+    *("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+    *("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    *("SKYPILOT_JOB_RANK", "SKYPILOT_NUM_JOBS", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
+}
 
 
 def name_of(path: Path) -> str:

@@ -22,12 +22,14 @@ no group is worse than round-to-nearest; on Gaussian weights the squared error i
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from moe_offload.config import WEIGHT_FORMATS
+from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
 
 GROUP: Final = WEIGHT_FORMATS["int8"].group
@@ -42,6 +44,45 @@ _DIVISORS: Final = {
 _SMALLEST_SCALE: Final = 2.0**-24  # float16's smallest subnormal
 _LARGEST_SCALE: Final = 65504.0
 _CHUNK_WEIGHTS: Final = 1 << 18  # 1 MiB in fp32: larger chunks were at most 7% faster
+
+
+GridKind = Literal["int", "e2m1", "fp8"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The few numbers that a matrix of a quantised checkpoint is made of.
+
+    Its weights are `unit` times whole numbers from `low` to `high`; the unit is the same in `group`
+    neighbours of a row, 0: in all of them. Of `e2m1` it is half the scale, and the numbers are 0,
+    1, 2, 3, 4, 6, 8, 12 and their negatives; of `fp8` it is the scale, of e4m3 or e5m2 numbers.
+    `units` are all of the matrix, fp32; `used_units()` those of weights that are not zero, read
+    when asked for. `name` is the tensor's; `is_bf16` says that bf16 holds every weight.
+    """
+
+    name: str
+    is_bf16: bool
+    kind: GridKind
+    low: int
+    high: int
+    group: int
+    units: Tensor
+    used_units: Callable[[], Tensor]
+
+
+def holds(weight_format: WeightFormat, grid: Grid) -> bool:
+    """Whether every matrix on this grid is stored in the format without a rounding."""
+    facts = WEIGHT_FORMATS[weight_format]
+    if facts.bits not in _RANGE or grid.kind == "fp8" or grid.group % GROUP:
+        return False
+    low, high = _RANGE[facts.bits]
+    if grid.low < low or grid.high > high:
+        return False
+    return _are_float16(grid.units) or _are_float16(grid.used_units())
+
+
+def _are_float16(units: Tensor) -> bool:
+    return torch.equal(units.half().float(), units)
 
 
 def packed_shapes(
@@ -62,18 +103,12 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     large for a float16 scale (8.3e6 for int8, 5.2e5 for int4); a group whose largest weight is
     below half of the smallest scale (3e-8) becomes zero.
     """
-    rows, columns = weight.shape
-    packed_shape, scale_shape = packed_shapes(rows, columns, bits)
-    packed = torch.empty(packed_shape, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(scale_shape, dtype=torch.float16, device=weight.device)
-    row_blocks, groups, _ = scale_shape
-    step = max(1, _CHUNK_WEIGHTS // (groups * GROUP * TILE_ROWS))
-    for start in range(0, row_blocks, step):
-        stop = min(start + step, row_blocks)
-        x = _group_major(weight[start * TILE_ROWS : stop * TILE_ROWS], stop - start, groups)
+    packed, scales = _empty_packed(weight, bits)
+    for part, rows in _chunks(scales):
+        x = _group_major(weight[rows], *scales[part].shape[:2])
         scale = _search_scale(x, bits)
-        scales[start:stop] = scale
-        packed[start:stop] = _pack(_round(x, scale, bits), bits)
+        scales[part] = scale
+        packed[part] = _pack(_round(x, scale, bits), bits)
     return packed, scales
 
 
@@ -98,13 +133,31 @@ def unpack_levels(packed: Tensor, bits: int) -> Tensor:
 
 
 def pack_levels(levels: Tensor, bits: int) -> Tensor:
-    """The tiles of such levels, uint8 [R, C]; what pads them has the bytes of zero."""
+    """The tiles of such levels, uint8 [R, C], padded with level 0."""
     rows, columns = levels.shape
     (row_blocks, groups, *_), _ = packed_shapes(rows, columns, bits)
     tiles = torch.zeros(row_blocks * TILE_ROWS, groups * GROUP, dtype=torch.int32)
     tiles[:rows, :columns] = levels
     by_group = tiles.view(row_blocks, TILE_ROWS, groups, GROUP).permute(3, 0, 2, 1).contiguous()
     return _tiles(by_group ^ 128 if bits == 8 else by_group, bits)
+
+
+def _empty_packed(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    packed_shape, scale_shape = packed_shapes(rows, columns, bits)
+    return (
+        torch.empty(packed_shape, dtype=torch.uint8, device=weight.device),
+        torch.empty(scale_shape, dtype=torch.float16, device=weight.device),
+    )
+
+
+def _chunks(scales: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Row blocks, and the rows in them, a few at a time."""
+    row_blocks, groups, _ = scales.shape
+    step = max(1, _CHUNK_WEIGHTS // (groups * GROUP * TILE_ROWS))
+    for start in range(0, row_blocks, step):
+        stop = min(start + step, row_blocks)
+        yield slice(start, stop), slice(start * TILE_ROWS, stop * TILE_ROWS)
 
 
 def _group_major(chunk: Tensor, row_blocks: int, groups: int) -> Tensor:

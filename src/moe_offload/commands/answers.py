@@ -2,7 +2,10 @@
 
 A line for each prompt, written when its answer is finished:
 index, id (where the prompt has one), prompt or messages, response, stop, prompt_tokens,
-generated_tokens, prefill_s, decode_s, and settings: all that the answer depends on.
+generated_tokens, prefill_s, decode_s, and settings: all that the answer depends on. A prompt in
+OpenAI's batch format is answered in that (`batch_format.py`); the line's id then stands for prompt,
+model and settings. A prompt that failed has a line with its error, and is done again by a resume:
+of several lines the last one counts.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.commands.prompts import Prompt
+from moe_offload.commands.batch_format import answer_line, error_line
+from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config
 from moe_offload.errors import UserError
 
@@ -36,8 +40,9 @@ class Answers:
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
-        self._settings = {"model": _model_name(config), "raw": config.prompts.raw}
-        self._lines: list[dict[str, Any]] = []
+        self._model = _model_name(config)
+        self._lines: list[dict[str, Any]] = []  # of finished answers
+        self._failed: set[tuple[str, str]] = set()  # what is said of requests that failed
         self._was_there = path.exists() or path.is_symlink()
         self._is_file = not path.exists() or path.is_file()
         try:
@@ -79,15 +84,19 @@ class Answers:
                 answer = _answer(line)
                 if answer is None:  # half a line, if it is the last
                     faulty = f"line {number} of {self.path} is no answer of a run"
-                elif answer["stop"] != "interrupted":
-                    self._lines.append(answer)
+                elif answer.get("stop") != "interrupted":
                     self._end = place
+                    if _is_finished(answer):
+                        self._lines.append(answer)
+                    elif "custom_id" in answer:
+                        self._failed.add(_failure(answer))
 
     def settings(self, prompt: Prompt) -> dict[str, Any]:
         """All that the answer to `prompt` depends on besides its text."""
         options = asdict(prompt.options)
         del options["batch_size"]
-        return self._settings | options | {"stop": list(prompt.options.stop)}
+        run = {"model": self._model, "raw": prompt.raw}
+        return run | options | {"stop": list(prompt.options.stop)}
 
     def unanswered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts that have no finished answer yet: told apart by id, else by their number.
@@ -96,7 +105,7 @@ class Answers:
         """
         answers: dict[object, list[dict[str, Any]]] = {}
         for line in self._lines:
-            answers.setdefault(_key(line.get("id"), line["index"]), []).append(line)
+            answers.setdefault(_key_of_line(line), []).append(line)
         left = []
         for prompt in prompts:
             if of_prompt := answers.get(_key(prompt.id, prompt.index)):
@@ -104,12 +113,18 @@ class Answers:
             else:
                 left.append(prompt)
         for line in chain.from_iterable(answers.values()):
-            raise self._other(
-                f"holds an answer to a prompt that is not among these (index {line['index']})"
-            )
+            name = f"custom_id {line['custom_id']!r}" if "index" not in line else line["index"]
+            raise self._other(f"holds an answer to a prompt that is not among these ({name})")
         return left
 
     def _require_same(self, line: dict[str, Any], prompt: Prompt) -> None:
+        if "custom_id" in line:
+            if line.get("id") != f"batch_req_{self._identity(prompt)}":
+                raise self._other(
+                    f"holds an answer to another prompt than that of {prompt.name}, or of another "
+                    "model or settings"
+                )
+            return
         if any(line.get(key) != value for key, value in _source(prompt).items()):
             raise self._other(f"holds an answer to another prompt than that of {prompt.name}")
         before = line.get("settings")
@@ -128,9 +143,39 @@ class Answers:
         )
 
     def write(self, prompt: Prompt, facts: dict[str, Any]) -> None:
-        """Append a line; it is whole on disk, or UserError says why it is not there at all."""
-        line = {"index": prompt.index} | ({} if prompt.id is None else {"id": prompt.id})
-        line |= _source(prompt) | facts | {"settings": self.settings(prompt)}
+        """Append a line; it is whole on disk, or UserError says why it is not there at all.
+
+        An interrupted answer has none in OpenAI's format, which knows no such.
+        """
+        if prompt.endpoint is None:
+            source = _source(prompt) | facts | {"settings": self.settings(prompt)}
+            self._append(_head(prompt) | source, prompt.name)
+        elif facts["stop"] != "interrupted":
+            line = answer_line(
+                str(prompt.id), prompt.endpoint, self._identity(prompt), self._model, facts
+            )
+            self._append(line, prompt.name)
+
+    def write_failure(self, prompt: Prompt, reason: str) -> None:
+        """Append a line for a prompt that this run could not answer, though it should have."""
+        line = _head(prompt) | {"error": reason}
+        if prompt.endpoint is not None:
+            line = error_line(str(prompt.id), self._identity(prompt), reason, False)
+        self._append(line, prompt.name)
+
+    def write_left_out(self, left_out: LeftOut) -> None:
+        """Append a line for each request of a batch that is wrong, unless it is there already."""
+        for custom_id, reason in left_out.requests.items():
+            line = error_line(custom_id, _digest([custom_id, reason]), reason, True)
+            if _failure(line) not in self._failed:
+                self._append(line, f"custom_id {custom_id!r}")
+                self._failed.add(_failure(line))
+
+    def _identity(self, prompt: Prompt) -> str:
+        """The same for the same prompt, model and settings alone."""
+        return _digest([prompt.endpoint, _source(prompt), self.settings(prompt)])
+
+    def _append(self, line: dict[str, Any], name: str) -> None:
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
             if self._is_file:
@@ -144,7 +189,7 @@ class Answers:
                     os.ftruncate(self._handle, self._end)
             room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise UserError(
-                f"cannot write the answer to {prompt.name} to {self.path}: {error.strerror}; "
+                f"cannot write the answer to {name} to {self.path}: {error.strerror}; "
                 f"{room}go on with --resume"
             ) from error
         self._end += len(data)
@@ -187,19 +232,47 @@ def _device(path: Path) -> int:
 
 
 def _answer(line: bytes) -> dict[str, Any] | None:
-    """The answer that a line holds, None for what is not a whole one."""
+    """The answer, or failure, that a line holds; None for what is not a whole one."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not (line.endswith(b"\n") and isinstance(found, dict)):
         return None
-    is_answer = type(found.get("index")) is int and isinstance(found.get("stop"), str)
-    return found if is_answer and isinstance(found.get("response"), str) else None
+    if "custom_id" in found:
+        response = found.get("response")
+        is_answer = isinstance(response, dict) and type(response.get("status_code")) is int
+        return found if is_answer else None
+    if type(found.get("index")) is not int:
+        return None
+    is_answer = isinstance(found.get("response"), str) and isinstance(found.get("stop"), str)
+    return found if is_answer or isinstance(found.get("error"), str) else None
+
+
+def _is_finished(answer: dict[str, Any]) -> bool:
+    if "custom_id" in answer:
+        return bool(answer["response"]["status_code"] == 200)
+    return "error" not in answer
+
+
+def _failure(line: dict[str, Any]) -> tuple[str, str]:
+    return str(line["custom_id"]), json.dumps(line["response"])
 
 
 def _key(name: object, index: int) -> object:
     return index if name is None else ("id", repr(name))
+
+
+def _key_of_line(line: dict[str, Any]) -> object:
+    return _key(line.get("custom_id", line.get("id")), line.get("index", -1))
+
+
+def _head(prompt: Prompt) -> dict[str, Any]:
+    return {"index": prompt.index} | ({} if prompt.id is None else {"id": prompt.id})
+
+
+def _digest(of: object) -> str:
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
 
 
 def _source(prompt: Prompt) -> dict[str, Any]:

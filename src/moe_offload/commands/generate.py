@@ -86,9 +86,13 @@ def _generate(arguments: Namespace, command: list[str], interruption: Interrupti
         if output.responses_jsonl is not None:
             answers = stack.enter_context(Answers(output.responses_jsonl, config))
             prompts = answers.unanswered(prompts)
-            if not prompts:
+            if not prompts and answers.n_before:
+                answers.write_left_out(left_out)
                 say(f"all {answers.n_before} prompts are answered in {answers.path}")
                 return _left_out_code(left_out)
+        if not prompts:  # of fewer prompts than shards
+            say(f"no prompt of {config.prompts.path} is in shard {config.prompts.shard}")
+            return 0
         if not output.quiet:
             say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
         from moe_offload.commands.run import run
@@ -117,7 +121,7 @@ def _check_sources(config: Config) -> None:
         shape_config(config.model.dummy_shape, config.model.dummy_layers)
     for trace in (config.model.routing_trace, config.cache.trace):
         if trace is not None:
-            TraceReader(trace)
+            any(one.ids for one in TraceReader(trace))  # reads up to the first choices
 
 
 def check_destinations(config: Config, paths: ReportPaths) -> None:

@@ -32,14 +32,15 @@ def prepare_model(
     input_path: Path,
     output_path: Path,
     hf: bool = False,
-    expert_dtype: WeightFormat = "bf16",
+    expert_dtype: WeightFormat | Literal["auto"] = "auto",
     dense_dtype: WeightFormat | Literal["auto"] = "auto",
     force: bool = False,
     debug: bool = False,
 ) -> str:
     """Prepare a folder, or find that it is prepared; returns the sentence to tell the user.
 
-    The arguments are the command line's: `dense_dtype` auto is bf16, or fp32 with fp32 experts;
+    The arguments are the command line's: `expert_dtype` auto is the smallest format that holds a
+    quantised source exactly, else bf16; `dense_dtype` auto is bf16, or fp32 with fp32 experts;
     `debug` shows the libraries' warnings. Shows progress on a terminal's stderr. UserError for a
     bad checkpoint or folder; OSError from the disk passes through.
     """
@@ -49,9 +50,18 @@ def prepare_model(
     if dense_dtype == "auto":
         dense_dtype = "fp32" if expert_dtype == "fp32" else "bf16"
     model_dtype = torch.float32 if dense_dtype == "fp32" else torch.bfloat16
-    formats = Formats(expert_dtype, dense_dtype, model_dtype)
     source = open_source(input_path, hf, model_dtype)
-    check_tokenizer(source.folder, source.config.model_type)
+    exact = expert_dtype == "auto"
+    if expert_dtype == "auto":
+        expert_dtype, rounded = source.find_format()
+        if rounded is not None:
+            say(
+                f"note: no format here holds the experts exactly as they are (such as {rounded}), "
+                "so that they are rounded to bf16"
+            )
+    formats = Formats(expert_dtype, dense_dtype, model_dtype, exact)
+    if not source.made_files:
+        check_tokenizer(source.folder, source.config.model_type)
     output_path.mkdir(parents=True, exist_ok=True)
     with exclusive(output_path):
         if (output_path / MANIFEST_NAME).exists() and not force:
@@ -95,7 +105,7 @@ def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats
     if manifest.source_fingerprint != source.fingerprint:
         raise UserError(
             f"{manifest.folder} was prepared from {manifest.source}, whose files were other than "
-            f"those now in {source.folder}; add --force to replace it or choose another "
+            f"those now in {source.path}; add --force to replace it or choose another "
             "--output-path"
         )
 

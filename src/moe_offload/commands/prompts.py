@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from moe_offload.commands.batch_format import Endpoint, is_request, read_request
+from moe_offload.commands.shards import WHOLE, parse_shard
 from moe_offload.config import GenerationOptions, PromptOptions
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say
@@ -30,7 +32,8 @@ class Prompt:
     """A prompt, how it is to be answered, and where it comes from.
 
     `text` is a prompt, or the messages of a chat. `index` counts the prompts of the run from 0.
-    `name` is what messages call it: its line of the file.
+    `name` is what messages call it: its line of the file. `raw`: no chat template around it.
+    With an `endpoint` it came, and is answered, in OpenAI's batch format, its `id` the custom_id.
     """
 
     index: int
@@ -38,11 +41,21 @@ class Prompt:
     options: GenerationOptions
     id: str | int | None = None
     name: str = "the prompt"
+    raw: bool = False
+    endpoint: Endpoint | None = None
 
     @property
     def shown(self) -> str:
         """What a person sees of it: of a chat its last message."""
         return self.text if isinstance(self.text, str) else self.text[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A line of a file that holds no prompt, why, and whose it is where it says so."""
+
+    error: UserError
+    custom_id: str | None = None
 
 
 class LeftOut:
@@ -51,11 +64,14 @@ class LeftOut:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.reasons: list[str] = []
+        self.requests: dict[str, str] = {}  # by custom_id: those of a batch expect a line
 
-    def add(self, error: UserError) -> None:
+    def add(self, error: UserError, custom_id: str | None = None) -> None:
         """Raises it where there is no file, and so no other prompt."""
         if self.path is None:
             raise error
+        if custom_id is not None:
+            self.requests[custom_id] = str(error)
         if str(error) not in self.reasons:  # of a file that is run several times over
             self.reasons.append(str(error))
             if len(self.reasons) <= _TOLD:
@@ -84,24 +100,28 @@ def read_prompts(
     empty, binary or too large to be a list of prompts.
     """
     left_out = LeftOut(options.path)
+    place, n_shards = WHOLE if options.shard is None else parse_shard(options.shard)
+    found: Sequence[Prompt | Unusable]
     if options.path is None:
         text = options.prompt or ""
         if text == "-":
             text = _read(sys.stdin.buffer, "standard input").removesuffix("\n")
         if not text.strip():
             raise UserError("the prompt is empty: give --prompt some text")
-        found: Sequence[Prompt | None] = [Prompt(0, text, generation)]
+        found = [Prompt(0, text, generation)]
     elif options.path.suffix == ".jsonl":
-        found = list(_json_prompts(options.path, generation, left_out))
+        found = list(_json_prompts(options.path, generation))
     else:
         lines = _lines(options.path)
         found = [Prompt(0, text, generation, None, name) for name, text in lines]
-    n_prompts = options.n_prompts or len(found)
     prompts = []
-    for index in range(n_prompts):
-        prompt = found[index % len(found)]
-        if prompt is not None:  # else it is left out, and keeps its number
-            prompts.append(replace(prompt, index=index, text=_chat(prompt.text, options.system)))
+    for index in range(place, options.n_prompts or len(found), n_shards):
+        one = found[index % len(found)]
+        if isinstance(one, Unusable):  # it keeps its number
+            left_out.add(one.error, one.custom_id)
+            continue
+        one = replace(one, index=index, raw=options.raw or one.raw)
+        prompts.append(one if one.raw else replace(one, text=_chat(one.text, options.system)))
     left_out.require_some(prompts)
     return prompts, left_out
 
@@ -154,31 +174,47 @@ def _read(file: BinaryIO, name: str) -> str:
         ) from error
 
 
-def _json_prompts(
-    path: Path, generation: GenerationOptions, left_out: LeftOut
-) -> Iterator[Prompt | None]:
-    """A prompt for each line of JSON; None for one that is left out."""
+def _json_prompts(path: Path, generation: GenerationOptions) -> Iterator[Prompt | Unusable]:
+    """What each line of JSON holds."""
     lines_of_ids: dict[str, str] = {}
     for name, line in _lines(path):
+        custom_id: str | None = None
         try:
-            prompt = _json_prompt(line, name, generation)
+            found = _json_object(line)
+            given = found.get("custom_id")
+            if isinstance(given, str) and repr(given) not in lines_of_ids:
+                custom_id = given
+            if is_request(found):
+                given, endpoint, body = read_request(found)
+                prompt = replace(
+                    _json_prompt(body, name, generation),
+                    id=given,
+                    endpoint=endpoint,
+                    raw=endpoint == "/v1/completions",
+                )
+            else:
+                prompt = _json_prompt(found, name, generation)
             first = name if prompt.id is None else lines_of_ids.setdefault(repr(prompt.id), name)
             if first != name:
                 raise UserError(f"has the id {prompt.id!r} of {first}: ids must differ")
             yield prompt
         except UserError as error:
-            left_out.add(UserError(f"{name} {error}"))
-            yield None
+            yield Unusable(UserError(f"{name} {error}"), custom_id)
 
 
-def _json_prompt(line: str, line_name: str, generation: GenerationOptions) -> Prompt:
-    """The prompt of a line; UserError, to be read after the line's name, for what is none."""
+def _json_object(line: str) -> dict[str, Any]:
+    """The object of a line; UserError, to be read after the line's name, for what is none."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"is {type(found).__name__}, expected an object with a prompt or messages")
+    return found
+
+
+def _json_prompt(found: dict[str, Any], line_name: str, generation: GenerationOptions) -> Prompt:
+    """The prompt of a line; UserError, to be read after the line's name, for what is none."""
     known = {"prompt", "messages", "id"} | _SETTINGS
     if unknown := sorted(found.keys() - known):
         raise UserError(

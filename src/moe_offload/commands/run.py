@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PretrainedConfig
 
 from moe_offload.commands.answers import Answers
+from moe_offload.commands.conversations import Conversation, Encoded, converse, encode_prompts
 from moe_offload.commands.prompts import LeftOut, Prompt
+from moe_offload.commands.thinking import ThinkingView, view_of
 from moe_offload.config import Config, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
-from moe_offload.errors import UserError
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.sensors import NvmlReader, SensorSampler
-from moe_offload.machine.terminal import Interruption, RunProgress, say, show, told_if_slow
+from moe_offload.machine.terminal import Interruption, RunProgress, say, show
 from moe_offload.model.dummy import DummyModel, DummyTokenizer, dummy_routing
 from moe_offload.model.generation import (
-    Generated,
+    can_refill,
     context_length,
-    generate_batch,
-    require_fitting,
     stop_ids,
     unused_suggestions,
 )
 from moe_offload.model.loader import PreparedModel
-from moe_offload.model.tokenization import StreamingDetokenizer, Tokenizer, load_tokenizer
+from moe_offload.model.tokenization import Tokenizer, load_tokenizer
 from moe_offload.report.files import ReportPaths, RunInfo, Status, recorded_routing, write_reports
 from moe_offload.report.summary import format_summary, summarize
-
-Encoded = tuple[Prompt, list[int]]  # a prompt and its token ids
 
 
 @gpu_memory_told()
@@ -54,8 +51,10 @@ def run(
     Prompts that the model cannot take join `left_out`. Returns the exit code. Raises UserError for
     what cannot be served, GPU memory among it.
     """
-    source, tokenizer = _open_model(config.model)
-    encoded = encode_prompts(tokenizer, prompts, config.prompts.raw, source.config, left_out)
+    source, tokenizer = open_model(config.model)
+    encoded = encode_prompts(tokenizer, prompts, source.config, left_out)
+    if answers is not None:
+        answers.write_left_out(left_out)
     prompts = [prompt for prompt, _ in encoded]
     left_out.require_some(prompts)
     longest = max(len(ids) + prompt.options.max_tokens for prompt, ids in encoded)
@@ -81,7 +80,13 @@ def run(
             )
             engine.notes.extend(routing.notes)
         if answers is not None and answers.n_before:
-            engine.notes.append(f"{answers.n_before} more prompts were answered before this run")
+            n_all = answers.n_before + len(prompts)
+            engine.notes.append(f"{answers.n_before} of {n_all} prompts were answered before")
+        if 1 < config.generation.batch_size < len(prompts) and not can_refill(engine.model):
+            engine.notes.append(
+                "this model's cache takes no prompt into a batch that has begun: each batch waits "
+                "for its longest answer"
+            )
         if config.output.nvtx and engine.device.type == "cpu":
             engine.notes.append("--nvtx without a GPU: ranges mark the CPU's work alone")
         if isinstance(source, PreparedModel):
@@ -112,11 +117,10 @@ def run(
             raise
         finally:  # what was done before an error is evidence too
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
-            with told_if_slow("writing reports..."):
-                written = _report(
-                    config, engine, recorder, sampler, conversations, left_out, status, paths,
-                    command, tokenizer, started_unix_s,
-                )  # fmt: skip
+            written = _report(
+                config, engine, recorder, sampler, conversations, left_out, status, paths,
+                command, tokenizer, started_unix_s,
+            )  # fmt: skip
         if answers is not None:
             written.append(answers.path)
         where = ", ".join(str(path) for path in written)
@@ -132,95 +136,13 @@ def run(
     return interruption.exit_code
 
 
-def _open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
+def open_model(options: ModelOptions) -> tuple[PreparedModel | DummyModel, Tokenizer]:
+    """The model that is to be loaded, and its tokenizer."""
     if options.dummy_shape is not None:
         dummy = DummyModel(options)
         return dummy, DummyTokenizer(dummy.config.get_text_config().vocab_size)
     prepared = open_prepared(options)
     return prepared, load_tokenizer(prepared.folder, prepared.config.model_type)
-
-
-def encode_prompts(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    raw: bool,
-    config: PretrainedConfig,
-    left_out: LeftOut,
-) -> list[Encoded]:
-    """Each prompt with its token ids; one that the model cannot take is left out."""
-    encoded = []
-    for prompt in prompts:
-        try:
-            ids = _encode(tokenizer, prompt, raw)
-            require_fitting(ids, config, prompt.name)
-            encoded.append((prompt, ids))
-        except UserError as error:
-            left_out.add(error)
-    return encoded
-
-
-def _encode(tokenizer: Tokenizer, prompt: Prompt, raw: bool) -> list[int]:
-    try:
-        return tokenizer.encode(prompt.text, raw)
-    except UserError as error:
-        raise UserError(f"{prompt.name}: {error}") from error
-
-
-class Conversation:
-    """One prompt and what the model makes of it, up to the first of its stop texts."""
-
-    def __init__(self, prompt: Prompt, record: Generated, tokenizer: Tokenizer) -> None:
-        self.prompt = prompt
-        self.record = record
-        self.text = ""
-        self._n_told = 0
-        self._detokenizer = StreamingDetokenizer(tokenizer)
-
-    def push(self, token: int) -> str:
-        """The text that became certain with `token`; sets the record's `stop` at a stop text."""
-        self._add(self._detokenizer.push(token))
-        return self._told(len(self.text) - self._n_held())
-
-    def finish(self) -> str:
-        """What was held back."""
-        if self.record.stop != "stop":
-            self._add(self._detokenizer.finish())
-        return self._told(len(self.text))
-
-    def _add(self, piece: str) -> None:
-        self.text += piece
-        places = [self.text.find(stop, self._n_told) for stop in self.prompt.options.stop]
-        if found := [place for place in places if place >= 0]:
-            self.text = self.text[: min(found)]
-            self.record.stop = "stop"
-
-    def _n_held(self) -> int:
-        """How many characters at the end may be the beginning of a stop text."""
-        stops = self.prompt.options.stop if self.record.stop != "stop" else ()
-        longest = min(max(map(len, stops), default=1) - 1, len(self.text) - self._n_told)
-        held = (
-            n for n in range(longest, 0, -1) if any(s.startswith(self.text[-n:]) for s in stops)
-        )
-        return next(held, 0)
-
-    def _told(self, end: int) -> str:
-        piece, self._n_told = self.text[self._n_told : end], end
-        return piece
-
-
-def _batches(encoded: Sequence[Encoded], size: int) -> Iterator[Sequence[Encoded]]:
-    """At most `size` prompts at a time: neighbours in the run, of the same settings."""
-    batch: list[Encoded] = []
-    for one in encoded:
-        if batch:
-            last, prompt = batch[-1][0], one[0]
-            follows = prompt.index == last.index + 1 and prompt.options == last.options
-            if len(batch) == size or not follows:
-                yield batch
-                batch = []
-        batch.append(one)
-    if batch:
-        yield batch
 
 
 def run_prompts(
@@ -239,8 +161,8 @@ def run_prompts(
     A single prompt at a time streams to stdout as it is generated, unless responses are hidden.
     """
     size, output = config.generation.batch_size, config.output
-    eos_ids = stop_ids(engine.model, tokenizer.eos_ids)
     stream = size == 1 and not output.hide_responses
+    in_order = output.quiet and not (stream or output.hide_responses)
     on_terminal = stream and sys.stdout.isatty()
     progress = RunProgress(
         [site.block for site in engine.sites],
@@ -249,68 +171,57 @@ def run_prompts(
         streamed=on_terminal,
         logged=not output.quiet,
     )
-    unfinished: dict[int, Conversation] = {}  # of the batch, by their numbers
+    begun: dict[int, Conversation] = {}
+    ids_of = {prompt.index: ids for prompt, ids in encoded}
+    streamed: dict[int, ThinkingView] = {}
+    to_show = deque(prompt.index for prompt, _ in encoded)
+    held: dict[int, str] = {}  # answers that came before those of earlier prompts
 
-    def finish(one: Conversation, shown: bool = stream) -> None:
+    def new_view(one: Conversation) -> ThinkingView:
+        return view_of(ids_of[one.prompt.index], tokenizer, output.hide_thinking)
+
+    def finish(one: Conversation, shown: bool = True) -> None:
         """Its answer is in the files from now on."""
-        rest, record = one.finish(), one.record
-        del unfinished[record.prompt]
+        rest = one.finish()
+        del begun[one.prompt.index]
+        one.shown = new_view(one).finish(one.text)
         conversations.append(one)
         if answers is not None:
-            facts = {
-                "response": one.text,
-                "stop": record.stop,
-                "prompt_tokens": record.n_prompt_tokens,
-                "generated_tokens": len(record.ids),
-                "prefill_s": round(record.token_times_s[0], 6),
-                "decode_s": round(sum(record.token_times_s[1:]), 6),
-            }
-            answers.write(one.prompt, facts)
+            answers.write(one.prompt, one.facts())
         progress.prompt_done()
-        if shown:
-            show(rest, end="\n" if output.quiet else "\n\n")
+        if stream and shown:
+            view = streamed.pop(one.prompt.index, None) or new_view(one)
+            show(view.finish(rest), end="\n" if output.quiet else "\n\n")
+        elif in_order and shown:
+            held[one.prompt.index] = one.shown
+            while to_show and to_show[0] in held:
+                show(held.pop(to_show.popleft()))
 
     def cut_off(shown: bool) -> None:
         """Keep what was begun. A step's last token may be known and its text not told yet."""
-        for one in list(unfinished.values()):
+        for one in list(begun.values()):
             if one.record.stop != "stop":
                 one.record.stop = "interrupted"
             finish(one, shown)
 
+    def on_pass(numbers: Sequence[int], evaluates: bool) -> None:
+        if evaluates:
+            progress.evaluate(len(numbers))
+
     try:
-        for batch in _batches(encoded, size):
-            first, options = batch[0][0].index, batch[0][0].options
-            progress.evaluate(len(batch))
-            n_before = len(conversations)
-            for record, token in generate_batch(
-                engine.model,
-                [ids for _, ids in batch],
-                options,
-                eos_ids=eos_ids,
-                first_prompt=first,
-                on_pass=engine.follow_prompts,
-            ):
-                engine.dispatcher.recorder.token(
-                    record.prompt, record.token_times_s[-1], time.time()
-                )
-                progress.token()  # its bar leaves the terminal before the text comes
-                if record.prompt not in unfinished:
-                    prompt = batch[record.prompt - first][0]
-                    unfinished[record.prompt] = Conversation(prompt, record, tokenizer)
-                    if on_terminal and not output.quiet:
-                        show(f"PROMPT:\n{prompt.shown}\nRESPONSE:")
-                one = unfinished[record.prompt]
-                if token not in eos_ids:
-                    piece = one.push(token)
-                    if stream:
-                        show(piece, end="")
-                if record.stop != "interrupted":
-                    finish(one)
-            if output.quiet and not (stream or output.hide_responses):
-                done = sorted(conversations[n_before:], key=lambda one: one.prompt.index)
-                show("\n".join(one.text for one in done))
+        for one, piece in converse(engine, tokenizer, encoded, size, begun, on_pass):
+            progress.token()  # its bar leaves the terminal before the text comes
+            if on_terminal and not output.quiet and len(one.record.ids) == 1:
+                show(f"PROMPT:\n{one.prompt.shown}\nRESPONSE:")
+            if stream:
+                if one.prompt.index not in streamed:
+                    streamed[one.prompt.index] = new_view(one)
+                view = streamed[one.prompt.index]
+                show(view.push(piece), end="")
+            if one.is_finished:
+                finish(one)
     except KeyboardInterrupt:
-        cut_off(shown=stream)
+        cut_off(shown=True)
         return "interrupted"
     except BrokenPipeError:  # as the text was streamed: nobody reads it any more
         cut_off(shown=False)
@@ -368,7 +279,7 @@ def _report(
     # What was streamed to a terminal stands there already; a file or a pipe gets the whole summary.
     streamed = config.generation.batch_size == 1 and sys.stdout.isatty()
     shown = [] if config.output.hide_responses or streamed else conversations
-    told = [(one.prompt.shown, one.text) for one in shown]
+    told = [(one.prompt.shown, one.shown) for one in shown]
     text = format_summary(summary, conversations=told, notes=notes)
     routing = None
     if recorder.enabled and "routing" in paths:

@@ -112,6 +112,8 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+# What transformers calls an experts module's inputs.
+_INPUTS: Final = ("hidden_states", "top_k_index", "top_k_weights")
 # A layer's calls by the engine: hidden [T, H], ids [T, K], weights [T, K], output [T, H].
 _Calls = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -130,13 +132,20 @@ def check_engine(
     manifest = prepared.manifest
     calls: list[_Calls] = [[] for _ in engine.sites]
 
-    def keep(kept: _Calls, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        hidden, index, weights = inputs
-        tensors = hidden, index, weights, output
+    def keep(
+        kept: _Calls,
+        _: nn.Module,
+        inputs: tuple[Tensor, ...],
+        named: dict[str, Tensor],
+        output: Tensor,
+    ) -> None:
+        tensors = *inputs, *(named[name] for name in _INPUTS[len(inputs) :]), output
         kept.append(tuple(one.detach().to("cpu", copy=True) for one in tensors))  # type: ignore[arg-type]
 
     hooks = [
-        engine.model.get_submodule(site.experts_path).register_forward_hook(partial(keep, kept))
+        engine.model.get_submodule(site.experts_path).register_forward_hook(
+            partial(keep, kept), with_kwargs=True
+        )
         for site, kept in zip(engine.sites, calls, strict=True)
     ]
     # The checkpoint's penalties and suppressed tokens would choose others than the logits do.
@@ -194,8 +203,8 @@ class _Experts(nn.Module):
         super().__init__()
         self._run = run
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self._run(hidden, index, weights)
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self._run(hidden_states, top_k_index, top_k_weights)
 
 
 class _Reference:

@@ -1,4 +1,7 @@
-"""The generation loop: prefill, then decode one token per step until every prompt has stopped."""
+"""The generation loop: each step evaluates prompts that found a place, or adds a token to each row.
+
+A prompt that stops leaves its place to the next that waits, so no batch waits for its longest.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import inspect
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from textwrap import shorten
 from typing import Any, Literal
@@ -25,18 +29,28 @@ from transformers import (
 
 from moe_offload.config import GenerationOptions
 from moe_offload.errors import UserError
-from moe_offload.model.kv_cache import make_cache
+from moe_offload.model.kv_cache import can_join, join, make_cache
 
 _LOWEST_TEMPERATURE = 1e-30  # below, fp32 may take it for zero
 StopReason = Literal["eos", "length", "context", "stop", "interrupted"]
 
 
+@dataclass(frozen=True)
+class Request:
+    """The token ids of a prompt, the number that it is reported by, and how it is answered."""
+
+    number: int
+    ids: Sequence[int]
+    options: GenerationOptions
+
+
 @dataclass
 class Generated:
-    """What one prompt produced; times in seconds, on one clock from the batch's start.
+    """What one prompt produced.
 
-    `token_times_s[i]` is the duration of the step that produced token `i`; the first is the
-    prompt's evaluation (TTFT, shared by the batch).
+    `token_times_s[i]` is the duration, s, of the step that produced token `i`; the first is the
+    prompt's evaluation (TTFT, shared by those evaluated with it). Steps that evaluate other prompts
+    meanwhile are in neither.
     """
 
     prompt: int
@@ -47,17 +61,17 @@ class Generated:
 
 
 class Sampler:
-    """Chooses the next token: greedy at temperature 0, else drawn by its probability.
+    """Chooses a prompt's next token: greedy at temperature 0, else drawn by its probability.
 
     What `options` leave of the probabilities is decided by transformers' own classes, in its order.
-    Each prompt draws from a generator of its own, seeded by the seed and its number, so that its
-    sample depends neither on the prompts beside it nor on those before.
+    The generator is the prompt's own, seeded by the seed and its number, so that its sample depends
+    neither on the prompts beside it nor on those before.
     """
 
-    def __init__(self, options: GenerationOptions, device: torch.device) -> None:
+    def __init__(self, options: GenerationOptions, number: int, device: torch.device) -> None:
         self._options = options
-        self._device = device
-        self._generators: dict[int, torch.Generator] = {}
+        seed = random.Random(f"{options.seed} {number}").getrandbits(63)
+        self._generator = torch.Generator(device).manual_seed(seed)
         self._penalty = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
         self._warpers = LogitsProcessorList()
         if options.top_k > 0:
@@ -67,32 +81,18 @@ class Sampler:
         if options.min_p > 0:
             self._warpers.append(MinPLogitsWarper(options.min_p))
 
-    def choose(self, logits: Tensor, texts: Mapping[int, list[int]]) -> Tensor:
-        """int64 [B] from logits [B, vocabulary]; `texts` are the rows' tokens so far, by prompt."""
+    def choose(self, logits: Tensor, text: Sequence[int]) -> Tensor:
+        """int64 [1] from logits [1, vocabulary]; `text` are the prompt's tokens so far."""
         logits = logits.float()
         if self._options.repetition_penalty != 1:
-            longest = max(map(len, texts.values()))
-            # in one length by repeating a token, which is penalised once all the same
-            ids = [[*text, *text[:1] * (longest - len(text))] for text in texts.values()]
-            logits = self._penalty(torch.tensor(ids, device=self._device), logits)
+            logits = self._penalty(torch.tensor([text], device=logits.device), logits)
         if self._options.temperature == 0:
             return logits.argmax(dim=-1)
         # less the largest first: a tiny temperature would make an infinity of it
         logits = logits - logits.amax(dim=-1, keepdim=True)
         logits = logits / max(self._options.temperature, _LOWEST_TEMPERATURE)
-        rows = self._warpers(None, logits).softmax(dim=-1)
-        return torch.cat(
-            [
-                torch.multinomial(row, 1, generator=self._generator(prompt))
-                for row, prompt in zip(rows, texts, strict=True)
-            ]
-        )
-
-    def _generator(self, prompt: int) -> torch.Generator:
-        if prompt not in self._generators:
-            seed = random.Random(f"{self._options.seed} {prompt}").getrandbits(63)
-            self._generators[prompt] = torch.Generator(self._device).manual_seed(seed)
-        return self._generators[prompt]
+        probabilities = self._warpers(None, logits).softmax(dim=-1)
+        return torch.multinomial(probabilities[0], 1, generator=self._generator)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer_eos: frozenset[int]) -> frozenset[int]:
@@ -174,103 +174,164 @@ def unused_suggestions(suggested: dict[str, Any], options: GenerationOptions) ->
     ]
 
 
-@torch.inference_mode()
 def generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
     *,
     eos_ids: frozenset[int] = frozenset(),
-    first_prompt: int = 0,
-    on_pass: Callable[[Sequence[int]], None] | None = None,
+    on_pass: Callable[[Sequence[int], bool], None] | None = None,
 ) -> Iterator[tuple[Generated, int]]:
-    """Generate for a batch of prompts; yields (prompt's record, token id) as tokens appear.
+    """`generate` for prompts of the same settings, all at once, numbered from 0."""
+    requests = [Request(number, ids, options) for number, ids in enumerate(prompts)]
+    yield from generate(model, requests, len(requests), eos_ids=eos_ids, on_pass=on_pass)
 
-    `prompts` are token ids, left-padded here to one length; prompt `i` is reported as
-    `first_prompt + i`. A prompt that stops leaves the batch. `on_pass` hears, before each
-    forward pass, which prompts are in it. A model that would take padding for text has its prompts
-    one after the other where lengths differ. Raises UserError for a prompt longer than the model's
-    context. The end-of-sequence token is counted and yielded. Records end with their `stop` reason
-    set. Whoever iterates may set it too, to end a prompt by what its text says.
+
+@dataclass
+class _Row:
+    """A prompt that has a place in the batch, and its tokens so far."""
+
+    request: Request
+    record: Generated
+    sampler: Sampler
+    text: list[int]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    batch_size: int,
+    *,
+    eos_ids: frozenset[int] = frozenset(),
+    on_pass: Callable[[Sequence[int], bool], None] | None = None,
+) -> Iterator[tuple[Generated, int]]:
+    """Answer all `requests`, `batch_size` at a time; yields (record, token id) as tokens appear.
+
+    The next prompt in order takes the place of one that stops, where the model's cache can do that
+    (`can_refill`); it is evaluated by itself, then decoded with the others. `on_pass` hears, before
+    each forward pass, which prompts are in it and whether they are evaluated. Raises UserError for
+    a prompt longer than the model's context. The end-of-sequence token is counted and yielded.
+    Records end with their `stop` reason set. Whoever iterates may set it too, to end a prompt by
+    what its text says.
     """
-    for ids in prompts:
-        require_fitting(ids, model.config)
-    if len(set(map(len, prompts))) > 1 and _counts_padding(model.config):
-        for number, ids in enumerate(prompts, start=first_prompt):
-            yield from generate_batch(
-                model, [ids], options, eos_ids=eos_ids, first_prompt=number, on_pass=on_pass
-            )
-        return
+    for one in requests:
+        require_fitting(one.ids, model.config)
     limit = context_length(model.config)
-    sampler = Sampler(options, model.device)
-    active = [Generated(number, len(ids)) for number, ids in enumerate(prompts, start=first_prompt)]
-    texts = {record.prompt: list(ids) for record, ids in zip(active, prompts, strict=True)}
-    inputs, mask, positions = _left_pad(prompts, model.device)
-    cache_name = cache_argument(model)
-    cache = None
-    if model._supports_default_dynamic_cache():  # else the model makes one of its own
-        cache = make_cache(model.config, inputs.shape[1] + options.max_tokens)
+    longest = max((len(one.ids) + one.options.max_tokens for one in requests), default=0)
+    cache_name, refilled = cache_argument(model), can_refill(model)
+    waiting = deque(requests)
+    rows: list[_Row] = []
+    cache: Any = None
+    width = 0  # the tokens of a row in the cache, with its padding: all of its text but the last
     started = time.perf_counter()
-    while True:
+    while waiting or rows:
+        n_free = batch_size - len(rows) if refilled or not rows else 0
+        newcomers = _newcomers(model, waiting, rows, n_free)
+        if newcomers:
+            in_pass, n_last = newcomers, max(len(row.text) for row in newcomers)
+            pass_cache, pass_width = None, n_last
+            if model._supports_default_dynamic_cache():  # else the model makes one of its own
+                pass_cache = make_cache(model.config, longest)
+        else:
+            in_pass, n_last, pass_cache, pass_width = rows, 1, cache, width + 1
         if on_pass is not None:
-            on_pass([record.prompt for record in active])
+            on_pass([row.record.prompt for row in in_pass], bool(newcomers))
+        texts = [row.text for row in in_pass]
+        inputs, mask, positions = _left_pad(texts, pass_width, n_last, model.device)
         output: Any = model(
             input_ids=inputs,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **{cache_name: cache},
+            **{cache_name: pass_cache},
         )
-        logits, cache = output.logits[:, -1], output[cache_name]
-        _require_finite(logits, active)
-        tokens = sampler.choose(logits, {one.prompt: texts[one.prompt] for one in active})
-        chosen = tokens.tolist()
+        logits, pass_cache = output.logits[:, -1], output[cache_name]
+        _require_finite(logits, [row.record for row in in_pass])
+        each = zip(in_pass, logits.split(1), strict=True)
+        chosen = torch.cat([row.sampler.choose(one, row.text) for row, one in each]).tolist()
         now = time.perf_counter()
-        for record, token in zip(active, chosen, strict=True):
-            texts[record.prompt].append(token)
-            record.ids.append(token)
-            record.token_times_s.append(now - started)
-            record.stop = _stop_reason(record, eos_ids, options.max_tokens, limit)
+        for row, token in zip(in_pass, chosen, strict=True):
+            row.text.append(token)
+            row.record.ids.append(token)
+            row.record.token_times_s.append(now - started)
+            row.record.stop = _stop_reason(row, eos_ids, limit)
         started = now
-        yield from zip(active, chosen, strict=True)
-        keep = [row for row, record in enumerate(active) if record.stop == "interrupted"]
-        if not keep:
-            return
-        if len(keep) < len(active):
-            rows = torch.tensor(keep, device=model.device)
-            cache.batch_select_indices(rows)
-            mask = None if mask is None else mask[rows]
-            active, tokens, positions = [active[row] for row in keep], tokens[rows], positions[rows]
-        inputs, positions = tokens[:, None], positions[:, -1:] + 1
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        for row, token in zip(in_pass, chosen, strict=True):
+            yield row.record, token
+        keep = [n for n, row in enumerate(in_pass) if row.record.stop == "interrupted"]
+        if 0 < len(keep) < len(in_pass):
+            # not batch_select_indices, which layers of recurrent states do not have
+            pass_cache.reorder_cache(torch.tensor(keep, device=model.device))
+        kept = [in_pass[n] for n in keep]
+        if not newcomers or not rows:
+            rows, cache, width = kept, pass_cache, pass_width
+        elif kept:
+            rows = rows + kept
+            width = max(len(row.text) for row in rows) - 1
+            join(cache, pass_cache, width)
 
 
-def _stop_reason(
-    record: Generated, eos_ids: frozenset[int], max_tokens: int, limit: int | None
-) -> StopReason:
-    if record.ids[-1] in eos_ids:
+def can_refill(model: PreTrainedModel) -> bool:
+    """Whether a prompt can take a place in a batch that is being decoded."""
+    return model._supports_default_dynamic_cache() and can_join(make_cache(model.config, 1))
+
+
+def _newcomers(
+    model: PreTrainedModel, waiting: deque[Request], rows: Sequence[_Row], n_free: int
+) -> list[_Row]:
+    """The next of those that wait, for at most `n_free` places beside `rows`."""
+    equal = _counts_padding(model.config)
+    found: list[_Row] = []
+    while waiting and len(found) < n_free:
+        beside = [row.request for row in (*rows, *found)]
+        if beside and _needs_batch_of_its_own(model.config, beside[0], waiting[0]):
+            break
+        if equal and found and len(found[0].text) != len(waiting[0].ids):
+            break
+        one = waiting.popleft()
+        sampler = Sampler(one.options, one.number, model.device)
+        found.append(_Row(one, Generated(one.number, len(one.ids)), sampler, list(one.ids)))
+    return found
+
+
+def _needs_batch_of_its_own(config: PretrainedConfig, *requests: Request) -> bool:
+    """Whether one of `requests` may reach positions that change the embedding of all in its batch.
+
+    That is longrope's: beyond `original_max_position_embeddings` other factors hold (Phi-3.5-MoE).
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return False
+    trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    return any(len(one.ids) + one.options.max_tokens > trained for one in requests)
+
+
+def _stop_reason(row: _Row, eos_ids: frozenset[int], limit: int | None) -> StopReason:
+    if row.text[-1] in eos_ids:
         return "eos"
-    if len(record.ids) >= max_tokens:
+    if len(row.record.ids) >= row.request.options.max_tokens:
         return "length"
-    if limit is not None and record.n_prompt_tokens + len(record.ids) >= limit:
+    if limit is not None and len(row.text) >= limit:
         return "context"
     return "interrupted"
 
 
 def _left_pad(
-    prompts: Sequence[Sequence[int]], device: torch.device
+    texts: Sequence[Sequence[int]], width: int, n_last: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """int64 [B, S]: the ids, a mask with 0 for padding, and each token's number in its prompt.
+    """The last `n_last` tokens of texts that are padded on the left to `width`.
 
-    No mask where nothing is padded: that spares every step the look at it.
+    int64: the ids [B, n_last], a mask [B, width] with 0 for padding, and the tokens' numbers in
+    their text [B, n_last]. No mask where nothing is padded: that spares every step the look at it.
     """
-    longest = max(map(len, prompts))
-    padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompts]
-    positions = torch.arange(longest) - torch.tensor([[longest - len(ids)] for ids in prompts])
-    mask = (positions >= 0).long().to(device) if (positions < 0).any() else None
-    return torch.tensor(padded, device=device), mask, positions.clamp(min=0).to(device)
+    ids = [[0] * (n_last - len(text)) + list(text[-n_last:]) for text in texts]
+    places = torch.arange(width) - torch.tensor([[width - len(text)] for text in texts])
+    mask = (places >= 0).long().to(device) if places[:, 0].min() < 0 else None
+    positions = places[:, -n_last:].clamp(min=0)
+    return torch.tensor(ids, device=device), mask, positions.to(device)
 
 
 def _counts_padding(config: PretrainedConfig) -> bool:

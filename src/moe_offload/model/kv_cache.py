@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _FEWEST_SPARE_TOKENS = 256
 _SPARE_PART = 8  # 1/8 of the tokens held, so that copies per token stay constant
@@ -24,6 +24,37 @@ def make_cache(config: PretrainedConfig, max_tokens: int) -> DynamicCache:
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(max_tokens)
     return cache
+
+
+def can_join(cache: DynamicCache) -> bool:
+    """Whether `join` knows all layers: those of full attention and of sliding windows."""
+    return all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def join(cache: DynamicCache, other: DynamicCache, width: int) -> None:
+    """Add the rows of `other` to those of `cache`, all padded or cropped on the left to `width`.
+
+    What is padded is zero, which attention has to mask; what is cropped has to be padding.
+    """
+    for layer, added in zip(cache.layers, other.layers, strict=True):
+        if not layer.is_initialized:  # it shares another's keys
+            continue
+        held = width
+        if layer.is_sliding:
+            layer.cumulative_length = width
+            held = min(width, layer.sliding_window - 1)
+        layer.keys = _joined(layer.keys, added.keys, held)
+        layer.values = _joined(layer.values, added.values, held)
+
+
+def _joined(rows: Tensor, added: Tensor, width: int) -> Tensor:
+    """[B + A, heads, width, D] of [B, heads, S, D] and [A, heads, R, D], their ends aligned."""
+    batch, heads, _, size = rows.shape
+    joined = rows.new_zeros(batch + len(added), heads, width, size)
+    for start, part in ((0, rows), (batch, added)):
+        part = part[:, :, -width:]
+        joined[start : start + len(part), :, width - part.shape[2] :] = part
+    return joined
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types

@@ -23,7 +23,6 @@ _TEMPLATE_S = 10.0
 _TEMPLATE_BYTES = 1 << 30
 _TEMPLATE_CHARACTERS = 1 << 20
 _OWN_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-_LFS_POINTER = b"version https://git-lfs"
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
 
 Message = Mapping[str, str]  # of a chat: its role (system, user, assistant) and its content
@@ -209,10 +208,7 @@ def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
     with a tokenizer and a template beside it that agree with it. A fine-tune with other tokens or
     another template keeps its own. UserError when the folder holds no usable tokenizer.
     """
-    for pattern in COMPANIONS:  # the libraries would read any of these whole
-        for path in folder.glob(pattern):
-            if path.exists() and not path.is_dir():
-                require_regular(path, LARGEST_JSON_BYTES)
+    _require_regular_files(folder)
     mistrals_file = _mistral_file(folder, model_type)
     if mistrals_file is None:
         return CheckpointTokenizer(folder)
@@ -236,22 +232,21 @@ def check_tokenizer(folder: Path, model_type: str) -> None:
     Mistral's are read where no other could be meant; of others only what needs no library is looked
     at.
     """
-    for path in sorted(folder.glob("tokenizer*")):
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise UserError(
-                f"{path} is a git-lfs pointer, not the file itself: run git lfs pull there, or "
-                "download it again"
-            )
+    _require_regular_files(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
     mistrals = _mistral_file(folder, model_type)
     if mistrals is not None and not any((folder / name).is_file() for name in _OWN_FILES):
         MistralTokenizer(mistrals)
+
+
+def _require_regular_files(folder: Path) -> None:
+    """UserError for a file beside the weights that the libraries could not read whole."""
+    for pattern in COMPANIONS:
+        for path in folder.glob(pattern):
+            if path.exists() and not path.is_dir():
+                require_regular(path, LARGEST_JSON_BYTES)
 
 
 def _said(error: Exception) -> str:

@@ -2,7 +2,7 @@
 //
 // Layout of weights: fp32, bf16 and fp8 (e4m3, finite) are row-major [rows, cols]. int8, int4 and
 // mxfp4 are tiles of 16 rows by groups of 32 columns (RB = rows / 16, G = cols / 32, both rounded
-// up; what pads is zero):
+// up; activations are zero where columns pad):
 //   int8          [RB, G, 8, 16, 4]  row rb*16 + r, column g*32 + s*4 + j at [rb, g, s, r, j]
 //   int4, mxfp4   [RB, G, 4, 16, 4]  low nibble of column g*32 + s*4 + j, high nibble of column + 16
 // A level is q = u - 128 of int8 as a signed byte and u = q + 8 of int4; mxfp4 is E2M1.
