@@ -11,7 +11,7 @@ from pathlib import Path
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import is_hub_name, require_source
 from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
-from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS
+from moe_offload.config import DENSE_FORMATS, PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say, show
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--input-path",
         type=a_path,
         required=True,
-        help="the checkpoint's folder, or its name on the hub, such as openai/gpt-oss-20b, which "
-        "huggingface_hub then downloads into its cache",
+        help="the checkpoint's folder, a GGUF file, or a model's name on the hub, such as "
+        "openai/gpt-oss-20b, which huggingface_hub then downloads into its cache",
     )
     parser.add_argument(
         "--revision", help="with a name of the hub: a branch, tag or commit (default main)"
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--hf",
         action="store_true",
         help="the input is a Hugging Face folder (config.json with safetensors or "
-        "pytorch_model*.bin); without it: Mistral's native one (params.json with consolidated*)",
+        "pytorch_model*.bin); without it: Mistral's native one (params.json with consolidated*); "
+        "a GGUF file is known by its name",
     )
     parser.add_argument(
         "--expert-dtype",
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--dense-dtype",
-        choices=("auto", *WEIGHT_FORMATS),
+        choices=("auto", *DENSE_FORMATS),
         default="auto",
         help="how the rest is stored: auto is bf16, or fp32 with --expert-dtype fp32; "
         f"{' and '.join(PACKED_FORMATS)} pack the matrices of attention, shared experts and LM "
