@@ -223,6 +223,7 @@ BAD_FLAGS = [
     ("--batch-size 0", "--batch-size of at least"),
     (f"--batch-size 1{'0' * 400}", "--batch-size of at most"),
     ("--n-prompts 0", "--n-prompts of at least 1"),
+    ("--n-prompts 1000000000", "--n-prompts of at most 10000000, found 1000000000"),
     ("--cache-nblocks -1", "found -1"),
     ("--cache-nblocks 2", "both positive"),
     ("--cache-quota -1", "--cache-quota of at"),

@@ -121,9 +121,7 @@ def _sentence(error: Exception) -> object:
     if isinstance(error, (UserError, OSError)):
         return error
     if isinstance(error, MemoryError):
-        return (
-            "no memory is left: end other programs, or raise the limit (ulimit -v, a container's)"
-        )
+        return "no memory is left: end other programs, or raise the limit that is set"
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":  # Python's words
         return FEW_THREADS
     return None
