@@ -345,6 +345,9 @@ def load_engine(
     )
     for site in sites:
         model.set_submodule(site.experts_path, MoeExperts(dispatcher, site.layer))
+        block: Any = site.block
+        # transformers' mark: Qwen3-Omni's own initialisation would ask for the experts' parameters
+        block._is_hf_initialized = True
     total_bytes = source.dense_bytes + store.total_bytes
     with byte_bar(f"loading {source.name}", total_bytes) as advance:
         source.load_dense(model, device, advance)
