@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf_models import write_gguf
-from gguf_types import PLAIN, random_blocks
+from plain_gguf import PLAIN, random_blocks
 from refusals import refusal
 
 from moe_offload.checkpoint.folders import gguf_parts

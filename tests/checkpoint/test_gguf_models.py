@@ -20,7 +20,7 @@ from against_transformers import N_TOKENS, greedy, prepared, prompt_ids
 from cpu_oracle import unpack_block
 from gguf import GGMLQuantizationType as Type
 from gguf_models import with_stored_weights, write_gguf
-from gguf_types import PLAIN, random_blocks
+from plain_gguf import PLAIN, random_blocks
 from refusals import refusal
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""What `weights_preprocessor.py` says to a checkpoint that it refuses."""
+"""What the preprocessor says of a checkpoint that it does not take."""
 
 from __future__ import annotations
 

@@ -14,13 +14,14 @@ from plotted import is_drawn
 from written_trace import write_trace
 
 from moe_offload.commands import draw, simulate
+from moe_offload.config import CacheOptions
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
 from moe_offload.simulation.replay import replay
 from moe_offload.simulation.shapes import load_shape
 from moe_offload.simulation.traces import RoutingPass, TraceInfo
-from moe_offload.simulation.tuning import Setting, grid, sweep
+from moe_offload.simulation.tuning import grid, sweep
 from moe_offload.simulation.workload import even_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,13 +237,23 @@ def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
         assert row["synthetic"] == "True"
         assert float(row["hit_expert"]) <= float(row["bound_bypass"]) + 1e-9
         if row["policy"] != "RANDOM":
-            setting = Setting(int(row["n_indexes"]), int(row["n_ways"]), row["policy"])
+            n, m = int(row["n_indexes"]), int(row["n_ways"])
+            setting = CacheOptions(n, m, policy=row["policy"])
             (again,) = sweep(trace, [setting])
             assert float(row["hit_expert"]) == pytest.approx(again.hit_expert, abs=1e-3)
         assert row["tokens_per_s"] == row["bound_tokens_per_s"] == row["fits"] == ""
     assert is_drawn(folder / "sweep.png")
     assert (folder / "sweep.pdf").read_bytes().startswith(b"%PDF")
     assert "N = 4" in (folder / "sweep.svg").read_text()  # as text
+
+
+def test_tune_keeps_to_the_format_that_is_asked_for(capsys):
+    out = printed(
+        capsys, "--model", "olmoe-1b-7b", "--synthetic", "20", "--tune", "--hardware", HARDWARE,
+        "--memory-gb", "1", "--expert-dtype", "int8",
+    )  # fmt: skip
+    assert "experts in int8" in out
+    assert not re.search("^(bf16|int4)", out, flags=re.M)
 
 
 def test_tune_prints_a_front_and_the_flags_to_use(capsys):

@@ -26,7 +26,6 @@ from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.tuning import (
-    Setting,
     grid,
     run_setting,
     sweep,
@@ -71,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
     machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
     machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
-    machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
+    machine.add_argument(
+        "--expert-dtype",
+        choices=FAST_FORMATS,
+        help="the experts' format (default bf16; of --tune: all of them)",
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
         "--sweep", action="store_true", help="N x M x policy: sweep.csv, .png, .pdf and .svg"
@@ -106,10 +109,10 @@ class _Host:
         """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
         return self.machine.gpu.memory_gb * 1e9 - self.shape.dense_bytes() - GPU_RESERVE_BYTES
 
-    def require_memory(self, setting: Setting) -> None:
+    def require_memory(self, cache: CacheOptions) -> None:
         """UserError for more slots than the GPU can hold."""
         block_bytes = self.shape.block_bytes(self.weight_format)
-        n_slots = setting.n_indexes * setting.n_ways
+        n_slots = cache.n_slots
         if n_slots * block_bytes > self.cache_bytes:
             raise UserError(
                 f"expected at most {max(0, int(self.cache_bytes // block_bytes))} slots beside "
@@ -142,7 +145,7 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
         for name, (n_indexes, n_ways) in CACHES.items():
             host = _Host(machine, load_shape(name), "bf16")
-            host.require_memory(Setting(n_indexes, n_ways, "LRU"))
+            host.require_memory(CacheOptions(n_indexes, n_ways))
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -159,13 +162,14 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        on = _Host(machine, shape, options.expert_dtype)
-    elif options.expert_dtype != "bf16" and shape is None:
+        on = _Host(machine, shape, options.expert_dtype or "bf16")
+    elif options.expert_dtype is not None and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
         if on is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
-        _tune(trace, on, options.memory_gb)
+        formats = FAST_FORMATS if options.expert_dtype is None else (options.expert_dtype,)
+        _tune(trace, on, options.memory_gb, formats)
     elif options.sweep:
         _sweep(trace, on, options.output_dir)
     else:
@@ -226,35 +230,36 @@ def _one_setting(
             "expected --cache-nblocks and --cache-nways, found none; give them, or --sweep, --tune "
             "or --paper"
         )
+    asked = f"{cache.n_indexes} x {cache.n_ways}"
     # The part of the cache that the trace's model can use, as the engine cuts it.
-    n_indexes = min(cache.n_indexes, trace.n_layers)
-    n_ways = min(cache.n_ways, trace.n_experts)
-    if (n_indexes, n_ways) != (cache.n_indexes, cache.n_ways):
+    n_indexes, n_ways = min(cache.n_indexes, trace.n_layers), min(cache.n_ways, trace.n_experts)
+    cache = replace(cache, n_indexes=n_indexes, n_ways=n_ways)
+    if asked != f"{n_indexes} x {n_ways}":
         print(
-            f"note: cache {cache.n_indexes} x {cache.n_ways} cut to {n_indexes} x {n_ways}: the "
-            f"trace has {trace.n_layers} MoE layers of {trace.n_experts} experts"
+            f"note: cache {asked} cut to {n_indexes} x {n_ways}: the trace has {trace.n_layers} "
+            f"MoE layers of {trace.n_experts} experts"
         )
     if n_ways < trace.info.top_k:
         print(
             f"warning: {n_ways} ways hold fewer than the top-{trace.info.top_k} "
             "experts of one token: most of what is fetched is evicted unused"
         )
-    setting = Setting(n_indexes, n_ways, cache.policy, cache.quota)
     if on is not None:
-        on.require_memory(setting)
-    result = run_setting(trace, setting, None if on is None else on.costs)
-    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype)
-    _print_hits(trace, setting, result, block_bytes)
+        on.require_memory(cache)
+    result = run_setting(trace, cache, None if on is None else on.costs)
+    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype or "bf16")
+    _print_hits(trace, cache, result, block_bytes)
     if on is not None:
         _print_times(result, on)
 
 
-def _print_hits(trace: Trace, setting: Setting, result: Replay, expert_bytes: int | None) -> None:
-    slots = setting.n_indexes * setting.n_ways
-    size = f", {slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
+def _print_hits(
+    trace: Trace, cache: CacheOptions, result: Replay, expert_bytes: int | None
+) -> None:
+    size = f", {cache.n_slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
     print(
-        f"cache: {setting.n_indexes} indexes x {setting.n_ways} ways, {setting.policy}, quota "
-        f"{setting.quota}: {slots} slots{size}"
+        f"cache: {cache.n_indexes} indexes x {cache.n_ways} ways, {cache.policy}, quota "
+        f"{cache.quota}: {cache.n_slots} slots{size}"
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:
@@ -327,7 +332,7 @@ def _sweep(trace: Trace, on: _Host | None, output_dir: Path) -> None:
     print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
-def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
+def _tune(trace: Trace, on: _Host, memory_gb: float | None, formats: Sequence[str]) -> None:
     memory_bytes, machine = on.cache_bytes, on.machine
     if memory_bytes < 0:
         raise UserError(
@@ -337,7 +342,7 @@ def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
     if memory_gb is not None:
         require_range("--memory-gb", memory_gb, 0, memory_bytes / 1e9)
         memory_bytes = memory_gb * 1e9
-    costs = {name: machine.cost_model(on.shape, name) for name in FAST_FORMATS}
+    costs = {name: machine.cost_model(on.shape, name) for name in formats}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )

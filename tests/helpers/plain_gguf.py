@@ -1,4 +1,4 @@
-"""GGUF's quantised types: each decoded by a plain loop over its block, and random blocks."""
+"""Every GGUF type decoded byte by byte, as its format says, and blocks of random codes."""
 
 from __future__ import annotations
 
