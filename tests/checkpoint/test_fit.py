@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from against_transformers import greedy
 from safetensors.torch import load_file, save_file
 
 from moe_offload.checkpoint.block import block_layout
@@ -242,3 +244,65 @@ def test_a_changed_value_with_the_checksum_left_is_damaged(folder: Path, tmp_pat
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="its checksum does not match"):
         load_model(tmp_path, device="cpu")
+
+
+def test_a_config_does_not_say_what_a_pass_returns(folder: Path, tmp_path: Path) -> None:
+    asked = {"return_dict": False, "output_hidden_states": "all", "output_attentions": True}
+    model = load_model(changed(folder, tmp_path, lambda m: m["config"].update(asked)), device="cpu")
+    found = model(torch.tensor([[5, 9, 33]]))
+    model.engine.close()
+    assert found.logits.shape == (1, 3, 96)
+    assert found.hidden_states is None and found.attentions is None
+
+
+VALUES: list[Any] = [
+    *(None, True, False, -1, 0, 1, 2**31, 2**63, 2**70, -(2**70), 0.5, 1e308, -1e308),
+    *(float("nan"), float("inf"), "", "x", "0", "../../etc/passwd", "/dev/zero", "\0", "\ud800"),
+    *("A" * 5000, [], {}, [[]], [None], ["a"] * 10, {"__float__": "Infinity"}, {"__float__": "x"}),
+]
+
+
+def places(value: Any) -> Iterator[tuple[Any, ...]]:
+    """Where everything inside a JSON value is, as keys and positions from the outside in."""
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield (key,)
+            yield from ((key, *inner) for inner in places(value[key]))
+
+
+@pytest.mark.parametrize("n_cases", [60, pytest.param(4000, marks=pytest.mark.nightly)])
+def test_a_manifest_of_random_values_runs_or_is_a_sentence(
+    n_cases: int, folder: Path, tmp_path: Path
+) -> None:
+    """Any value anywhere, checksum left out: as a person's edit, or another program's."""
+    chance = random.Random(14)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    by_kind: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for place in places(manifest):  # a tensor's fields are not to drown the config's
+        kind = tuple("#" if isinstance(key, int) else key for key in place)
+        by_kind.setdefault(kind, []).append(place)
+    kinds = sorted(by_kind)
+    n_refused = 0
+    for case in range(n_cases):
+        *parents, last = place = chance.choice(by_kind[kinds[chance.randrange(len(kinds))]])
+        value = chance.choice(VALUES)
+
+        def put(manifest: dict[str, Any]) -> None:
+            holder: Any = manifest
+            for key in parents:  # noqa: B023 (called at once)
+                holder = holder[key]
+            holder[last] = value  # noqa: B023
+
+        changed(folder, tmp_path, put)
+        try:
+            model = load_model(tmp_path, device="cpu")
+            try:
+                assert len(greedy(model, [[5, 9, 33]], 2)[0]) == 2
+            finally:
+                model.engine.close()
+        except UserError as error:
+            n_refused += 1
+            assert "\n" not in str(error), (case, place, value)
+        except Exception as error:
+            raise AssertionError(f"case {case}: {place} := {value!r:.60}") from error
+    assert n_refused > n_cases // 2

@@ -165,3 +165,30 @@ def test_broken_native_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "holds no weights" in error_of(folder, capsys)
     (folder / "params.json").write_text("{")
     assert "params.json is damaged" in error_of(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("doubled", "weight"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        (
+            "layers.1.block_sparse_moe.gate.weight",
+            "model.layers.1.block_sparse_moe.gate.weight",
+        ),
+        (
+            "layers.0.block_sparse_moe.experts.3.w2.weight",
+            "model.layers.0.block_sparse_moe.experts.3.w2.weight",
+        ),
+        ("layers.0.block_sparse_moe.w1", "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
+    ],
+)
+def test_a_weight_under_two_names(
+    doubled: str, weight: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which of the two is the model's is not to be guessed."""
+    model = tiny_models.build_model(tiny_models.mixtral())
+    folder = tiny_models.write_native(model, tmp_path / "native")
+    config = model.config
+    stacked = torch.ones(config.num_local_experts * config.intermediate_size, config.hidden_size)
+    torch.save({doubled: stacked}, folder / "consolidated.01.pth")
+    assert f"is a second {weight}: " in error_of(folder, capsys)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
@@ -30,20 +31,6 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def hub(model: PreTrainedModel, tmp_path: Path) -> Path:
     return tiny_models.write_hub(model, tmp_path / "source", "20KB")
-
-
-def refusal(
-    capsys: pytest.CaptureFixture[str], source: Path, *flags: str, output: Path | None = None
-) -> str:
-    """The one line on stderr."""
-    output = source.parent / "out" if output is None else output
-    capsys.readouterr()
-    assert prepare.main(["--input-path", str(source), "--output-path", str(output), *flags]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1, captured.err
-    assert not (output / "manifest.json").exists()
-    return captured.err
 
 
 def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,25 +232,6 @@ def test_unsupported_flag_is_named(changes: dict[str, object], message: str) -> 
     assert [module.name for module in find_experts(nn.ModuleDict({"x": Experts()}))] == ["x"]
 
 
-@pytest.mark.parametrize(
-    ("method", "remedy"),
-    [
-        ("mxfp4", "Mxfp4Config(dequantize=True)"),
-        ("fp8", "FineGrainedFP8Config(dequantize=True)"),
-        ("bitsandbytes", "its dequantize()"),
-        ("gptq", "download the unquantised model\n"),
-    ],
-)
-def test_quantised_checkpoint(
-    method: str, remedy: str, hub: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = hub / "config.json"
-    config = {**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}
-    path.write_text(json.dumps(config))
-    message = refusal(capsys, hub, "--hf")
-    assert f"is quantised ({method})" in message and remedy in message
-
-
 @pytest.mark.parametrize("depth", [0, -1, 1001, 10**9, 1e300])
 def test_a_depth_that_no_model_has(
     depth: float, hub: Path, capsys: pytest.CaptureFixture[str]
@@ -277,7 +245,7 @@ def test_a_depth_that_no_model_has(
 def test_a_window_of_nothing(window: int, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = hub / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": window}))
-    assert "expected sliding_window of 1 or more" in refusal(capsys, hub, "--hf")
+    assert "expected sliding_window of 1 to " in refusal(capsys, hub, "--hf")
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,9 +257,7 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     assert "a LoRA adapter, not a model: merge it" in refusal(capsys, folder, "--hf")
     (folder / "adapter_config.json").unlink()
     (folder / "mixtral.Q4_K_M.gguf").write_bytes(b"GGUF")
-    assert "GGUF files, another program's format" in refusal(capsys, folder, "--hf")
-    message = refusal(capsys, Path("mistralai/Mixtral-8x7B-v0.1"), "--hf", output=tmp_path / "out")
-    assert "hf download mistralai/Mixtral-8x7B-v0.1 --local-dir" in message
+    assert "truncated, damaged or no GGUF file" in refusal(capsys, folder, "--hf")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model-00002-of-00009.safetensors"])
@@ -336,9 +302,11 @@ def test_a_source_that_changes_while_it_is_read(
     shard = sorted(hub.glob("model-*.safetensors"))[-1]
     iterate = SourceCheckpoint.iterate_experts
 
-    def rewritten(source: SourceCheckpoint, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
+    def rewritten(
+        source: SourceCheckpoint, module: ExpertsModule, units: bool
+    ) -> Iterator[dict[str, Tensor]]:
         os.utime(shard, ns=(1, 1))
-        return iterate(source, module)
+        return iterate(source, module, units)
 
     with monkeypatch.context() as patch:
         patch.setattr(SourceCheckpoint, "iterate_experts", rewritten)
@@ -391,7 +359,7 @@ def test_fp8_tensors_without_a_quantisation_config(
         ("{", "config.json is damaged"),
         ("[" * 100_000, "config.json is damaged"),
         ("[1]", "found list"),
-        ('{"quantization_config": "fp8"}', "is quantised (an unknown method)"),
+        ('{"quantization_config": "fp8"}', "is quantised with an unknown method"),
         ('{"model_type": "no_such_model"}', "transformers cannot use"),
         ('{"model_type": "bert"}', "holds no weights"),
     ],

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from written_trace import write_trace
 
-from moe_offload.simulation.traces import RoutingPass, TraceInfo, write_trace
+from moe_offload.simulation.traces import RoutingPass, TraceInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,17 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_offload.checkpoint.block import block_layout
-from moe_offload.engine import calibration
+from moe_offload.engine import calibration, probes
 from moe_offload.engine.calibration import (
     MAX_AGE_S,
     Calibration,
     MachineCosts,
-    copier,
-    cpu_runner,
-    dense_costs,
-    gpu_runner,
     predicted_step_us,
 )
+from moe_offload.engine.probes import copier, cpu_runner, dense_costs, gpu_runner
 from moe_offload.engine.timing import Steadiness
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import LayerEvent, Recorder
@@ -73,8 +70,8 @@ def test_the_head_is_a_steps_and_not_a_layers(
         nonlocal now_s
         now_s += 5.0
 
-    monkeypatch.setattr("moe_offload.engine.calibration.time.perf_counter", lambda: now_s)
-    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.0)
+    monkeypatch.setattr("moe_offload.engine.probes.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr(probes, "_STEP_BUDGET_S", 0.0)
     assert dense_costs(step, blocks, experts) == pytest.approx(expected)
     assert not any(block._forward_pre_hooks for block in blocks)
 

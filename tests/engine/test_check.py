@@ -10,7 +10,9 @@ import pytest
 import torch
 from against_transformers import prepared, prompt_ids
 from tiny_models import build_model, mixtral, qwen3_moe, write_hub
+from torch import Tensor
 from transformers import GenerationConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from moe_offload.checkpoint.prepared import checksum, read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
@@ -73,6 +75,18 @@ def test_an_architecture_with_another_router_is_right(tmp_path: Path) -> None:
     source = write_hub(build_model(qwen3_moe(), dtype=torch.bfloat16), tmp_path / "source")
     found = check(prepared(source, tmp_path / "prepared", "--hf"), source)
     assert found.is_right, list(found.lines())
+
+
+def test_experts_that_are_called_by_keyword(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rows = hidden_states.flatten(0, 1)
+        _, weights, index = self.gate(rows)
+        out = self.experts(hidden_states=rows, top_k_weights=weights, top_k_index=index)
+        return out.view(hidden_states.shape)
+
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", forward)
+    source, folder = folders
+    assert check(folder, source).is_right
 
 
 def test_a_checkpoints_penalties_do_not_make_it_wrong(folders) -> None:

@@ -17,7 +17,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import calibration
+from moe_offload.engine import calibration, probes
 from moe_offload.engine import engine as engine_module
 from moe_offload.engine.calibration import MachineCosts, predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine
@@ -318,7 +318,7 @@ def test_an_aborted_pass_leaves_nothing(folder: Path) -> None:
 def test_calibrating_leaves_the_cached_experts_in_their_slots(
     interrupted: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr(probes, "_STEP_BUDGET_S", 0.01)
     with open_engine(folder, Recorder(), n_indexes=4, n_ways=8) as engine, torch.inference_mode():
         assert engine.accelerator is not None
         cache, fetcher = engine.accelerator.cache, engine.accelerator.fetcher

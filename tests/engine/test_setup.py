@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from against_transformers import prepared
 from tiny_models import CONFIGS, build_model, write_hub
+from written_trace import write_trace
 
 from moe_offload.checkpoint.block import block_layout
 from moe_offload.checkpoint.prepared import read_manifest
@@ -22,7 +23,6 @@ from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.model.loader import PreparedModel
-from moe_offload.simulation.traces import write_trace
 from moe_offload.simulation.workload import even_workload
 
 

@@ -1,6 +1,7 @@
 """The cost model against hand arithmetic and against trying every assignment."""
 
 import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,29 @@ def test_one_side_is_a_straight_line_and_nothing_costs_nothing():
     assert COST.copy_us(shared=True) == 2010
 
 
+def copied_of(
+    cost: CostModel, counts: Sequence[int], cached: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Of a prompt with `counts[e]` tokens on expert e."""
+    chosen = {e: n for e, n in enumerate(counts) if n}
+    missed = {e: n for e, n in chosen.items() if e not in cached}
+    return cost.split({e: n for e, n in chosen.items() if e in cached}, missed)
+
+
+def layer_us(
+    cost: CostModel, counts: Sequence[int], cached: Collection[int], copied: Collection[int]
+) -> float:
+    """The time of a layer whose `copied` experts the GPU computes beside the cached ones."""
+    chosen = [e for e, n in enumerate(counts) if n]
+    on_cpu = [counts[e] for e in chosen if e not in cached and e not in copied]
+    on_gpu = [counts[e] for e in chosen if e in cached or e in copied]
+    cpu_us, copies_us = cost.overlap_us(cost.cpu_us(on_cpu), len(copied))
+    gpu_us = cost.gpu.us_of(on_gpu)
+    if copied:
+        gpu_us = max(gpu_us, copies_us + cost.gpu.us(1, min(counts[e] for e in copied)))
+    return max(gpu_us, cpu_us)
+
+
 def test_few_tokens_cost_what_was_measured_and_many_a_straight_line():
     side = SideCost(20, 200, 10, few=((1, 600.0), (5, 700.0), (50, 700.0)))
     assert [side.one_us(n) for n in (1, 2, 5, 20, 50, 100)] == [600, 625, 700, 700, 700, 1200]
@@ -37,7 +61,7 @@ def test_few_tokens_cost_what_was_measured_and_many_a_straight_line():
     assert side.us_of([1, 2, 100]) == 20 + 600 + 625 + 1200
     cost = replace(COST, cpu=side)
     assert cost.decode_layer_us(0, 2, copying=False) == 70 + 20 + 2 * 600
-    assert cost.split_prefill([1, 2], cached=()).cpu_us == 20 + 600 + 625
+    assert cost.cpu_us([1, 2]) == 20 + 600 + 625
 
 
 def test_decode_layer_overlaps_its_sides():
@@ -77,45 +101,32 @@ def test_sharing_slows_both_sides_only_while_both_run():
 
 
 def test_short_prompts_stay_off_the_bus_and_long_ones_use_both_sides():
-    assert COST.split_prefill([1, 0, 1], cached=()).cpu_experts == (0, 2)  # 1420 < one copy
-    split = COST.split_prefill([400, 30, 300, 0, 2], cached=())
+    assert copied_of(COST, [1, 0, 1]) == ()  # 1420 < one copy
     # CPU for the few tokens of expert 4; 400, 300 and 30 tokens cost 3-40 ms there, a copy 1-2.
-    assert split.gpu_experts == (0, 2, 1)
-    assert split.cpu_experts == (4,)
-    assert split.n_copies == 3
-    assert split.cpu_us == 1.5 * (20 + 600 + 200)
-    copies_us = COST.overlap_us(820, 3)[1]
-    assert split.gpu_us == copies_us + 15 + 50 + 30
+    assert copied_of(COST, [400, 30, 300, 0, 2]) == (0, 2, 1)
 
 
 def test_double_buffering_hides_the_shorter_of_copy_and_compute():
+    """Two copies and the last one's arithmetic, 2020 + 5000 us, not 2020 + 10,000."""
     slow_gpu = replace(COST, gpu=SideCost(call_us=0, expert_us=0, token_us=50))
-    split = slow_gpu.split_prefill([100, 100], cached=())
-    assert split.cpu_experts == () and split.gpu_us == 2 * 100 * 50  # not the copies' 2020 on top
+    for cpu_us, copied in ((10_100, (0, 1)), (4_900, (0,))):
+        cpu = SideCost(call_us=0, expert_us=cpu_us, token_us=0)
+        assert copied_of(replace(slow_gpu, cpu=cpu, cpu_shared_factor=1.0), [100, 100]) == copied
 
 
 def test_cached_experts_are_computed_where_they_are():
-    split = COST.split_prefill([1, 1, 1], cached={1})
-    assert split.gpu_experts == (1,) and split.cpu_experts == (0, 2)
-    assert split.n_copies == 0
-    assert COST.split_prefill([0, 0], cached={0}).gpu_us == 0
+    assert copied_of(COST, [1, 1, 1], cached={1}) == copied_of(COST, [0, 0], cached={0}) == ()
+    assert copied_of(COST, [400, 400, 1], cached={1}) == (0,)
 
 
 def brute_force_us(cost: CostModel, counts: list[int], cached: set[int]) -> float:
     """The best time over every subset of experts to copy."""
-    held = [e for e, n in enumerate(counts) if n and e in cached]
     rest = [e for e, n in enumerate(counts) if n and e not in cached]
-    best = float("inf")
-    for size in range(len(rest) + 1):
-        for copied in itertools.combinations(rest, size):
-            on_cpu = [counts[e] for e in rest if e not in copied]
-            on_gpu = [counts[e] for e in (*held, *copied)]
-            cpu_us, copies_us = cost.overlap_us(cost.cpu.us(len(on_cpu), sum(on_cpu)), size)
-            gpu_us = cost.gpu.us(len(on_gpu), sum(on_gpu))
-            if copied:
-                gpu_us = max(gpu_us, copies_us + cost.gpu.us(1, min(counts[e] for e in copied)))
-            best = min(best, max(gpu_us, cpu_us))
-    return best
+    return min(
+        layer_us(cost, counts, cached, copied)
+        for size in range(len(rest) + 1)
+        for copied in itertools.combinations(rest, size)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,10 +140,9 @@ def test_prefill_split_is_within_a_gpu_call_of_the_best_of_all(counts, cached, g
     cost = replace(
         COST, copy_gbps=gbps, copy_gbps_shared=gbps, cpu=replace(COST.cpu, token_us=token_us)
     )
-    split = cost.split_prefill(counts, cached)
-    computed = sorted((*split.gpu_experts, *split.cpu_experts))
-    assert computed == [e for e, n in enumerate(counts) if n]
-    best_us, split_us = brute_force_us(cost, counts, cached), max(split.gpu_us, split.cpu_us)
+    copied = copied_of(cost, counts, cached)
+    assert all(counts[e] and e not in cached for e in copied)
+    best_us, split_us = brute_force_us(cost, counts, cached), layer_us(cost, counts, cached, copied)
     assert best_us <= split_us + 1e-6
     # Fullest-first is exact up to the arithmetic of one expert on the GPU.
     assert split_us <= best_us + cost.gpu.us(1, max(counts)) + 1e-6
@@ -145,8 +155,8 @@ def test_experts_with_many_tokens_cost_what_onednn_takes():
     assert cost.cpu_us([3, 64, 100]) == COST.cpu.us(1, 3) + 2 * 500 + 164 * 30
     # 200 tokens: more by the kernels than a slow copy and the GPU take, less by oneDNN.
     cost = replace(cost, copy_call_us=8000.0)
-    assert cost.split_prefill([200], cached=()).cpu_experts == (0,)
-    assert replace(cost, cpu_many=None).split_prefill([200], cached=()).gpu_experts == (0,)
+    assert copied_of(cost, [200]) == ()
+    assert copied_of(replace(cost, cpu_many=None), [200]) == (0,)
 
 
 @given(
@@ -162,9 +172,9 @@ def test_a_split_counts_each_expert_left_to_the_cpu_by_its_own_cost(counts, limi
         cpu_many=SideCost(0, 500, 30),
         cpu_many_tokens=limit,
     )
-    split = cost.split_prefill(counts, cached=())
-    cpu_us = cost.cpu_us([counts[e] for e in split.cpu_experts])
-    assert split.cpu_us == pytest.approx(cost.overlap_us(cpu_us, split.n_copies)[0])
+    order = sorted((e for e, n in enumerate(counts) if n), key=lambda e: -counts[e])
+    best_us = min(layer_us(cost, counts, (), order[:n]) for n in range(len(order) + 1))
+    assert layer_us(cost, counts, (), copied_of(cost, counts)) == pytest.approx(best_us)
 
 
 @pytest.mark.parametrize(
@@ -181,5 +191,5 @@ def test_a_split_counts_each_expert_left_to_the_cpu_by_its_own_cost(counts, limi
 )
 def test_waiting_for_a_copy_must_beat_the_cpu(gbps, backlog_us, misses, expected):
     cost = replace(COST, copy_gbps=gbps, copy_gbps_shared=gbps)
-    split = cost.split({}, dict(enumerate(misses)), backlog_us)
-    assert [i in split.gpu_experts for i in range(len(misses))] == expected
+    copied = cost.split({}, dict(enumerate(misses)), backlog_us)
+    assert [i in copied for i in range(len(misses))] == expected

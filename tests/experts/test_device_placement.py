@@ -20,7 +20,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import calibration
+from moe_offload.engine import probes
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.loader import PreparedModel
@@ -54,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
 
 @pytest.fixture(autouse=True)
 def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr(probes, "_STEP_BUDGET_S", 0.01)
 
 
 def generate(folder: Path, device: str, options: dict[str, Any], watch: Any = None) -> list[Any]:

@@ -389,18 +389,18 @@ def test_a_prompts_copies_count_those_already_queued():
         dense_us_per_layer=0,
     )
     seen = []
-    split = CostModel.split_prefill
+    split = CostModel.split
 
-    def watched(self, counts, cached, backlog_us=0.0):
+    def watched(self, held, missed, backlog_us=0.0):
         seen.append((backlog_us, run.fetcher.in_flight))
-        return split(self, counts, cached, backlog_us=1e9)  # all on the CPU: nothing waits
+        return split(self, held, missed, backlog_us=1e9)  # all on the CPU: nothing waits
 
-    CostModel.split_prefill, original = watched, split
+    CostModel.split, original = watched, split
     try:
         with torch.no_grad():
             run.model(torch.zeros(1, 5, dtype=torch.int64))
     finally:
-        CostModel.split_prefill = original
+        CostModel.split = original
     gate.set()
     run.accelerator.close()
     assert [in_flight for _, in_flight in seen] == [0, 4, 8]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint.block import block_layout
-from moe_offload.engine.calibration import cpu_runner
+from moe_offload.engine.probes import cpu_runner
 from moe_offload.experts import layer as layer_module
 from moe_offload.experts.layer import HostHandoff
 from moe_offload.experts.store import ExpertStore

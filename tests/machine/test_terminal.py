@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from moe_offload.errors import UserError, plain
+from moe_offload.errors import FEW_THREADS, UserError, plain
 from moe_offload.machine.terminal import (
     RunProgress,
     answer,
     complain,
     say,
     show,
-    told_if_slow,
 )
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
@@ -112,22 +111,6 @@ def test_an_evaluation_that_is_cut_short_leaves_no_hook() -> None:
     assert not block._forward_hooks
 
 
-def test_slow_work_is_told_of_once() -> None:
-    file = Terminal()
-    with told_if_slow("writing reports...", file=file, delay_s=0.0):
-        assert file.written.wait(60)
-    assert file.getvalue().splitlines() == ["writing reports..."]
-
-
-def test_quick_work_and_work_without_a_terminal_is_not_told_of() -> None:
-    quick, file = Terminal(), Terminal(is_terminal=False)
-    with told_if_slow("writing reports...", file=quick, delay_s=3600.0):
-        pass
-    with told_if_slow("writing reports...", file=file, delay_s=0.0):
-        assert not file.written.wait(0.2)
-    assert quick.getvalue() == file.getvalue() == ""
-
-
 def encoded(encoding: str, text: str) -> bytes:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     show(text, file=file)
@@ -175,6 +158,12 @@ def raising(error: BaseException) -> Callable[[], int]:
     [
         (UserError("give another"), 2, "error: give another\n"),
         (OSError(28, "No space left", "a.csv"), 2, "error: [Errno 28] No space left: 'a.csv'\n"),
+        (RuntimeError("can't start new thread"), 2, f"error: {FEW_THREADS}\n"),
+        (
+            MemoryError(),
+            2,
+            "error: no memory is left: end other programs, or raise the limit that is set\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
     ],

@@ -7,6 +7,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,10 @@ from plotted import is_drawn
 from run_folders import LAYERS, run_dir
 
 from moe_offload.commands import draw as draw_module
-from moe_offload.report.figures import (
-    Drawing,
-    draw_breakdown,
-    draw_cache_sizes,
-    draw_cores,
-    draw_policies,
-    draw_sweep,
-    house_style,
-)
+from moe_offload.report.drawing import Drawing, house_style
+from moe_offload.report.figures import draw_breakdown, draw_comparison, draw_sweep
 from moe_offload.report.read_back import RunFiles, read_runs
-from moe_offload.simulation.tuning import BELADY, SweepRow
+from moe_offload.simulation.tuning import SweepRow
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -118,8 +112,8 @@ def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     folders = [run_dir(tmp_path / policy, policy=policy) for policy in ("LRU", "FIFO")]
     assert draw(*folders, "--output-dir", tmp_path / "out") == 0
     assert [line for line in capsys.readouterr().out.splitlines() if "left out" in line] == [
-        "left out: throughput over cache sizes (no two comparable runs differ in cache size)",
-        "left out: throughput over cores (the runs have one number of threads)",
+        "left out: comparison by cache (no two runs differ in their cache alone)",
+        "left out: comparison by threads (no two runs differ in their threads alone)",
     ]
     for name in ("breakdown", "energy", "policies", "LRU-tokens", "FIFO-experts"):
         assert is_drawn(tmp_path / f"out/{name}.png")
@@ -144,50 +138,33 @@ def test_threads_are_compared_for_each_cache(tmp_path: Path) -> None:
         run_dir(tmp_path / f"run{number}", threads=threads, policy=policy, throughput=speed)
         for number, ((threads, policy), speed) in enumerate(speeds.items())
     ]
-    assert drawing(draw_cores, *folders).rows == [
-        ("cache 2 x 4 FIFO", 2, 8.0, 1),
-        ("cache 2 x 4 LRU", 1, 5.0, 1),
-        ("cache 2 x 4 LRU", 2, 9.0, 1),
+    rows = drawing(partial(draw_comparison, by="threads"), *folders).rows
+    hits = rows[0][-3]
+    assert rows == [  # FIFO was run with two threads alone
+        ("a model", "a CPU", 1, 1, 2, 4, "LRU", hits, 5.0, 1),
+        ("a model", "a CPU", 2, 1, 2, 4, "LRU", hits, 9.0, 1),
     ]
-    (line,) = {row[0] for row in drawing(draw_cores, *folders[:2]).rows}
-    assert line == "cache 2 x 4"
-
-
-def sized_runs(folder: Path, *sizes: tuple[int, int]) -> list[Path]:
-    """Runs of these cache sizes, each with a tenth of its slots as tokens/s."""
-    return [
-        run_dir(folder / f"{n}x{m}", threads=1, cache=(n, m), throughput=1 + n * m / 10)
-        for n, m in sizes
-    ]
-
-
-def test_cache_sizes_are_a_heat_map_where_all_were_run(tmp_path: Path) -> None:
-    folders = sized_runs(tmp_path, (2, 2), (2, 4), (3, 2), (3, 4), (0, 0))
-    drawn = drawing(draw_cache_sizes, *folders)
-    (image,) = drawn.figure.axes[0].images
-    assert image.get_array().tolist() == [[1.4, 1.6], [1.8, 2.2]]  # type: ignore[union-attr]
-    assert "Generation throughput by cache size (no cache: 1)" in texts(drawn)
-    assert "a model on a CPU, 1 thread, LRU" in texts(drawn)
-    assert drawn.rows[:2] == [(0, 0, 1.0, 1), (2, 2, 1.4, 1)]
-
-
-def test_cache_sizes_are_bars_where_a_heat_map_would_have_holes(tmp_path: Path) -> None:
-    drawn = drawing(draw_cache_sizes, *sized_runs(tmp_path, (3, 2), (2, 4), (0, 0)))
-    assert not drawn.figure.axes[0].images
-    assert {"no cache", "2 x 4", "3 x 2", " 1.8", " 1.6", " 1"} <= texts(drawn)
-    assert drawn.rows == [(0, 0, 1.0, 1), (2, 4, 1.8, 1), (3, 2, 1.6, 1)]
 
 
 def test_cache_sizes_are_compared_at_one_batch_size_and_policy(tmp_path: Path) -> None:
+    """One without a cache is set beside the runs of either policy."""
     settings = (
         *((1, (2, 4), "LRU", 5.0), (4, (3, 2), "LRU", 30.0), (1, (3, 2), "LRU", 6.0)),
-        *((1, (3, 2), "LRU", 8.0), (1, (3, 2), "FIFO", 70.0)),
+        *((1, (3, 2), "LRU", 8.0), (1, (3, 2), "FIFO", 70.0), (1, (0, 0), "FIFO", 2.0)),
     )
     folders = [
         run_dir(tmp_path / f"run{n}", cache=cache, policy=policy, throughput=speed, batch=batch)
         for n, (batch, cache, policy, speed) in enumerate(settings)
     ]
-    assert drawing(draw_cache_sizes, *folders).rows == [(2, 4, 5.0, 1), (3, 2, 7.0, 2)]
+    drawn = drawing(partial(draw_comparison, by="cache"), *folders)
+    assert [(*row[4:7], *row[-2:]) for row in drawn.rows] == [
+        (0, 0, "FIFO", 2.0, 1),
+        (3, 2, "FIFO", 70.0, 1),
+        (0, 0, "LRU", 2.0, 1),
+        (2, 4, "LRU", 5.0, 1),
+        (3, 2, "LRU", 7.0, 2),
+    ]
+    assert {"a model, a CPU, 2 threads", "FIFO", "LRU", "0 x 0", "2 x 4", "3 x 2"} <= texts(drawn)
 
 
 def test_policies_are_compared_at_each_cache_size(tmp_path: Path) -> None:
@@ -201,19 +178,19 @@ def test_policies_are_compared_at_each_cache_size(tmp_path: Path) -> None:
         run_dir(tmp_path / f"run{n}", threads=threads, cache=cache, policy=policy, throughput=speed)
         for n, (threads, cache, policy, speed) in enumerate(settings)
     ]
-    drawn = drawing(draw_policies, *folders)
+    drawn = drawing(partial(draw_comparison, by="policy"), *folders)
     decode = [row for row in read(folders[0] / "cache.csv") if row["Phase"] == "decode"]
     hits = 100 * sum(int(row["Hits"]) for row in decode) / (4 * len(decode))
-    assert drawn.rows == [
-        ("FIFO", 2, 4, hits, 4.0, 1),
-        ("FIFO", 3, 2, hits, 3.0, 1),
-        ("LRU", 2, 4, hits, 6.5, 2),
-        ("LRU", 3, 2, hits, 2.0, 1),
+    assert [row[4:] for row in drawn.rows] == [
+        (2, 4, "FIFO", hits, 4.0, 1),
+        (2, 4, "LRU", hits, 6.5, 2),
+        (3, 2, "FIFO", hits, 3.0, 1),
+        (3, 2, "LRU", hits, 2.0, 1),
     ]
-    assert {"FIFO", "LRU", "2 x 4", "3 x 2"} <= texts(drawn)
+    assert {"FIFO", "LRU", "cache 2 x 4", "cache 3 x 2"} <= texts(drawn)
     assert "RANDOM" not in texts(drawn)
-    # No point lies on another policy's: FIFO and LRU hit equally often here.
-    at = [line.get_xdata()[0] for line in drawn.figure.axes[0].lines]  # type: ignore[index]
+    # No point lies on another's: both policies hit equally often here.
+    at = [x for line in drawn.figure.axes[0].lines for x in line.get_xdata()]
     assert len(set(at)) == len(at) == 4
 
 
@@ -270,7 +247,7 @@ def test_a_folder_that_cannot_be_written(
     assert "expected to write figures to" in capsys.readouterr().err
 
 
-POLICIES = ("FIFO", "LRU", BELADY)
+POLICIES = ("FIFO", "LRU", "LFU")
 
 
 def swept_row(n: int, m: int, policy: str, fits: bool | None) -> SweepRow:
@@ -297,13 +274,13 @@ def test_a_sweep_without_a_machine_shows_hits_alone() -> None:
     panels = drawing.figure.axes
     assert [axes.get_title() for axes in panels] == ["N = 2", "N = 4"]
     for axes in panels:
-        assert lines(axes)["LRU"] == lines(axes)["Belady's optimum"] == [(1, 51), (2, 52)]
-        assert lines(axes)["bound of all"] == [(1, 71), (2, 72)]
+        assert lines(axes)["LRU"] == lines(axes)["LFU"] == [(1, 51), (2, 52)]
+        assert lines(axes)["Belady's optimum"] == [(1, 71), (2, 72)]
         styles = {(line.get_marker(), line.get_color()) for line in axes.get_lines()}
         assert len(styles) == 4
     (legend,) = drawing.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
-        "FIFO", "LRU", "Belady's optimum", "bound of all"
+        "FIFO", "LRU", "LFU", "Belady's optimum"
     ]  # fmt: skip
     assert drawing.figure.get_suptitle() == "mixtral"
 

@@ -14,7 +14,7 @@ from run_folders import run_dir
 
 from moe_offload.commands import draw as draw_module
 from moe_offload.errors import UserError
-from moe_offload.report import figures
+from moe_offload.report import drawing, figures
 from moe_offload.report.read_back import read_run, read_runs
 
 
@@ -209,7 +209,7 @@ def test_whatever_a_folder_holds_is_drawn_or_refused(tmp_path: Path, n_cases: in
     for case in range(n_cases):
         folder = run_dir(tmp_path / str(case), rng.choice(["single", "batch"]))
         mutate(folder, rng)
-        with warnings.catch_warnings(), figures.house_style():
+        with warnings.catch_warnings(), drawing.house_style():
             warnings.simplefilter("error")
             try:
                 runs = read_runs([folder, folder])
@@ -217,7 +217,7 @@ def test_whatever_a_folder_holds_is_drawn_or_refused(tmp_path: Path, n_cases: in
                 continue
             figures.draw_breakdown(runs)
             figures.draw_energy(runs)
-            figures.draw_cache_sizes(runs)
+            figures.draw_comparison(runs, "cache")
             figures.draw_tokens(runs[0])
             figures.draw_hits(runs[0])
             n_drawn += 1
@@ -229,8 +229,8 @@ def test_a_name_is_drawn_as_it_is(tmp_path: Path) -> None:
     folders = [run_dir(tmp_path / name) for name in ("$a_{$", "b" * 200)]
     path = folders[0] / "run.json"
     path.write_text(path.read_text().replace('"a model"', '"$x_{$ \\u001b[1m"'))
-    with figures.house_style():
-        figures.save_drawing(figures.draw_breakdown(read_runs(folders)), tmp_path / "out")
+    with drawing.house_style():
+        drawing.save_drawing(figures.draw_breakdown(read_runs(folders)), tmp_path / "out")
     labels = (tmp_path / "out/breakdown.svg").read_text()
     assert "$a_{$" in labels
     assert r"$x_{$ \x1b[1m and a model on a CPU" in labels

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_offload.config import CacheOptions
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
-from moe_offload.simulation.replay import Belady, most_hits, replay
+from moe_offload.simulation.replay import most_hits, replay
 from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, Trace, TraceInfo
-from moe_offload.simulation.tuning import BELADY, Setting, run_setting, sweep
+from moe_offload.simulation.tuning import run_setting, sweep
 
 UNLIMITED = 10**9
 
@@ -24,7 +25,7 @@ def hits_of(policy, passes, n_ways: int) -> int:
     return replay(passes, ExpertCache(1, n_ways, policy), UNLIMITED).decode.hits
 
 
-def exhaustive(steps: list[list[int]], n_ways: int, bypass: bool) -> int:
+def exhaustive(steps: list[list[int]], n_ways: int) -> int:
     """The most hits over every choice of what to keep after each step."""
 
     @functools.cache
@@ -34,25 +35,8 @@ def exhaustive(steps: list[list[int]], n_ways: int, bypass: bool) -> int:
         chosen = frozenset(steps[number])
         hits = len(held & chosen)
         union = sorted(held | chosen)
-        if bypass:
-            kept = itertools.combinations(union, min(n_ways, len(union)))
-            return hits + max(best(number + 1, frozenset(k)) for k in kept)
-        # Every miss is admitted in order, hits and what is in flight are never victims.
-        states = {held}
-        for expert in steps[number]:
-            if expert in held:
-                continue
-            following = set()
-            for state in states:
-                victims = state - chosen
-                if len(state) < n_ways:
-                    following.add(state | {expert})
-                elif victims:
-                    following |= {state - {victim} | {expert} for victim in victims}
-                else:
-                    following.add(state)
-            states = following
-        return hits + max(best(number + 1, frozenset(state)) for state in states)
+        kept = itertools.combinations(union, min(n_ways, len(union)))
+        return hits + max(best(number + 1, frozenset(k)) for k in kept)
 
     return best(0, frozenset())
 
@@ -67,41 +51,14 @@ SMALL = distinct_pairs(n_experts=5, max_steps=7, top_k=2)
 
 @settings(max_examples=150, deadline=None)
 @given(steps=SMALL, n_ways=st.integers(1, 4))
-def test_with_bypass_equals_exhaustive_search(steps, n_ways):
-    assert most_hits(Routing(decode_passes(steps)), 1, n_ways) == exhaustive(
-        steps, n_ways, bypass=True
-    )
+def test_the_optimum_equals_exhaustive_search(steps, n_ways):
+    assert most_hits(Routing(decode_passes(steps)), 1, n_ways) == exhaustive(steps, n_ways)
 
 
-@settings(max_examples=150, deadline=None)
-@given(steps=SMALL, n_ways=st.integers(2, 4))
-def test_without_bypass_equals_exhaustive_search(steps, n_ways):
-    passes = decode_passes(steps)
-    assert hits_of(Belady(Routing(passes)), passes, n_ways) == exhaustive(
-        steps, n_ways, bypass=False
-    )
-
-
-class PlainBelady(Belady):
-    """The same choice by walking through the passes that are left, one id after the other."""
-
-    def __init__(self, passes) -> None:
-        super().__init__(Routing(passes))
-        self.left = list(passes)
-
-    def begin_pass(self, one: RoutingPass) -> None:
-        assert self.left.pop(0) == one
-
-    def _next_use(self, slot: int) -> int:
-        layer, expert, place = slot // self._n_ways, self._expert[slot], 0
-        for one in self.left:
-            if one.phase == "decode":
-                for token in one.ids[layer]:
-                    for other in token:
-                        if other == expert:
-                            return place
-                        place += 1
-        return NEVER
+def next_use_by_walking(passes, layer: int, expert: int, place: int) -> int:
+    """One id after the other."""
+    ids = [e for one in passes if one.phase == "decode" for token in one.ids[layer] for e in token]
+    return next((at for at, other in enumerate(ids) if at >= place and other == expert), NEVER)
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,10 +70,9 @@ class PlainBelady(Belady):
     ),
     shift=st.sampled_from([0, 254, 300]),
     kinds=st.lists(st.sampled_from(["decode", "decode", "prefill"]), min_size=12, max_size=12),
-    n_ways=st.integers(1, 5),
-    quota=st.sampled_from([1, 3, UNLIMITED]),
+    expert=st.integers(0, 6),
 )
-def test_the_search_through_bytes_finds_what_a_walk_finds(layers, shift, kinds, n_ways, quota):
+def test_the_search_through_bytes_finds_what_a_walk_finds(layers, shift, kinds, expert):
     passes = []
     for number, kind in enumerate(kinds):
         n_tokens = min(len(of_layer[number]) for of_layer in layers)
@@ -125,19 +81,17 @@ def test_the_search_through_bytes_finds_what_a_walk_finds(layers, shift, kinds, 
             for of_layer in layers
         )
         passes.append(RoutingPass(kind, ids))
-    results = [
-        replay(passes, ExpertCache(len(layers), n_ways, policy), quota, keep_layers=True)
-        for policy in (Belady(Routing(passes)), PlainBelady(passes))
-    ]
-    assert results[0] == results[1]
+    routing = Routing(passes)
+    for layer, place in itertools.product(range(len(layers)), range(0, 30, 3)):
+        found = routing.next_use(layer, expert + shift, place)
+        assert found == next_use_by_walking(passes, layer, expert + shift, place)
 
 
 def test_a_hand_worked_case():
-    # Two ways. 0 and 1 come back, 2 does not: without bypass 2 must still push one of them out.
+    # Two ways. 0 and 1 come back, 2 does not: LRU lets it push them out all the same.
     steps = [[0], [1], [2], [0], [1]]
     passes = decode_passes(steps)
     assert most_hits(Routing(passes), 1, 2) == 2
-    assert hits_of(Belady(Routing(passes)), passes, 2) == 1  # 2 evicts 1, which is used last
     assert hits_of(make_policy("LRU"), passes, 2) == 0
 
 
@@ -155,10 +109,11 @@ def test_no_policy_beats_the_optimum_in_batches(batches, prompt, n_ways, quota):
     )
     info = TraceInfo("batched", n_layers=1, top_k=3, n_experts=8)
     trace = Trace(info, Routing(passes))
-    for policy in (*POLICIES, BELADY):
-        outcome = run_setting(trace, Setting(1, n_ways, policy, quota))
-        assert outcome.replay.found <= outcome.most_hits, policy
-        (row,) = sweep(trace, [Setting(1, n_ways, policy, quota)])
+    for policy in POLICIES:
+        cache = CacheOptions(1, n_ways, quota=quota, policy=policy)
+        result = run_setting(trace, cache)
+        assert result.found <= result.most_hits, policy
+        (row,) = sweep(trace, [cache])
         assert row.hit_expert <= row.bound_bypass <= 100, policy
 
 
@@ -166,7 +121,7 @@ def test_a_batch_counts_an_expert_once():
     # Two sequences that agree: with one way the optimum keeps one of their two experts.
     batch = RoutingPass("decode", (((0, 1), (0, 1)),))
     trace = Trace(TraceInfo("batched", 1, 2, 8), Routing([batch] * 5))
-    (row,) = sweep(trace, [Setting(1, 1, "FIFO")])
+    (row,) = sweep(trace, [CacheOptions(1, 1)])
     assert row.bound_bypass == pytest.approx(100 * 4 / 10)
     assert row.hit_expert == row.all_hits == pytest.approx(40)  # 0 is fetched first, and stays
     assert row.hit_one == pytest.approx(80)

@@ -12,7 +12,7 @@ from moe_offload.checkpoint.block import block_layout
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.simulation.machine_file import calibrated_machine, load_machine, write_machine
-from moe_offload.simulation.shapes import SHAPES_FILE, load_shape, shape_of_config
+from moe_offload.simulation.shapes import SHAPES_FILE, load_shape
 
 HARDWARE = Path(__file__).resolve().parents[2] / "hardware"
 FILES = sorted(HARDWARE.glob("*.yaml"))
@@ -125,9 +125,10 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path):
         assert again.decode_layer_us(hits, 2 - hits, copying=True) == pytest.approx(expected, 1e-3)
     # The head of a model of many layers is one head.
     assert again.step_us == pytest.approx(5000, 1e-3)
-    for side in ("gpu_us", "cpu_us"):
-        expected = getattr(costs.split_prefill([90] * 8, ()), side)
-        assert getattr(again.split_prefill([90] * 8, ()), side) == pytest.approx(expected, 1e-3)
+    prompt = dict.fromkeys(range(8), 90)
+    assert again.split({}, prompt) == costs.split({}, prompt)
+    assert again.cpu_us([90] * 8) == pytest.approx(costs.cpu_us([90] * 8), 1e-3)
+    assert again.gpu.us_of([90] * 8) == pytest.approx(costs.gpu.us_of([90] * 8), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,14 @@ def test_a_wrong_file_is_a_sentence(tmp_path, change, sentence):
         load_machine(tmp_path / "m.yaml")
 
 
+def test_a_few_lines_do_not_stand_for_more_than_memory_holds(tmp_path):
+    """Each name of this YAML is nine of the last: their text would have 9^12 entries."""
+    lines = ["- &n0 [x]", *(f"- &n{i} [{', '.join([f'*n{i - 1}'] * 9)}]" for i in range(1, 13))]
+    (tmp_path / "m.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="refers to another place of itself"):
+        load_machine(tmp_path / "m.yaml")
+
+
 def test_missing_files_and_impossible_variants(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="expected a hardware file"):
@@ -203,5 +212,3 @@ def test_published_shapes():
     assert total / 2 == pytest.approx(46.7e9, rel=0.01)
     with pytest.raises(UserError, match="found 'gpt-9'"):
         load_shape("gpt-9")
-    with pytest.raises(UserError, match="how many experts"):
-        shape_of_config("dense", {"hidden_size": 8, "intermediate_size": 8})

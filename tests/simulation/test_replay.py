@@ -7,6 +7,7 @@ import pytest
 
 from moe_offload.experts.cache import ExpertCache, HitCounts, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.plan import plan_prefill
 from moe_offload.simulation.replay import Timeline, bound_us, prefetch_step_us, replay
 from moe_offload.simulation.traces import RoutingPass
 from moe_offload.simulation.workload import even_workload
@@ -193,9 +194,9 @@ def test_a_prompts_layer_waits_for_the_copies_it_computes():
     # 40 tokens on experts 0 and 1: the CPU needs 20 + 500 + 3200 for each, a copy 1000.
     timeline = Timeline(COSTS)
     timeline.queue([5])  # left over from the layer before
-    split = COSTS.split_prefill([40, 40, 0, 1], (), timeline.backlog_us)
-    timeline.pass_prefill(split, [40, 40, 0, 1], warmed=[(3, 6), (0, 7)], in_flight={})
-    assert split.gpu_experts == (0, 1) and split.cpu_experts == (3,)
+    plan = plan_prefill([40, 40, 0, 1], {}, "cpu", COSTS, timeline.backlog_us)
+    timeline.pass_prefill(plan, [40, 40, 0, 1], warmed=[(3, 6), (0, 7)], in_flight={})
+    assert plan.waited == (0, 1) and plan.cpu == (3,)
     # CPU: 600 us, 1200 beside the copies, in which 600 us of copying pass; 2400 are left to wait
     # for. Then the last expert's arithmetic, 10 + 30 + 400, while the copy into 6 begins.
     assert timeline.now_us == pytest.approx(1200 + 2400 + 440)
@@ -221,9 +222,9 @@ def test_a_prompt_copies_no_expert_that_is_on_its_way():
     counts = [40, 40, 0, 1]
     timeline = Timeline(COSTS)
     timeline.queue([4, 5, 6])  # experts 0 and 1 to slots 4 and 5, another layer's to 6
-    split = COSTS.split_prefill(counts, (), timeline.backlog_us)
-    assert split.gpu_experts == (0, 1) and split.cpu_experts == (3,)
-    timeline.pass_prefill(split, counts, warmed=(), in_flight={0: 4, 1: 5})
+    plan = plan_prefill(counts, {}, "cpu", COSTS, timeline.backlog_us)
+    assert plan.waited == (0, 1) and plan.cpu == (3,)
+    timeline.pass_prefill(plan, counts, warmed=(), in_flight={0: 4, 1: 5})
     # As above, but for the first two copies alone: 600 us of copying pass beside the CPU, 1400
     # after it; then the last expert's arithmetic, in which 440 us pass of the copy into 6.
     assert timeline.now_us == pytest.approx(1200 + 1400 + 440)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from against_transformers import greedy, prepared
 from tiny_models import CONFIGS, build_model, write_hub
+from written_trace import write_trace
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
@@ -26,7 +27,7 @@ from moe_offload.report.files import (
 from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import Timeline, replay
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import Trace, write_trace
+from moe_offload.simulation.traces import Trace
 
 PROMPTS = [[5, 17, 40, 8, 22, 71], [9, 33, 12], [3, 3, 90, 14]]
 N_TOKENS = 12

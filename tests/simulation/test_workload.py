@@ -1,9 +1,9 @@
 """Synthetic routing: seeded, labelled, as repetitive as was asked for."""
 
 import pytest
+from written_trace import write_trace
 
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import write_trace
 from moe_offload.simulation.workload import even_workload, lag_overlap, typical_workload
 
 

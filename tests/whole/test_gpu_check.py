@@ -19,7 +19,7 @@ from tiny_models import TINY_SHAPE
 from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
 from benchmarks.gpu_one_setting import Row, print_row
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import calibration
+from moe_offload.engine import calibration, probes
 from moe_offload.engine.engine import load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
@@ -37,7 +37,7 @@ def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shapes.write_text(yaml.safe_dump({"tiny": TINY_SHAPE}))
     monkeypatch.setattr(shapes_module, "SHAPES_FILE", shapes)
     monkeypatch.setattr(gpu_check, "MODELS", (("tiny", "bf16"),))
-    monkeypatch.setattr(calibration, "_STEP_BUDGET_S", 0.01)
+    monkeypatch.setattr(probes, "_STEP_BUDGET_S", 0.01)
     return "tiny"
 
 
@@ -331,14 +331,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import yaml
 from tiny_models import TINY_SHAPE
-from moe_offload.engine import calibration
+from moe_offload.engine import probes
 from moe_offload.simulation import shapes as shapes_module
 from benchmarks import gpu_check, gpu_measurements, gpu_one_setting
 
 shapes_module.SHAPES_FILE = Path({folder!r}, "shapes.yaml")
 shapes_module.SHAPES_FILE.write_text(yaml.safe_dump(dict(tiny=TINY_SHAPE)))
 gpu_check.MODELS = (("tiny", "bf16"),)
-calibration._STEP_BUDGET_S = 0.01
+probes._STEP_BUDGET_S = 0.01
 measure, calls = gpu_one_setting.measure, []
 
 def third_time(*arguments):

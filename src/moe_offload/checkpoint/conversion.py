@@ -15,9 +15,10 @@ written. Only reading touches data.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -35,8 +36,9 @@ from transformers.core_model_loading import (
 )
 
 from moe_offload.checkpoint.block import BlockLayout, block_layout
-from moe_offload.checkpoint.source_files import LazyTensor
-from moe_offload.config import WeightFormat
+from moe_offload.checkpoint.quantization import Grid
+from moe_offload.checkpoint.source_files import LazyTensor, Quantised
+from moe_offload.config import Scales, WeightFormat
 from moe_offload.errors import UserError
 
 _PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -65,11 +67,12 @@ class ExpertsModule:
             names |= {"gate_up_bias": f"{first}_bias", "down_bias": f"{self.name}.down_proj_bias"}
         return names
 
-    def block_layout(self, weight_format: WeightFormat) -> BlockLayout:
-        """How one expert is stored."""
-        return block_layout(
-            weight_format, self.hidden_size, self.intermediate_size, self.has_gate, self.has_bias
-        )
+    def block_layout(
+        self, weight_format: WeightFormat, scales: Scales | None = None
+    ) -> BlockLayout:
+        """How one expert is stored, with the format's own scales or a source's."""
+        sizes = self.hidden_size, self.intermediate_size
+        return block_layout(weight_format, *sizes, self.has_gate, self.has_bias, scales)
 
     def normalise(self, field: str, stored: Tensor) -> Tensor:
         """One expert's tensor in normal form, a view where possible.
@@ -212,17 +215,45 @@ class ConversionPlan:
         is read and stays in memory as long as the function does.
         """
         group = self._group_of[target]
-        if group.converter is None:
-            source = self._tensors[group.names[0]]
-            return lambda expert: source.read_rows(expert, expert + 1)[0]
-        if not _keeps_experts_apart(group.converter):
-            whole = self.read(target)
-            return lambda expert: whole[expert]
+        if _keeps_experts_apart(group.converter):
+            return self._part_reader(group, self._tensors)
+        whole = self.read(target)
+        return lambda expert: whole[expert]
+
+    def unit_reader(self, target: str) -> Callable[[int], Tensor] | None:
+        """The same of the units of quantised weights; None where there are none or experts mix."""
+        quantised = self._quantised(target)
+        if quantised is None:
+            return None
+        found = {name: one.units for name, one in quantised.items()}
+        units = {name: one for name, one in found.items() if one is not None}
+        return self._part_reader(self._group_of[target], units) if units == found else None
+
+    def grids(self, target: str) -> Iterator[Grid] | None:
+        """What the weights of a quantised source are multiples of; None as in `unit_reader`."""
+        quantised = self._quantised(target)
+        if quantised is None:
+            return None
+        return chain.from_iterable(one.grids() for one in quantised.values())
+
+    def _quantised(self, target: str) -> dict[str, Quantised] | None:
+        group = self._group_of[target]
+        found = {name: self._tensors[name].quantised for name in group.names}
+        quantised = {name: one for name, one in found.items() if one is not None}
+        whole = len(quantised) == len(found) and _keeps_experts_apart(group.converter)
+        return quantised if whole else None
+
+    def _part_reader(
+        self, group: _Group, tensors: Mapping[str, LazyTensor]
+    ) -> Callable[[int], Tensor]:
+        """A function that reads one expert's part of the target from `tensors`."""
 
         def read(expert: int) -> Tensor:
+            if group.converter is None:
+                return tensors[group.names[0]].read_rows(expert, expert + 1)[0]
             sources = {pattern: [names[expert]] for pattern, names in group.sources.items()}
-            part = _Group(target, group.converter, sources)
-            return self._convert(part, lambda name: self._tensors[name].read())[target][0]
+            part = _Group(group.target, group.converter, sources)
+            return self._convert(part, lambda name: tensors[name].read())[group.target][0]
 
         return read
 
@@ -346,8 +377,10 @@ class ConversionPlan:
             )
 
 
-def _keeps_experts_apart(converter: WeightConverter) -> bool:
-    """Whether stacking experts comes first and nothing after it mixes them."""
+def _keeps_experts_apart(converter: WeightConverter | None) -> bool:
+    """Whether there is no conversion, or stacking experts comes first and nothing mixes them."""
+    if converter is None:
+        return True
     first, *rest = converter.operations
     return (
         isinstance(first, MergeModulelist)

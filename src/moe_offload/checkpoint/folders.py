@@ -16,14 +16,59 @@ CONFIGS: Final = ("config.json", "params.json")
 _NO_CHECKPOINTS: Final = {
     "adapter_config.json": "a LoRA adapter, not a model: merge it into its base model with peft's "
     "merge_and_unload() and save_pretrained(), and prepare that folder",
-    "*.gguf": "GGUF files, another program's format: download the model's Hugging Face version, "
-    "with safetensors files",
 }
+_SPLIT: Final = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+
+
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """All files of the GGUF model at `path`, one of them or their folder, in order; else none.
+
+    UserError where a part of a split model is missing, or a folder holds several models.
+    """
+    if path.is_dir():
+        if any(any(path.glob(pattern)) for pattern in WEIGHT_FILES):
+            return ()
+        # a multimodal model has its other half beside it
+        found = sorted(one for one in path.glob("*.gguf") if not one.name.startswith("mmproj"))
+    else:
+        found = [path] if path.suffix == ".gguf" and path.exists() else []
+    if not found:
+        return ()
+    models = {}
+    for one in found:
+        split = _SPLIT.fullmatch(one.name)
+        models[split.groups() if split else one.name] = one
+    if len(models) > 1:
+        names = [one.name for one in models.values()]
+        raise UserError(
+            f"{path} holds {len(models)} GGUF models, such as {names[0]} and {names[1]}: give one "
+            "of the files as --input-path"
+        )
+    ((name, one),) = models.items()
+    if isinstance(name, str):
+        return (one,)
+    stem, count = name
+    numbers = range(1, int(count) + 1)
+    parts = tuple(one.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in numbers)
+    for part in parts:
+        if not part.exists():
+            raise UserError(
+                f"{part} is missing: expected {len(parts)} parts of {stem} beside each other; "
+                "download it"
+            )
+    return parts
 
 
 def require_prepared(folder: Path) -> None:
     """UserError for a folder that is missing or that `weights_preprocessor.py` has not finished."""
     try:
+        gguf = () if (folder / MANIFEST_NAME).exists() else gguf_parts(folder)
+        if gguf:
+            raise UserError(
+                f"{folder} is a GGUF model and not prepared yet; run: python3 "
+                f'weights_preprocessor.py --input-path "{gguf[0]}" --output-path FOLDER, and give '
+                "that folder"
+            )
         if not folder.is_dir():
             raise UserError(
                 f"expected a prepared model folder at {folder}, found "
@@ -49,16 +94,23 @@ def _what_else(path: Path, where: str) -> str:
     """What there is in a folder's place, and what to do."""
     if path.exists():
         return f"a file; check {where}"
-    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists():
+    if is_hub_name(path):
         return (
-            f"nothing; a model of the hub is downloaded first: hf download {path} --local-dir "
-            "FOLDER, and that folder prepared"
+            "nothing; a model of the hub is prepared first: python3 weights_preprocessor.py "
+            f"--input-path {path} --output-path FOLDER --hf"
         )
     return f"nothing; check {where}"
 
 
+def is_hub_name(path: Path) -> bool:
+    """Whether what is given as a path, and is none here, may be the hub's name of a model."""
+    return bool(re.fullmatch(r"[\w.-]*\w/[\w.-]+", str(path))) and not path.parent.exists()
+
+
 def require_source(folder: Path, hugging_face: bool) -> None:
-    """UserError for a folder that is no checkpoint: Hugging Face's, or else Mistral's native."""
+    """UserError for what is no checkpoint: GGUF, Hugging Face's, or else Mistral's native."""
+    if gguf_parts(folder):
+        return
     if not folder.is_dir():
         raise UserError(
             f"expected a model folder at {folder}, found {_what_else(folder, '--input-path')}"

@@ -40,25 +40,39 @@ _STACKED: Final = re.compile(r"block_sparse_moe\.(w[123])(?:\.weight)?")
 
 
 def to_hub_tensors(tensors: dict[str, LazyTensor], config: MixtralConfig) -> dict[str, LazyTensor]:
-    """The same checkpoint under the hub's names, in the hub's layout, still unread."""
+    """The same checkpoint under the hub's names, in the hub's layout, still unread.
+
+    UserError for a weight that is there twice, under two of its names.
+    """
     renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            renamed[_TOP_NAMES.get(name, name)] = tensor
-            continue
-        layer, part = f"model.layers.{match[1]}.", match[2]
-        if expert := _EXPERT.fullmatch(part):
-            renamed[f"{layer}block_sparse_moe.experts.{expert[1]}.{expert[2]}.weight"] = tensor
-        elif stacked := _STACKED.fullmatch(part):
-            for position, weight in enumerate(_unstack(tensor, config, stacked[1] == "w2")):
-                key = f"{layer}block_sparse_moe.experts.{position}.{stacked[1]}.weight"
-                renamed[key] = weight
-        elif part in ("attention.wq.weight", "attention.wk.weight"):
-            renamed[layer + _LAYER_NAMES[part]] = _to_half_rotation(tensor, config.head_dim)
-        else:
-            renamed[layer + _LAYER_NAMES.get(part, part)] = tensor
+        for hub_name, converted in _to_hub(name, tensor, config):
+            if hub_name in renamed:
+                raise UserError(
+                    f"tensor {name} in {tensor.path} is a second {hub_name}: expected each weight "
+                    "under one name; download the model again"
+                )
+            renamed[hub_name] = converted
     return renamed
+
+
+def _to_hub(
+    name: str, tensor: LazyTensor, config: MixtralConfig
+) -> Iterator[tuple[str, LazyTensor]]:
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        yield _TOP_NAMES.get(name, name), tensor
+        return
+    layer, part = f"model.layers.{match[1]}.", match[2]
+    if expert := _EXPERT.fullmatch(part):
+        yield f"{layer}block_sparse_moe.experts.{expert[1]}.{expert[2]}.weight", tensor
+    elif stacked := _STACKED.fullmatch(part):
+        for position, weight in enumerate(_unstack(tensor, config, stacked[1] == "w2")):
+            yield f"{layer}block_sparse_moe.experts.{position}.{stacked[1]}.weight", weight
+    elif part in ("attention.wq.weight", "attention.wk.weight"):
+        yield layer + _LAYER_NAMES[part], _to_half_rotation(tensor, config.head_dim)
+    else:
+        yield layer + _LAYER_NAMES.get(part, part), tensor
 
 
 def _unstack(tensor: LazyTensor, config: MixtralConfig, transposed: bool) -> Iterator[LazyTensor]:
@@ -87,11 +101,13 @@ def _rows(tensor: LazyTensor, first: int, n_rows: int, transposed: bool) -> Lazy
 
 
 def _to_half_rotation(tensor: LazyTensor, head_dim: int) -> LazyTensor:
-    """Per head, the even rows first, then the odd ones."""
-
     def read_rows(start: int, stop: int) -> Tensor:
-        weight = tensor.read()
-        pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-        return pairs.transpose(1, 2).reshape(weight.shape)[start:stop].contiguous()
+        return half_rotation(tensor.read(), head_dim)[start:stop].contiguous()
 
     return replace(tensor, read_rows=read_rows)
+
+
+def half_rotation(weight: Tensor, head_dim: int) -> Tensor:
+    """Per head of a matrix or a bias, the even rows first, then the odd ones."""
+    pairs: Tensor = weight.unflatten(0, (-1, head_dim // 2, 2))
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -20,17 +20,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from moe_offload.checkpoint.quantized_source import Settings, read_settings
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object
 
+_QUANTISATION: Final = ("quantization_config", "compression_config")
 _STOP_IDS: Final = ("eos_token_id", "bos_token_id", "pad_token_id")
 MOST_LAYERS: Final = 1000  # the deepest published models have some 130
+_LARGEST_WINDOW: Final = 1 << 40  # a window of no end is larger than any context, and no int64
 _DEPTHS: Final = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
-_DEQUANTISE: Final = {
-    "mxfp4": "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True))",
-    "fp8": "from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))",
-    "bitsandbytes": "from_pretrained(...) and its dequantize()",
-}
 # Of Mistral's params.json.
 _DEFAULT_CONTEXT: Final = 32768  # Mixtral 8x7B; its params.json does not say
 _DEFAULT_ROPE_THETA: Final = 1e6  # likewise
@@ -52,8 +50,11 @@ def transformers_told(task: str, remedy: str) -> Iterator[None]:
 def require_plausible(found: dict[str, Any], path: Path, remedy: str) -> None:
     """UserError for what no model has: layers whose building would not end, a window of nothing."""
     window = found.get("sliding_window")
-    if type(window) is int and window < 1 and found.get("use_sliding_window", True):
-        raise UserError(f"expected sliding_window of 1 or more in {path}, found {window}; {remedy}")
+    is_used = found.get("use_sliding_window", True)
+    if type(window) is int and is_used and not 1 <= window <= _LARGEST_WINDOW:
+        raise UserError(
+            f"expected sliding_window of 1 to {_LARGEST_WINDOW} in {path}, found {window}; {remedy}"
+        )
     for name, value in found.items():
         if name in _DEPTHS and type(value) in (int, float) and not 0 < value <= MOST_LAYERS:
             raise UserError(
@@ -119,21 +120,15 @@ def require_generation_config(found: dict[str, Any], path: Path, remedy: str) ->
         GenerationConfig.from_dict(dict(found))
 
 
-def read_hub_config(folder: Path) -> PretrainedConfig:
-    """The config of a Hugging Face folder; UserError for a quantised or an unknown model."""
+def read_hub_config(folder: Path) -> tuple[PretrainedConfig, Settings | None]:
+    """The config of a Hugging Face folder, without what it says of quantisation, and that.
+
+    UserError for an unknown model, or one that is quantised in a way that is not read.
+    """
     path = folder / "config.json"
     found = read_json_object(path)
-    quantised = found.get("quantization_config")
-    if quantised:
-        known = quantised if isinstance(quantised, dict) else {}
-        method = str(known.get("quant_method", "an unknown method"))
-        remedy = "download the unquantised model"
-        if method in _DEQUANTISE:
-            remedy += f", or load it with transformers' {_DEQUANTISE[method]}, save_pretrained it "
-            remedy += "and prepare that folder"
-        raise UserError(
-            f"{folder} is quantised ({method:.40}), expected bf16, fp16 or fp32 weights; {remedy}"
-        )
+    quantised = _quantisation(found, folder)
+    settings = read_settings(quantised, str(folder)) if quantised else None
     model_type = str(found.get("model_type"))
     if "auto_map" in found and model_type not in CONFIG_MAPPING:
         raise UserError(
@@ -143,7 +138,23 @@ def read_hub_config(folder: Path) -> PretrainedConfig:
         )
     require_plausible(found, path, "correct it or download it again")
     with transformers_told(f"use {path}", "install a newer transformers or download it again"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        for name in _QUANTISATION:
+            if hasattr(part, name):
+                delattr(part, name)
+    return config, settings
+
+
+def _quantisation(found: dict[str, Any], folder: Path) -> Any:
+    """What a config says of quantisation: in one of two places, or ModelOpt's in its own file."""
+    text = found.get("text_config")
+    for part in (found, text if isinstance(text, dict) else {}):
+        for name in _QUANTISATION:
+            if part.get(name):
+                return part[name]
+    own = folder / "hf_quant_config.json"
+    return {"quant_method": "modelopt"} if own.exists() else None
 
 
 def read_native_config(folder: Path) -> MixtralConfig:

@@ -8,18 +8,23 @@ small files (configuration, tokenizer, generation defaults) travel with the weig
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
-from moe_offload.checkpoint.folders import require_source
+from moe_offload.checkpoint.folders import gguf_parts, require_source
+from moe_offload.checkpoint.gguf_file import open_gguf
+from moe_offload.checkpoint.gguf_models import read_gguf_config, to_model_tensors
+from moe_offload.checkpoint.gguf_tokenizer import tokenizer_files
 from moe_offload.checkpoint.mistral import to_hub_tensors
 from moe_offload.checkpoint.model_config import (
     build_on_meta,
@@ -28,8 +33,10 @@ from moe_offload.checkpoint.model_config import (
     require_experts_per_token,
     require_generation_config,
 )
+from moe_offload.checkpoint.quantized_source import dequantised
 from moe_offload.checkpoint.safetensors_file import checksum
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
+from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
     LARGEST_JSON_BYTES,
@@ -65,9 +72,12 @@ class SourceCheckpoint:
 
     `model` is on the meta device in the dtype to run in, `dense_names` are its tensors outside the
     experts that need storing, `unused` the checkpoint's tensors that the model has no place for.
-    `fingerprint` is of the moment it was opened; see `current_fingerprint`.
+    `fingerprint` is of the moment it was opened; see `current_fingerprint`. `path` is what was
+    given, the checkpoint's `folder` or a file in it; `made_files` are those of the small files,
+    by name, that the weights' files contain.
     """
 
+    path: Path
     folder: Path
     files: tuple[Path, ...]
     config: PreTrainedConfig
@@ -78,6 +88,7 @@ class SourceCheckpoint:
     dense_names: tuple[str, ...]
     unused: tuple[str, ...]
     fingerprint: str
+    made_files: dict[str, bytes]
 
     def read_dense(self, name: str) -> Tensor:
         """One tensor in the source's dtype; UserError for a weight that is not finite."""
@@ -87,19 +98,49 @@ class SourceCheckpoint:
             _require_finite(name, tensor)
         return tensor
 
-    def iterate_experts(self, module: ExpertsModule) -> Iterator[dict[str, Tensor]]:
+    def iterate_experts(
+        self, module: ExpertsModule, units: bool = True
+    ) -> Iterator[dict[str, Tensor]]:
         """One layer's experts in order: block field -> tensor in normal form, source dtype.
 
+        Of a quantised source, with `units`, also `<field>_unit`, what its weights are multiples of.
         UserError for a weight that is not finite.
         """
         readers = {
             field: self.plan.expert_reader(name) for field, name in module.parameters.items()
         }
+        unit_readers = {
+            field: self.plan.unit_reader(name) if units else None
+            for field, name in module.parameters.items()
+        }
         for expert in range(module.n_experts):
             fields = {field: read(expert) for field, read in readers.items()}
             for field, tensor in fields.items():
                 _require_finite(f"{field} of expert {expert} in {module.name}", tensor)
-            yield {field: module.normalise(field, tensor) for field, tensor in fields.items()}
+            weights = {field: module.normalise(field, tensor) for field, tensor in fields.items()}
+            for field, read_unit in unit_readers.items():
+                if read_unit is not None:
+                    weights[f"{field}_unit"] = module.normalise(field, read_unit(expert))
+            yield weights
+
+    def find_format(self) -> tuple[WeightFormat, str | None]:
+        """The smallest format that holds every expert's matrices exactly, or else bf16.
+
+        With it comes the name of a tensor that bf16 rounds. Reads the scales of a quantised source;
+        of one that is not it is bf16.
+        """
+        exact = [name for name in get_args(WeightFormat) if name in PACKED_FORMATS]
+        exact.sort(key=lambda name: WEIGHT_FORMATS[name].bits_per_weight)
+        for module in self.experts:
+            for field in ("gate_up", "down"):
+                grids = self.plan.grids(module.parameters[field])
+                if grids is None:
+                    return "bf16", None
+                for grid in grids:
+                    exact = [name for name in exact if quantization.holds(name, grid)]
+                    if not exact:
+                        return "bf16", None if grid.is_bf16 else grid.name
+        return exact[0], None
 
     def current_fingerprint(self) -> str:
         """What changes with the weight files (name, size, modification time) and the config."""
@@ -126,37 +167,48 @@ def stored_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
     return tensor.dtype
 
 
-def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceCheckpoint:
-    """Open a Hugging Face folder or, without `hugging_face`, Mistral's native one.
+def open_source(path: Path, hugging_face: bool, dtype: torch.dtype) -> SourceCheckpoint:
+    """Open a GGUF file, a Hugging Face folder or, without `hugging_face`, Mistral's native one.
 
     `dtype` is what the model will run in. UserError for a missing or wrong folder, damaged or
-    missing files, missing tensors, a model without experts, an unsupported experts layout or a
-    quantised checkpoint.
+    missing files, missing tensors, a model without experts, an unsupported experts layout or one
+    quantised in a way that `quantized_source.py` does not read.
     """
-    require_source(folder, hugging_face)
-    if hugging_face:
-        config = read_hub_config(folder)
+    require_source(path, hugging_face)
+    folder, made_files, gguf = path, {}, None
+    if parts := gguf_parts(path):
+        folder, gguf = parts[0].parent, open_gguf(parts)
+        config, found = read_gguf_config(gguf), gguf.tensors
+        made_files = tokenizer_files(gguf)
+    elif hugging_face:
+        config, settings = read_hub_config(folder)
         found = tensors = open_hugging_face(folder)
+        if settings is not None:
+            tensors = dequantised(found, settings)
     else:
         config = read_native_config(folder)
         found = open_mistral_native(folder)
         tensors = to_hub_tensors(found, config)
     weights = sorted({tensor.path for tensor in found.values()})
-    paths = (folder / ("config.json" if hugging_face else "params.json"), *weights)
+    configs = () if gguf else (folder / ("config.json" if hugging_face else "params.json"),)
+    paths = (*configs, *weights)
     # eager, whatever the config asks for: a name like "org/kernel" is code from the hub
-    task = f"build the model of {folder / 'config.json'}"
+    task = f"build the model of {paths[0]}"
     remedy = "expected a text-generation (causal LM) model"
     model = build_on_meta(config, dtype, "eager", task, remedy)
     experts = find_experts(model)
     fewest = min(module.n_experts for module in experts)
     require_experts_per_token(config, fewest, paths[0], "correct it or download it again")
+    if gguf:
+        tensors = to_model_tensors(gguf, model, experts)
     plan = ConversionPlan(model, tensors)
     of_experts = {name for module in experts for name in module.parameters.values()}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
     return SourceCheckpoint(
+        path=path,
         folder=folder,
         config=config,
-        generation_config=_read_generation_config(folder),
+        generation_config=_read_generation_config(folder, made_files),
         model=model,
         experts=experts,
         plan=plan,
@@ -166,10 +218,14 @@ def open_source(folder: Path, hugging_face: bool, dtype: torch.dtype) -> SourceC
         ),
         files=paths,
         fingerprint=_fingerprint(paths),
+        made_files=made_files,
     )
 
 
-def _read_generation_config(folder: Path) -> dict[str, Any] | None:
+def _read_generation_config(folder: Path, made: dict[str, bytes]) -> dict[str, Any] | None:
+    if made:
+        inside = made.get("generation_config.json")
+        return json.loads(inside) if inside else None
     path = folder / "generation_config.json"
     if not path.exists():
         return None
@@ -179,34 +235,37 @@ def _read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _fingerprint(paths: tuple[Path, ...]) -> str:
-    config, *weights = paths
-    digest = hashlib.sha256(config.read_bytes())
-    for path in weights:
-        facts = path.stat()
-        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+        else:
+            facts = path.stat()
+            digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def copy_companions(source: Path, output: Path, config: PreTrainedConfig) -> dict[str, int]:
-    """Copy these files into another folder and make sure that there is a `config.json`.
+def copy_companions(source: SourceCheckpoint, output: Path) -> dict[str, int]:
+    """Copy the small files into another folder and make sure that there is a `config.json`.
 
     A file of the source folder is never changed: where source and output are the same folder, only
-    a missing `config.json` (Mistral's native format has none) is added. Returns the checksum of
-    each by its name. UserError when one cannot be read; OSError from the output passes through.
+    missing ones (Mistral's native format has no `config.json`, GGUF has none at all) are added.
+    Returns the checksum of each by its name. UserError when one cannot be read; OSError from the
+    output passes through.
     """
-    same, checksums = source.samefile(output), {}
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                data = _read(path)
-                checksums[path.name] = checksum(data)
-                if not same:
-                    write_atomically(output / path.name, data)
-    if "config.json" not in checksums:
-        text = config.to_json_string(use_diff=True)
-        write_atomically(output / "config.json", text)
-        checksums["config.json"] = checksum(text.encode())
-    return checksums
+    same = source.folder.samefile(output)
+    made = dict(source.made_files)
+    made.setdefault("config.json", source.config.to_json_string(use_diff=True).encode())
+    found = {} if source.made_files and not same else _small_files(source.folder)
+    for name, data in (made | found).items():
+        if not same or name not in found:
+            write_atomically(output / name, data)
+    return {name: checksum(data) for name, data in (made | found).items()}
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    paths = [path for pattern in COMPANIONS for path in sorted(folder.glob(pattern))]
+    return {path.name: _read(path) for path in paths if path.is_file()}
 
 
 def _read(path: Path) -> bytes:

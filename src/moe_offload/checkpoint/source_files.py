@@ -12,7 +12,7 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 
 from moe_offload.checkpoint.folders import WEIGHT_FILES
-from moe_offload.checkpoint.safetensors_file import read_header, read_into
+from moe_offload.checkpoint.quantization import Grid
+from moe_offload.checkpoint.safetensors_file import checksum, read_header, read_into
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, require_regular
 
@@ -31,16 +32,32 @@ _LARGEST_PICKLE_BYTES: Final = 64 << 20  # names and shapes: a real one of 10,00
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0."""
+    """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0.
+
+    One that is dequantised as it is read has `quantised`: what its numbers are multiples of.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     path: Path
     read_rows: Callable[[int, int], Tensor]
+    quantised: Quantised | None = None
 
     def read(self) -> Tensor:
         """All of it, in new CPU memory; a 0-dimensional tensor counts as one row."""
         return self.read_rows(0, self.shape[0] if self.shape else 1)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Of a dequantised tensor: a `Grid` for each matrix in it, and each element's unit.
+
+    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well;
+    None where no format here could make use of them.
+    """
+
+    units: LazyTensor | None
+    grids: Callable[[], Iterator[Grid]]
 
 
 def open_hugging_face(folder: Path) -> dict[str, LazyTensor]:
@@ -87,10 +104,10 @@ def open_mistral_native(folder: Path) -> dict[str, LazyTensor]:
             f"{folder} holds no weights: expected consolidated*.safetensors or consolidated*.pth "
             "beside params.json; for a Hugging Face folder add --hf"
         )
-    return _merge(read(path) for path in paths)
+    return merge(read(path) for path in paths)
 
 
-def _merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+def merge(parts: Iterable[dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """The tensors of all files; UserError for one that two of them hold."""
     tensors: dict[str, LazyTensor] = {}
     for part in parts:
@@ -110,6 +127,22 @@ def _open_indexed(
 
     An index may lack a tensor that a file holds, as transformers allows.
     """
+    weight_map = read_weight_map(index)
+    parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in parts[file]:
+            raise UserError(
+                f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
+                "which does not have it; download that file again"
+            )
+    return merge(
+        {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
+        for file, part in parts.items()
+    )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that an index gives for each tensor; UserError for one outside of its folder."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is damaged (it has no weight_map); download it again")
@@ -119,33 +152,34 @@ def _open_indexed(
                 f"{index} places a tensor in {file!r:.80}, expected the name of a file in its "
                 "folder; download it again"
             )
-    parts = {file: read(index.parent / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in parts[file]:
-            raise UserError(
-                f"tensor {name} is missing: {index.name} places it in {index.parent / file}, "
-                "which does not have it; download that file again"
-            )
-    return _merge(
-        {name: tensor for name, tensor in part.items() if weight_map.get(name, file) == file}
-        for file, part in parts.items()
-    )
+    return weight_map
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     return {
-        entry.name: _place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
+        entry.name: place(path, entry.torch_dtype, entry.shape, entry.offset_bytes)
         for entry in read_header(path)
     }
 
 
-def _place(path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> LazyTensor:
+def place(
+    path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int, wanted: int = 0
+) -> LazyTensor:
+    """The tensor that lies, row by row and little-endian, at `offset_bytes` of a file.
+
+    `wanted` is its checksum, compared where all of it is read at once; 0 where none is known.
+    """
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def read_rows(start: int, stop: int) -> Tensor:
         out = torch.empty((stop - start, *shape[1:])[: len(shape)], dtype=dtype)
         if out.numel():
             read_into(path, offset_bytes + start * row_bytes, out)
+        if wanted and out.shape == shape and checksum(out) != wanted:
+            raise UserError(
+                f"{path} is damaged: the checksum of a tensor at byte {offset_bytes} does not "
+                "match; download it again"
+            )
         return out
 
     return LazyTensor(shape, dtype, path, read_rows)
@@ -161,11 +195,12 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
     try:
         require_regular(path)
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            state = _Storages(archive, file).load()
+            storages = _Storages(archive, file)
+            state = storages.load()
             if not isinstance(state, dict):
                 raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
             return {
-                str(name): _stored(path, tensor)
+                str(name): _stored(path, tensor, storages.checksums)
                 for name, tensor in state.items()
                 if isinstance(tensor, Tensor)
             }
@@ -194,6 +229,7 @@ class _Storages:
     def __init__(self, archive: zipfile.ZipFile, file: BinaryIO) -> None:
         self._archive, self._file = archive, file
         self._found: dict[str, torch.UntypedStorage] = {}
+        self.checksums: dict[int, int] = {}  # of what lies at an offset, 0 where none was saved
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("expected one data.pkl in it")
@@ -216,7 +252,11 @@ class _Storages:
         info = self._archive.getinfo(self._root + name)
         if info.file_size > limit_bytes:
             raise ValueError(f"{name} has {info.file_size} bytes, expected at most {limit_bytes}")
-        return self._archive.read(info)
+        if info.CRC:
+            return self._archive.read(info)
+        # zipfile would compare: torch.serialization.set_crc32_options(False) saves without.
+        self._file.seek(self._offset(name, info.file_size))
+        return self._file.read(info.file_size)
 
     def _storage(self, saved: tuple[Any, ...]) -> torch.storage.TypedStorage:
         """What the pickle means by ('storage', type, key, device, number of elements)."""
@@ -228,7 +268,9 @@ class _Storages:
         if key not in self._found:
             n_bytes = n_elements * dtype.itemsize
             storage = torch.UntypedStorage(n_bytes, device="meta")
-            storage._checkpoint_offset = self._offset(f"data/{key}", n_bytes)
+            offset = self._offset(f"data/{key}", n_bytes)
+            storage._checkpoint_offset = offset
+            self.checksums[offset] = self._archive.getinfo(f"{self._root}data/{key}").CRC
             self._found[key] = storage
         return torch.storage.TypedStorage(
             wrap_storage=self._found[key], dtype=dtype, _internal=True
@@ -247,7 +289,7 @@ class _Storages:
         return int(info.header_offset + 30 + name_bytes + extra_bytes)
 
 
-def _stored(path: Path, tensor: Tensor) -> LazyTensor:
+def _stored(path: Path, tensor: Tensor, checksums: dict[int, int]) -> LazyTensor:
     storage = tensor.untyped_storage()
     offset = storage._checkpoint_offset
     if offset is None:
@@ -259,7 +301,8 @@ def _stored(path: Path, tensor: Tensor) -> LazyTensor:
         raise ValueError("it holds a tensor that is larger than its record")
     start = offset + first * dtype.itemsize
     if tensor.is_contiguous():
-        return _place(path, dtype, shape, start)
+        is_whole = tensor.nbytes == storage.nbytes()
+        return place(path, dtype, shape, start, checksums[offset] if is_whole else 0)
 
     def read_rows(first: int, last: int) -> Tensor:
         elements = torch.empty(span, dtype=dtype)

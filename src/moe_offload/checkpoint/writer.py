@@ -58,11 +58,17 @@ _TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # 
 
 @dataclass(frozen=True)
 class Formats:
-    """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype."""
+    """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype.
+
+    `exact` where `weight_format` is to hold a quantised source without a rounding; `calibration`
+    is the checksum of the text that the source was rounded for.
+    """
 
     weight_format: WeightFormat
     dense_format: WeightFormat
     model_dtype: torch.dtype
+    exact: bool = False
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Preparation:
         ]
         for position, module in enumerate(source.experts):
             path = output / experts_file_name(position)
-            files.append(_plan_experts_file(source, path, module, formats.weight_format))
+            files.append(_plan_experts_file(source, path, module, formats))
         self._files = {file.shard.file.name: file for file in files}
 
     @property
@@ -105,6 +111,7 @@ class Preparation:
             "fingerprint": self._source.fingerprint,
             "weight_format": self._formats.weight_format,
             "dense_format": self._formats.dense_format,
+            "calibration": self._formats.calibration,
         }
 
     def run(
@@ -118,14 +125,14 @@ class Preparation:
         done = self._keep_finished(on_bytes)
         self._check_room(done)
         source = self._source
-        files = copy_companions(source.folder, self._output, source.config)
+        files = copy_companions(source, self._output)
         for name, file in self._files.items():
             if name not in done:
                 done[name] = write_file(file.shard.file, file.shard.bytes, _parts(file, on_bytes))
                 self._write_record(done)
         if source.current_fingerprint() != source.fingerprint:
             raise UserError(
-                f"the files of {source.folder} changed while they were prepared: run the same "
+                f"the files of {source.path} changed while they were prepared: run the same "
                 "command again once nothing writes to them"
             )
         manifest = self._manifest(done, files, created_with)
@@ -172,7 +179,7 @@ class Preparation:
         parts = [part for parts in self._dense for part in parts]
         return Manifest(
             folder=self._output,
-            source=str(self._source.folder.resolve()),
+            source=str(self._source.path.resolve()),
             source_fingerprint=self._source.fingerprint,
             created_with=created_with,
             config=config,
@@ -208,8 +215,9 @@ def _plan_dense_file(source: SourceCheckpoint, path: Path, parts: list[DensePart
 
 
 def _plan_experts_file(
-    source: SourceCheckpoint, path: Path, module: ExpertsModule, weight_format: WeightFormat
+    source: SourceCheckpoint, path: Path, module: ExpertsModule, formats: Formats
 ) -> _Planned:
+    weight_format = formats.weight_format
     layout = module.block_layout(weight_format)
     shape = (module.n_experts, layout.block_bytes)
     header, (blocks,) = plan_header(
@@ -218,8 +226,14 @@ def _plan_experts_file(
 
     def data() -> Iterator[Tensor]:
         block = torch.empty(layout.block_bytes, dtype=torch.uint8)
-        for weights in source.iterate_experts(module):
-            pack_block(layout, weights, block)
+        packed = WEIGHT_FORMATS[weight_format].group > 0
+        for weights in source.iterate_experts(module, units=packed):
+            kept = pack_block(layout, weights, block)
+            if formats.exact and not kept:
+                raise UserError(
+                    f"an expert in {module.name} would be rounded in {weight_format}, which its "
+                    "scales promised to hold exactly; prepare it with --expert-dtype bf16"
+                )
             yield block
 
     layer = MoeLayer(

@@ -55,7 +55,7 @@ def _check(arguments: Namespace) -> int:
         for note in engine.notes:
             say(note)
         where: Path | None = arguments.source
-        if where is None and Path(source.manifest.source).is_dir():
+        if where is None and Path(source.manifest.source).exists():
             where = Path(source.manifest.source)
         prompts = [tokenizer.encode(text, raw=False) for text in TEXTS]
         result = check_engine(engine, prompts, n_tokens, where)

@@ -18,27 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
-from moe_offload.config import LARGEST, require_range
 from moe_offload.errors import UserError, plain
 from moe_offload.machine.terminal import show
+from moe_offload.report.drawing import Drawing, house_style, save_drawing
 from moe_offload.report.figures import (
-    Drawing,
     draw_breakdown,
-    draw_cache_sizes,
-    draw_cores,
+    draw_comparison,
     draw_energy,
     draw_experts,
     draw_hits,
-    draw_patterns,
-    draw_policies,
     draw_tokens,
-    house_style,
-    save_drawing,
 )
-from moe_offload.report.patterns import Patterns, analyse
+from moe_offload.report.patterns import analyse, draw_patterns, format_patterns
 from moe_offload.report.read_back import RunFiles, read_runs
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import TraceInfo
 
 
 def plots(argv: Sequence[str] | None = None) -> int:
@@ -104,11 +97,9 @@ def draw_all(runs: Sequence[RunFiles], folder: Path) -> tuple[list[Path], list[s
         keep("time breakdown", draw_breakdown(runs), "")
         keep("energy per token", draw_energy(runs), "no run had an energy sensor")
         if len(runs) > 1:
-            reason = "no two comparable runs differ in cache size"
-            keep("throughput over cache sizes", draw_cache_sizes(runs), reason)
-            keep("throughput over cores", draw_cores(runs), "the runs have one number of threads")
-            reason = "no two comparable runs of one cache size differ in policy"
-            keep("policies", draw_policies(runs), reason)
+            for by in ("cache", "threads", "policy"):
+                reason = f"no two runs differ in their {by} alone"
+                keep(f"comparison by {by}", draw_comparison(runs, by), reason)
         for run in runs:
             prefix = run.label.replace("/", "_") + "-" if len(runs) > 1 else ""
             of_run = f" of {run.label}" if len(runs) > 1 else ""
@@ -126,35 +117,8 @@ def _experts(run: RunFiles) -> tuple[Drawing | None, str]:
 
 
 def _patterns(arguments: Namespace) -> None:
-    if arguments.n_experts is not None:
-        require_range("--n-experts", arguments.n_experts, 1, LARGEST)
     trace = read_trace(arguments.trace, arguments.n_experts)
     found = analyse(trace)
     with house_style():
         paths = save_drawing(draw_patterns(found, trace.info.model), arguments.output_dir)
     _print([*format_patterns(found, trace.info), *map(str, paths)])
-
-
-def format_patterns(patterns: Patterns, info: TraceInfo) -> list[str]:
-    """The table for people, in lines."""
-    synthetic = " (synthetic routing: no model chose it)" if info.synthetic else ""
-    return [
-        f"{info.model}{synthetic}: {patterns.n_layers} layers, top-{patterns.top_k} of "
-        f"{patterns.n_experts} experts, {patterns.n_tokens} decoded tokens",
-        *info.notes,
-        "",
-        f"{'reuse, % of pairs':60}{'measured':>10}{'chance':>10}{'pairs':>10}",
-        *(
-            f"{reuse.name:60}{_percent(reuse.measured):>10}{_percent(reuse.chance):>10}"
-            f"{reuse.n_pairs:>10}"
-            for reuse in patterns.reuses
-        ),
-        "",
-    ]
-
-
-def _percent(share: float) -> str:
-    """Two decimals, or two digits where those would be zeros; '-' where there is no pair."""
-    if share != share:
-        return "-"
-    return f"{100 * share:.2f}" if share == 0 or share >= 1e-4 else f"{100 * share:.1e}"

@@ -22,7 +22,7 @@ from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.sensors import NvmlReader, SensorSampler
-from moe_offload.machine.terminal import Interruption, RunProgress, say, show, told_if_slow
+from moe_offload.machine.terminal import Interruption, RunProgress, say, show
 from moe_offload.model.dummy import DummyModel, DummyTokenizer, dummy_routing
 from moe_offload.model.generation import (
     can_refill,
@@ -117,11 +117,10 @@ def run(
             raise
         finally:  # what was done before an error is evidence too
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
-            with told_if_slow("writing reports..."):
-                written = _report(
-                    config, engine, recorder, sampler, conversations, left_out, status, paths,
-                    command, tokenizer, started_unix_s,
-                )  # fmt: skip
+            written = _report(
+                config, engine, recorder, sampler, conversations, left_out, status, paths,
+                command, tokenizer, started_unix_s,
+            )  # fmt: skip
         if answers is not None:
             written.append(answers.path)
         where = ", ".join(str(path) for path in written)
@@ -170,8 +169,10 @@ def run_prompts(
         len(encoded),
         config.generation.max_tokens,
         streamed=on_terminal,
-        logged=not output.quiet,
+        logged=not output.quiet and not (stream and len(encoded) == 1),  # the text itself tells
     )
+    if stream:
+        engine.say = lambda line: say(f"\n{line}")  # the text's line is not at its end
     begun: dict[int, Conversation] = {}
     ids_of = {prompt.index: ids for prompt, ids in encoded}
     streamed: dict[int, ThinkingView] = {}

@@ -16,28 +16,24 @@ from moe_offload.commands.arguments import (
     make_writable,
     run_command,
 )
-from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, require_range
+from moe_offload.config import FAST_FORMATS, CacheOptions, require_range
 from moe_offload.errors import UserError, plain
 from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.machine_file import Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
+from moe_offload.simulation.replay import Replay
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.trace_files import read_trace
-from moe_offload.simulation.traces import Trace, write_trace
+from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.tuning import (
-    BELADY,
-    Outcome,
-    Setting,
     grid,
     run_setting,
-    share_one_index,
     sweep,
     tune,
 )
 from moe_offload.simulation.workload import typical_workload
 
-DEFAULT_TOKENS = 256
-MOST_TOKENS = 20_000  # 8 million choices of 48 layers' top-8: no more is learnt from more
+SYNTHETIC_TOKENS = 256
 MOST_CORES = 4096
 GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
 _CACHE_FLAGS = ("n_indexes", "n_ways", "policy", "quota")
@@ -64,29 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="?",
         type=a_path,
         metavar="TRACE",
-        help="a run's expert_choices.csv or routing.jsonl, or a *.route.csv",
+        help="a run's expert_choices.csv or routing.jsonl, or a *.route.csv; without one: "
+        f"{SYNTHETIC_TOKENS} made-up tokens, typical for --model",
     )
-    routing.add_argument(
-        "--synthetic",
-        type=int,
-        metavar="TOKENS",
-        help="without TRACE: replay so many made-up tokens, typical for --model",
-    )
-    routing.add_argument("--seed", type=int, default=0, help="of synthetic routing (default 0)")
-    routing.add_argument("--write-trace", type=a_path, metavar="FILE", help="save it as JSON lines")
     cache = parser.add_argument_group("cache")
     add_flags(cache, CacheOptions, *_CACHE_FLAGS)
-    cache.add_argument(
-        "--one-index",
-        action="store_true",
-        help="one index for all layers, as other tools cache: with --cache-nways",
-    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--hardware", type=a_path, metavar="FILE", help="see hardware/*.yaml")
     machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
     machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
     machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
-    machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
+    machine.add_argument(
+        "--expert-dtype",
+        choices=FAST_FORMATS,
+        help="the experts' format (default bf16; of --tune: all of them)",
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
         "--sweep", action="store_true", help="N x M x policy: sweep.csv, .png, .pdf and .svg"
@@ -101,9 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tasks.add_argument("--paper", action="store_true", help="the paper's table beside predictions")
     tasks.add_argument("--output-dir", type=a_path, default=Path(), metavar="DIR")
-    tasks.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="for --sweep (default: all)"
-    )
     return run_command(parser, _simulate, argv)
 
 
@@ -124,10 +109,10 @@ class _Host:
         """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
         return self.machine.gpu.memory_gb * 1e9 - self.shape.dense_bytes() - GPU_RESERVE_BYTES
 
-    def require_memory(self, setting: Setting) -> None:
+    def require_memory(self, cache: CacheOptions) -> None:
         """UserError for more slots than the GPU can hold."""
         block_bytes = self.shape.block_bytes(self.weight_format)
-        n_slots = setting.n_indexes * setting.n_ways
+        n_slots = cache.n_slots
         if n_slots * block_bytes > self.cache_bytes:
             raise UserError(
                 f"expected at most {max(0, int(self.cache_bytes // block_bytes))} slots beside "
@@ -160,7 +145,7 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
         for name, (n_indexes, n_ways) in CACHES.items():
             host = _Host(machine, load_shape(name), "bf16")
-            host.require_memory(Setting(n_indexes, n_ways, "LRU"))
+            host.require_memory(CacheOptions(n_indexes, n_ways))
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -169,9 +154,6 @@ def _simulate(options: argparse.Namespace) -> None:
         return
     trace = _routing(options, shape)
     _print_trace(trace)
-    if options.write_trace is not None:
-        write_trace(options.write_trace, trace.info, trace.passes)
-        print(f"wrote {options.write_trace}")
     on = None
     if machine is not None:
         if shape is None:
@@ -180,16 +162,17 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        on = _Host(machine, shape, options.expert_dtype)
-    elif options.expert_dtype != "bf16" and shape is None:
+        on = _Host(machine, shape, options.expert_dtype or "bf16")
+    elif options.expert_dtype is not None and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
         if on is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
-        _tune(trace, on, options.memory_gb)
+        formats = FAST_FORMATS if options.expert_dtype is None else (options.expert_dtype,)
+        _tune(trace, on, options.memory_gb, formats)
     elif options.sweep:
-        _sweep(trace, on, options)
-    elif "n_ways" in options or not options.write_trace:
+        _sweep(trace, on, options.output_dir)
+    else:
         _one_setting(trace, on, shape, options)
 
 
@@ -198,11 +181,7 @@ def _routing(options: argparse.Namespace, shape: ModelShape | None) -> Trace:
         if shape is None:
             raise UserError("expected a TRACE, or --model for typical synthetic routing")
         workload = typical_workload(shape.n_layers, shape.n_experts, shape.top_k)
-        n_tokens = DEFAULT_TOKENS if options.synthetic is None else options.synthetic
-        require_range("--synthetic", n_tokens, 1, MOST_TOKENS)
-        return replace(workload, name=f"of {shape.name}").generate(n_tokens, options.seed)
-    if options.synthetic is not None:
-        raise UserError(f"expected --synthetic or a TRACE, found both ({options.trace}); give one")
+        return replace(workload, name=f"of {shape.name}").generate(SYNTHETIC_TOKENS)
     trace = read_trace(options.trace, shape.n_experts if shape is not None else None)
     if shape is not None:
         _check_shape(trace, shape)
@@ -244,10 +223,6 @@ def _print_trace(trace: Trace) -> None:
 def _one_setting(
     trace: Trace, on: _Host | None, shape: ModelShape | None, options: argparse.Namespace
 ) -> None:
-    if options.one_index:
-        if "n_ways" not in options or on is not None:
-            raise UserError("--one-index needs --cache-nways, and has no time model")
-        options.n_indexes = 1
     given = {name: value for name, value in vars(options).items() if name in _CACHE_FLAGS}
     cache = chosen(CacheOptions, given)
     if not cache.n_slots:
@@ -255,47 +230,36 @@ def _one_setting(
             "expected --cache-nblocks and --cache-nways, found none; give them, or --sweep, --tune "
             "or --paper"
         )
-    if options.one_index:
-        n_needed = trace.n_layers * trace.info.top_k
-        if cache.n_ways < n_needed and cache.policy in ("LRU", "FIFO"):
-            print(
-                f"warning: cyclic-scan cliff: one index of {cache.n_ways} ways is smaller than "
-                f"layers x top-k = {n_needed}, so {cache.policy} evicts every expert before its "
-                "layer comes round again; use one index for each layer"
-            )
-        trace = share_one_index(trace)
+    asked = f"{cache.n_indexes} x {cache.n_ways}"
     # The part of the cache that the trace's model can use, as the engine cuts it.
-    n_indexes = min(cache.n_indexes, trace.n_layers)
-    n_ways = min(cache.n_ways, trace.n_experts)
-    if (n_indexes, n_ways) != (cache.n_indexes, cache.n_ways):
+    n_indexes, n_ways = min(cache.n_indexes, trace.n_layers), min(cache.n_ways, trace.n_experts)
+    cache = replace(cache, n_indexes=n_indexes, n_ways=n_ways)
+    if asked != f"{n_indexes} x {n_ways}":
         print(
-            f"note: cache {cache.n_indexes} x {cache.n_ways} cut to {n_indexes} x {n_ways}: the "
-            f"trace has {trace.n_layers} MoE layers of {trace.n_experts} experts"
+            f"note: cache {asked} cut to {n_indexes} x {n_ways}: the trace has {trace.n_layers} "
+            f"MoE layers of {trace.n_experts} experts"
         )
     if n_ways < trace.info.top_k:
         print(
             f"warning: {n_ways} ways hold fewer than the top-{trace.info.top_k} "
             "experts of one token: most of what is fetched is evicted unused"
         )
-    setting = Setting(n_indexes, n_ways, cache.policy, cache.quota)
     if on is not None:
-        on.require_memory(setting)
-    outcome = run_setting(trace, setting, None if on is None else on.costs)
-    block_bytes = trace.info.expert_bytes
-    if shape is not None:
-        block_bytes = shape.block_bytes(options.expert_dtype)
-    _print_hits(trace, setting, outcome, block_bytes)
+        on.require_memory(cache)
+    result = run_setting(trace, cache, None if on is None else on.costs)
+    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype or "bf16")
+    _print_hits(trace, cache, result, block_bytes)
     if on is not None:
-        _print_times(outcome, on)
+        _print_times(result, on)
 
 
-def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: int | None) -> None:
-    result = outcome.replay
-    slots = setting.n_indexes * setting.n_ways
-    size = f", {slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
+def _print_hits(
+    trace: Trace, cache: CacheOptions, result: Replay, expert_bytes: int | None
+) -> None:
+    size = f", {cache.n_slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
     print(
-        f"cache: {setting.n_indexes} indexes x {setting.n_ways} ways, {setting.policy}, quota "
-        f"{setting.quota}: {slots} slots{size}"
+        f"cache: {cache.n_indexes} indexes x {cache.n_ways} ways, {cache.policy}, quota "
+        f"{cache.quota}: {cache.n_slots} slots{size}"
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:
@@ -306,11 +270,7 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
     once = ""
     if result.looked_up != result.decode.hits + result.decode.misses:  # a batch
         once = f"each expert counted once in a pass, hits: {result.found_percent:.1f}%; "
-    optimum = run_setting(trace, Setting(setting.n_indexes, setting.n_ways, BELADY, setting.quota))
-    print(
-        f"{once}Belady's optimum: {optimum.replay.found_percent:.1f}% without bypass, "
-        f"{outcome.bypass_percent:.1f}% with"
-    )
+    print(f"{once}Belady's optimum, with bypass: {result.bound_percent:.1f}%")
     print(f"fetches: {result.fetches}, evictions: {result.evictions}")
     if expert_bytes:
         missed = (trace.n_chosen - result.found) * expert_bytes
@@ -321,8 +281,8 @@ def _print_hits(trace: Trace, setting: Setting, outcome: Outcome, expert_bytes: 
         )
 
 
-def _print_times(outcome: Outcome, on: _Host) -> None:
-    result, busy, machine = outcome.replay, outcome.replay.busy, on.machine
+def _print_times(result: Replay, on: _Host) -> None:
+    busy, machine = result.busy, on.machine
     total_us = result.decode_us + result.prefill_us
     joules = machine.joules(total_us, busy)
     energy = f", {joules / result.n_decode_tokens:.1f} J a token" if joules else ""
@@ -333,20 +293,19 @@ def _print_times(outcome: Outcome, on: _Host) -> None:
     cpu, bus, gpu = (100 * us / total_us for us in (busy.cpu_us, busy.copy_us, busy.gpu_us))
     print(f"  busy: CPU {cpu:.0f}%, bus {bus:.0f}%, GPU {gpu:.0f}%")
     print(
-        f"  bound (perfect prediction, full overlap): {outcome.bound_tokens_per_s:.2f} tokens/s; "
-        f"reached {100 * result.tokens_per_s / outcome.bound_tokens_per_s:.0f}%"
+        f"  bound (perfect prediction, full overlap): {result.bound_tokens_per_s:.2f} tokens/s; "
+        f"reached {100 * result.tokens_per_s / result.bound_tokens_per_s:.0f}%"
     )
     print(f"  {on.limit()}")
 
 
-def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
-    from moe_offload.report.figures import draw_sweep, house_style, save_drawing  # matplotlib: 1 s
+def _sweep(trace: Trace, on: _Host | None, output_dir: Path) -> None:
+    from moe_offload.report.drawing import house_style, save_drawing  # matplotlib: 1 s
+    from moe_offload.report.figures import draw_sweep
 
-    make_writable(options.output_dir, "--output-dir")
-    require_range("--processes", options.processes, 1, LARGEST)
-    processes = min(options.processes, os.cpu_count() or 1)  # more of them compute nothing sooner
+    make_writable(output_dir, "--output-dir")
     costs, free_bytes = (on.costs, on.cache_bytes) if on else (None, 0.0)
-    rows = sweep(trace, grid(trace), costs, processes, free_bytes)
+    rows = sweep(trace, grid(trace), costs, os.cpu_count() or 1, free_bytes)
     if on and not any(row.fits for row in rows):
         raise UserError(
             f"expected a GPU that holds {rows[0].slots} experts beside the dense weights, found "
@@ -356,7 +315,7 @@ def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
     kind = " (synthetic routing)" if trace.info.synthetic else ""
     with house_style():
         drawing = draw_sweep(rows, f"{trace.info.model}{kind}{where}")
-    paths = save_drawing(drawing, options.output_dir)
+    paths = save_drawing(drawing, output_dir)
     print(
         f"{'N':>4} {'M':>4} {'policy':<7}{'slots':>6}{'>=1':>7}{'>=2':>7}{'expert':>8}"
         f"{'bound':>7}{'tok/s':>8}"
@@ -373,7 +332,7 @@ def _sweep(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
     print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
-def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
+def _tune(trace: Trace, on: _Host, memory_gb: float | None, formats: Sequence[str]) -> None:
     memory_bytes, machine = on.cache_bytes, on.machine
     if memory_bytes < 0:
         raise UserError(
@@ -383,7 +342,7 @@ def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
     if memory_gb is not None:
         require_range("--memory-gb", memory_gb, 0, memory_bytes / 1e9)
         memory_bytes = memory_gb * 1e9
-    costs = {name: machine.cost_model(on.shape, name) for name in FAST_FORMATS}
+    costs = {name: machine.cost_model(on.shape, name) for name in formats}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )

@@ -19,14 +19,9 @@ from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.checkpoint.prepared import read_manifest, verify
 from moe_offload.config import PACKED_FORMATS, CacheOptions, ModelOptions
-from moe_offload.engine.calibration import (
-    CROSSOVER_TOKENS,
-    Calibration,
-    MachineCosts,
-    has_bf16_products,
-    predicted_step_us,
-)
+from moe_offload.engine.calibration import Calibration, MachineCosts, predicted_step_us
 from moe_offload.engine.memory import free_slot_bytes, kv_cache_bytes, make_budget
+from moe_offload.engine.probes import CROSSOVER_TOKENS, has_bf16_products
 from moe_offload.engine.setup import (
     build_accelerator,
     chosen_cache,

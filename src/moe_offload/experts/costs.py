@@ -8,7 +8,7 @@ hits on the GPU, misses on the CPU and copies on the bus, at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,21 +54,6 @@ class SideCost:
     def us_of(self, counts: Sequence[int]) -> float:
         """Return the time of one call over experts with so many tokens each, in us."""
         return self.call_us + sum(map(self.one_us, counts)) if counts else 0.0
-
-
-@dataclass(frozen=True)
-class PrefillSplit:
-    """Which experts of a layer each side computes, and what that is predicted to take.
-
-    `gpu_experts` are in the order to compute them: cached ones first, then those to copy, most
-    tokens first, so that the copies overlap with arithmetic from the start.
-    """
-
-    gpu_experts: tuple[int, ...]
-    cpu_experts: tuple[int, ...]
-    n_copies: int
-    gpu_us: float
-    cpu_us: float
 
 
 @dataclass(frozen=True)
@@ -165,23 +150,16 @@ class CostModel:
             cpu_us *= self.cpu_shared_factor
         return self.dense_us_per_layer + max(cpu_us, gpu_us, copies_us)
 
-    def split_prefill(
-        self, counts: Sequence[int], cached: Collection[int], backlog_us: float = 0.0
-    ) -> PrefillSplit:
-        """`split` for a prompt: `counts[e]` tokens on expert e (0: not needed), `cached` ready."""
-        held = {e: n for e, n in enumerate(counts) if n and e in cached}
-        missed = {e: n for e, n in enumerate(counts) if n and e not in cached}
-        return self.split(held, missed, backlog_us)
-
     def split(
         self, held: Mapping[int, int], missed: Mapping[int, int], backlog_us: float = 0.0
-    ) -> PrefillSplit:
-        """Share a layer's experts between the CPU and fetch + GPU so that both finish together.
+    ) -> tuple[int, ...]:
+        """Which missed experts of a layer to copy to the GPU, so that it and the CPU end together.
 
         `held` experts are ready on the GPU and computed there, `missed` ones are not: expert ->
         tokens. `backlog_us` is the copy time already queued, behind which every copy of this layer
         waits. The missed are shared by tokens: the fuller an expert, the more the GPU saves for the
-        same copy. Every such split is tried and the fastest is returned; ties copy less. Whole
+        same copy. They are copied in this order, so that copies overlap with arithmetic from the
+        start. Every such split is tried and the fastest is returned; ties copy less. Whole
         experts are compared and no share of the bus is rounded, so that an answer of no copies
         never starves the cache: misses may still be fetched in the background. O(E log E).
         """
@@ -189,7 +167,7 @@ class CostModel:
         left_us = self._cpu_left_us([missed[e] for e in order])
         gpu_us_of_experts = sum(map(self.gpu.one_us, held.values()))
         backlog = backlog_us / self.copy_us(shared=True)
-        best_n, best_gpu_us, best_cpu_us = 0, float("inf"), float("inf")
+        best_n, best_us = 0, math.inf
         for n in range(len(order) + 1):
             last = missed[order[n - 1]] if n else 0
             if n:
@@ -198,12 +176,6 @@ class CostModel:
             gpu_us = self.gpu.call_us + gpu_us_of_experts if held or n else 0.0
             if n:  # double-buffered: only the last copy's arithmetic is not hidden
                 gpu_us = max(gpu_us, copies_us + self.gpu.us(1, last))
-            if max(gpu_us, cpu_us) < max(best_gpu_us, best_cpu_us):
-                best_n, best_gpu_us, best_cpu_us = n, gpu_us, cpu_us
-        return PrefillSplit(
-            gpu_experts=(*held, *order[:best_n]),
-            cpu_experts=tuple(sorted(order[best_n:])),
-            n_copies=best_n,
-            gpu_us=best_gpu_us,
-            cpu_us=best_cpu_us,
-        )
+            if max(gpu_us, cpu_us) < best_us:
+                best_n, best_us = n, max(gpu_us, cpu_us)
+        return tuple(order[:best_n])

@@ -46,9 +46,9 @@ class MoeExperts(nn.Module):
         self.layer = layer
         self.dispatcher = dispatcher
 
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, H] from `hidden` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K]."""
-        return self.dispatcher.run(self.layer, hidden, top_k_index, top_k_weights)
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H] from `hidden_states` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K]."""
+        return self.dispatcher.run(self.layer, hidden_states, top_k_index, top_k_weights)
 
 
 class MoeDispatcher:

@@ -50,8 +50,8 @@ def plan_decode(
         return Plan(hits, tuple(missed), ())
     waited: tuple[int, ...] = ()
     if mode == "costs" and costs is not None and missed:
-        split = costs.split(dict.fromkeys(hits, 1), missed, backlog_us)
-        waited = tuple(e for e in missed if e not in split.cpu_experts)
+        copied = costs.split(dict.fromkeys(hits, 1), missed, backlog_us)
+        waited = tuple(e for e in missed if e in copied)
     return Plan(hits, waited, tuple(e for e in missed if e not in waited))
 
 
@@ -70,15 +70,15 @@ def plan_prefill(
     streams every expert that is not there. `backlog_us` is the copy time already queued, such as
     the warm-up of the layer before.
     """
-    chosen = [e for e, n in enumerate(counts) if n]
+    chosen = {e: n for e, n in enumerate(counts) if n}
     hits = {e: ready[e] for e in chosen if e in ready}
-    missed = tuple(e for e in chosen if e not in ready)
+    missed = {e: n for e, n in chosen.items() if e not in ready}
     if mode == "fetch":
-        return Plan(hits, missed, ())
+        return Plan(hits, tuple(missed), ())
     if costs is None:
-        return Plan(hits, (), missed)
-    split = costs.split_prefill(counts, hits, backlog_us)
-    return Plan(hits, split.gpu_experts[len(hits) :], split.cpu_experts)
+        return Plan(hits, (), tuple(missed))
+    waited = costs.split({e: chosen[e] for e in hits}, missed, backlog_us)
+    return Plan(hits, waited, tuple(e for e in missed if e not in waited))
 
 
 _WARM_UP_STEPS = 4  # the cache is still filling

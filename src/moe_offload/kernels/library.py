@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, Final
 
 import psutil
 
 from moe_offload.config import WEIGHT_FORMATS
-from moe_offload.errors import UserError
+from moe_offload.errors import FEW_THREADS, UserError
 from moe_offload.kernels import build as build_module
 
 FORMAT_CODES: Final = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
+SCALE_CODES: Final = {"float16": 0, "bfloat16": 1, "float32": 2, "uint8": 3}
+OFFSET_CODES: Final = {"": 0, "zero": 1, "minimum": 2}
 ACTIVATION_CODES: Final = {
     "silu": 0,
     "gelu": 1,
@@ -40,8 +43,11 @@ class LayerArguments(ctypes.Structure):
     _fields_ = (
         *_fields(c_int32, "weight_format activation has_gate"),
         *_fields(c_float, "alpha limit"),
-        *_fields(c_int64, "hidden_size intermediate_size gate_up gate_up_scale gate_up_bias"),
-        *_fields(c_int64, "down down_scale down_bias"),
+        *_fields(c_int64, "hidden_size intermediate_size"),
+        *_fields(c_int64, "gate_up gate_up_scale gate_up_offset gate_up_bias"),
+        *_fields(c_int64, "down down_scale down_offset down_bias"),
+        *_fields(c_int32, "scale_type offset_type"),
+        *_fields(c_int64, "scale_group scale_rows"),
     )
 
 
@@ -175,6 +181,23 @@ def default_threads() -> int:
         return int(asked)
     usable = len(os.sched_getaffinity(0))
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def require_threads(n_threads: int) -> None:
+    """UserError unless so many threads can run at once: OpenMP would end the program instead."""
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait, daemon=True) for _ in range(n_threads)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise UserError(FEW_THREADS) from error
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
 
 
 def describe(isa: str, n_threads: int) -> str:

@@ -66,6 +66,10 @@ def model_config(manifest: Manifest) -> PretrainedConfig:
     with transformers_told(f"use the config in {path}", remedy):
         model_class = CONFIG_MAPPING[str(manifest.config.get("model_type"))]
         config: PretrainedConfig = model_class.from_dict(dict(manifest.config))
+    # What a pass returns is asked by who calls it: a tuple in a ModelOutput's place would end a
+    # run, and every layer's hidden states would fill memory.
+    for part in (config, config.get_text_config()):
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
     n_experts = min(layer.n_experts for layer in manifest.moe_layers)
     require_experts_per_token(config, n_experts, path, PREPARE_AGAIN)
     if manifest.generation_config is not None:
@@ -201,6 +205,9 @@ def fill_model(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
+    for module in model.modules():  # one that is whole may ask for the experts' parameters
+        if not any(buffer.is_meta for buffer in module.buffers()):
+            module._is_hf_initialized = True
     uninitialised = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

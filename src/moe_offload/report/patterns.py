@@ -2,7 +2,7 @@
 
 Chance means: every token and layer draws K distinct of E experts, all sets equally likely and
 independent. At top-2 of 8, two such sets share an expert 46% of the time: a figure of reuse says
-something only beside the value that chance gives.
+something only beside the value that chance gives. First the analysis, then its table and figure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_offload.errors import UserError
-from moe_offload.simulation.traces import N_IDS, Trace
+from moe_offload.report.drawing import (
+    BLUE,
+    GREEN,
+    PURPLE,
+    RED,
+    Drawing,
+    Rows,
+    new_figure,
+    whole_numbers,
+)
+from moe_offload.simulation.traces import Trace, TraceInfo
 
 Members = npt.NDArray[np.bool_]
 _Compare = Callable[[Members], Any]
@@ -98,12 +108,9 @@ def token_sequences(trace: Trace) -> Iterator[Members]:
 def analyse(trace: Trace) -> Patterns:
     """Reuse across consecutive layers and tokens of a trace's decoded tokens.
 
-    Raises UserError for a trace with fewer than four consecutive decoded tokens, and for more
-    experts than a trace can name.
+    Raises UserError for a trace with fewer than four consecutive decoded tokens.
     """
     E, K, L = trace.n_experts, trace.info.top_k, trace.n_layers
-    if E > N_IDS:
-        raise UserError(f"expected at most {N_IDS} experts in a layer, found {E}")
     sequences = list(token_sequences(trace))
     longest = max(len(sequence) for sequence in sequences)
     if longest < 4:
@@ -162,3 +169,80 @@ def _common(sequence: Members, n_sets: int) -> npt.NDArray[np.bool_]:
     n_tokens = max(len(sequence) - n_sets + 1, 0)
     windows = [sequence[offset : offset + n_tokens] for offset in range(n_sets)]
     return np.asarray(np.logical_and.reduce(windows).any(axis=2))
+
+
+def format_patterns(patterns: Patterns, info: TraceInfo) -> list[str]:
+    """The table for people, in lines."""
+    synthetic = " (synthetic routing: no model chose it)" if info.synthetic else ""
+    return [
+        f"{info.model}{synthetic}: {patterns.n_layers} layers, top-{patterns.top_k} of "
+        f"{patterns.n_experts} experts, {patterns.n_tokens} decoded tokens",
+        *info.notes,
+        "",
+        f"{'reuse, % of pairs':60}{'measured':>10}{'chance':>10}{'pairs':>10}",
+        *(
+            f"{reuse.name:60}{_percent(reuse.measured):>10}{_percent(reuse.chance):>10}"
+            f"{reuse.n_pairs:>10}"
+            for reuse in patterns.reuses
+        ),
+        "",
+    ]
+
+
+def _percent(share: float) -> str:
+    """Two decimals, or two digits where those would be zeros; '-' where there is no pair."""
+    if share != share:
+        return "-"
+    return f"{100 * share:.2f}" if share == 0 or share >= 1e-4 else f"{100 * share:.1e}"
+
+
+def draw_patterns(patterns: Patterns, model: str) -> Drawing:
+    """All kinds of reuse beside chance, and three of them by layer."""
+    figure = new_figure(6.8, 6.4, model)
+    top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
+    places = np.arange(len(patterns.reuses))
+    for offset, name, colour, look in (
+        (-0.2, "measured", BLUE, {}),
+        (0.2, "chance", RED, {"hatch": "///", "alpha": 0.6}),
+    ):
+        percents = [100 * getattr(reuse, name) for reuse in patterns.reuses]
+        top.barh(places + offset, percents, height=0.36, color=colour, label=name, **look)
+        for place, percent in enumerate(percents):
+            if percent == percent:
+                text = f" {percent:.2f}" if percent == 0 or percent >= 0.01 else " below 0.01"
+                top.text(percent, place + offset, text, va="center", size=7)
+    # Long names take two lines.
+    names = [r.name.replace(": ", ":\n").replace(" with ", "\nwith ") for r in patterns.reuses]
+    top.set_yticks(places, names, size=8)
+    top.invert_yaxis()
+    top.margins(x=0.12)
+    top.grid(False, axis="y")
+    title = (
+        f"Reuse of experts: top-{patterns.top_k} of {patterns.n_experts}, "
+        f"{patterns.n_layers} layers, {patterns.n_tokens} tokens"
+    )
+    top.set(title=title, xlabel="pairs that show it (%)")
+    top.legend(loc="lower right")
+    by_name = {reuse.name: reuse for reuse in patterns.reuses}
+    for name, colour, marker in (
+        ("previous token: at least one", BLUE, "o"),
+        ("previous token: all", GREEN, "s"),
+        ("next layer: at least one same index", PURPLE, "^"),
+    ):
+        shares = [100 * share for share in by_name[name].by_layer]
+        bottom.plot(shares, color=colour, marker=marker, markersize=3.5, label=name)
+    one = 100 * by_name["previous token: at least one"].chance
+    bottom.axhline(one, color=RED, linestyle="--", label="chance: at least one")
+    bottom.set(title="By layer", xlabel="MoE layer", ylabel="pairs that show it (%)", ylim=(0, 105))
+    whole_numbers(bottom.xaxis)
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    rows: Rows = []
+    for reuse in patterns.reuses:
+        layers = list(enumerate(reuse.by_layer))
+        n_pairs = [reuse.n_pairs] + [reuse.n_pairs // len(layers) for _ in layers]
+        rows += [
+            (reuse.name, layer, 100 * share, 100 * reuse.chance, n)
+            for (layer, share), n in zip([("all", reuse.measured), *layers], n_pairs, strict=True)
+        ]
+    header = ("Reuse", "Layer", "Measured (%)", "Chance (%)", "Pairs")
+    return Drawing("patterns", figure, header, rows)

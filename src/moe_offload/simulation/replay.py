@@ -7,8 +7,7 @@ in a prompt the cache is warmed with the experts of its last tokens, by the same
 one, from the trace, where it was recorded. Without a clock every copy ends before the next layer
 begins.
 
-Beside every policy stand two bounds that know the future: `Belady`, a policy like the others, and
-`most_hits`, which need not keep a missed expert at all.
+Beside every policy stands a bound that knows the future: `most_hits`, Belady's optimum.
 """
 
 from __future__ import annotations
@@ -18,50 +17,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from moe_offload.experts.cache import ExpertCache, HitCounts, ReplacementPolicy
-from moe_offload.experts.costs import CostModel, PrefillSplit
+from moe_offload.experts.cache import ExpertCache, HitCounts
+from moe_offload.experts.costs import CostModel
+from moe_offload.experts.plan import Plan, plan_prefill
 from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, distinct_experts
-
-
-class Belady(ReplacementPolicy):
-    """Evict what is used again last, of all in `future`, which is what is replayed."""
-
-    def __init__(self, future: Routing) -> None:
-        self._future = future
-        self._place = 0
-
-    def begin_pass(self, one: RoutingPass) -> None:
-        """The replay of `one`, the next pass, begins: what counts is what comes after it."""
-        self._place += n_decoded_ids(one)
-
-    def start(self, n_indexes: int, n_ways: int) -> None:
-        self._n_ways = n_ways
-        self._expert = [0] * (n_indexes * n_ways)
-        self._next = [-1] * (n_indexes * n_ways)
-
-    def filled(self, slot: int, expert: int) -> None:
-        self._expert[slot] = expert
-        self._next[slot] = -1
-
-    def victim(self, candidates: Sequence[int]) -> int:
-        return max(candidates, key=self._next_use)
-
-    def _next_use(self, slot: int) -> int:
-        if self._next[slot] < self._place:
-            layer = slot // self._n_ways
-            self._next[slot] = self._future.next_use(layer, self._expert[slot], self._place)
-        return self._next[slot]
-
-
-def n_decoded_ids(one: RoutingPass) -> int:
-    """The ids that a pass adds to each layer's decode."""
-    return len(one.ids[0]) * len(one.ids[0][0]) if one.phase == "decode" else 0
 
 
 def most_hits(routing: Routing, n_indexes: int, n_ways: int) -> int:
     """The most experts of decode that any N x M cache can hit, in the unit of `Replay.found`.
 
-    This is Belady's optimum with bypass: no policy exceeds it, whatever it evicts or refuses.
+    A missed expert need not be kept at all (bypass), so no policy exceeds it, whatever it evicts.
     Between two uses an expert either stays the whole time, a hit, or need not be there; at most M
     stay at once. Keeping the M that are used again first is optimal for such intervals. A
     prompt's experts may be kept without having been looked up.
@@ -70,7 +35,7 @@ def most_hits(routing: Routing, n_indexes: int, n_ways: int) -> int:
     held_in: list[dict[int, int]] = [{} for _ in range(n_indexes)]  # expert -> its next use
     for one in routing:
         decode = one.phase == "decode"
-        place += n_decoded_ids(one)
+        place += len(one.ids[0]) * routing.top_k if decode else 0
         for layer, (held, tokens) in enumerate(zip(held_in, one.ids, strict=False)):
             for expert in distinct_experts(tokens):
                 hits += decode and expert in held
@@ -148,12 +113,12 @@ class Timeline:
 
     def pass_prefill(
         self,
-        split: PrefillSplit,
+        plan: Plan,
         counts: Sequence[int],
         warmed: Sequence[tuple[int, int]],
         in_flight: Mapping[int, int],
     ) -> None:
-        """Let one layer's experts of a prompt pass as `split` shares them.
+        """Let one layer's experts of a prompt pass as `plan` shares them.
 
         `counts[e]` is the number of tokens on expert e; the experts of `warmed`, (expert, slot),
         are to be cached; `in_flight` maps those whose copies are queued by now to their slots. As
@@ -162,21 +127,19 @@ class Timeline:
         """
         costs = self.costs
         slot_of = dict(warmed)
-        waited = split.gpu_experts[len(split.gpu_experts) - split.n_copies :]
+        waited = plan.waited
         awaited = {in_flight[e] for e in waited if e in in_flight}
         places = [place for place, (slot, _) in enumerate(self._queue, 1) if slot in awaited]
         copied = [slot_of.get(e, _STAGING) for e in waited if e not in in_flight]
         self.queue(copied)
         self._waited = len(self._queue) if copied else max(places, default=0)
         self.queue([slot for e, slot in warmed if e not in waited])
-        last = split.gpu_experts[-1:] if waited else ()  # its arithmetic, no copy hides
-        on_gpu = [counts[e] for e in split.gpu_experts if e not in last]
-        self._pass_both(
-            costs.cpu_us([counts[e] for e in split.cpu_experts]), costs.gpu.us_of(on_gpu)
-        )
+        on_gpu = [counts[e] for e in (*plan.hits, *waited[:-1])]
+        self._pass_both(costs.cpu_us([counts[e] for e in plan.cpu]), costs.gpu.us_of(on_gpu))
         while self._waited:
             self._pass_copy(self._queue[0][1], 1.0)
-        self._pass_both(0.0, costs.gpu.us_of([counts[e] for e in last]))
+        # The last one's arithmetic, which no copy hides.
+        self._pass_both(0.0, costs.gpu.us_of([counts[e] for e in waited[-1:]]))
 
     def queue(self, slots: Sequence[int]) -> None:
         """Queue copies that nothing waits for, such as the warm-up after a prompt's layer."""
@@ -247,7 +210,8 @@ class Replay:
     optimum; for one sequence both units are the same. `fetches` and `evictions` include the
     warm-up after prompts. `hits_by_layer` has one row for each pass, as the cachehit CSV: hits of
     each cached layer, where kept. The times are modelled, and how long each part was `busy` in
-    them: 0 without a timeline.
+    them: 0 without a timeline. What no policy can exceed, `most_hits` in the unit of `found` and
+    `bound_tokens_per_s`, is computed where it is asked for (`tuning.run_setting`).
     """
 
     decode: HitCounts = field(default_factory=HitCounts)
@@ -262,11 +226,18 @@ class Replay:
     prefill_us: float = 0.0
     busy: Busy = field(default_factory=Busy)
     hits_by_layer: list[list[int]] = field(default_factory=list)
+    most_hits: int = 0
+    bound_tokens_per_s: float = 0.0
 
     @property
     def found_percent(self) -> float:
         """Hits in percent of what the directory was asked, each expert once in a pass."""
         return 100 * self.found / max(self.looked_up, 1)
+
+    @property
+    def bound_percent(self) -> float:
+        """The hits that no policy can exceed, in the unit of `found_percent`."""
+        return 100 * self.most_hits / max(self.looked_up, 1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -287,10 +258,7 @@ def replay(
     and the times are filled; without, they are instant. `keep_layers` fills `hits_by_layer`.
     """
     result = Replay()
-    policy = cache.policy
     for one in passes:
-        if isinstance(policy, Belady):
-            policy.begin_pass(one)
         began_us = timeline.now_us if timeline else 0.0
         if timeline is not None:
             timeline.pass_rest()
@@ -356,8 +324,8 @@ def _replay_prefill(
         if timeline is not None:
             tokens_of = Counter(chain.from_iterable(tokens))
             counts = [tokens_of[expert] for expert in range(1 + max(tokens_of))]
-            split = timeline.costs.split_prefill(counts, ready, timeline.backlog_us)
-            waited = [expert for expert in split.gpu_experts if expert not in ready]
+            plan = plan_prefill(counts, ready, "cpu", timeline.costs, timeline.backlog_us)
+            waited = plan.waited
             places = {expert: cache.slot_of(layer, expert) for expert in waited}
             in_flight = {expert: slot for expert, slot in places.items() if slot is not None}
         if layer < cache.n_indexes:
@@ -365,7 +333,7 @@ def _replay_prefill(
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
         if timeline is not None:
-            timeline.pass_prefill(split, counts, fetches, in_flight)
+            timeline.pass_prefill(plan, counts, fetches, in_flight)
         else:
             for _, slot in fetches:
                 cache.mark_ready(slot)

@@ -87,42 +87,29 @@ def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
 
 def load_shape(name: str) -> ModelShape:
     """Return the shape called `name`; raises UserError with the known names for another."""
-    return shape_of_config(name, shape_config(name))
-
-
-def shape_of_config(name: str, config: dict[str, Any]) -> ModelShape:
-    """Return the shape that a transformers configuration describes.
-
-    Raises UserError for one that does not name its experts as the known models do.
-    """
-    try:
-        hidden = config["hidden_size"]
-        intermediate = config.get("moe_intermediate_size") or config["intermediate_size"]
-        n_experts = next(
-            config[key]
-            for key in ("num_local_experts", "num_experts", "n_routed_experts")
-            if config.get(key)
-        )
-        shared = config.get("n_shared_experts") or 0
-        n_dense_layers = config.get("first_k_dense_replace") or 0
-        attention = _attention_weights(config)
-        dense_layer = attention + 3 * hidden * config["intermediate_size"]
-        return ModelShape(
-            name=name,
-            n_layers=config["num_hidden_layers"] - n_dense_layers,
-            n_experts=n_experts,
-            top_k=config["num_experts_per_tok"],
-            hidden=hidden,
-            intermediate=intermediate,
-            dense_weights_per_layer=attention + 3 * hidden * intermediate * shared,
-            other_weights=2 * config["vocab_size"] * hidden + n_dense_layers * dense_layer,
-            n_dense_layers=n_dense_layers,
-        )
-    except (KeyError, StopIteration) as error:
-        raise UserError(
-            f"expected the configuration of {name} to say how many experts of which size it has, "
-            f"found no {error or 'number of experts'}; give the shape of a model that does"
-        ) from None
+    config = shape_config(name)
+    hidden = config["hidden_size"]
+    intermediate = config.get("moe_intermediate_size") or config["intermediate_size"]
+    n_experts = next(
+        config[key]
+        for key in ("num_local_experts", "num_experts", "n_routed_experts")
+        if config.get(key)
+    )
+    shared = config.get("n_shared_experts") or 0
+    n_dense_layers = config.get("first_k_dense_replace") or 0
+    attention = _attention_weights(config)
+    dense_layer = attention + 3 * hidden * config["intermediate_size"]
+    return ModelShape(
+        name=name,
+        n_layers=config["num_hidden_layers"] - n_dense_layers,
+        n_experts=n_experts,
+        top_k=config["num_experts_per_tok"],
+        hidden=hidden,
+        intermediate=intermediate,
+        dense_weights_per_layer=attention + 3 * hidden * intermediate * shared,
+        other_weights=2 * config["vocab_size"] * hidden + n_dense_layers * dense_layer,
+        n_dense_layers=n_dense_layers,
+    )
 
 
 def _attention_weights(config: dict[str, Any]) -> int:

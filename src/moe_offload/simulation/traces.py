@@ -14,14 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-
-from moe_offload.errors import UserError
-from moe_offload.files import write_together
 
 Phase = Literal["prefill", "decode"]
 Ids = tuple[tuple[tuple[int, ...], ...], ...]
@@ -171,8 +167,7 @@ class TraceInfo:
     """What a trace says about itself.
 
     `n_experts` is None where only the ids show it; `synthetic` marks routing that no model chose;
-    `notes` are sentences for the reader, such as a header that disagrees with its rows;
-    `expert_bytes` is the mean size of an expert where the file tells it.
+    `notes` are sentences for the reader, such as a header that disagrees with its rows.
     """
 
     model: str
@@ -181,7 +176,6 @@ class TraceInfo:
     n_experts: int | None
     synthetic: bool = False
     notes: tuple[str, ...] = ()
-    expert_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -205,17 +199,6 @@ class Trace:
         """The experts of every decode pass and layer, each once however many tokens chose it."""
         decoded = (one.ids for one in self.passes if one.phase == "decode")
         return sum(len(distinct_experts(tokens)) for ids in decoded for tokens in ids)
-
-
-def write_trace(path: Path, info: TraceInfo, passes: Iterable[RoutingPass]) -> None:
-    """Write a trace as JSON lines; raises UserError where the file cannot be written."""
-    try:
-        write_together({path: trace_lines(info, passes)})
-    except OSError as error:
-        raise UserError(
-            f"expected to write a trace to {path}, found no place for it ({error.strerror}); "
-            "choose another"
-        ) from None
 
 
 def trace_lines(info: TraceInfo, passes: Iterable[RoutingPass]) -> Iterator[str]:
