@@ -246,6 +246,10 @@ class ModelOptions:
         None, "--cpu-affinity LIST",
         "pin kernel threads to CPUs, such as 0-7,16",
     )  # fmt: skip
+    ray: str | None = option(
+        None, "--ray ADDRESS",
+        "answer a prompt file on all machines of a Ray cluster; local: one started here",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -463,3 +467,19 @@ class Config:
     generation: GenerationOptions
     prompts: PromptOptions
     output: OutputOptions
+
+    def __post_init__(self) -> None:
+        if self.model.ray is None:
+            return
+        _require(
+            self.prompts.path is not None and self.output.responses_jsonl is not None,
+            "--ray needs --prompt-path and --responses-jsonl: the prompts, and where answers go",
+        )
+        _require(
+            self.model.model_path is not None,
+            "--ray needs --model-path: random weights have nothing to say",
+        )
+        _require_for(
+            self.output, ("output_dir", "breakdown_csv", "cachehit_csv", "nvtx"), False,
+            "expected --ray or {}, found both: only a run on one machine is recorded",
+        )  # fmt: skip
