@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def test_the_file_is_what_earlier_versions_wrote_and_read(prepared: Manifest) ->
         *("module", "file", "bytes", "data_offset_bytes", "n_experts", "layout"),
         *("header_checksum", "block_checksums"),
     }
+
+
+def test_what_a_later_version_adds_does_not_damage_an_earlier_folder(prepared: Manifest) -> None:
+    """As a version without `scales` wrote and signed it."""
+    path = prepared.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    for layer in data["moe_layers"]:
+        del layer["layout"]["scales"]
+    content = {k: v for k, v in data.items() if k not in ("format_version", "checksum")}
+    data["checksum"] = checksum(json.dumps(content, sort_keys=True).encode())
+    path.write_text(json.dumps(data))
+    assert replace(read_manifest(prepared.folder), checksum=None) == replace(
+        prepared, checksum=None
+    )
+    data["moe_layers"][0]["module"] += "s"
+    path.write_text(json.dumps(data))
+    assert "its checksum does not match" in refused(prepared.folder)
 
 
 def test_infinite_numbers_of_a_config_survive(prepared: Manifest) -> None:

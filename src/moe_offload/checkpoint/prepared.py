@@ -45,6 +45,7 @@ from moe_offload.files import (
 
 FORMAT_VERSION: Final = 1
 MODEL_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_NOT_CONTENT: Final = ("folder", "checksum")
 PREPARE_AGAIN: Final = "prepare the model again with weights_preprocessor.py --force"
 
 
@@ -202,19 +203,17 @@ def decode_floats(data: dict[str, Any]) -> Any:
 
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards must be in place."""
-    data = {"format_version": FORMAT_VERSION, **_content(manifest)}
-    text = json.dumps({**data, "checksum": _own_checksum(manifest)}, indent=1, allow_nan=False)
+    content = {
+        key: _encode(value) for key, value in asdict(manifest).items() if key not in _NOT_CONTENT
+    }
+    data = {"format_version": FORMAT_VERSION, **content, "checksum": _checksum(content)}
+    text = json.dumps(data, indent=1, allow_nan=False)
     write_atomically(manifest.folder / MANIFEST_NAME, f"{text}\n")
 
 
-def _content(manifest: Manifest) -> dict[str, Any]:
-    data = asdict(manifest)
-    return {key: _encode(data[key]) for key in data if key not in ("folder", "checksum")}
-
-
-def _own_checksum(manifest: Manifest) -> int:
-    """Of what the manifest says, however its file is laid out."""
-    return checksum(json.dumps(_content(manifest), sort_keys=True).encode())
+def _checksum(content: dict[str, Any]) -> int:
+    """Of what the file says, however it is laid out; what a later version adds changes nothing."""
+    return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -240,7 +239,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"version {FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
             )
         manifest = _located(from_json(Manifest, {**data, "folder": str(folder)}))
-        if manifest.checksum is not None and manifest.checksum != _own_checksum(manifest):
+        content = {key: _encode(value) for key, value in data.items() if key not in _NOT_CONTENT}
+        if manifest.checksum is not None and manifest.checksum != _checksum(content):
             raise ValueError("it is not what was written: its checksum does not match")
         require(manifest.moe_layers != (), "no experts")
         for shard in manifest.shards:
