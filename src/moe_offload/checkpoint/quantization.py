@@ -112,34 +112,34 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return packed, scales
 
 
-def take_over(weight: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
-    """W [R, C], of whole multiples of `unit` [R, C], packed without a rounding; None if it cannot.
-
-    It can where each group of 32 has one unit, a float16, and multiples that `bits` 8 or 4 hold.
-    """
-    packed, scales = _empty_packed(weight, bits)
-    for part, rows in _chunks(scales):
-        x, units = (_group_major(of[rows], *scales[part].shape[:2]) for of in (weight, unit))
-        scale = torch.where(x.any(dim=0), units[0], 0)
-        q = _round(x, scale, bits)
-        if not _are_float16(scale) or not torch.equal(q * scale, x):
-            return None
-        scales[part] = scale
-        packed[part] = _pack(q, bits)
-    return packed, scales
-
-
 def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     """The fp32 [rows, columns] matrix that `packed` and `scales` stand for, on their device."""
     row_blocks, groups, _ = scales.shape
-    if bits == 8:
-        q = packed.view(torch.int8).permute(0, 3, 1, 2, 4)  # [RB, 16, G, 8, 4]
-    else:
-        nibbles = torch.stack((packed & 15, packed >> 4), dim=2)  # [RB, G, 2, 4, 16, 4]
-        q = (nibbles.view(torch.int8) - 8).permute(0, 4, 1, 2, 3, 5)
-    values = q.reshape(row_blocks, TILE_ROWS, groups, GROUP).float()
+    values = unpack_levels(packed, bits).float().sub_(1 << (bits - 1))
+    values = values.view(row_blocks, TILE_ROWS, groups, GROUP)
     values *= scales.float().transpose(1, 2)[..., None]
     return values.view(row_blocks * TILE_ROWS, groups * GROUP)[:rows, :columns].contiguous()
+
+
+def unpack_levels(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [Rpad, Cpad]: the levels q + 128 or q + 8 of packed tiles, padding included."""
+    row_blocks, groups = packed.shape[:2]
+    if bits == 8:
+        levels = (packed ^ 128).permute(0, 3, 1, 2, 4)  # [RB, 16, G, 8, 4]
+    else:
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=2)  # [RB, G, 2, 4, 16, 4]
+        levels = nibbles.permute(0, 4, 1, 2, 3, 5)
+    return levels.reshape(row_blocks * TILE_ROWS, groups * GROUP)
+
+
+def pack_levels(levels: Tensor, bits: int) -> Tensor:
+    """The tiles of such levels, uint8 [R, C], padded with level 0."""
+    rows, columns = levels.shape
+    (row_blocks, groups, *_), _ = packed_shapes(rows, columns, bits)
+    tiles = torch.zeros(row_blocks * TILE_ROWS, groups * GROUP, dtype=torch.int32)
+    tiles[:rows, :columns] = levels
+    by_group = tiles.view(row_blocks, TILE_ROWS, groups, GROUP).permute(3, 0, 2, 1).contiguous()
+    return _tiles(by_group ^ 128 if bits == 8 else by_group, bits)
 
 
 def _empty_packed(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -213,16 +213,18 @@ def _squared_error(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:
-    """uint8 [RB, G, bits, 16, 4] from the levels [32, RB, G, 16]."""
-    _, row_blocks, groups, _ = q.shape
+    """The tiles of the levels q [32, RB, G, 16], fp32 whole numbers with their signs."""
     levels = q.to(torch.int32)
-    if bits == 8:
-        levels &= 255
-    else:
-        levels += 8
-        levels = levels[:16] | (levels[16:] << 4)
+    return _tiles(levels & 255 if bits == 8 else levels + 8, bits)
+
+
+def _tiles(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [RB, G, bits, 16, 4] from int32 [32, RB, G, 16], the bytes or nibbles to store."""
+    _, row_blocks, groups, _ = codes.shape
+    if bits == 4:
+        codes = codes[:16] | (codes[16:] << 4)
     # Four bytes make one int32 before the transposition: moving words, not bytes, is 2x faster.
-    by_column = levels.view(bits, 4, row_blocks, groups, TILE_ROWS)
+    by_column = codes.view(bits, 4, row_blocks, groups, TILE_ROWS)
     words = by_column[:, 0] | (by_column[:, 1] << 8)
     words |= by_column[:, 2] << 16
     words |= by_column[:, 3] << 24

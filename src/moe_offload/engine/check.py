@@ -32,9 +32,16 @@ from moe_offload.model.loader import (
 )
 
 # How far a layer's output may be from a plain fp32 computation, of its norm. bf16: the output and
-# what lies between the matrices are rounded, 2^-9 each at most on the GPU; int8 and int4: besides,
-# activations are rounded to 127 levels, twice (0.4 to 0.6% each was measured).
-LAYER_LIMITS: Final = {"fp32": 1e-4, "bf16": 0.01, "int8": 0.03, "int4": 0.03}
+# what lies between the matrices are rounded, 2^-9 each at most on the GPU; the packed ones:
+# besides, activations are rounded to 127 levels, twice (0.4 to 0.6% each was measured).
+LAYER_LIMITS: Final = {
+    "fp32": 1e-4,
+    "bf16": 0.01,
+    "int8": 0.03,
+    "int4": 0.03,
+    "mxfp4": 0.03,
+    "fp8": 0.01,
+}
 
 
 @dataclass(frozen=True)
