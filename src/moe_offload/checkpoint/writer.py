@@ -61,7 +61,7 @@ class Formats:
     """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype.
 
     `exact` where `weight_format` is to hold a quantised source without a rounding, with `scales`
-    like the source's.
+    like the source's; `calibration` is the checksum of the text that the source was rounded for.
     """
 
     weight_format: WeightFormat
@@ -69,6 +69,7 @@ class Formats:
     model_dtype: torch.dtype
     exact: bool = False
     scales: Scales | None = None
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Preparation:
             "weight_format": self._formats.weight_format,
             "dense_format": self._formats.dense_format,
             "scales": str(self._formats.scales),
+            "calibration": self._formats.calibration,
         }
 
     def run(
