@@ -6,6 +6,7 @@ are made from that (`commands/arguments.py`), and messages name a setting by its
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -96,6 +97,7 @@ POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 # What torch's generators take. No other number is larger either, though Python has such.
 LEAST_SEED: Final = -(2**63)
+MOST_PROMPTS: Final = 10_000_000  # their list takes 3 GB
 LARGEST: Final = 2**64 - 1
 
 # The kinds of fields: how a message calls one, and what is of it. True is no number.
@@ -211,9 +213,10 @@ class ModelOptions:
     """
 
     model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
-    device: Literal["auto", "cuda", "cpu"] = option(
-        "auto", "--device", "where attention runs; auto: the GPU when there is one"
-    )
+    device: str = option(
+        "auto", "--device auto|cuda|cuda:N|cpu",
+        "where attention runs; auto: the GPU when there is one; cuda:N: the N-th of several",
+    )  # fmt: skip
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
     verify: bool = option(False, "--verify", "check every byte of the folder before loading")
     dummy_shape: str | None = option(
@@ -243,9 +246,17 @@ class ModelOptions:
         None, "--cpu-affinity LIST",
         "pin kernel threads to CPUs, such as 0-7,16",
     )  # fmt: skip
+    ray: str | None = option(
+        None, "--ray ADDRESS",
+        "answer a prompt file on all machines of a Ray cluster; local: one started here",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None,
+            f"expected --device as one of auto, cuda, cuda:N, cpu, found {self.device!r}",
+        )
         _require(
             self.model_path is not None or self.dummy_shape is not None,
             "--model-path is missing: name a folder weights_preprocessor.py prepared",
@@ -379,7 +390,11 @@ class PromptOptions:
         None, "--prompt-path FILE", "prompts, one per line; of *.jsonl each an object"
     )
     n_prompts: int | None = option(
-        None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
+        None,
+        "--n-prompts N",
+        "how many; cycles through the file (default all)",
+        least=1,
+        most=MOST_PROMPTS,
     )
     shard: str | None = option(
         None, "--shard I/N", "every N-th prompt, the I-th part; auto: as Slurm or SkyPilot says"
@@ -452,3 +467,19 @@ class Config:
     generation: GenerationOptions
     prompts: PromptOptions
     output: OutputOptions
+
+    def __post_init__(self) -> None:
+        if self.model.ray is None:
+            return
+        _require(
+            self.prompts.path is not None and self.output.responses_jsonl is not None,
+            "--ray needs --prompt-path and --responses-jsonl: the prompts, and where answers go",
+        )
+        _require(
+            self.model.model_path is not None,
+            "--ray needs --model-path: random weights have nothing to say",
+        )
+        _require_for(
+            self.output, ("output_dir", "breakdown_csv", "cachehit_csv", "nvtx"), False,
+            "expected --ray or {}, found both: only a run on one machine is recorded",
+        )  # fmt: skip

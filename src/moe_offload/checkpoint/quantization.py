@@ -106,9 +106,9 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     packed, scales = _empty_packed(weight, bits)
     for part, rows in _chunks(scales):
         x = _group_major(weight[rows], *scales[part].shape[:2])
-        scale = _search_scale(x, bits)
+        scale = search_scale(x, bits)
         scales[part] = scale
-        packed[part] = _pack(_round(x, scale, bits), bits)
+        packed[part] = _pack(round_to_levels(x, scale, bits), bits)
     return packed, scales
 
 
@@ -170,8 +170,11 @@ def _group_major(chunk: Tensor, row_blocks: int, groups: int) -> Tensor:
     return padded.view(row_blocks, TILE_ROWS, groups, GROUP).permute(3, 0, 2, 1).contiguous()
 
 
-def _search_scale(x: Tensor, bits: int) -> Tensor:
-    """The fp16-exact fp32 scale [RB, G, 16] of the groups of `x` [32, RB, G, 16]."""
+def search_scale(x: Tensor, bits: int, importance: Tensor | float = 1.0) -> Tensor:
+    """The fp16-exact fp32 scale [RB, G, 16] of the groups of `x` [32, RB, G, 16].
+
+    `importance` [32, 1, 1, 1] says what the squared error of each column in a group counts.
+    """
     high, low = x.amax(0), x.amin(0)
     extreme = torch.where(high > -low, high, low)
     largest = float(extreme.abs().max())
@@ -182,15 +185,16 @@ def _search_scale(x: Tensor, bits: int) -> Tensor:
             "check the checkpoint, or prepare it with --expert-dtype bf16"
         )
     best = _representable(extreme / _DIVISORS[bits][0])
-    best_error = _squared_error(x, best, bits)
+    best_error = _squared_error(x, best, bits, importance)
     for divisor in _DIVISORS[bits][1:]:
         scale = _representable(extreme / divisor)
-        error = _squared_error(x, scale, bits)
+        error = _squared_error(x, scale, bits, importance)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
-    q = _round(x, best, bits)
-    refit = _representable((x * q).sum(0) / q.square_().sum(0).clamp_(min=1))
-    best = torch.where(_squared_error(x, refit, bits) < best_error, refit, best)
+    q = round_to_levels(x, best, bits)
+    weighted = q * importance
+    refit = _representable((x * weighted).sum(0) / q.mul_(weighted).sum(0).clamp_(min=1e-6))
+    best = torch.where(_squared_error(x, refit, bits, importance) < best_error, refit, best)
     return torch.where(extreme.abs() < _SMALLEST_SCALE / 2, torch.zeros_like(best), best)
 
 
@@ -200,16 +204,16 @@ def _representable(scale: Tensor) -> Tensor:
     return torch.copysign(magnitude.half().float(), scale)
 
 
-def _round(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def round_to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest levels, as fp32 whole numbers; a zero scale gives zeros."""
     inverse = torch.where(scale == 0, scale, scale.reciprocal())
     return (x * inverse).round_().clamp_(*_RANGE[bits])
 
 
-def _squared_error(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _squared_error(x: Tensor, scale: Tensor, bits: int, importance: Tensor | float) -> Tensor:
     steps = x * scale.reciprocal()
     rounded = steps.round().clamp_(*_RANGE[bits])
-    return steps.sub_(rounded).square_().sum(0).mul_(scale).mul_(scale)
+    return steps.sub_(rounded).square_().mul_(importance).sum(0).mul_(scale).mul_(scale)
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:

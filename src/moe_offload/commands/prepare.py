@@ -66,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "head, for runs without a GPU",
     )
     parser.add_argument(
+        "--calibration-text",
+        type=a_path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="round int4 for what the experts see while the model reads this text, or without FILE "
+        "docstrings of Python's library: better answers for hours of preparing a large model",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="prepare again although the folder is prepared"
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")

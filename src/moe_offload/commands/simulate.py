@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
     machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
     machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
-    machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
+    machine.add_argument(
+        "--expert-dtype",
+        choices=FAST_FORMATS,
+        help="the experts' format (default bf16; of --tune: all of them)",
+    )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
         "--sweep", action="store_true", help="N x M x policy: sweep.csv, .png, .pdf and .svg"
@@ -158,13 +162,14 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        on = _Host(machine, shape, options.expert_dtype)
-    elif options.expert_dtype != "bf16" and shape is None:
+        on = _Host(machine, shape, options.expert_dtype or "bf16")
+    elif options.expert_dtype is not None and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
         if on is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
-        _tune(trace, on, options.memory_gb)
+        formats = FAST_FORMATS if options.expert_dtype is None else (options.expert_dtype,)
+        _tune(trace, on, options.memory_gb, formats)
     elif options.sweep:
         _sweep(trace, on, options.output_dir)
     else:
@@ -242,7 +247,7 @@ def _one_setting(
     if on is not None:
         on.require_memory(cache)
     result = run_setting(trace, cache, None if on is None else on.costs)
-    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype)
+    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype or "bf16")
     _print_hits(trace, cache, result, block_bytes)
     if on is not None:
         _print_times(result, on)
@@ -327,7 +332,7 @@ def _sweep(trace: Trace, on: _Host | None, output_dir: Path) -> None:
     print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
-def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
+def _tune(trace: Trace, on: _Host, memory_gb: float | None, formats: Sequence[str]) -> None:
     memory_bytes, machine = on.cache_bytes, on.machine
     if memory_bytes < 0:
         raise UserError(
@@ -337,7 +342,7 @@ def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
     if memory_gb is not None:
         require_range("--memory-gb", memory_gb, 0, memory_bytes / 1e9)
         memory_bytes = memory_gb * 1e9
-    costs = {name: machine.cost_model(on.shape, name) for name in FAST_FORMATS}
+    costs = {name: machine.cost_model(on.shape, name) for name in formats}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )

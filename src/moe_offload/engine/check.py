@@ -74,6 +74,7 @@ class Comparison:
     agreeing: int = 0
     tied: int = 0
     unlike_source: list[tuple[int, int]] | None = None
+    why_not_compared: str = "the source is not there"
     wrong_layers: list[WrongLayer] = field(default_factory=list)
 
     @property
@@ -84,7 +85,7 @@ class Comparison:
     def lines(self) -> Iterator[str]:
         """What a person reads."""
         if self.unlike_source is None:
-            yield "weights: the source is not there, so their checksums alone were checked"
+            yield f"weights: {self.why_not_compared}, so their checksums alone were checked"
         else:
             found = _some([f"layer {layer} expert {one}" for layer, one in self.unlike_source])
             right = f"{self.n_experts} experts as the source gives them"
@@ -226,7 +227,9 @@ class _Reference:
             self.model.set_submodule(site.experts_path, experts)
         prepared.load_dense(self.model, torch.device("cpu"), lambda _: None)
         self.source = None
-        if source is not None:
+        if "calibration_text" in manifest.created_with:
+            result.why_not_compared = "they were rounded for a calibration text"
+        elif source is not None:
             native = not (source / "config.json").exists()
             self.source = open_source(source, not native, prepared.dtype)
             result.unlike_source = []
