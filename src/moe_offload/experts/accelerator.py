@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_offload.experts.cache import ExpertCache
 from moe_offload.experts.costs import CostModel
+from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.fetcher import Copy, CopyCancelledError, ExpertFetcher
 from moe_offload.experts.plan import MissMode, MissTrial
 from moe_offload.experts.slots import GpuExperts
@@ -36,7 +37,7 @@ class Accelerator:
     of one forward pass.
     """
 
-    store: ExpertStore
+    store: ExpertStore | DiskTier
     cache: ExpertCache
     gpu: GpuExperts
     fetcher: ExpertFetcher
@@ -50,6 +51,8 @@ class Accelerator:
         self.trial: MissTrial | None = MissTrial() if self.miss_policy == "auto" else None
         self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
         self.failed_copies = 0
+        if isinstance(self.store, DiskTier):
+            self.store.copying = self.fetcher.sources_in_flight
         self._quota_left = 0
         self._next_staging = 0
 
@@ -171,6 +174,7 @@ class Accelerator:
         """
         self.prefetch.guess(layer, guessed)
         self.collect_copies()  # one that has ended since keeps nobody from the bus
+        guessed = [expert for expert in guessed if self.store.is_there(layer, expert)]
         if self.fetcher.in_flight or self._background_quota(layer) <= 0:
             return
         self.cache.protect(layer, guessed)
