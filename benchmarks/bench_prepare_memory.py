@@ -28,6 +28,16 @@ FORMATS = {
     "fused": ("bf16", "int4"),
     "bin": ("bf16",),
     "native": ("bf16",),
+    "fp8": ("bf16",),
+    "int4": ("auto",),
+}
+# Codes and scales of random bytes: what they cost to read does not depend on what they are.
+QUANTISED = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "int4": {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}},
+    },
 }
 
 CHILD = """
@@ -69,6 +79,24 @@ def layer_tensors(layer: int, fused: bool) -> dict[str, Tensor]:
         tensors[f"{name}.w2.weight"] = random(HIDDEN, INTERMEDIATE)
         tensors[f"{name}.w3.weight"] = random(INTERMEDIATE, HIDDEN)
     return tensors
+
+
+def quantised(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The same with attention and experts as an FP8 or an int4 checkpoint has them."""
+    out = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1 or "gate" in name:
+            out[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        codes = torch.randint(0, 120, (rows, columns), dtype=torch.uint8)
+        if layout == "fp8":
+            out[name] = codes.view(torch.float8_e4m3fn)
+            out[f"{name}_scale_inv"] = torch.rand(-(-rows // 128), -(-columns // 128)) * 1e-4
+        else:
+            out[f"{name}_packed"] = codes[:, : columns // 2].contiguous().view(torch.int32)
+            out[f"{name}_scale"] = torch.rand(rows, columns // 32).bfloat16() + 1e-3
+    return out
 
 
 def native_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,6 +151,8 @@ def write_checkpoint(folder: Path, layout: str, n_layers: int) -> None:
     for part in range(n_layers + 1):
         if part < n_layers:
             tensors = layer_tensors(part, layout == "fused")
+            if layout in QUANTISED:
+                tensors = quantised(tensors, layout)
         else:
             tensors = {
                 "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
@@ -143,6 +173,8 @@ def write_checkpoint(folder: Path, layout: str, n_layers: int) -> None:
     if layout == "native":
         (folder / "params.json").write_text(json.dumps(params))
         return
+    if layout in QUANTISED:
+        config["quantization_config"] = QUANTISED[layout]
     (folder / "config.json").write_text(json.dumps(config))
     index = "pytorch_model.bin" if layout == "bin" else "model.safetensors"
     (folder / f"{index}.index.json").write_text(json.dumps({"weight_map": weight_map}))

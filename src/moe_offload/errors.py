@@ -6,6 +6,10 @@ import re
 from typing import Final
 
 LONGEST_MESSAGE: Final = 2000
+FEW_THREADS: Final = (
+    "the system refuses this program another thread: raise the limit (ulimit -u, a container's "
+    "pids), or ask for fewer with OMP_NUM_THREADS"
+)
 
 
 class UserError(Exception):

@@ -6,18 +6,25 @@ transformers' eager model with the weights that the file's bytes stand for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from against_transformers import N_TOKENS, greedy, prepared, prompt_ids
 from gguf import GGMLQuantizationType as Type
 from gguf_models import with_stored_weights, write_gguf
+from plain_gguf import PLAIN, random_blocks
+from prepared_weights import assert_same_experts
+from refusals import refusal
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
 
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.engine.engine import load_model
 
 # Rows that fill Q8_0's blocks, so that next to nothing stays F32.
@@ -89,3 +96,131 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     stored = write_gguf(model, tmp_path / "model.gguf", Type.Q8_0)
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared", "--expert-dtype", "fp32")
     assert_same_model(with_stored_weights(model, stored), folder)
+
+
+def test_experts_that_are_not_stacked(tmp_path: Path) -> None:
+    """Files of before February 2024 have a tensor for each expert."""
+    model = tiny_models.build_model(CONFIGS["mixtral"]())
+    write_gguf(model, tmp_path / "stacked.gguf")
+    write_gguf(model, tmp_path / "apart.gguf", stacked=False)
+    contents = []
+    for name in ("stacked", "apart"):
+        folder = prepared(tmp_path / f"{name}.gguf", tmp_path / name)
+        contents.append([path.read_bytes() for path in sorted(folder.glob("*.safetensors"))])
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_in_two_halves(name: str, tmp_path: Path) -> None:
+    model = tiny_models.build_model(CONFIGS[name]())
+    stored = write_gguf(model, tmp_path / "model.gguf", Type.Q8_0, split_kv_b=True)
+    folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared", "--expert-dtype", "fp32")
+    assert_same_model(with_stored_weights(model, stored, split_kv_b=True), folder)
+
+
+def test_a_mixture_of_all_types(tmp_path: Path) -> None:
+    """As Q4_K_M and its kin are: types that differ from tensor to tensor."""
+    model = tiny_models.build_model(
+        tiny_models.mixtral(hidden_size=256, intermediate_size=256, vocab_size=64)
+    )
+    kinds = sorted(PLAIN, key=lambda kind: kind.name)
+    used: set[Type] = set()
+
+    def pack(values: np.ndarray, kind: Type) -> np.ndarray:
+        if kind not in PLAIN:
+            return gguf.quantize(values, kind)
+        used.add(kind)
+        n_blocks = values.size // gguf.GGML_QUANT_SIZES[kind][0]
+        return random_blocks(kind, n_blocks, seed=len(used)).reshape(*values.shape[:-1], -1)
+
+    turn = itertools.cycle(kinds)
+    stored = write_gguf(model, tmp_path / "model.gguf", lambda name: next(turn), pack=pack)
+    assert used == set(kinds)
+    folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared", "--expert-dtype", "fp32")
+    assert_same_model(with_stored_weights(model, stored), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"llama.expert_count": 0}, "a model of architecture llama without experts"),
+        ({"general.architecture": "grok", "grok.expert_count": 4}, "read are llama, qwen2moe"),
+        ({"llama.block_count": None}, "whole number for llama.block_count in {path}, it has no"),
+        ({"llama.block_count": 1 << 31}, "expected num_hidden_layers of 1 to 1000"),
+        ({"llama.block_count": 1}, "no place"),
+        ({"llama.attention.head_count": 0}, "expected attention heads in {path}"),
+        ({"llama.expert_used_count": 9}, "expected num_experts_per_tok of 1 to 4 in {path}"),
+        ({"llama.rope.freq_base": "x"}, "a number for llama.rope.freq_base"),
+        ({"llama.rope.scaling.type": "new"}, "in a way that is not known here (new)"),
+        (
+            {"llama.attention.head_count_kv": [2, 1]},
+            "a whole number for llama.attention.head_count",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be(
+    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(tiny_models.build_model(CONFIGS["mixtral"]()), path, **changes)
+    assert said.format(path=path) in refusal(capsys, path)
+
+
+def test_a_model_with_more_than_it_should_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.gguf"
+    model = tiny_models.build_model(CONFIGS["mixtral"]())
+    write_gguf(model, path, more={"blk.0.attn_q.bias": torch.zeros(64)})
+    assert "a tensor blk.0.attn_q.bias, for which transformers' model" in refusal(capsys, path)
+    write_gguf(model, path, more={"rope_freqs.weight": torch.ones(8)})
+    assert "in a way that is not known here (rope_freqs.weight)" in refusal(capsys, path)
+    write_gguf(model, path, more={"blk.0.ffn_up_exps.weight": torch.zeros(4, 95, 64)})
+    assert "do not fit together; download" in refusal(capsys, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "becomes"),
+    [(Type.Q4_0, "int4"), (Type.Q5_0, "int8"), (Type.Q8_0, "int8"), (Type.MXFP4, "int8")],
+    ids=lambda one: getattr(one, "name", one),
+)
+def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path: Path) -> None:
+    """Also where no weight of a group is at the end of the range, as with an importance matrix."""
+    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+
+    def pack(values: np.ndarray, stored: Type) -> np.ndarray:
+        if stored != kind:
+            return gguf.quantize(values, stored)
+        packed = random_blocks(kind, values.size // 32)
+        if kind == Type.Q8_0:
+            packed[:, 2:] = (packed[:, 2:].view(np.int8) // 2).view(np.uint8)
+        elif kind == Type.Q4_0:
+            packed[:, 2:] |= 0x11  # no code of -8
+        return packed.reshape(*values.shape[:-1], -1)
+
+    stored = write_gguf(model, tmp_path / "model.gguf", kind, pack=pack)
+    manifest = read_manifest(prepared(tmp_path / "model.gguf", tmp_path / "prepared"))
+    assert manifest.weight_format == becomes
+    assert_same_experts(manifest, with_stored_weights(model, stored))
+
+
+def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+    write_gguf(model, tmp_path / "model.gguf", Type.Q4_1)
+    folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
+    assert read_manifest(folder).weight_format == "bf16"
+    assert "exactly (blk.0.ffn_gate_exps.weight, Q4_1 is the first)" in capsys.readouterr().err
+
+
+def test_a_scale_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+
+    def pack(values: np.ndarray, stored: Type) -> np.ndarray:
+        packed = gguf.quantize(values, stored)
+        if values.ndim == 3:
+            packed[1, 2, :2] = np.array([np.nan], "<f2").view(np.uint8)
+        return packed
+
+    write_gguf(model, tmp_path / "in" / "model.gguf", Type.Q8_0, pack=pack)
+    message = refusal(capsys, tmp_path / "in" / "model.gguf")
+    assert "gate_up of expert 1 in model.layers.0.mlp.experts holds weights that are inf" in message

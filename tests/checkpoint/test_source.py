@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
@@ -30,20 +31,6 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def hub(model: PreTrainedModel, tmp_path: Path) -> Path:
     return tiny_models.write_hub(model, tmp_path / "source", "20KB")
-
-
-def refusal(
-    capsys: pytest.CaptureFixture[str], source: Path, *flags: str, output: Path | None = None
-) -> str:
-    """The one line on stderr."""
-    output = source.parent / "out" if output is None else output
-    capsys.readouterr()
-    assert prepare.main(["--input-path", str(source), "--output-path", str(output), *flags]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1, captured.err
-    assert not (output / "manifest.json").exists()
-    return captured.err
 
 
 def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,25 @@ def test_what_torch_saves(
     assert_same(read_bin(path), state)
 
 
+@pytest.mark.parametrize("step", [101, pytest.param(1, marks=pytest.mark.nightly)])
+def test_a_flipped_bit_is_found_or_means_nothing(step: int, tmp_path: Path) -> None:
+    """Any bit of the zip, the pickle and the weights; torch.load would find few of them."""
+    state = {"norm": torch.randn(9).bfloat16(), "matrix": torch.randn(5, 7)}
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(state, path)
+    whole = path.read_bytes()
+    n_found = 0
+    for bit in range(0, len(whole) * 8, step):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert_same(read_bin(path), state)
+        except UserError:
+            n_found += 1
+    assert n_found > len(whole) * 8 // step // 5
+
+
 def cut(end: str, keep: slice) -> Callable[[str, bytes], bytes]:
     return lambda name, data: data[keep] if name.endswith(end) else data
 

@@ -243,28 +243,35 @@ def write_gguf(
     wanted: Type | Callable[[str], Type] = Type.F32,
     split_kv_b: bool = False,
     n_parts: int = 1,
+    stacked: bool = True,
+    more: dict[str, Tensor] | None = None,
     pack: Callable[[np.ndarray, Type], np.ndarray] = gguf.quantize,
     **changes: Any,
 ) -> dict[str, Tensor]:
     """Write it; returns what its tensors dequantise to, by llama.cpp's names.
 
-    `changes` are other fields, `None` for one to leave out. Of several parts, `path` is the first:
-    call it `x-00001-of-0000N.gguf`.
+    `changes` are other fields, `None` for one to leave out; `more` are other tensors. Of several
+    parts, `path` is the first: call it `x-00001-of-0000N.gguf`.
     """
     architecture = ARCHITECTURES[model.config.model_type]
     own = {f"{architecture}.{key}": value for key, value in metadata(model, split_kv_b).items()}
     fields = own | byte_tokenizer(model.config.vocab_size) | changes
+    fields.pop("general.architecture", None)  # the writer's own
     tensors = llama_cpp_tensors(model, split_kv_b)
     rope = model.config.rope_parameters
     if rope["rope_type"] == "longrope":
         for length in ("long", "short"):
             factors = torch.tensor(rope[f"{length}_factor"])
             tensors[f"rope_factors_{length}.weight"] = factors
+    if not stacked:
+        tensors = _unstack(tensors)
+    tensors |= more or {}
     stored, names = {}, list(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in range(n_parts):
         numbered = path.name.replace("-00001-of-", f"-{part + 1:05d}-of-")
-        writer = gguf.GGUFWriter(path.with_name(numbered), architecture)
+        named = str(changes.get("general.architecture", architecture))
+        writer = gguf.GGUFWriter(path.with_name(numbered), named)
         if n_parts > 1:
             writer.add_uint16("split.no", part)
             writer.add_uint16("split.count", n_parts)
@@ -282,6 +289,15 @@ def write_gguf(
         writer.write_tensors_to_file()
         writer.close()
     return stored
+
+
+def _unstack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    made = {}
+    for name, tensor in tensors.items():
+        stem, experts, end = name.partition("_exps")
+        parts = enumerate(tensor) if experts else ()
+        made |= {f"{stem}.{expert}{end}": part for expert, part in parts} or {name: tensor}
+    return made
 
 
 def _add_fields(writer: gguf.GGUFWriter, fields: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 from moe_offload.errors import UserError
 from moe_offload.kernels import build as build_module
 from moe_offload.kernels.bindings import CpuKernels, load_kernels
-from moe_offload.kernels.library import default_threads
+from moe_offload.kernels.library import default_threads, require_threads
 
 CPP = Path("src/moe_offload/kernels/cpp")
 SOURCE = Path(build_module.__file__).parents[2]
@@ -290,6 +291,22 @@ def test_more_threads_than_any_machine_has_are_refused(monkeypatch):
         native(threads=99999).fma_gflops(0.001)
     with pytest.raises(UserError, match="--cpu-affinity"):
         native(threads=1).pin(range(99999))
+
+
+def test_a_limit_on_threads_is_a_sentence(monkeypatch):
+    """GCC's runtime would end the process; those that did start are not left behind."""
+    start, left = threading.Thread.start, iter(range(3))
+
+    def limited(thread):
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(UserError, match="another thread: raise the limit"):
+        require_threads(5)
+    assert threading.active_count() == before
 
 
 def native(threads: int) -> CpuKernels:

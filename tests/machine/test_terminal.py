@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_offload.errors import UserError, plain
+from moe_offload.errors import FEW_THREADS, UserError, plain
 from moe_offload.machine.terminal import (
     RunProgress,
     answer,
@@ -158,6 +158,12 @@ def raising(error: BaseException) -> Callable[[], int]:
     [
         (UserError("give another"), 2, "error: give another\n"),
         (OSError(28, "No space left", "a.csv"), 2, "error: [Errno 28] No space left: 'a.csv'\n"),
+        (RuntimeError("can't start new thread"), 2, f"error: {FEW_THREADS}\n"),
+        (
+            MemoryError(),
+            2,
+            "error: no memory is left: end other programs, or raise the limit that is set\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
     ],

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_offload.config import CacheOptions
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.simulation.replay import most_hits, replay
 from moe_offload.simulation.traces import NEVER, Routing, RoutingPass, Trace, TraceInfo
-from moe_offload.simulation.tuning import Setting, run_setting, sweep
+from moe_offload.simulation.tuning import run_setting, sweep
 
 UNLIMITED = 10**9
 
@@ -109,9 +110,10 @@ def test_no_policy_beats_the_optimum_in_batches(batches, prompt, n_ways, quota):
     info = TraceInfo("batched", n_layers=1, top_k=3, n_experts=8)
     trace = Trace(info, Routing(passes))
     for policy in POLICIES:
-        result = run_setting(trace, Setting(1, n_ways, policy, quota))
+        cache = CacheOptions(1, n_ways, quota=quota, policy=policy)
+        result = run_setting(trace, cache)
         assert result.found <= result.most_hits, policy
-        (row,) = sweep(trace, [Setting(1, n_ways, policy, quota)])
+        (row,) = sweep(trace, [cache])
         assert row.hit_expert <= row.bound_bypass <= 100, policy
 
 
@@ -119,7 +121,7 @@ def test_a_batch_counts_an_expert_once():
     # Two sequences that agree: with one way the optimum keeps one of their two experts.
     batch = RoutingPass("decode", (((0, 1), (0, 1)),))
     trace = Trace(TraceInfo("batched", 1, 2, 8), Routing([batch] * 5))
-    (row,) = sweep(trace, [Setting(1, 1, "FIFO")])
+    (row,) = sweep(trace, [CacheOptions(1, 1)])
     assert row.bound_bypass == pytest.approx(100 * 4 / 10)
     assert row.hit_expert == row.all_hits == pytest.approx(40)  # 0 is fetched first, and stays
     assert row.hit_one == pytest.approx(80)

@@ -14,13 +14,14 @@ from plotted import is_drawn
 from written_trace import write_trace
 
 from moe_offload.commands import draw, simulate
+from moe_offload.config import CacheOptions
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.machine_file import load_machine
 from moe_offload.simulation.paper import paper_cells
 from moe_offload.simulation.replay import replay
 from moe_offload.simulation.shapes import load_shape
 from moe_offload.simulation.traces import RoutingPass, TraceInfo
-from moe_offload.simulation.tuning import Setting, grid, sweep
+from moe_offload.simulation.tuning import grid, sweep
 from moe_offload.simulation.workload import even_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,7 +237,8 @@ def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
         assert row["synthetic"] == "True"
         assert float(row["hit_expert"]) <= float(row["bound_bypass"]) + 1e-9
         if row["policy"] != "RANDOM":
-            setting = Setting(int(row["n_indexes"]), int(row["n_ways"]), row["policy"])
+            n, m = int(row["n_indexes"]), int(row["n_ways"])
+            setting = CacheOptions(n, m, policy=row["policy"])
             (again,) = sweep(trace, [setting])
             assert float(row["hit_expert"]) == pytest.approx(again.hit_expert, abs=1e-3)
         assert row["tokens_per_s"] == row["bound_tokens_per_s"] == row["fits"] == ""

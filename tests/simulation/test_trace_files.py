@@ -12,7 +12,7 @@ from written_trace import write_trace
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.simulation.replay import replay
-from moe_offload.simulation.trace_files import Reading, TraceReader, expert_choices, read_trace
+from moe_offload.simulation.trace_files import TraceReader, read_trace
 from moe_offload.simulation.traces import Routing, RoutingPass, TraceInfo
 
 DECODE = RoutingPass("decode", (((0, 1),), ((2, 3),)))
@@ -324,18 +324,6 @@ def test_a_mistake_ends_the_reading_at_its_line(tmp_path):
                 pass
 
     assert peak_bytes(read) < path.stat().st_size / 5
-
-
-def test_the_first_pass_comes_before_the_rest_is_read(tmp_path):
-    """A file that never ends can be read as far as it goes."""
-    read_end, write_end = os.pipe()
-    with os.fdopen(write_end, "w") as pipe:
-        pipe.write(CHOICES)
-        pipe.flush()
-        passes = expert_choices(Reading(Path(f"/dev/fd/{read_end}")))
-        # The third line is needed to know that the second's batch has ended, no fourth.
-        assert [next(passes), next(passes)] == [RoutingPass("prefill", ()), DECODE]
-    os.close(read_end)
 
 
 def test_a_file_of_one_endless_line_is_refused_at_once(tmp_path):

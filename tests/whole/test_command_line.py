@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -563,31 +564,38 @@ def test_a_closed_terminal_costs_no_evidence(
     assert len(by_name(run_folder / "token_gen_time.csv")) == n_tokens - 1
 
 
-def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
+@pytest.mark.parametrize("n_kills", [1, pytest.param(12, marks=pytest.mark.nightly)])
+def test_a_killed_run_is_resumed(n_kills: int, model: Path, run_folder: Path) -> None:
     """SIGKILL, and half a line as a full disk leaves it: the end has each answer once."""
+    chance = random.Random(14)
     prompts, answers = run_folder / "prompts.txt", run_folder / "answers.jsonl"
-    prompts.write_text("\n".join(f"prompt {i}" for i in range(60)))
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(60 * n_kills)))
     arguments = ("--model-path", model, "--prompt-path", prompts, "--max-tokens", 12, "--no-record")
-    flags = ("--hide-resp", "--responses-jsonl")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "src" / "main.py", *map(str, (*arguments, *flags, answers))],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=run_folder,
-    )
-    deadline_s = time.monotonic() + 120
-    while not (answers.exists() and answers.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
-    process.kill()
-    process.communicate(timeout=60)
-    done = answers.read_bytes()
-    done = done[: done.rindex(b"\n") + 1]
-    assert 3 <= done.count(b"\n") < 60
-    with answers.open("ab") as file:
-        file.write(b'{"index": 59, "prom')
-    assert run(*arguments, *flags, answers, "--resume") == 0
+    flags = ("--hide-resp", "--resume", "--responses-jsonl")
+    done = b""
+    for _ in range(n_kills):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "src" / "main.py", *map(str, (*arguments, *flags, answers))],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=run_folder,
+        )
+        deadline_s = time.monotonic() + 120
+        n_wanted = done.count(b"\n") + 3
+        while not (answers.exists() and answers.read_bytes().count(b"\n") >= n_wanted):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        time.sleep(chance.random() / 10)
+        process.kill()
+        process.communicate(timeout=60)
+        before, done = done, answers.read_bytes()
+        done = done[: done.rindex(b"\n") + 1]
+        assert done.startswith(before), "what was finished stays as it was"
+        assert n_wanted <= done.count(b"\n") < 60 * n_kills
+        with answers.open("ab") as file:
+            file.write(b'{"index": 59, "prom')
+    assert run(*arguments, *flags, answers) == 0
     assert answers.read_bytes().startswith(done), "what was finished stays as it was"
     assert run(*arguments, *flags, run_folder / "whole.jsonl", "--batch-size", 7) == 0
     found, whole = (
@@ -597,11 +605,11 @@ def test_a_killed_run_is_resumed(model: Path, run_folder: Path) -> None:
         )
         for path in (answers, run_folder / "whole.jsonl")
     )
-    assert [index for index, _, _ in found] == list(range(60))
+    assert [index for index, _, _ in found] == list(range(60 * n_kills))
     assert [one[:2] for one in found] == [one[:2] for one in whole]
-    before = answers.read_bytes()
-    assert run(*arguments, *flags, answers, "--resume") == 0
-    assert answers.read_bytes() == before, "there is nothing left to do"
+    finished = answers.read_bytes()
+    assert run(*arguments, *flags, answers) == 0
+    assert answers.read_bytes() == finished, "there is nothing left to do"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -132,6 +132,16 @@ def test_files_named_in_text_exist(page: Path) -> None:
     assert not missing
 
 
+def test_random_attacks_are_as_many_as_the_page_says() -> None:
+    page = (ROOT / "docs" / "RELIABILITY.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\| `(tests/\S+\.py)` \|$", page, re.MULTILINE)
+    assert len(rows) >= 7
+    for attack, count, seed, test in rows:
+        code = (ROOT / test).read_text().replace("_", "")
+        for number in re.findall(r"\d+", f"{count} {seed}".replace(",", "")):
+            assert re.search(rf"\b{number}\b", code), f"{attack}: no {number} in {test}"
+
+
 def test_prompts_file_is_one_prompt_per_line() -> None:
     lines = (ROOT / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) >= 20

@@ -224,8 +224,9 @@ class ConversionPlan:
         quantised = self._quantised(target)
         if quantised is None:
             return None
-        units = {name: one.units for name, one in quantised.items()}
-        return self._part_reader(self._group_of[target], units)
+        found = {name: one.units for name, one in quantised.items()}
+        units = {name: one for name, one in found.items() if one is not None}
+        return self._part_reader(self._group_of[target], units) if units == found else None
 
     def grids(self, target: str) -> Iterator[Grid] | None:
         """What the weights of a quantised source are multiples of; None as in `unit_reader`."""

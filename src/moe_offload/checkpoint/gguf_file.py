@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from moe_offload.checkpoint.quantization import Grid
 from moe_offload.checkpoint.safetensors_file import read_into
-from moe_offload.checkpoint.source_files import LazyTensor, merge, place
+from moe_offload.checkpoint.source_files import LazyTensor, Quantised, merge, place
 from moe_offload.errors import UserError
 from moe_offload.files import require_regular
 
@@ -44,6 +45,15 @@ _VERSIONS: Final = (2, 3)
 _TEXT, _ARRAY = 8, 9
 # The numbers by GGUF's code of their type, as struct names them.
 _NUMBERS: Final = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+# Types whose weights are whole multiples, in this range, of one number for each 32 neighbours; -128
+# is not among Q8_0's, for no program writes it.
+_MULTIPLES: Final = {
+    Type.Q4_0: (-8, 7),
+    Type.Q5_0: (-16, 15),
+    Type.Q8_0: (-127, 127),
+    Type.MXFP4: (-12, 12),
+}
+_GROUP: Final = 32
 _PLAIN: Final = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 
@@ -200,8 +210,7 @@ class _Header:
         if stored in _PLAIN:
             self.tensors[name] = place(self.path, _PLAIN[stored], shape, offset)
             return
-        read_rows = partial(_dequantise, self.path, stored, shape, offset)
-        self.tensors[name] = LazyTensor(shape, torch.float32, self.path, read_rows)
+        self.tensors[name] = _Blocks(name, self.path, stored, shape, offset).tensor()
 
 
 def _require_at_most(found: int, most: int, what: str) -> None:
@@ -209,17 +218,76 @@ def _require_at_most(found: int, most: int, what: str) -> None:
         raise ValueError(f"it claims {found} {what}")
 
 
-def _dequantise(
-    path: Path, stored: Type, shape: tuple[int, ...], offset: int, start: int, stop: int
-) -> Tensor:
-    """Rows `start` to `stop` of a quantised tensor's first dimension, fp32."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
-    row_bytes = shape[-1] // block * block_bytes
-    rows_each = math.prod(shape[1:-1]) if len(shape) > 1 else 1
-    n_rows, first = ((stop - start) * rows_each, start * rows_each) if len(shape) > 1 else (1, 0)
-    packed = torch.empty((n_rows, row_bytes), dtype=torch.uint8)
-    read_into(path, offset + first * row_bytes, packed)
-    values = torch.from_numpy(gguf.dequantize(packed.numpy(), stored))
-    if len(shape) == 1:  # a vector's elements share blocks
-        return values[0, start:stop].clone()
-    return values.view(stop - start, *shape[1:])
+@dataclass(frozen=True)
+class _Blocks:
+    """A quantised tensor: blocks of one row's neighbours, row after row."""
+
+    name: str
+    path: Path
+    stored: Type
+    shape: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> LazyTensor:
+        """Its dequantised values, fp32, and what these are multiples of."""
+        units = None
+        if self.stored in _MULTIPLES:
+            units = LazyTensor(self.shape, torch.float32, self.path, self._units)
+        return LazyTensor(
+            self.shape, torch.float32, self.path, self._values, Quantised(units, self._grids)
+        )
+
+    def _packed(self, start: int, stop: int) -> Tensor:
+        """uint8 [rows of blocks, bytes] of a slice of the first dimension; a vector is one row."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.stored]
+        row_bytes = self.shape[-1] // block * block_bytes
+        if len(self.shape) == 1:
+            start, stop = 0, 1
+        rows_each = math.prod(self.shape[1:-1])
+        packed = torch.empty(((stop - start) * rows_each, row_bytes), dtype=torch.uint8)
+        read_into(self.path, self.offset + start * rows_each * row_bytes, packed)
+        return packed
+
+    def _slice(self, values: Tensor, start: int, stop: int) -> Tensor:
+        if len(self.shape) == 1:
+            return values[0, start:stop].clone()
+        return values.view(stop - start, *self.shape[1:])
+
+    def _values(self, start: int, stop: int) -> Tensor:
+        packed = self._packed(start, stop)
+        with np.errstate(all="ignore"):  # a scale may be infinite: whoever uses it looks
+            values = torch.from_numpy(gguf.dequantize(packed.numpy(), self.stored))
+        return self._slice(values, start, stop)
+
+    def _units(self, start: int, stop: int) -> Tensor:
+        """Each weight's unit, from the scale at the beginning of its block."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.stored]
+        blocks = self._packed(start, stop).unflatten(1, (-1, block_bytes))
+        if self.stored == Type.MXFP4:
+            units = torch.ldexp(torch.ones(()), blocks[..., 0].int() - 128)
+        else:
+            units = blocks[..., :2].contiguous().view(torch.float16).float()[..., 0]
+        return self._slice(units.repeat_interleave(block, dim=1), start, stop)
+
+    def _grids(self) -> Iterator[Grid]:
+        """One that stands for all of its matrices, but for MXFP4.
+
+        The scales of the others are float16 whatever they are, so that nothing is read. Of types
+        that are no whole multiples, or whose neighbours share no unit, each weight has its own.
+        """
+        low, high = _MULTIPLES.get(self.stored, (1, 1))
+        units = torch.ones(1)
+        of_mxfp4 = self.stored == Type.MXFP4
+        for row in range(self.shape[0] if of_mxfp4 else 1):
+            if of_mxfp4:
+                units = self._units(row, row + 1)
+            yield Grid(
+                name=f"{self.name}, {self.stored.name}",
+                is_bf16=of_mxfp4,
+                kind="e2m1" if of_mxfp4 else "int",
+                low=low,
+                high=high,
+                group=_GROUP if self.stored in _MULTIPLES else 1,
+                units=units,
+                used_units=partial(torch.clone, units),
+            )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import gguf
@@ -23,7 +24,7 @@ from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.gguf_file import GgufFile
 from moe_offload.checkpoint.mistral import half_rotation
 from moe_offload.checkpoint.model_config import require_plausible, transformers_told
-from moe_offload.checkpoint.source_files import LazyTensor
+from moe_offload.checkpoint.source_files import LazyTensor, Quantised
 from moe_offload.errors import UserError
 
 _SIGMOID: Final = 2  # of `expert_gating_func`; 1 is softmax
@@ -62,6 +63,8 @@ class _Fields:
         found = self.file.fields.get(key, default)
         if isinstance(found, list) and len(set(map(repr, found))) == 1:
             found = found[0]
+        if type(found) is int and kind is float:
+            found = float(found)
         if type(found) is not kind or found != found:
             what = f"found {found!r:.80}" if key in self.file.fields else "it has no such field"
             names = {int: "a whole number", float: "a number", bool: "a truth value", str: "a text"}
@@ -100,7 +103,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
     config = {
         "vocab_size": vocabulary,
         "hidden_size": hidden_size,
-        "intermediate_size": fields.whole("feed_forward_length"),
+        "intermediate_size": fields.whole("feed_forward_length", 0),  # of dense layers
         "num_hidden_layers": fields.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
@@ -336,12 +339,11 @@ def to_model_tensors(
 ) -> dict[str, LazyTensor]:
     """The file's tensors under the names of transformers' module tree, in its layout, unread.
 
-    Those of layers that the model does not have keep their names. UserError for any other that it
-    has no place for: then it is not the model that the file was written for.
+    Those of layers for multi-token prediction keep their names. UserError for any other that the
+    model has no place for: then it is not the one that the file was written for.
     """
     architecture = str(file.fields["general.architecture"])
-    n_layers: int = model.config.num_hidden_layers
-    names = _Names(file, architecture, n_layers)
+    names = _Names(file, architecture, model.config.num_hidden_layers)
     made: dict[str, LazyTensor] = {}
     for module in experts:
         made |= _experts_tensors(names, module)
@@ -369,7 +371,8 @@ class _Names:
         self._left = {name: one for name, one in file.tensors.items() if name not in _FACTORS}
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         self._map = gguf.get_tensor_name_map(kinds[architecture], n_layers)
-        self._n_layers = n_layers
+        stated: int = file.fields[f"{architecture}.block_count"]
+        self._spare_layers = range(n_layers, stated)  # of multi-token prediction
 
     def of(self, target: str) -> str:
         """llama.cpp's name of a tensor of the module tree; empty where it has none."""
@@ -390,7 +393,7 @@ class _Names:
     def left_over(self) -> dict[str, LazyTensor]:
         for name in self._left:
             layer = re.match(r"blk\.(\d+)\.", name)
-            if layer is None or int(layer[1]) < self._n_layers:
+            if layer is None or int(layer[1]) not in self._spare_layers:
                 raise UserError(
                     f"{self._path} holds a tensor {name:.80}, for which transformers' model of "
                     "this architecture has no place: use the model's Hugging Face version"
@@ -420,7 +423,25 @@ def combined(
         return combine([part.read() for part in parts])[start:stop]
 
     dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
-    return LazyTensor(tuple(shape), dtype, path, read_rows)
+    return LazyTensor(
+        tuple(shape),
+        dtype,
+        path,
+        read_rows,
+        _together(parts, lambda units: combined(units, combine, by_row)),
+    )
+
+
+def _together(
+    parts: Sequence[LazyTensor], join: Callable[[list[LazyTensor]], LazyTensor]
+) -> Quantised | None:
+    """What the numbers of tensors that `join` makes one of are multiples of."""
+    quantised = [part.quantised for part in parts if part.quantised is not None]
+    if len(quantised) < len(parts):
+        return None
+    units = [one.units for one in quantised if one.units is not None]
+    joined = join(units) if len(units) == len(parts) else None
+    return Quantised(joined, lambda: chain.from_iterable(one.grids() for one in quantised))
 
 
 def _halves(config: PreTrainedConfig) -> Callable[[list[Tensor]], Tensor]:
@@ -510,4 +531,5 @@ def _stacked(experts: Sequence[LazyTensor]) -> LazyTensor:
     def read_rows(start: int, stop: int) -> Tensor:
         return torch.stack([expert.read() for expert in experts[start:stop]])
 
-    return LazyTensor((len(experts), *first.shape), first.dtype, first.path, read_rows)
+    shape = (len(experts), *first.shape)
+    return LazyTensor(shape, first.dtype, first.path, read_rows, _together(experts, _stacked))

@@ -23,7 +23,7 @@ from torch._weights_only_unpickler import Unpickler
 
 from moe_offload.checkpoint.folders import WEIGHT_FILES
 from moe_offload.checkpoint.quantization import Grid
-from moe_offload.checkpoint.safetensors_file import read_header, read_into
+from moe_offload.checkpoint.safetensors_file import checksum, read_header, read_into
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, require_regular
 
@@ -52,10 +52,11 @@ class LazyTensor:
 class Quantised:
     """Of a dequantised tensor: a `Grid` for each matrix in it, and each element's unit.
 
-    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well.
+    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well;
+    None where no format here could make use of them.
     """
 
-    units: LazyTensor
+    units: LazyTensor | None
     grids: Callable[[], Iterator[Grid]]
 
 
@@ -161,14 +162,24 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     }
 
 
-def place(path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int) -> LazyTensor:
-    """The tensor that lies, row by row and little-endian, at `offset_bytes` of a file."""
+def place(
+    path: Path, dtype: torch.dtype, shape: tuple[int, ...], offset_bytes: int, wanted: int = 0
+) -> LazyTensor:
+    """The tensor that lies, row by row and little-endian, at `offset_bytes` of a file.
+
+    `wanted` is its checksum, compared where all of it is read at once; 0 where none is known.
+    """
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def read_rows(start: int, stop: int) -> Tensor:
         out = torch.empty((stop - start, *shape[1:])[: len(shape)], dtype=dtype)
         if out.numel():
             read_into(path, offset_bytes + start * row_bytes, out)
+        if wanted and out.shape == shape and checksum(out) != wanted:
+            raise UserError(
+                f"{path} is damaged: the checksum of a tensor at byte {offset_bytes} does not "
+                "match; download it again"
+            )
         return out
 
     return LazyTensor(shape, dtype, path, read_rows)
@@ -184,11 +195,12 @@ def _open_bin(path: Path) -> dict[str, LazyTensor]:
     try:
         require_regular(path)
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            state = _Storages(archive, file).load()
+            storages = _Storages(archive, file)
+            state = storages.load()
             if not isinstance(state, dict):
                 raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
             return {
-                str(name): _stored(path, tensor)
+                str(name): _stored(path, tensor, storages.checksums)
                 for name, tensor in state.items()
                 if isinstance(tensor, Tensor)
             }
@@ -217,6 +229,7 @@ class _Storages:
     def __init__(self, archive: zipfile.ZipFile, file: BinaryIO) -> None:
         self._archive, self._file = archive, file
         self._found: dict[str, torch.UntypedStorage] = {}
+        self.checksums: dict[int, int] = {}  # of what lies at an offset, 0 where none was saved
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("expected one data.pkl in it")
@@ -255,7 +268,9 @@ class _Storages:
         if key not in self._found:
             n_bytes = n_elements * dtype.itemsize
             storage = torch.UntypedStorage(n_bytes, device="meta")
-            storage._checkpoint_offset = self._offset(f"data/{key}", n_bytes)
+            offset = self._offset(f"data/{key}", n_bytes)
+            storage._checkpoint_offset = offset
+            self.checksums[offset] = self._archive.getinfo(f"{self._root}data/{key}").CRC
             self._found[key] = storage
         return torch.storage.TypedStorage(
             wrap_storage=self._found[key], dtype=dtype, _internal=True
@@ -274,7 +289,7 @@ class _Storages:
         return int(info.header_offset + 30 + name_bytes + extra_bytes)
 
 
-def _stored(path: Path, tensor: Tensor) -> LazyTensor:
+def _stored(path: Path, tensor: Tensor, checksums: dict[int, int]) -> LazyTensor:
     storage = tensor.untyped_storage()
     offset = storage._checkpoint_offset
     if offset is None:
@@ -286,7 +301,8 @@ def _stored(path: Path, tensor: Tensor) -> LazyTensor:
         raise ValueError("it holds a tensor that is larger than its record")
     start = offset + first * dtype.itemsize
     if tensor.is_contiguous():
-        return place(path, dtype, shape, start)
+        is_whole = tensor.nbytes == storage.nbytes()
+        return place(path, dtype, shape, start, checksums[offset] if is_whole else 0)
 
     def read_rows(first: int, last: int) -> Tensor:
         elements = torch.empty(span, dtype=dtype)

@@ -121,7 +121,7 @@ def _check_sources(config: Config) -> None:
         shape_config(config.model.dummy_shape, config.model.dummy_layers)
     for trace in (config.model.routing_trace, config.cache.trace):
         if trace is not None:
-            TraceReader(trace)
+            any(one.ids for one in TraceReader(trace))  # reads up to the first choices
 
 
 def check_destinations(config: Config, paths: ReportPaths) -> None:

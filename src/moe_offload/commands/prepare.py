@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--input-path",
         type=a_path,
         required=True,
-        help="the checkpoint's folder, or its name on the hub, such as openai/gpt-oss-20b, which "
-        "huggingface_hub then downloads into its cache",
+        help="the checkpoint's folder, a GGUF file, or a model's name on the hub, such as "
+        "openai/gpt-oss-20b, which huggingface_hub then downloads into its cache",
     )
     parser.add_argument(
         "--revision", help="with a name of the hub: a branch, tag or commit (default main)"
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--hf",
         action="store_true",
         help="the input is a Hugging Face folder (config.json with safetensors or "
-        "pytorch_model*.bin); without it: Mistral's native one (params.json with consolidated*)",
+        "pytorch_model*.bin); without it: Mistral's native one (params.json with consolidated*); "
+        "a GGUF file is known by its name",
     )
     parser.add_argument(
         "--expert-dtype",

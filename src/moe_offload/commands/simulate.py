@@ -27,7 +27,6 @@ from moe_offload.simulation.tiers import bound_tokens_per_s, replay_tiers
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.tuning import (
-    Setting,
     grid,
     run_setting,
     sweep,
@@ -113,10 +112,10 @@ class _Host:
         """What the GPU has for slots beside the dense weights; below 0 where those do not fit."""
         return self.machine.gpu.memory_gb * 1e9 - self.shape.dense_bytes() - GPU_RESERVE_BYTES
 
-    def require_memory(self, setting: Setting) -> None:
+    def require_memory(self, cache: CacheOptions) -> None:
         """UserError for more slots than the GPU can hold."""
         block_bytes = self.shape.block_bytes(self.weight_format)
-        n_slots = setting.n_indexes * setting.n_ways
+        n_slots = cache.n_slots
         if n_slots * block_bytes > self.cache_bytes:
             raise UserError(
                 f"expected at most {max(0, int(self.cache_bytes // block_bytes))} slots beside "
@@ -149,7 +148,7 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError("--paper needs --hardware: give hardware/rtx4090.yaml")
         for name, (n_indexes, n_ways) in CACHES.items():
             host = _Host(machine, load_shape(name), "bf16")
-            host.require_memory(Setting(n_indexes, n_ways, "LRU"))
+            host.require_memory(CacheOptions(n_indexes, n_ways))
         print(paper_table(machine))
         return
     shape = load_shape(options.model) if options.model else None
@@ -235,25 +234,25 @@ def _one_setting(
             "expected --cache-nblocks and --cache-nways, found none; give them, or --sweep, --tune "
             "or --paper"
         )
+    asked = f"{cache.n_indexes} x {cache.n_ways}"
     # The part of the cache that the trace's model can use, as the engine cuts it.
-    n_indexes = min(cache.n_indexes, trace.n_layers)
-    n_ways = min(cache.n_ways, trace.n_experts)
-    if (n_indexes, n_ways) != (cache.n_indexes, cache.n_ways):
+    n_indexes, n_ways = min(cache.n_indexes, trace.n_layers), min(cache.n_ways, trace.n_experts)
+    cache = replace(cache, n_indexes=n_indexes, n_ways=n_ways)
+    if asked != f"{n_indexes} x {n_ways}":
         print(
-            f"note: cache {cache.n_indexes} x {cache.n_ways} cut to {n_indexes} x {n_ways}: the "
-            f"trace has {trace.n_layers} MoE layers of {trace.n_experts} experts"
+            f"note: cache {asked} cut to {n_indexes} x {n_ways}: the trace has {trace.n_layers} "
+            f"MoE layers of {trace.n_experts} experts"
         )
     if n_ways < trace.info.top_k:
         print(
             f"warning: {n_ways} ways hold fewer than the top-{trace.info.top_k} "
             "experts of one token: most of what is fetched is evicted unused"
         )
-    setting = Setting(n_indexes, n_ways, cache.policy, cache.quota)
     if on is not None:
-        on.require_memory(setting)
-    result = run_setting(trace, setting, None if on is None else on.costs)
+        on.require_memory(cache)
+    result = run_setting(trace, cache, None if on is None else on.costs)
     block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype)
-    _print_hits(trace, setting, result, block_bytes)
+    _print_hits(trace, cache, result, block_bytes)
     if on is not None:
         _print_times(result, on)
 
@@ -286,11 +285,8 @@ def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
             f"found {host_gb:g}"
         )
     cache = chosen(CacheOptions, {name: given[name] for name in _CACHE_FLAGS if name in given})
-    gpu = None
-    if cache.n_slots:
-        gpu = Setting(cache.n_indexes, cache.n_ways, cache.policy, cache.quota)
-        on.require_memory(gpu)
-    result = replay_tiers(trace, n_ways, policy, costs, disk, gpu)
+    on.require_memory(cache)
+    result = replay_tiers(trace, n_ways, policy, costs, disk, cache)
     all_gb = trace.n_layers * trace.n_experts * costs.block_bytes / 1e9
     print(
         f"host memory: {host_gb:g} GB for {all_gb:.1f} GB of experts: {n_ways} of "
@@ -302,9 +298,9 @@ def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
     print(
         f"decode: {result.hit_percent:.1f}% of the experts asked of host memory are there, "
         f"{missed_gb:.2f} GB are read from disk a token"
-        + (f"; {result.gpu_hits / n_tokens:.1f} a token hit on the GPU" if gpu else "")
+        + (f"; {result.gpu_hits / n_tokens:.1f} a token hit on the GPU" if cache.n_slots else "")
     )
-    if gpu is None:
+    if not cache.n_slots:
         best = most_hits(trace.passes, trace.n_layers, n_ways)
         print(f"Belady's optimum, with bypass: {100 * best / trace.n_chosen:.1f}%")
     step_ms, waited_ms = (us / 1e3 / n_tokens for us in (result.decode_us, result.waited_us))
@@ -313,18 +309,19 @@ def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
         f"  {result.tokens_per_s:.2f} tokens/s, {step_ms:.1f} ms a token, "
         f"{waited_ms:.1f} ms of it waiting for the disk"
     )
-    if gpu is None:
+    if not cache.n_slots:
         bound = bound_tokens_per_s(trace, n_ways, costs, disk)
         print(f"  bound (perfect prediction, full overlap): {bound:.2f} tokens/s")
     print(f"  {on.limit()}")
 
 
-def _print_hits(trace: Trace, setting: Setting, result: Replay, expert_bytes: int | None) -> None:
-    slots = setting.n_indexes * setting.n_ways
-    size = f", {slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
+def _print_hits(
+    trace: Trace, cache: CacheOptions, result: Replay, expert_bytes: int | None
+) -> None:
+    size = f", {cache.n_slots * expert_bytes / 1e9:.2f} GB" if expert_bytes else ""
     print(
-        f"cache: {setting.n_indexes} indexes x {setting.n_ways} ways, {setting.policy}, quota "
-        f"{setting.quota}: {slots} slots{size}"
+        f"cache: {cache.n_indexes} indexes x {cache.n_ways} ways, {cache.policy}, quota "
+        f"{cache.quota}: {cache.n_slots} slots{size}"
     )
     for phase, hits in (("decode", result.decode), ("prefill", result.prefill)):
         if hits.pairs:

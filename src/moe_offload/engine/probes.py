@@ -16,7 +16,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from moe_offload.engine.timing import Counts, median_us, medians_in_turn_us
+from moe_offload.engine.timing import Counts, medians_in_turn_us
 from moe_offload.errors import UserError
 from moe_offload.experts.fetcher import ExpertFetcher, make_fetcher
 from moe_offload.experts.slots import GpuExperts
@@ -39,7 +39,7 @@ def plain_read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:
         memory = blocks.view(-1)[:_READ_BYTES]
         return statistics.median(kernels.read_gbps(memory) for _ in range(_READS))
     buffer = torch.ones(_READ_BYTES // 4)
-    return buffer.nbytes / median_us(buffer.sum, budget_s=0.2) / 1e3
+    return buffer.nbytes / medians_in_turn_us([buffer.sum], budget_s=0.2)[0] / 1e3
 
 
 Call = tuple[Tensor, Tensor, Tensor]  # hidden [T, H], ids int64 [T, 1], weights fp32 [T, 1]
@@ -211,7 +211,7 @@ def measure_crossover(
     onednn_us: list[float] = []
     for n in CROSSOVER_TOKENS:
         works = [partial(kernels, n), partial(onednn, n)]
-        ours_us, theirs_us = medians_in_turn_us(works, 3, budget_s / 2)
+        ours_us, theirs_us = medians_in_turn_us(works, budget_s / 2, n_turns=3)
         kernels_us.append(ours_us)
         onednn_us.append(theirs_us)
         if theirs_us > (1 - _CROSSOVER_MARGIN) * ours_us:

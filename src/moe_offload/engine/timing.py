@@ -25,7 +25,6 @@ Counts = tuple[int, ...]  # the tokens of each expert of a call
 # Calls over experts with so many tokens each: one token on several tells a call's cost from an
 # expert's; an expert's depends on its tokens, in steps of the kernels' tiles where they are few.
 SIDE_CALLS: tuple[Counts, ...] = ((1,), (1, 1), (1,) * 4, (4,), (8,), (16,), (32,), (128,))
-_TURNS = 5
 _ROUNDS = 3
 _BURST_S = 0.04
 _MIN_TIMINGS = 5
@@ -154,19 +153,15 @@ class QuietWatch:
             self._probe()
 
 
-def median_us(work: Callable[[], object], budget_s: float) -> float:
-    """Median time of one call, us, over `budget_s` of calls after one to warm up."""
-    work()
-    return statistics.median(_times_us(work, budget_s, _MIN_TIMINGS))
-
-
 def medians_in_turn_us(
-    works: Sequence[Callable[[], object]], n_turns: int, budget_s: float
+    works: Sequence[Callable[[], object]], budget_s: float, n_turns: int = 5
 ) -> list[float]:
     """Median time of a call of each, us, over `budget_s` of calls to each and at least `n_turns`.
 
-    They take turns: a machine whose speed drifts is slow for each.
+    They take turns, after a call each to warm up: a machine whose speed drifts is slow for each.
     """
+    for work in works:
+        work()
     times_us: list[list[float]] = [[] for _ in works]
     for _ in range(n_turns):
         for work, of_work_us in zip(works, times_us, strict=True):
@@ -235,10 +230,8 @@ def calibrate_side(
     `run(counts)` makes one call over len(counts) experts with so many tokens each, and returns when
     it is done. Each of `calls` is timed for about `budget_s`.
     """
-    for counts in calls:
-        run(counts)  # warms up
     works = [partial(run, counts) for counts in calls]
-    return fit_side(calls, medians_in_turn_us(works, _TURNS, budget_s))
+    return fit_side(calls, medians_in_turn_us(works, budget_s))
 
 
 def fit_side(calls: Sequence[Counts], times_us: Sequence[float]) -> SideCost:
@@ -291,7 +284,7 @@ def calibrate_copy(
     they are there. The callables must release the interpreter lock while they work.
     """
     sizes = [max(costs.block_bytes // part, 1) for part in (16, 4, 1)]
-    times_us = [median_us(partial(copy, n_bytes), budget_s) for n_bytes in sizes]
+    times_us = medians_in_turn_us([partial(copy, n_bytes) for n_bytes in sizes], budget_s)
     call_us, us_per_byte = fit_line(sizes, times_us)
     gbps = 1e-3 / us_per_byte
     whole = partial(copy, costs.block_bytes)

@@ -27,6 +27,7 @@ from moe_offload.kernels.library import (
     describe,
     isa_code,
     open_library,
+    require_threads,
     supported_isas,
 )
 
@@ -116,6 +117,7 @@ def load_kernels(
     threads, one each; by default there are `OMP_NUM_THREADS` or one per physical core.
     """
     n_threads = len(affinity) if affinity else default_threads()
+    require_threads(n_threads)
     if kernel == "torch":
         return None
     try:

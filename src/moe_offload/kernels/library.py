@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, Final
 
 import psutil
 
 from moe_offload.config import WEIGHT_FORMATS
-from moe_offload.errors import UserError
+from moe_offload.errors import FEW_THREADS, UserError
 from moe_offload.kernels import build as build_module
 
 FORMAT_CODES: Final = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
@@ -175,6 +176,23 @@ def default_threads() -> int:
         return int(asked)
     usable = len(os.sched_getaffinity(0))
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def require_threads(n_threads: int) -> None:
+    """UserError unless so many threads can run at once: OpenMP would end the program instead."""
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait, daemon=True) for _ in range(n_threads)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise UserError(FEW_THREADS) from error
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
 
 
 def describe(isa: str, n_threads: int) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from tqdm import tqdm
 
-from moe_offload.errors import UserError, plain
+from moe_offload.errors import FEW_THREADS, UserError, plain
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,14 +103,30 @@ def answer(work: Callable[[], int], debug: bool) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 128 + signal.SIGINT
-    except (UserError, OSError) as error:
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
         if debug:
             traceback.print_exc()
-        complain(error)
+        complain(sentence)
         return EXIT_USER_ERROR
     finally:
         with suppress(OSError):  # of what was printed before an error
             show("", end="")
+
+
+def _sentence(error: Exception) -> object:
+    """What a person can mend; None for a fault of this program."""
+    if isinstance(error, (UserError, OSError)):
+        return error
+    if isinstance(error, MemoryError):
+        return (
+            "no memory is left: end other programs, or raise the limit (ulimit -v, a container's)"
+        )
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":  # Python's words
+        return FEW_THREADS
+    return None
 
 
 class Interruption:

@@ -73,57 +73,44 @@ def _settings(run: RunFiles) -> str:
 def draw_tokens(run: RunFiles) -> Drawing | None:
     """Time of each generated token, running throughput, CPU frequency and temperature.
 
-    None for a run that generated no token after its prompts' first.
+    Without a panel for a sensor that is not there. None for a run that generated no token after its
+    prompts' first.
     """
-    tokens = run.tokens
-    if not len(tokens["Time"]):
+    index, time_ms = run.tokens["Index"], 1e3 * run.tokens["Time"]
+    if not len(index):
         return None
-    index, time_ms, median_ms = (
-        tokens["Index"],
-        tokens["Time"] * 1e3,
-        1e3 * np.median(tokens["Time"]),
-    )
-    throughput = tokens["Accumulated Generation Throughput (tokens/s)"]
-    mhz, celsius = tokens["CPU Frequency"], tokens["CPU Temperature"]
-    figure = new_figure(6.4, 5.4, _subject([run]), _settings(run))
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
+    columns = {
+        "Throughput (tokens/s)": run.tokens["Accumulated Generation Throughput (tokens/s)"],
+        "CPU Frequency": run.tokens["CPU Frequency"],
+        "CPU Temperature": run.tokens["CPU Temperature"],
+    }
+    titles = ("Throughput so far (tokens/s)", "CPU frequency (MHz)", "CPU temperature (°C)")
+    shown = [
+        (title, values)
+        for title, values in zip(titles, columns.values(), strict=True)
+        if not np.isnan(values).all()
+    ]
+    n = len(shown)
+    figure = new_figure(6.4, 2.4 + 1.5 * n, _subject([run]), _settings(run))
+    panels = figure.subplots(1 + n, 1, sharex=True, squeeze=False, height_ratios=[3] + n * [2])
+    top, *others = panels[:, 0]
+    median_ms = float(np.median(time_ms))
     top.plot(index, time_ms, ".", color=BLUE, markersize=3)
     top.axhline(median_ms, color=RED, linestyle="--", linewidth=1)
     # A pause of the machine must not flatten all else: the axis ends a little above most tokens.
     limit_ms = top_of(np.percentile(time_ms, 99), 1.3)
-    title = f"Time per output token: median {median_ms:.3g} ms (dashed)"
-    top.set(title=title, ylabel="time (ms)", ylim=(0, limit_ms))
+    title = f"Time per output token (ms): median {median_ms:.3g} (dashed)"
+    top.set(title=title, ylim=(0, limit_ms))
     above = int((time_ms > limit_ms).sum())
     if above:
         top.text(0.995, 0.97, f"{above} above", transform=top.transAxes, ha="right", va="top")
-    middle.plot(index, throughput, color=GREEN)
-    middle.set(title="Throughput so far", ylabel="tokens/s", ylim=(0, top_of(throughput, 1.1)))
-    _draw_sensors(bottom, index, mhz, celsius)
-    bottom.set_xlabel("generated token")
-    whole_numbers(bottom.xaxis)
-    header = ("Index", "Time (ms)", "Throughput (tokens/s)", "CPU Frequency", "CPU Temperature")
-    columns = (index.astype(int), time_ms, throughput, mhz, celsius)
-    return Drawing("tokens", figure, header, list(zip(*(c.tolist() for c in columns), strict=True)))
-
-
-def _draw_sensors(axes: Axes, index: Floats, mhz: Floats, celsius: Floats) -> None:
-    names = []
-    if np.isnan(mhz).all():
-        axes.set_yticks([])
-    else:
-        names.append("frequency")
-        axes.plot(index, mhz, color=BLUE)
-        axes.set_ylabel("frequency (MHz)", color=BLUE)
-        axes.set_ylim(0, top_of(mhz, 1.15))
-    if not np.isnan(celsius).all():
-        names.append("temperature")
-        right = axes.twinx()
-        right.spines["right"].set_visible(True)
-        right.grid(False)
-        right.plot(index, celsius, color=RED, linestyle="--")
-        right.set_ylabel("temperature (°C), dashed", color=RED)
-        right.set_ylim(0, top_of(celsius, 1.25))
-    axes.set_title(f"CPU {' and '.join(names)}" if names else "CPU: no sensor on this machine")
+    for axes, (title, values) in zip(others, shown, strict=True):
+        axes.plot(index, values, color=GREEN)
+        axes.set(title=title, ylim=(0, top_of(values, 1.15)))
+    panels[-1, 0].set_xlabel("generated token")
+    whole_numbers(top.xaxis)
+    rows = zip(*(c.tolist() for c in (index.astype(int), time_ms, *columns.values())), strict=True)
+    return Drawing("tokens", figure, ("Index", "Time (ms)", *columns), list(rows))
 
 
 def draw_hits(run: RunFiles) -> Drawing | None:
@@ -255,6 +242,8 @@ def draw_comparison(runs: Sequence[RunFiles], by: str) -> Drawing | None:
     lines: dict[tuple[str, ...], dict[Any, list[RunFiles]]] = {}
     for run in runs:
         place = {"cache": run.cache, "threads": run.n_threads, "policy": run.policy}[by]
+        if not place:  # not known, or no cache that had a policy
+            continue
         for policy in policies if by == "cache" and not run.policy else {run.policy}:
             shared = tuple((_set(run) | {"policy": policy, by: ""}).values())
             lines.setdefault(shared, {}).setdefault(place, []).append(run)

@@ -12,12 +12,12 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 
+from moe_offload.config import CacheOptions
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.machine_file import Disk
 from moe_offload.simulation.replay import bound_us, most_hits
 from moe_offload.simulation.traces import Trace, distinct_experts
-from moe_offload.simulation.tuning import Setting
 
 
 @dataclass
@@ -46,18 +46,22 @@ class TierReplay:
 
 
 def replay_tiers(
-    trace: Trace, n_ways: int, policy: str, costs: CostModel, disk: Disk, gpu: Setting | None = None
+    trace: Trace,
+    n_ways: int,
+    policy: str,
+    costs: CostModel,
+    disk: Disk,
+    gpu: CacheOptions = CacheOptions(),
 ) -> TierReplay:
     """Run `trace` with `n_ways` experts of each layer in host memory, all empty at first.
 
     `policy` is host memory's, by name; `gpu` the cache above it.
     """
     host = ExpertCache(trace.n_layers, n_ways, make_policy(policy))
-    slots = gpu or Setting(0, 0, "FIFO")
-    cache = ExpertCache(slots.n_indexes, slots.n_ways, make_policy(slots.policy))
+    cache = ExpertCache(gpu.n_indexes, gpu.n_ways, make_policy(gpu.policy))
     result = TierReplay()
     for one in trace.passes:
-        is_decode, quota, pass_us = one.phase == "decode", slots.quota, costs.step_us
+        is_decode, quota, pass_us = one.phase == "decode", gpu.quota, costs.step_us
         for layer, tokens in enumerate(one.ids):
             experts, counts = distinct_experts(tokens), Counter(chain.from_iterable(tokens))
             found = cache.lookup(layer, experts) if is_decode else [-1] * len(experts)

@@ -11,10 +11,9 @@
       a prompt that was partly computed on the GPU "waited": [layer][...], the experts copied for
       that.
 
-Each is a generator over a `Reading`, which holds the line and all checks. Files are streamed:
-`TraceReader` holds one pass, whatever the file's size; `read_trace` holds them all, a byte an
-expert. Anything that does not fit is a UserError with its line number, raised when that line is
-read and not later.
+Each is a generator over a `TraceReader`. Files are streamed: that holds one pass, whatever the
+file's size; `read_trace` holds them all, a byte an expert. Anything that does not fit is a
+UserError with its line number, raised when that line is read and not later.
 """
 
 from __future__ import annotations
@@ -35,14 +34,42 @@ from moe_offload.simulation.traces import N_IDS, NEVER, Routing, RoutingPass, Tr
 _MAX_FIRST_LINE = 1 << 20  # characters: a file without an end of line is no trace
 
 
-class Reading:
-    """One way through a file: the current line, what the file has told by then, and the checks."""
+class TraceReader:
+    """The passes of a trace file, by iterating over it, any number of times; one is held at a time.
+
+    `info` is what the file has told by then. `n_experts`, where given, bounds the ids of a file
+    that does not say. Raises UserError for what is no trace. Besides, it holds the current line and
+    all checks of the formats.
+    """
 
     def __init__(self, path: Path, n_experts: int | None = None) -> None:
+        if n_experts is not None and not 1 <= n_experts <= N_IDS:
+            raise UserError(f"expected 1 to {N_IDS} experts a layer, found {n_experts}")
+        try:
+            require_regular(path)  # a pipe cannot be read twice
+            with path.open(encoding="utf-8") as lines:
+                first = "\n"
+                while first and (first.startswith("#") or not first.strip()):
+                    first = lines.readline(_MAX_FIRST_LINE)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not text"
+            raise UserError(
+                f"expected a routing trace at {path}, found none that can be read ({reason}): "
+                "give the expert_choices.csv or routing.jsonl of a run"
+            ) from None
+        if first[:1] not in _FORMATS:
+            raise UserError(
+                f"{path}, line 1: expected a routing trace (a header that starts with Index, or "
+                f"turn,phase,step, or JSON lines), found {first.strip()[:40]!r}"
+            )
+        self.format = _FORMATS[first[0]]
         self.path = path
         self.line_number = 0
         name = re.sub(r"\.(expert_choices|route|csv|jsonl)\b", "", path.name)
         self.info = TraceInfo(name, 0, 0, n_experts, synthetic="synthetic" in path.name)
+
+    def __iter__(self) -> Iterator[RoutingPass]:
+        return self.format(self)
 
     def learn(self, **facts: Any) -> None:
         self.info = replace(self.info, **facts)
@@ -100,23 +127,23 @@ class Reading:
         return one
 
 
-def expert_choices(reading: Reading) -> Iterator[RoutingPass]:
-    for (prompt, _), rows in groupby(_choices_by_row(reading), itemgetter(0)):
+def expert_choices(reader: TraceReader) -> Iterator[RoutingPass]:
+    for (prompt, _), rows in groupby(_choices_by_row(reader), itemgetter(0)):
         ids = tuple(zip(*(tokens for _, tokens in rows), strict=True))
         yield RoutingPass("decode" if ids else "prefill", ids, prompt)
 
 
 def _choices_by_row(
-    reading: Reading,
+    reader: TraceReader,
 ) -> Iterator[tuple[tuple[int, str | int], list[tuple[int, ...]]]]:
     """Of each row what tells its pass from others, prompt first, and a token for each layer."""
-    lines = (line for line in reading.lines() if not line.startswith("#"))
+    lines = (line for line in reader.lines() if not line.startswith("#"))
     header = next(lines).split(",")
     blocks = [name for name in header if name.startswith("Block_")]
     if not blocks or header[: 1 + len(blocks)] != ["Index", *blocks]:
-        raise reading.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header))
+        raise reader.error("the header Index,Block_0,Block_0,Block_1,...", ",".join(header))
     top_k = blocks.count(blocks[0])
-    reading.learn(top_k=top_k)
+    reader.learn(top_k=top_k)
     prompt = -1
     for line in lines:
         index, *cells = line.split(",")
@@ -125,26 +152,26 @@ def _choices_by_row(
             owner = cells[-1] if header[-1] == "Prompt" else None
             del cells[len(blocks) :]
         if not any(cells):
-            (prompt,) = [prompt + 1] if owner is None else reading.numbers([owner])
-            yield (prompt, reading.line_number), []
+            (prompt,) = [prompt + 1] if owner is None else reader.numbers([owner])
+            yield (prompt, reader.line_number), []
             continue
-        ids = reading.numbers(cells)
-        tokens = [reading.token(ids[at : at + top_k]) for at in range(0, len(ids), top_k)]
-        reading.checked(RoutingPass("decode", tuple((token,) for token in tokens)))
-        if len(ids) != len(blocks) and not reading.info.notes:
+        ids = reader.numbers(cells)
+        tokens = [reader.token(ids[at : at + top_k]) for at in range(0, len(ids), top_k)]
+        reader.checked(RoutingPass("decode", tuple((token,) for token in tokens)))
+        if len(ids) != len(blocks) and not reader.info.notes:
             note = (
                 f"the header names {len(blocks) // top_k} layers and the rows hold {len(tokens)}: "
                 "the rows were read"
             )
-            reading.learn(notes=(note,))
+            reader.learn(notes=(note,))
         yield (max(prompt, 0), index), tokens
 
 
 _ROUTE_COLUMNS = "turn,phase,step,layer,slot,expert"
 
 
-def route(reading: Reading) -> Iterator[RoutingPass]:
-    for (turn, phase, _), rows in groupby(_route_by_row(reading), itemgetter(0)):
+def route(reader: TraceReader) -> Iterator[RoutingPass]:
+    for (turn, phase, _), rows in groupby(_route_by_row(reader), itemgetter(0)):
         tokens: dict[int, list[list[int]]] = {}  # by layer
         for _, layer, slot, expert in rows:
             of_layer = tokens.setdefault(layer, [])
@@ -152,64 +179,64 @@ def route(reading: Reading) -> Iterator[RoutingPass]:
                 of_layer.append([])
             token = of_layer[-1] if of_layer else []
             if slot != len(token):
-                raise reading.error(f"slot {len(token)} next", slot)
+                raise reader.error(f"slot {len(token)} next", slot)
             token.append(expert)
-            if expert in token[:-1] or expert >= (reading.info.n_experts or N_IDS):
-                reading.token(token)  # raises
+            if expert in token[:-1] or expert >= (reader.info.n_experts or N_IDS):
+                reader.token(token)  # raises
         ids = tuple(tuple(map(tuple, tokens[layer])) for layer in sorted(tokens))
-        yield reading.checked(RoutingPass("decode" if phase else "prefill", ids, turn))
+        yield reader.checked(RoutingPass("decode" if phase else "prefill", ids, turn))
 
 
-def _route_by_row(reading: Reading) -> Iterator[tuple[tuple[int, int, int], int, int, int]]:
+def _route_by_row(reader: TraceReader) -> Iterator[tuple[tuple[int, int, int], int, int, int]]:
     """Of each row its pass (turn, phase, and in decode the step), layer, slot and expert."""
     n_columns = 0
-    for line in reading.lines():
+    for line in reader.lines():
         if line.startswith("#"):
             facts = dict(re.findall(r"(\w+)=(\S+)", line))
             if "model" in facts:
-                reading.learn(model=Path(facts["model"]).stem)
+                reader.learn(model=Path(facts["model"]).stem)
             if "n_expert" in facts:
-                reading.learn(n_experts=reading.numbers([facts["n_expert"]], 1, N_IDS)[0])
+                reader.learn(n_experts=reader.numbers([facts["n_expert"]], 1, N_IDS)[0])
         elif not n_columns:
             if not line.startswith(_ROUTE_COLUMNS):
-                raise reading.error(f"the columns {_ROUTE_COLUMNS},...", line)
+                raise reader.error(f"the columns {_ROUTE_COLUMNS},...", line)
             n_columns = line.count(",") + 1
         else:
             cells = line.split(",")
             if len(cells) != n_columns:
-                raise reading.error(f"{n_columns} columns", len(cells))
-            turn, phase, step, layer, slot, expert = reading.numbers(cells[:6])
+                raise reader.error(f"{n_columns} columns", len(cells))
+            turn, phase, step, layer, slot, expert = reader.numbers(cells[:6])
             if phase > 1:
-                raise reading.error("phase 0 (prompt) or 1 (decode)", phase)
+                raise reader.error("phase 0 (prompt) or 1 (decode)", phase)
             # A prompt is one pass, each of its steps a token; a decoded token is a pass.
             yield (turn, phase, step if phase else 0), layer, slot, expert
 
 
-def json_lines(reading: Reading) -> Iterator[RoutingPass]:
-    for line in reading.lines():
+def json_lines(reader: TraceReader) -> Iterator[RoutingPass]:
+    for line in reader.lines():
         try:
             one = json.loads(line)
         except (ValueError, RecursionError):
             one = None
         if not isinstance(one, dict):
-            raise reading.error("a JSON object", repr(line))
+            raise reader.error("a JSON object", repr(line))
         if "routing_trace" not in one:
-            yield _json_pass(reading, one)
+            yield _json_pass(reader, one)
             continue
-        known = asdict(reading.info) | {"notes": []}
+        known = asdict(reader.info) | {"notes": []}
         told = {name: one[name] for name in known.keys() & one.keys() if one[name] is not None}
         try:
-            reading.info = info = from_json(TraceInfo, known | told)
+            reader.info = info = from_json(TraceInfo, known | told)
         except ValueError as error:
-            raise reading.error("the facts of a trace", error) from None
-        reading.numbers([str(1 if info.n_experts is None else info.n_experts)], 1, N_IDS)
+            raise reader.error("the facts of a trace", error) from None
+        reader.numbers([str(1 if info.n_experts is None else info.n_experts)], 1, N_IDS)
 
 
-def _json_pass(reading: Reading, one: dict[str, Any]) -> RoutingPass:
+def _json_pass(reader: TraceReader, one: dict[str, Any]) -> RoutingPass:
     def token(experts: list[int]) -> tuple[int, ...]:
         if not all(type(expert) is int for expert in experts):
             raise TypeError
-        return reading.token(experts)
+        return reader.token(experts)
 
     phase = one.get("phase")
     try:
@@ -218,61 +245,22 @@ def _json_pass(reading: Reading, one: dict[str, Any]) -> RoutingPass:
     except (KeyError, TypeError):
         phase = None
     if phase not in ("prefill", "decode") or (waited and len(waited) != len(ids)):
-        raise reading.error(
+        raise reader.error(
             '"phase" of prefill or decode, "ids" as [layer][token][k] and, if any, "waited" as '
             "[layer][expert]",
             one,
         )
-    (prompt,) = reading.numbers([str(one.get("prompt", 0))])
+    (prompt,) = reader.numbers([str(one.get("prompt", 0))])
     found = RoutingPass(phase, ids, prompt, waited)
-    return found if phase == "prefill" and not ids else reading.checked(found)
+    return found if phase == "prefill" and not ids else reader.checked(found)
 
 
 # By the first character of a file, comments left out.
-_FORMATS: dict[str, Callable[[Reading], Iterator[RoutingPass]]] = {
+_FORMATS: dict[str, Callable[[TraceReader], Iterator[RoutingPass]]] = {
     "I": expert_choices,
     "t": route,
     "{": json_lines,
 }
-
-
-class TraceReader:
-    """Iterates over the passes of a trace file, any number of times.
-
-    `info` is known at once: the file is read up to its first pass that holds ids. `n_experts`,
-    where given, bounds the ids of a file that does not say.
-    """
-
-    def __init__(self, path: Path, n_experts: int | None = None) -> None:
-        self._place = path, n_experts
-        if n_experts is not None and not 1 <= n_experts <= N_IDS:
-            raise UserError(f"expected 1 to {N_IDS} experts a layer, found {n_experts}")
-        try:
-            require_regular(path)  # a pipe cannot be read twice
-            with path.open(encoding="utf-8") as lines:
-                first = "\n"
-                while first and (first.startswith("#") or not first.strip()):
-                    first = lines.readline(_MAX_FIRST_LINE)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
-            raise UserError(
-                f"expected a routing trace at {path}, found none that can be read ({reason}): "
-                "give the expert_choices.csv or routing.jsonl of a run"
-            ) from None
-        if first[:1] not in _FORMATS:
-            raise UserError(
-                f"{path}, line 1: expected a routing trace (a header that starts with Index, or "
-                f"turn,phase,step, or JSON lines), found {first.strip()[:40]!r}"
-            )
-        self.format = _FORMATS[first[0]]
-        reading = Reading(*self._place)
-        for one in self.format(reading):
-            if one.ids:
-                break
-        self.info = reading.info
-
-    def __iter__(self) -> Iterator[RoutingPass]:
-        return self.format(Reading(*self._place))
 
 
 def read_trace(path: Path, n_experts: int | None = None) -> Trace:
@@ -282,7 +270,8 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     table, is taken instead. A note of the trace says so, or why not.
     """
     reader = TraceReader(path, n_experts)
-    routing, info = Routing(reader), reader.info
+    routing = Routing(reader)
+    info = reader.info
     beside = path.with_name(path.stem.replace("expert_choices", "routing") + ".jsonl")
     if reader.format is expert_choices and "expert_choices" in path.stem and beside.is_file():
         try:

@@ -12,22 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from moe_offload.config import CacheOptions
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.replay import Replay, Timeline, bound_us, most_hits, replay
 from moe_offload.simulation.traces import RoutingPass, Trace
 from moe_offload.simulation.workload import typical_workload
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One cache: N indexes x M ways, a policy by name, its quota."""
-
-    n_indexes: int
-    n_ways: int
-    policy: str
-    quota: int = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class SweepRow:
     fits: bool | None
 
 
-def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) -> Replay:
+def run_setting(trace: Trace, setting: CacheOptions, costs: CostModel | None = None) -> Replay:
     """Replay `trace` with one setting, on a modelled clock where `costs` are given; with bounds."""
     cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
     result = replay(trace.passes, cache, setting.quota, Timeline(costs) if costs else None)
@@ -71,7 +62,7 @@ def run_setting(trace: Trace, setting: Setting, costs: CostModel | None = None) 
 
 def sweep(
     trace: Trace,
-    settings: Sequence[Setting],
+    settings: Sequence[CacheOptions],
     costs: CostModel | None = None,
     processes: int = 1,
     cache_bytes: float = 0.0,
@@ -88,15 +79,16 @@ def sweep(
         return pool.map(row, settings, chunksize=-(-len(settings) // (4 * processes)))
 
 
-def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Setting) -> SweepRow:
-    slots = setting.n_indexes * setting.n_ways
-    fits = None if costs is None else slots * costs.block_bytes <= cache_bytes
+def _row(
+    trace: Trace, costs: CostModel | None, cache_bytes: float, setting: CacheOptions
+) -> SweepRow:
+    fits = None if costs is None else setting.n_slots * costs.block_bytes <= cache_bytes
     result = run_setting(trace, setting, costs)
     return SweepRow(
         setting.n_indexes,
         setting.n_ways,
         setting.policy,
-        slots=slots,
+        slots=setting.n_slots,
         hit_one=result.decode.at_least_one_percent,
         hit_two=result.decode.at_least_two_percent,
         hit_expert=result.found_percent,
@@ -111,10 +103,10 @@ def _row(trace: Trace, costs: CostModel | None, cache_bytes: float, setting: Set
     )
 
 
-def grid(trace: Trace) -> list[Setting]:
+def grid(trace: Trace) -> list[CacheOptions]:
     """The settings of a sweep: N x M x policy, each number doubling up to the model's own."""
     return [
-        Setting(n, m, policy)
+        CacheOptions(n, m, policy=policy)
         for n in _doubling(trace.n_layers, 3)
         for m in _doubling(trace.n_experts, 5)
         for policy in POLICIES
@@ -131,6 +123,7 @@ PROMPT_TOKENS = 16
 OTHER_POLICIES = ("FIFO", "LFRU", "LFU")  # tried after LRU; earlier ones win ties
 WORTHWHILE = 1.005  # less gain than this is noise of the routing
 BUDGETS = 6
+_Timed = tuple[float, CacheOptions]  # tokens/s of a cache
 
 
 @dataclass(frozen=True)
@@ -185,11 +178,11 @@ def choose_cache(
         source = f"the trace of {trace.info.model}"
     passes = first_tokens(trace, SEARCH_TOKENS)
 
-    def timed(setting: Setting) -> tuple[float, Setting]:
+    def timed(setting: CacheOptions) -> _Timed:
         cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
         return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s, setting
 
-    def fastest(best: tuple[float, Setting], settings: Iterable[Setting]) -> tuple[float, Setting]:
+    def fastest(best: _Timed, settings: Iterable[CacheOptions]) -> _Timed:
         """The first that no later one beats by a worthwhile margin."""
         for one in map(timed, settings):
             if one[0] > best[0] * WORTHWHILE:
@@ -197,8 +190,8 @@ def choose_cache(
         return best
 
     n_slots = min(free_bytes // costs.block_bytes, n_layers * n_experts)
-    alone, no_cache = timed(Setting(0, 0, "LRU"))
-    sizes = (Setting(n, m, "LRU") for n, m in layouts(n_slots, n_layers, n_experts))
+    alone, no_cache = timed(CacheOptions(policy="LRU"))
+    sizes = (CacheOptions(n, m, policy="LRU") for n, m in layouts(n_slots, n_layers, n_experts))
     best = fastest((alone, no_cache), sizes)
     if best[1] is no_cache:
         why = "no cache: not one expert fits"
@@ -211,7 +204,7 @@ def choose_cache(
         found.n_ways,
         found.policy,
         per_s,
-        f"{found.n_indexes * found.n_ways} of {n_slots} slots that fit; {per_s:.3g} tokens/s "
+        f"{found.n_slots} of {n_slots} slots that fit; {per_s:.3g} tokens/s "
         f"predicted against {alone:.3g} without a cache, by replaying {source}",
     )
 
