@@ -255,3 +255,44 @@ def test_where_direct_reads_are_refused_the_bytes_are_the_same(open_tier, monkey
     tier = open_tier(2)
     assert not tier.is_direct
     assert sorted(computed(tier, 0, [0, 1, 2, 3])) == [0, 1, 2, 3]
+
+
+def reading_ahead(tier: DiskTier) -> DiskTier:
+    """With routers that name experts 0 and 1, whatever they are given."""
+    tier.read_ahead_with([lambda hidden: torch.tensor([[0, 1]])] * N_LAYERS)
+    assert tier.trial is not None
+    for _ in range(4):
+        tier.trial.record(1.0)
+    assert tier.trial.is_first
+    return tier
+
+
+def test_an_idle_disk_reads_ahead_what_the_next_router_chooses(open_tier):
+    tier = reading_ahead(open_tier(3))
+    computed(tier, 0, [4, 5])
+    guess = tier.guess(1, torch.zeros(1, 16))
+    tier.read_ahead_later(1, guess.flatten().tolist())
+    computed(tier, 0, [4, 5])
+    for reader in tier._readers:
+        reader.synchronize()
+    before = tier.disk.misses
+    assert sorted(computed(tier, 1, [0, 1])) == [0, 1]
+    assert tier.disk.misses == before
+    assert (tier.n_ahead, tier.n_ahead_used) == (2, 2)
+    assert tier.guess(N_LAYERS, torch.zeros(1, 16)) is None  # there is no such layer
+
+
+def test_a_miss_gives_up_what_is_read_ahead(open_tier, monkeypatch):
+    tier, may_read = reading_ahead(open_tier(2)), threading.Event()
+    computed(tier, 0, [4])
+    computed(tier, 1, [2])
+    with monkeypatch.context() as patch:
+        with_reads(patch, may_read.wait)
+        tier.read_ahead_later(1, [0, 1])
+        computed(tier, 0, [4])
+        ahead = list(tier._reads.values())
+        assert [read.expert for read in ahead] == [0, 1]  # both ways
+        threading.Timer(0.02, may_read.set).start()
+        assert sorted(computed(tier, 1, [3, 5])) == [3, 5]
+    assert all(read.is_cancelled for read in ahead)
+    assert sorted(computed(tier, 1, [0, 1])) == [0, 1]

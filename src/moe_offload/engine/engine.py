@@ -29,6 +29,7 @@ from moe_offload.engine.setup import (
     gpu_uuid,
     host_ways,
     open_experts,
+    read_ahead,
     read_favourites,
     slots_to_measure,
 )
@@ -166,11 +167,13 @@ class Engine:
     def _alone(self) -> CostModel | None:
         """The costs that tell what a step takes on a quiet machine.
 
-        None without any, and where the accelerator is emulated: it is for trying the mechanism, and
-        computes on the cores whose costs are known without it.
+        None without any; where the accelerator is emulated, for it is for trying the mechanism and
+        computes on the cores whose costs are known without it; and where a step waits for a disk.
         """
         is_emulated = self.accelerator is not None and self.device.type == "cpu"
-        return None if self.costs is None or is_emulated else self.costs.model
+        if self.costs is None or is_emulated or isinstance(self.store, DiskTier):
+            return None
+        return self.costs.model
 
     def predicted_step_us(self, recorder: Recorder) -> float | None:
         """What the costs predict for the mean decode step that was recorded.
@@ -251,6 +254,8 @@ class Engine:
             lines += self.costs.notes()
         if self.accelerator is not None:
             lines += self.accelerator.notes()
+        if isinstance(self.store, DiskTier):
+            lines += self.store.notes()
         return lines
 
     def describe(self) -> dict[str, Any]:
@@ -373,6 +378,8 @@ def load_engine(
                 advance(expert_bytes[layer])
     dispatcher.attach(model, [site.block for site in sites])
     refuse_saving(model)
+    if isinstance(store, DiskTier):
+        read_ahead(store, sites)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size
         routers = [find_router(site.block, width) for site in sites]

@@ -15,10 +15,10 @@ from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import CacheOptions, ModelOptions, flag_of
 from moe_offload.engine.memory import Budget
 from moe_offload.errors import UserError
-from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
-from moe_offload.experts.disk_tier import DiskTier
+from moe_offload.experts.disk_tier import DiskTier, Router
 from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
@@ -219,6 +219,14 @@ def build_accelerator(
         costs=costs,
         routers=[_router(store, site) for site in ahead],
     )
+
+
+def read_ahead(tier: DiskTier, sites: Sequence[MoeSite]) -> None:
+    """Let the tier read ahead, where the routers can be asked ahead."""
+    routers = [find_router(one.block, tier.layouts[one.layer].hidden_size) for one in sites]
+    found = [router for router in routers if router is not None]
+    if len(found) == len(sites):
+        tier.read_ahead_with([partial(chosen_experts, router) for router in found])
 
 
 def _router(store: ExpertStore | DiskTier, site: MoeSite) -> Router:

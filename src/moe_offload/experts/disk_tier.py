@@ -8,11 +8,15 @@ while reads of the others are in flight, several at a time.
         compute(group)                           # its blocks stay until the next group
 
 No expert is evicted while it is computed, copied to the accelerator or read from disk.
+
+In decode the disk may read ahead when a layer needs nothing more from it: what the next layer's
+router chooses, given this layer's input. A miss gives such reads up, and the first steps try
+whether they pay (`plan.Trial`).
 """
 
 from __future__ import annotations
 
-import queue
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +29,11 @@ from torch import Tensor
 from moe_offload.checkpoint.block_file import BlockFile
 from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.experts.cache import ExpertCache, ReplacementPolicy
+from moe_offload.experts.plan import Trial
 from moe_offload.experts.store import DiskCounts, ExpertStore
 from moe_offload.machine.streams import HostStream
+
+Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
 
 N_READERS: Final = 4  # as many as saturate an NVMe disk with reads of one block each
 _COPY_WAIT_S: Final = 1e-4  # between looks whether a copy has ended that keeps the last way
@@ -39,6 +46,7 @@ class _Read:
     layer: int
     expert: int
     slot: int
+    is_ahead: bool = False  # nobody asked for it yet
     is_cancelled: bool = False
     is_done: bool = False
     error: Exception | None = None
@@ -60,11 +68,18 @@ class DiskTier:
         self.cache = ExpertCache(len(layers), n_ways, policy)
         self.disk = DiskCounts()
         self.copying: Callable[[], Collection[int]] = tuple
+        self.routers: Sequence[Router] = ()  # of all layers, where the tier may read ahead
+        self.trial: Trial | None = None  # of doing so
+        self.n_ahead = self.n_ahead_used = 0
+        self._guess: tuple[int, Sequence[int]] = -1, ()
+        self._unused: set[tuple[int, int]] = set()  # read ahead and not asked for yet
         self._addresses = [torch.zeros(n, dtype=torch.int64) for n in self.n_experts]
         self._reads: dict[int, _Read] = {}  # by slot
         self._failed: dict[tuple[int, int], Exception] = {}
-        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes who waits for a read
+        self._has_ended = threading.Event()  # a read, since somebody looked
         self._n_started = 0
+        self._busy = threading.Lock()  # guards the next two and `disk.busy_s`
+        self._n_active, self._active_since_s = 0, 0.0
         self._files: list[BlockFile] = []
         self._readers = [HostStream(f"expert read {i}") for i in range(N_READERS)]
         try:
@@ -114,6 +129,24 @@ class DiskTier:
         assert slot is not None
         return self._memory_of(layer, slot)
 
+    def read_ahead_with(self, routers: Sequence[Router]) -> None:
+        """Read ahead from now on where it pays; the layers' routers give ids [T, K] for [T, H]."""
+        self.routers, self.trial = routers, Trial()
+
+    def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What `layer` is expected to choose, given the layer before it `hidden` [T, H].
+
+        None where nothing is to be read ahead.
+        """
+        if self.trial is None or not self.trial.is_first or layer >= len(self.routers):
+            return None
+        return self.routers[layer](hidden)
+
+    def read_ahead_later(self, layer: int, experts: Sequence[int]) -> None:
+        """Read these when the layer before `layer` needs nothing more from the disk."""
+        if self.trial is not None and self.trial.is_first:
+            self._guess = layer, experts
+
     def arriving(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
         """Groups of `experts` as they are in memory, until each has been in one.
 
@@ -123,14 +156,18 @@ class DiskTier:
         as soon as can be.
         """
         self._collect()
-        self.cache.end_step(layer)  # of one that nobody saw to the end
+        self._failed.clear()  # of a layer that did not come to its end, as are marks of its step
+        self.cache.end_step(layer)
         slots = self.cache.lookup(layer, experts)
         there = [expert for expert, slot in zip(experts, slots, strict=True) if slot >= 0]
         awaited = sorted(expert for expert, slot in zip(experts, slots, strict=True) if slot < 0)
         self.disk.hits += len(there)
         self.disk.misses += len(awaited)
+        self._note_use(layer, experts)
         while True:
             all_started = self._start(layer, awaited)
+            if not awaited:
+                self._read_ahead(layer + 1)
             group = there if all_started else there[:1]
             yield group
             there = there[len(group) :]
@@ -161,6 +198,18 @@ class DiskTier:
         self.cache.lookup(layer, wanted[::-1])
         self.cache.end_step(layer)
 
+    def notes(self) -> list[str]:
+        """What was learnt during the run, as lines for the summary."""
+        lines = []
+        if self.disk.busy_s:
+            gbps = self.disk.n_bytes / self.disk.busy_s / 1e9
+            lines.append(f"disk: {gbps:.2f} GB/s while experts were read, {self.disk.busy_s:.2f} s")
+        if self.trial is not None:
+            lines.append(self.trial.line("reading ahead from disk", "with it", "without"))
+        if self.n_ahead:
+            lines.append(f"experts read ahead: {self.n_ahead}, {self.n_ahead_used} of them used")
+        return lines
+
     def recover(self) -> None:
         """After a pass that never ended, such as by a Ctrl-C: no read is under way then."""
         for read in self._reads.values():
@@ -171,7 +220,6 @@ class DiskTier:
         for slot in self.cache.in_flight():  # admitted, and nobody read for it
             self._reads.pop(slot, None)
             self.cache.cancel(slot)
-        self._failed.clear()
 
     def close(self) -> None:
         """End all reads and give files and pinned memory back."""
@@ -187,31 +235,74 @@ class DiskTier:
     def _start(self, layer: int, awaited: Sequence[int]) -> bool:
         """Start reads for as many as there are ways; whether all of them are on their way."""
         waiting = [expert for expert in awaited if self.cache.slot_of(layer, expert) is None]
-        if waiting and (copied := set(self.copying())):
+        if waiting:
+            self._protect_copied(layer)
+        return all(self._read(layer, expert) for expert in waiting)
+
+    def _read(self, layer: int, expert: int, is_ahead: bool = False) -> bool:
+        """Start reading one expert; False where no way is free for it."""
+        slot = self.cache.admit(layer, expert)
+        if slot is None:
+            return False
+        read = self._reads[slot] = _Read(layer, expert, slot, is_ahead)
+        target = self._memory_of(layer, slot)
+        self._addresses[layer][expert] = target.data_ptr()
+        reader = self._readers[self._n_started % N_READERS]
+        self._n_started += 1
+        reader.submit(partial(self._carry_out, read, target))
+        return True
+
+    def _read_ahead(self, layer: int) -> None:
+        """Start reading what was guessed of `layer` and is not there, if the disk is idle."""
+        (of_layer, experts), self._guess = self._guess, (-1, ())
+        if of_layer != layer or self._reads:
+            return
+        self._protect_copied(layer)
+        self.cache.protect(layer, experts)
+        for expert in sorted(experts):
+            if self.cache.slot_of(layer, expert) is None and self._read(layer, expert, True):
+                self.n_ahead += 1
+                self._unused.add((layer, expert))
+        self.cache.end_step(layer)
+
+    def _note_use(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer asks: what was read ahead for it was worth it or not."""
+        if not self._unused:
+            return
+        asked = {(layer, expert) for expert in experts}
+        self.n_ahead_used += len(asked & self._unused)
+        self._unused -= asked
+        is_missing = any(self.cache.slot_of(layer, expert) is None for expert in experts)
+        for read in self._reads.values():
+            if (read.layer, read.expert) in asked:
+                read.is_ahead = False
+            elif read.is_ahead and is_missing:
+                read.is_cancelled = True
+
+    def _protect_copied(self, layer: int) -> None:
+        """Keep what a copy still reads from being a victim until the layer's step ends."""
+        if copied := set(self.copying()):
             ready = self.cache.ready(layer).items()
             self.cache.protect(
                 layer, [e for e, slot in ready if self._memory_of(layer, slot).data_ptr() in copied]
             )
-        for expert in waiting:
-            slot = self.cache.admit(layer, expert)
-            if slot is None:
-                return False
-            read = self._reads[slot] = _Read(layer, expert, slot)
-            target = self._memory_of(layer, slot)
-            self._addresses[layer][expert] = target.data_ptr()
-            reader = self._readers[self._n_started % N_READERS]
-            self._n_started += 1
-            reader.submit(partial(self._carry_out, read, target))
-        return True
 
     def _carry_out(self, read: _Read, target: Tensor) -> None:
         """On a reader's thread."""
+        with self._busy:
+            self._n_active += 1
+            if self._n_active == 1:
+                self._active_since_s = time.perf_counter()
         try:
             self._files[read.layer].read(read.expert, target, lambda: read.is_cancelled)
         except Exception as error:  # told to whoever waits for it
             read.error = error
+        with self._busy:
+            self._n_active -= 1
+            if self._n_active == 0:
+                self.disk.busy_s += time.perf_counter() - self._active_since_s
         read.is_done = True
-        self._ended.put(None)
+        self._has_ended.set()
 
     def _collect(self) -> None:
         """Tell the directory which reads have ended since the last call."""
@@ -223,13 +314,17 @@ class DiskTier:
                     self.disk.n_bytes += self.layouts[read.layer].block_bytes
                 else:
                     self.cache.cancel(slot)
-                    self._failed[read.layer, read.expert] = read.error
+                    self._unused.discard((read.layer, read.expert))
+                    # Given up, or asked by nobody: whoever asks reads it again.
+                    if not (read.is_cancelled or read.is_ahead):
+                        self._failed[read.layer, read.expert] = read.error
 
     def _wait(self) -> None:
         """Until a read may have ended or, where there is none, a copy that keeps the last way."""
         began_s = time.perf_counter()
         if self._reads:
-            self._ended.get()
+            self._has_ended.wait()
+            self._has_ended.clear()
         else:
             time.sleep(_COPY_WAIT_S)
         self.disk.wait_s += time.perf_counter() - began_s

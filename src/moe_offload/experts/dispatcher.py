@@ -163,9 +163,10 @@ class MoeDispatcher:
         self.recorder.end_pass(duration_s)
         self._ranges.end_pass()
         self._is_open = False
-        trial = None if self.accelerator is None else self.accelerator.trial
-        if self._decode and trial is not None and not self._skip_experts:
-            trial.record(duration_s)
+        if self._decode and not self._skip_experts:
+            for one in (self.accelerator, self.store):
+                if one is not None and one.trial is not None:
+                    one.trial.record(duration_s)
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
@@ -221,6 +222,9 @@ class MoeDispatcher:
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
+        fetches_ahead = guess is not None
+        if guess is None and isinstance(self.store, DiskTier) and self._decode:
+            guess = self.store.guess(layer + 1, hidden)
         parts = self.store, self.cpu[layer], self._handoff, accelerator
         step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
@@ -236,11 +240,13 @@ class MoeDispatcher:
             plan, copy = self._start_decode(accelerator, step)
         else:
             plan, copy = self._start_prefill(accelerator, step)
+        if guess is not None and isinstance(self.store, DiskTier):
+            self.store.read_ahead_later(layer + 1, step.guessed)
         cpu_out, cpu_s = None, 0.0
         for number, group in enumerate(self.store.arriving(layer, (*plan.waited, *plan.cpu))):
             if copy is not None:
                 copy(group)
-            if accelerator is not None and guess is not None and number == 0:
+            if accelerator is not None and fetches_ahead and number == 0:
                 accelerator.fetch_ahead(layer + 1, step.guessed)
             self._ranges.part(layer, "cpu experts")
             called_s = time.perf_counter()

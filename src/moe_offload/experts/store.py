@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.prepared import MoeLayer, read_block
+from moe_offload.experts.plan import Trial
 
 _READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
 _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
@@ -25,13 +26,14 @@ _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 class DiskCounts:
     """Experts asked for that were in memory or not, and the disk's part in it, since loading.
 
-    `n_bytes` were read, and for `wait_s` a layer stood still for an expert.
+    `n_bytes` were read in `busy_s`, and for `wait_s` a layer stood still for an expert.
     """
 
     hits: int = 0
     misses: int = 0
     n_bytes: int = 0
     wait_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class ExpertStore:
@@ -57,6 +59,7 @@ class ExpertStore:
         self.layouts = tuple(layouts)
         self.n_experts = tuple(n_experts)
         self.disk = DiskCounts()  # nothing comes from there
+        self.trial: Trial | None = None  # and nothing is to be found out about it
         self._registered: dict[int, weakref.finalize[..., Any]] = {}  # by position in _stored
         shapes = list(zip(self.layouts, self.n_experts, strict=True))
         self.n_stored = len(shapes) if n_stored is None else n_stored

@@ -51,13 +51,14 @@ def replay_tiers(
     policy: str,
     costs: CostModel,
     disk: Disk,
-    gpu: CacheOptions = CacheOptions(),
+    gpu: CacheOptions | None = None,
 ) -> TierReplay:
     """Run `trace` with `n_ways` experts of each layer in host memory, all empty at first.
 
     `policy` is host memory's, by name; `gpu` the cache above it.
     """
     host = ExpertCache(trace.n_layers, n_ways, make_policy(policy))
+    gpu = gpu or CacheOptions()
     cache = ExpertCache(gpu.n_indexes, gpu.n_ways, make_policy(gpu.policy))
     result = TierReplay()
     for one in trace.passes:
