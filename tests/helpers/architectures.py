@@ -136,6 +136,7 @@ _DROPPED = frozenset(
     )
 )
 _LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HYBRID = ["hybrid_sliding", "hybrid"]
 _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {
@@ -172,15 +173,23 @@ _OWN: dict[str, dict[str, Any]] = {
     "doge": {"is_moe": True, "num_experts": 16},
     "dots1": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "dots3_note_text": {"per_layer_config": None},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 16],  # for text and for images
+        "rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]},
+    },
     "flint": {"mlp_only_layers": [0]},
     "gemma4_text": {
         "enable_moe_block": True,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         "per_layer_config": {"3": {"head_dim": 32}},
     },
+    "glm4v_moe_text": {
+        "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+    },
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0, "head_dim": 0},
     "gpt_oss": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": _ROPE,
     },
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -193,6 +202,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "loop_layer_index_end": 4,
     },
     "hunyuan_v1_moe": {"moe_topk": [2, 1, 2, 2]},  # as Hunyuan-A13B has it, one for each layer
+    "hy_v4_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -201,6 +211,8 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "laguna": {"num_attention_heads_per_layer": [4, 4, 4, 4]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mistral4": {"head_dim": 32},  # both parts of a head together
+    "mistral_large4_text": {"kv_source_layers": list(range(_N_LAYERS))},
     "mixtral": {"sliding_window": None},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "moe"],
@@ -229,6 +241,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 2,
         "make_ngram_vocab_size_divisible_by": 8,
     },
+    "step3p5": {"sliding_window": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 _MARKS = (
@@ -253,36 +266,52 @@ def moe_types() -> list[str]:
     return sorted(found)
 
 
-# Models of images and text, of which transformers has a text model (Qwen's) or none.
+# Models of images and text with a Mixture of Experts inside. Left out: those whose transformers
+# code needs more packages, or that make no text token by token.
 WRAPPERS = (
-    *("aria", "kimi_k25", "minimax_m3_vl", "nemotron_h_omni", "qwen3_5_moe", "qwen3_vl_moe"),
-    "qwen4_exp",
+    *("aria", "dots3_note", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "glm5_next", "hy_v4_vl"),
+    *("inkling2", "inkling2_loop", "kimi_k25", "llama4", "minimax_m3_vl", "mistral3"),
+    *("mistral_large4", "muse_spark", "nemotron_h_omni", "qwen3_5_moe", "qwen3_omni_moe_thinker"),
+    *("qwen3_vl_moe", "qwen4_exp", "step3p7"),
 )
-_IMAGE_PART = {
-    **dict.fromkeys(("depth", "num_hidden_layers"), 1),
-    **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
-    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 2),
-    "out_hidden_size": _SIZES["hidden_size"],
+
+# Of a model that takes images or sound too, the parts that see and hear: one small layer.
+_OTHER_PART: dict[str, Any] = {
+    **dict.fromkeys(("depth", "num_hidden_layers", "n_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "d_model", "encoder_ffn_dim"), 32),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("num_key_value_heads", "downsample_hidden_size"), 2),
+    **dict.fromkeys(
+        ("out_hidden_size", "output_dim", "text_hidden_size", "adapter_out_dim"),
+        _SIZES["hidden_size"],
+    ),
+    **dict.fromkeys(("adapter_in_dim", "adapter_input_size", "projection_intermediate_size"), 32),
+    **dict.fromkeys(("moe_intermediate_size", "projection_hidden_dim"), 32),
+    "num_local_experts": 4,
     "num_position_embeddings": 16,
+    "position_embedding_size": 16,
     "head_dim": 16,
     "image_size": 28,
     "spatial_merge_size": 2,
     "deepstack_visual_indexes": [0],
+    "mlp_layer_types": ["dense"],
+    "layer_types": ["window_attention"],
+    "per_layer_config": None,
 }
+# Wrappers whose usual text model is no Mixture of Experts.
+_OWN_TEXT = {"mistral3": "mistral4"}
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """A config of `model_type` with some four small layers of every kind it has."""
-    whole = CONFIG_MAPPING[model_type]()
-    default = whole.to_dict()
-    if "vision_config" in default:
-        image = {
-            name: _IMAGE_PART.get(name, value)
-            for name, value in default["vision_config"].items()
-            if name != "model_type"
-        }
-        text = tiny_config(whole.get_text_config().model_type).to_dict()
-        return CONFIG_MAPPING[model_type](text_config=text, vision_config=image)
+    default_config = CONFIG_MAPPING[model_type]()
+    default = default_config.to_dict()
+    parts = {name: value for name, value in default.items() if name.endswith("_config")}
+    if "text_config" in parts:
+        text_type = _OWN_TEXT.get(model_type, default_config.get_text_config().model_type)
+        parts = {name: _tiny_part(part) for name, part in parts.items() if part is not None}
+        parts["text_config"] = tiny_config(text_type).to_dict()
+        return CONFIG_MAPPING[model_type](**parts)
     fields: dict[str, Any] = {}
     for name, value in default.items():
         if name in _DROPPED:
@@ -302,6 +331,14 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
         if fields.get(name, 0) is None:
             del fields[name]
     return CONFIG_MAPPING[model_type](**fields)
+
+
+def _tiny_part(part: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: _OTHER_PART.get(name, value) for name, value in part.items()}
+    for name in ("patch_sizes", "hidden_sizes", "depths"):  # one of each layer
+        if name in fields:
+            fields[name] = fields[name][:1]
+    return {name: value for name, value in fields.items() if name not in _DROPPED}
 
 
 @dataclass(frozen=True)
@@ -375,11 +412,6 @@ def examine(name: str, folder: Path) -> Row:
     randomise(model, seed=0)
     hub = folder / "hub"
     model.save_pretrained(hub, save_original_format=True)
-    theirs = eager(hub, torch.float32, type(model))
-    ids = torch.tensor([_PROMPTS[0]])
-    with torch.inference_mode():
-        logits = theirs(ids, use_cache=False).logits
-    exact = [_recomputed(theirs, prompt) for prompt in _PROMPTS]
     notes = []
 
     def prepared(**formats: Any) -> Path:
@@ -394,6 +426,11 @@ def examine(name: str, folder: Path) -> Row:
     except UserError as error:
         sentence = str(error).replace(f"{folder}/", "")
         return Row(name, "refused", "refused", (sentence,))
+    theirs = eager(hub, torch.float32, type(model))
+    ids = torch.tensor([_PROMPTS[0]])
+    with torch.inference_mode():
+        logits = theirs(ids, use_cache=False).logits
+    exact = [_recomputed(theirs, prompt) for prompt in _PROMPTS]
     with torch.inference_mode():
         assert _error(ours(input_ids=ids).logits, logits).max() < 1e-4
     alone = [greedy(ours, [prompt], _N_NEW)[0] for prompt in _PROMPTS]
@@ -418,14 +455,15 @@ def examine(name: str, folder: Path) -> Row:
         error = _error(bf16(input_ids=ids).logits, logits)
         reference = _error(theirs_bf16(ids, use_cache=False).logits, logits)
         # a rounding may turn a close choice of experts, which moves that token's logits by far
-        near = (error < 2 * reference.median() + 0.02).float().mean()
+        usual = torch.maximum(reference, reference.median())
+        near = (error < 2 * usual + 0.02).float().mean()
         assert near >= 0.75, f"{name}: bf16 is off by {error}, theirs {reference}"
         assert len(greedy(bf16, _PROMPTS[:1], _N_NEW)[0]) == _N_NEW
         bf16.engine.close()
     small = load_model(prepared(expert_dtype="int4", dense_dtype="int8"), device="cpu")
     assert len(greedy(small, _PROMPTS[:1], _N_NEW)[0]) == _N_NEW
     small.engine.close()
-    return Row(name, found_alone, found_batched, tuple(notes))
+    return Row(name, found_alone, found_batched, tuple(dict.fromkeys(notes)))
 
 
 def _refilled(model: PreTrainedModel) -> list[list[int]]:

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_offload.config import WEIGHT_FORMATS, Scales
 from moe_offload.kernels import triton_experts
 
 # Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
@@ -20,11 +21,20 @@ from moe_offload.kernels import triton_experts
 # specifications per compute capability).
 SHARED_LIMIT_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
 CAPABILITIES = tuple(SHARED_LIMIT_BYTES)
-MATRIX = {32: "*fp32", 16: "*bf16", 8: "*i32", 4: "*i32"}
+# Weight format -> types of its matrix and scales; int4 once more with a quantised source's.
+FORMATS = {
+    "fp32": ("*fp32", "*fp16", None),
+    "bf16": ("*bf16", "*fp16", None),
+    "int8": ("*i32", "*fp16", None),
+    "int4": ("*i32", "*fp16", None),
+    "mxfp4": ("*i32", "*u8", None),
+    "fp8": ("*u8", "*fp32", None),
+    "int4-zero": ("*i32", "*bf16", Scales("bfloat16", 128, offset="zero")),
+}
 SHARED = {
     **dict.fromkeys(("n_columns", "block_words", "matrix_offset", "scale_offset"), "i32"),
-    "bias_offset": "i32",
-    "scales": "*fp16",
+    **dict.fromkeys(("offset_offset", "bias_offset"), "i32"),
+    "offsets": "*u8",
     "biases": "*fp32",
     "slot_of_pair": "*i32",
     **dict.fromkeys(("slots_0", "slots_1", "slots_2", "slots_3"), "i64"),
@@ -39,7 +49,7 @@ FIRST = {
     "limit": "fp32",
 }
 SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
-UNPACK = {"words": "*i32", "scales": "*fp16", "out": "*bf16", "n_rows": "i32", "n_columns": "i32"}
+UNPACK = {"offsets": "*u8", "out": "*bf16", "n_columns": "i32"}
 UNALIGNED = (*triton_experts.VARYING, "alpha", "limit")
 
 
@@ -47,43 +57,48 @@ def kernels(
     every_variant: bool,
 ) -> Iterator[tuple[str, object, dict[str, str], dict[str, object]]]:
     """(name, kernel, argument types, constants), as TritonExperts launches them on model shapes."""
-    for bits in MATRIX:
-        step = triton_experts.WORDS if bits < 16 else triton_experts.DENSE_COLUMNS
-        tile = {
-            "BITS": bits,
-            "HAS_BIAS": True,
-            "IN_WORDS": True,
-            "ROWS": triton_experts.ROWS,
-            "STEP": step,
-        }
-        matrix = {"matrix": MATRIX[bits]}
+    for name, (matrix_type, scale_type, own) in FORMATS.items():
+        weight_format = name.partition("-")[0]
+        scales = own or WEIGHT_FORMATS[weight_format].scales or Scales("float16")
+        constants = triton_experts.format_constants(weight_format, scales)
+        tile = {**constants, "HAS_BIAS": True, "IN_WORDS": True, "ROWS": triton_experts.ROWS}
+        types = {"matrix": matrix_type, "scales": scale_type}
         for kind in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"):
-            if kind == "silu" or (bits == 8 and every_variant):
+            if kind == "silu" or (name == "int8" and every_variant):
                 yield (
-                    f"first-{bits}-{kind}",
+                    f"first-{name}-{kind}",
                     triton_experts.first_kernel,
-                    {**FIRST, **matrix},
+                    {**FIRST, **types},
                     {**tile, "HAS_GATE": True, "KIND": kind},
                 )
-        second = {**SECOND, **matrix}
-        yield f"second-{bits}", triton_experts.second_kernel, second, tile
-        in_memory = {
-            **tile,
-            "IN_WORDS": False,
-            "HAS_BIAS": False,
-        }  # a batch; a model without biases
-        if bits == 16 or every_variant:
-            yield f"second-{bits}-in-memory", triton_experts.second_kernel, second, in_memory
+        second = {**SECOND, **types}
+        yield f"second-{name}", triton_experts.second_kernel, second, tile
+        # a batch; a model without biases
+        in_memory = {**tile, "IN_WORDS": False, "HAS_BIAS": False}
+        if name == "bf16" or every_variant:
+            yield f"second-{name}-in-memory", triton_experts.second_kernel, second, in_memory
         if every_variant:
             yield (
-                f"first-{bits}-gateless-in-memory",
+                f"first-{name}-gateless-in-memory",
                 triton_experts.first_kernel,
-                {**FIRST, **matrix},
+                {**FIRST, **types},
                 {**in_memory, "HAS_GATE": False, "KIND": "relu2"},
             )
-        if bits < 16:
-            constants = {"BITS": bits, "WORDS": triton_experts.WORDS}
-            yield f"unpack-{bits}", triton_experts.unpack_kernel, UNPACK, constants
+        if WEIGHT_FORMATS[weight_format].group:
+            unpack = {
+                **{key: constants[key] for key in ("CODES", "GROUP", "OFFSET")},
+                "WORDS": triton_experts.WORDS,
+            }
+            types = {**UNPACK, "words": "*i32", "scales": scale_type, "n_rows": "i32"}
+            yield f"unpack-{name}", triton_experts.unpack_kernel, types, unpack
+        elif name == "fp8":
+            unpack = {
+                **{key: constants[key] for key in ("GROUP", "SCALE_ROWS")},
+                "COLUMNS": triton_experts.DENSE_COLUMNS,
+            }
+            types = {k: v for k, v in UNPACK.items() if k != "offsets"}
+            types |= {"matrix": "*u8", "scales": scale_type}
+            yield "unpack-fp8", triton_experts.unpack_fp8_kernel, types, unpack
 
 
 def widest_load(ptx: str) -> int:

@@ -3,11 +3,12 @@
 The bound is elementwise and follows the arithmetic. u = 2^-24 is fp32's unit roundoff; a sum of n
 products in any order errs by at most (n + 3) u times the sum of their magnitudes. On top:
 - bf16 panels (AVX512-BF16) round the middle to bf16, half a unit of 2^-8, and take subnormals as
-  zero;
 - products through oneDNN round what they give, gate_up's and down's, to bf16 as well, before the
   bias, and the middle as above;
-- int8 and int4 round activations to 127 levels of their group's largest, so by at most
-  largest / 254, and groups below 1e-30 to zero. Weights are the block's own, dequantised.
+  zero; fp8 weights are rounded to bf16 there as well;
+- int8, int4 and, for bf16 tokens, mxfp4 round activations to 127 levels of their group's largest,
+  so by at most largest / 254, and groups below 1e-30 to zero. Weights are the block's own,
+  dequantised; with a zero or a minimum of their own, a weight is the sum of two larger parts.
 An activation passes an error on times its Lipschitz constant (1.13 for silu and the gelus) and adds
 a few u of its own.
 """
@@ -26,7 +27,7 @@ from moe_offload.checkpoint.block import (
     pack_block,
     unpack_matrix,
 )
-from moe_offload.config import WeightFormat
+from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 
 U = 2.0**-24
 TINY = 2.0**-126
@@ -149,18 +150,31 @@ def activate(
     return function(gate), up, slope
 
 
-def matrix_error(weight: Tensor, x: Tensor, x_error: Tensor, *, flush: bool) -> Tensor:
+def matrix_error(
+    layout: BlockLayout, weight: Tensor, x: Tensor, x_error: Tensor, *, flush: bool
+) -> Tensor:
     """Bound on the error of x @ weight.T in fp32, when x already errs by x_error."""
     n = weight.shape[1]
-    magnitude = (x.abs() + x_error) @ weight.abs().T
+    if flush and layout.weight_format == "fp8":
+        x_error = x_error + 2.0**-8 * (x.abs() + x_error)
+    parts = weight.abs()
+    if layout.scales is not None and layout.scales.offset:
+        parts = parts + 4 * parts.amax()  # a level times its scale, and what is taken off
+    magnitude = (x.abs() + x_error) @ parts.T
     error = x_error @ weight.abs().T + (n + 3) * U * magnitude + n * TINY * U
     if flush:
         error = error + TINY * (weight.abs().sum(1) + x.abs().sum(1, keepdim=True) + n)
     return error
 
 
-def input_error(layout: BlockLayout, x: Tensor) -> Tensor:
-    if layout.weight_format in ("int8", "int4"):
+def rounds_activations(layout: BlockLayout, dtype: torch.dtype) -> bool:
+    """Whether the kernels round what meets the weights, for tokens of `dtype`."""
+    exact = layout.weight_format == "mxfp4" and dtype == torch.float32
+    return WEIGHT_FORMATS[layout.weight_format].group > 0 and not exact
+
+
+def input_error(layout: BlockLayout, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if rounds_activations(layout, dtype):
         return group_largest(x) * (1 / 254 + 4 * U) + 1e-30
     return torch.zeros_like(x)
 
@@ -177,7 +191,7 @@ def expected(
     layout = layer.layout
     rounding = 2.0**-8 if onednn else 0.0
     bf16_panels = bf16_panels or onednn
-    x = routed.hidden.double()
+    x, dtype = routed.hidden.double(), routed.hidden.dtype
     out, bound = torch.zeros_like(x), torch.zeros_like(x)
     zero = torch.zeros(1, dtype=torch.float64)
     for expert, weights in enumerate(layer.weights):
@@ -189,7 +203,11 @@ def expected(
         first_bias = weights.get("gate_up_bias", zero)
         first = x[tokens] @ weights["gate_up"].T + first_bias
         error = matrix_error(
-            weights["gate_up"], x[tokens], input_error(layout, x[tokens]), flush=bf16_panels
+            layout,
+            weights["gate_up"],
+            x[tokens],
+            input_error(layout, x[tokens], dtype),
+            flush=bf16_panels,
         )
         error = error + rounding * ((first - first_bias).abs() + error)
         error = error + U * (first.abs() + first_bias.abs())
@@ -205,10 +223,10 @@ def expected(
         )
         if bf16_panels:
             middle_error = middle_error + 2.0**-8 * (middle.abs() + middle_error) + TINY
-        middle_error = middle_error + input_error(layout, middle.abs() + middle_error)
+        middle_error = middle_error + input_error(layout, middle.abs() + middle_error, dtype)
         down_bias = weights.get("down_bias", zero)
         y = middle @ weights["down"].T + down_bias
-        y_error = matrix_error(weights["down"], middle, middle_error, flush=bf16_panels)
+        y_error = matrix_error(layout, weights["down"], middle, middle_error, flush=bf16_panels)
         y_error = y_error + rounding * ((y - down_bias).abs() + y_error)
         y_error = y_error + U * (y.abs() + down_bias.abs())
         share = routed.weight[tokens, position, None].double()

@@ -25,7 +25,7 @@ CASES = [
         for kind in ("gelu_tanh", "relu", "relu2", "module")
     ),
     Case("int4", 32, 16, n_tokens=1, top_k=1, n_experts=1),
-    *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in ("bf16", "int8", "int4")),
+    *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in FORMATS[1:]),
 ]
 
 

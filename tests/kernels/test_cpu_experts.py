@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.library import describe_kernels
 from moe_offload.kernels.oracle import apply_activation
 
-FORMATS: tuple[WeightFormat, ...] = ("fp32", "bf16", "int8", "int4")
+FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
 
 
 def assert_within_bound(layer: Layer, routed: Routed, activation: Activation, isa: str) -> None:
-    panels = isa == "avx512_bf16" and layer.layout.weight_format == "bf16"
+    panels = isa == "avx512_bf16" and layer.layout.weight_format in ("bf16", "fp8")
     want, bound = expected(layer, routed, activation, bf16_panels=panels)
     error = (run(layer, routed, activation, isa).double() - want).abs()
     worst = float((error / bound.clamp(min=1e-300)).max()) if error.numel() else 0.0
@@ -59,15 +60,15 @@ def test_within_the_derived_bound_of_float64(weight_format, isa):
 def test_as_the_scalar_kernel(weight_format, isa):
     """Bounds are worst cases; two orders of summing differ far less: 1e-5 of the largest value.
 
-    Rounding the middle to a level (int8, int4) or to bf16 (AVX512-BF16) may fall to the other
+    Rounding the middle to a level (packed formats) or to bf16 (AVX512-BF16) may fall to the other
     side: half a percent and one percent then.
     """
     for number, (h, i, t, gate, bias, activation) in enumerate(random_cases(2, 16)):
         layer = make_layer(weight_format, h, i, has_gate=gate, has_bias=bias, seed=number)
         routed = make_routing(layer, t, 2, torch.bfloat16, seed=number)
         scalar = run(layer, routed, activation, "scalar")
-        share = {"int8": 0.01, "int4": 0.01}.get(weight_format, 1e-5)
-        if isa == "avx512_bf16" and weight_format == "bf16":
+        share = {"int8": 0.01, "int4": 0.01, "mxfp4": 0.01}.get(weight_format, 1e-5)
+        if isa == "avx512_bf16" and weight_format in ("bf16", "fp8"):
             share = 0.01
         error = (run(layer, routed, activation, isa) - scalar).abs().max()
         assert error <= share * scalar.abs().max() + 1e-30

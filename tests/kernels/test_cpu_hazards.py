@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.block import Activation, BlockLayout, WeightFormat
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.kernels import cpu_experts as experts_module
 from moe_offload.kernels import library
 from moe_offload.kernels.bindings import load_kernels
@@ -64,7 +65,7 @@ def poison_padding(layout: BlockLayout, block: Tensor) -> Tensor:
     poisoned = torch.full_like(block, 0xFF)
     for field in layout.fields:
         field.view(poisoned).copy_(field.view(block))
-    if layout.weight_format not in ("int8", "int4"):
+    if WEIGHT_FORMATS[layout.weight_format].group == 0:
         return poisoned
     hidden, width = layout.hidden_size, layout.intermediate_size
     for name, rows, columns in (
@@ -74,7 +75,8 @@ def poison_padding(layout: BlockLayout, block: Tensor) -> Tensor:
         last = rows % quantization.TILE_ROWS
         packed = layout.field(name).view(poisoned)  # [RB, G, bits, 16, 4]
         if last:
-            layout.field(f"{name}_scale").view(poisoned)[-1, :, last:] = NAN
+            scale = layout.field(f"{name}_scale").view(poisoned)
+            scale[-1, :, last:] = 255 if scale.dtype == torch.uint8 else NAN
             packed[-1, :, :, last:] = 0x7E
         for column in range(columns % quantization.GROUP or 32, quantization.GROUP):
             if layout.weight_format == "int8":
@@ -86,7 +88,7 @@ def poison_padding(layout: BlockLayout, block: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_padding_is_never_read_into_a_result(weight_format, isa):
     for hidden, width in ((1, 1), (45, 70), (33, 17), (130, 15)):
         layer = shared_layer(weight_format, hidden, width, bias=True)

@@ -121,13 +121,13 @@ def specialised(value: object, only_its_type: bool) -> object:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4", "mxfp4", "fp8"])
 @pytest.mark.parametrize("kind", ["silu", "module"])
 def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format, dtype):
     from moe_offload.kernels import triton_experts
 
     variants: set = set()
-    for name in ("first_kernel", "second_kernel", "unpack_kernel"):
+    for name in ("first_kernel", "second_kernel", "unpack_kernel", "unpack_fp8_kernel"):
         monkeypatch.setattr(triton_experts, name, Launches(getattr(triton_experts, name), variants))
     case = Case(weight_format, 64, 48, kind, has_bias=True, n_experts=40)
     blocks = random_blocks(case.layout(), case.n_experts)

@@ -11,8 +11,10 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
+from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.kernels.bindings import CpuKernels, load_kernels
+from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.kernels.library import NormArguments, supported_isas
 from moe_offload.model.decode_modules import (
     FORMS,
@@ -291,3 +293,13 @@ def test_a_loaded_models_norms_and_routers_are_served_where_they_compute_the_sam
     assert isinstance(block.gate.forward, CpuRouter)
     norms = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), CpuNorm)]
     assert len(norms) == 4 * 2 + 1  # two of each layer, of its queries and of its keys, the last
+
+
+@pytest.mark.parametrize(("kernel", "isa"), [("torch", "auto"), ("native", "scalar")])
+def test_packed_linears_are_computed_as_asked(kernel: str, isa: str) -> None:
+    linear = nn.Linear(64, 32, bias=False).bfloat16().requires_grad_(False)
+    model = build_model(CONFIGS["qwen3_moe"](), dtype=torch.bfloat16)
+    packed, scale = quantization.quantize(linear.weight, 8)
+    model.model.layers[0].packed = CpuLinear.from_packed(linear, packed, scale, 8)
+    use_cpu_kernels(model, kernel, isa)
+    assert model.model.layers[0].packed.kernels is load_kernels(kernel, isa)

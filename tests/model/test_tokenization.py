@@ -153,10 +153,30 @@ def write_own_twin(folder: Path, template: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_mistrals_own_checkpoint_stays_with_mistral_common(mixtral_folder: Path) -> None:
-    write_own_twin(mixtral_folder, "[INST] {{ messages[0]['content'] }} [/INST]")
+INSTRUCT = "{{ bos_token }} [INST] {{ messages[0]['content'] }} [/INST]"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (INSTRUCT, MistralTokenizer),  # what Mistral's own says, but for a space
+        (INSTRUCT.replace("[/INST]", "[/INST] Sure:"), CheckpointTokenizer),
+        (INSTRUCT.replace("[INST]", "[INST] <<SYS>>Be kind<</SYS>>"), CheckpointTokenizer),
+    ],
+)
+def test_mistral_common_serves_who_asks_as_mistral(
+    template: str, expected: object, mixtral_folder: Path
+) -> None:
+    write_own_twin(mixtral_folder, template)
     assert (mixtral_folder / "tokenizer.json").is_file()
-    assert isinstance(load_tokenizer(mixtral_folder, "mixtral"), MistralTokenizer)
+    assert type(load_tokenizer(mixtral_folder, "mixtral")) is expected
+
+
+def test_the_newest_of_mistrals_files_is_used(tmp_path: Path) -> None:
+    for number in (3, 11):
+        name = "mistral_instruct_tokenizer_240323.model.v3"
+        (tmp_path / f"tokenizer.model.v{number}").write_bytes((DATA / name).read_bytes())
+    assert "tokenizer.model.v11" in load_tokenizer(tmp_path, "mixtral").name
 
 
 @pytest.mark.parametrize("template", [PHI_TEMPLATE, None, "[INST] {{ messages[0]['content'] }}"])
@@ -276,7 +296,24 @@ def test_a_damaged_tokenizer_config_is_a_sentence(
             refuse(mixtral_folder, model_type)
 
 
-@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])
+def test_a_template_that_takes_parts_alone_gets_them(tmp_path: Path) -> None:
+    template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}!"
+    write_byte_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    assert tokenizer.decode(tokenizer.encode("Hi", raw=False)) == "Hi!"
+
+
+def test_a_template_may_write_the_message_as_json(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path, "{{ messages | tojson }}")
+    tokenizer = load_tokenizer(tmp_path, "olmoe")
+    text = tokenizer.decode(tokenizer.encode('é\n"', raw=False))
+    assert json.loads(text) == [{"role": "user", "content": 'é\n"'}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% if tools %}x{% endif %}Hello"],
+)
 def test_a_template_that_fails_is_a_sentence(template: str, tmp_path: Path) -> None:
     write_byte_tokenizer(tmp_path, template)
     check_tokenizer(tmp_path, "olmoe")

@@ -170,6 +170,14 @@ def test_a_wrong_file_is_a_sentence(tmp_path, change, sentence):
         load_machine(tmp_path / "m.yaml")
 
 
+def test_a_few_lines_do_not_stand_for_more_than_memory_holds(tmp_path):
+    """Each name of this YAML is nine of the last: their text would have 9^12 entries."""
+    lines = ["- &n0 [x]", *(f"- &n{i} [{', '.join([f'*n{i - 1}'] * 9)}]" for i in range(1, 13))]
+    (tmp_path / "m.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="refers to another place of itself"):
+        load_machine(tmp_path / "m.yaml")
+
+
 def test_missing_files_and_impossible_variants(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="expected a hardware file"):

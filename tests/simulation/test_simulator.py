@@ -247,6 +247,15 @@ def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
     assert "N = 4" in (folder / "sweep.svg").read_text()  # as text
 
 
+def test_tune_keeps_to_the_format_that_is_asked_for(capsys):
+    out = printed(
+        capsys, "--model", "olmoe-1b-7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "1",
+        "--expert-dtype", "int8",
+    )  # fmt: skip
+    assert "experts in int8" in out
+    assert not re.search("^(bf16|int4)", out, flags=re.M)
+
+
 def test_tune_prints_a_front_and_the_flags_to_use(capsys):
     out = printed(
         capsys, "--model", "olmoe-1b-7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "2",

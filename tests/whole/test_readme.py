@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_offload.commands import simulate
+from moe_offload.simulation.shapes import load_shape
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -147,3 +150,33 @@ def test_prompts_file_is_one_prompt_per_line() -> None:
     assert len(lines) >= 20
     assert all(line.strip() for line in lines)
     assert len(set(lines)) == len(lines)
+
+
+PC_ROW = re.compile(
+    r"\| \d+ GB DDR\S+ \| [^|]+ \| (\S+) \| (\S+) \| (\w+), (\S+) GB \| (\S+) \|", re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "model", "expert_dtype", "size_gb", "speed"),
+    PC_ROW.findall((ROOT / "README.md").read_text()),
+)
+def test_what_runs_on_a_pc_is_what_the_simulator_says(
+    hardware: str,
+    model: str,
+    expert_dtype: str,
+    size_gb: str,
+    speed: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shape = load_shape(model)
+    n_bytes = shape.n_layers * shape.n_experts * shape.block_bytes(expert_dtype)
+    assert f"{n_bytes / 1e9:.1f}" == size_gb
+    command = ["--model", model, "--expert-dtype", expert_dtype, "--tune"]
+    assert simulate.main([*command, "--hardware", f"{ROOT}/hardware/{hardware}.yaml"]) == 0
+    rows = re.findall(rf"^{expert_dtype} .* (\d+\.\d+)(?:  \*)?$", capsys.readouterr().out, re.M)
+    assert f"{max(map(float, rows)):.1f}" == speed
+
+
+def test_the_page_has_rows_for_pcs() -> None:
+    assert len(PC_ROW.findall((ROOT / "README.md").read_text())) >= 5

@@ -13,7 +13,7 @@ from kernel_cases import SILU, run_experts
 
 from moe_offload.checkpoint.block import block_layout, pack_block
 from moe_offload.commands import prepare
-from moe_offload.config import WEIGHT_FORMATS, WeightFormat, smaller_format
+from moe_offload.config import DENSE_FORMATS, WEIGHT_FORMATS, WeightFormat, smaller_format
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.library import FORMAT_CODES
 from moe_offload.simulation.shapes import load_shape
@@ -34,8 +34,8 @@ def test_codes_are_those_of_the_kernels() -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
 def test_a_block_takes_the_bits_the_table_says(name: WeightFormat) -> None:
-    layout = block_layout(name, 64, 32)
-    n_weights = 3 * 64 * 32
+    layout = block_layout(name, 128, 256)
+    n_weights = 3 * 128 * 256
     n_bits = sum(field.n_bytes for field in layout.fields) * 8
     assert n_bits == n_weights * WEIGHT_FORMATS[name].bits_per_weight
 
@@ -76,8 +76,13 @@ def test_triton_kernels_are_tested_in_every_format() -> None:
     assert {case.weight_format for case in interpreted_kernels.CASES} == set(WEIGHT_FORMATS)
 
 
-@pytest.mark.parametrize("flag", ["--expert-dtype", "--dense-dtype"])
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        *(("--expert-dtype", name) for name in WEIGHT_FORMATS),
+        *(("--dense-dtype", name) for name in DENSE_FORMATS),
+    ],
+)
 def test_it_can_be_prepared(
     name: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,5 +96,5 @@ def test_each_format_but_the_smallest_has_a_smaller_one() -> None:
     names = ["fp32"]
     while (smaller := smaller_format(names[-1])) is not None:
         names.append(smaller)
-    sizes = [WEIGHT_FORMATS[name].bits_per_weight for name in names]
-    assert sizes == sorted({facts.bits_per_weight for facts in WEIGHT_FORMATS.values()})[::-1]
+    bits = [WEIGHT_FORMATS[name].bits for name in names]
+    assert bits == sorted({facts.bits for facts in WEIGHT_FORMATS.values()})[::-1]

@@ -6,24 +6,25 @@ of the first matrix: `2 * I` for a gated expert (gate rows, then up rows), `I` f
 
 An expert computes `down @ act(gate_up @ x + gate_up_bias) + down_bias`. Its block holds, in the
 order the CPU kernel streams them: `gate_up`, its scales and bias, `down`, its scales and bias.
-Matrices are row-major in `fp32` and `bf16`; `int8` and `int4` use the packed tiles that
-`quantization.py` describes.
+How a matrix lies in each weight format says `matrix.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, Literal
 
 from torch import Tensor
 
-from moe_offload.checkpoint import quantization
+from moe_offload.checkpoint.matrix import MatrixLayout
 from moe_offload.checkpoint.safetensors_file import TensorEntry
-from moe_offload.config import WEIGHT_FORMATS, WeightFormat
+from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 
+MatrixName = Literal["gate_up", "down"]
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu", "module"]
 
+MATRIX_NAMES: Final[tuple[MatrixName, ...]] = ("gate_up", "down")
 BLOCK_ALIGNMENT: Final = 4096  # a page: direct file reads and host registration want it
 FIELD_ALIGNMENT: Final = 64  # a cache line: no vector load of a field's start is split
 
@@ -53,7 +54,10 @@ class Field(TensorEntry):
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where each field of an expert's block lies; equal for all experts of a layer."""
+    """Where each field of an expert's block lies; equal for all experts of a layer.
+
+    `scales` are those of a quantised source; None for the format's own, or none.
+    """
 
     weight_format: WeightFormat
     hidden_size: int
@@ -62,6 +66,17 @@ class BlockLayout:
     has_bias: bool
     fields: tuple[Field, ...]
     block_bytes: int
+    scales: Scales | None = None
+
+    def matrix(self, name: MatrixName) -> MatrixLayout:
+        """How one of the two matrices is stored."""
+        rows, columns = (
+            (self.first_rows, self.hidden_size)
+            if name == "gate_up"
+            else (self.hidden_size, self.intermediate_size)
+        )
+        scales = self.scales or WEIGHT_FORMATS[self.weight_format].scales
+        return MatrixLayout(self.weight_format, rows, columns, scales)
 
     @property
     def first_rows(self) -> int:
@@ -86,38 +101,29 @@ def block_layout(
     intermediate_size: int,
     has_gate: bool = True,
     has_bias: bool = False,
+    scales: Scales | None = None,
 ) -> BlockLayout:
-    """The layout of a block; a pure function of its arguments."""
-    facts = WEIGHT_FORMATS[weight_format]
-    first_rows = (2 if has_gate else 1) * intermediate_size
-    arrays: list[tuple[str, str, tuple[int, ...]]] = []
-    for name, rows, columns in (
-        ("gate_up", first_rows, hidden_size),
-        ("down", hidden_size, intermediate_size),
-    ):
-        if facts.group:
-            packed, scale = quantization.packed_shapes(rows, columns, facts.bits)
-            arrays.append((name, facts.dtype, packed))
-            arrays.append((f"{name}_scale", "float16", scale))
-        else:
-            arrays.append((name, facts.dtype, (rows, columns)))
-        if has_bias:
-            arrays.append((f"{name}_bias", "float32", (rows,)))
+    """The layout of a block; a pure function of its arguments.
+
+    `scales` may be a quantised source's; ValueError where the format does not have such.
+    """
+    own = WEIGHT_FORMATS[weight_format].scales
+    scales = None if scales == own else scales
+    layout = BlockLayout(
+        weight_format, hidden_size, intermediate_size, has_gate, has_bias, (), 0, scales
+    )
     fields = []
     offset = 0
-    for name, dtype, shape in arrays:
-        field = Field(name, dtype, shape, offset)
-        fields.append(field)
-        offset = _round_up(offset + field.n_bytes, FIELD_ALIGNMENT)
-    return BlockLayout(
-        weight_format=weight_format,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        has_gate=has_gate,
-        has_bias=has_bias,
-        fields=tuple(fields),
-        block_bytes=_round_up(offset, BLOCK_ALIGNMENT),
-    )
+    for name in MATRIX_NAMES:
+        matrix = layout.matrix(name)
+        arrays = matrix.arrays()
+        if has_bias:
+            arrays.append(("_bias", "float32", (matrix.n_rows,)))
+        for suffix, dtype, shape in arrays:
+            field = Field(f"{name}{suffix}", dtype, shape, offset)
+            fields.append(field)
+            offset = _round_up(offset + field.n_bytes, FIELD_ALIGNMENT)
+    return replace(layout, fields=tuple(fields), block_bytes=_round_up(offset, BLOCK_ALIGNMENT))
 
 
 def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> bool:
@@ -125,39 +131,30 @@ def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> 
 
     `weights` holds `gate_up` [R, H], `down` [H, I] and, with biases, `gate_up_bias` [R] and
     `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included. Of a
-    quantised source it also holds `gate_up_unit` and `down_unit`, of which the weights are whole
-    multiples (`quantization.Grid`): a packed format that can takes these over without a rounding.
-    False when one was given and could not be kept.
+    quantised source it also holds `<matrix>_unit` and, of one with minima, `<matrix>_minimum`
+    (`MatrixLayout.take_over`): a format that can takes these over without a rounding. False when
+    units were given and could not be kept: the weights are then rounded, or, with scales of the
+    source's, `out` is not a block.
     """
-    facts = WEIGHT_FORMATS[layout.weight_format]
     out.zero_()
     kept = True
-    for name in ("gate_up", "down"):
-        weight = weights[name]
-        if facts.group:
-            unit, taken = weights.get(f"{name}_unit"), None
-            if unit is not None:
-                taken = quantization.take_over(weight, unit, facts.bits)
-                kept = kept and taken is not None
-            packed, scale = taken or quantization.quantize(weight, facts.bits)
-            layout.field(name).view(out).copy_(packed)
-            layout.field(f"{name}_scale").view(out).copy_(scale)
-        else:
-            layout.field(name).view(out).copy_(weight)
+    for name in MATRIX_NAMES:
+        matrix, unit = layout.matrix(name), weights.get(f"{name}_unit")
+        arrays = None
+        if unit is not None and matrix.scales is not None:
+            arrays = matrix.take_over(weights[name], unit, weights.get(f"{name}_minimum"))
+            kept = kept and arrays is not None
+        if not kept and layout.scales is not None:
+            return False  # only a source's own codes go with its scales
+        for suffix, array in (arrays or matrix.pack(weights[name])).items():
+            layout.field(f"{name}{suffix}").view(out).copy_(array)
         if layout.has_bias:
             layout.field(f"{name}_bias").view(out).copy_(weights[f"{name}_bias"])
     return kept
 
 
-def unpack_matrix(layout: BlockLayout, block: Tensor, name: Literal["gate_up", "down"]) -> Tensor:
+def unpack_matrix(layout: BlockLayout, block: Tensor, name: MatrixName) -> Tensor:
     """One matrix of a block in its logical shape: a view for fp32 and bf16, fp32 else."""
-    stored, facts = layout.field(name).view(block), WEIGHT_FORMATS[layout.weight_format]
-    if not facts.group:
-        return stored
-    rows, columns = (
-        (layout.first_rows, layout.hidden_size)
-        if name == "gate_up"
-        else (layout.hidden_size, layout.intermediate_size)
-    )
-    scale = layout.field(f"{name}_scale").view(block)
-    return quantization.dequantize(stored, scale, rows, columns, facts.bits)
+    matrix = layout.matrix(name)
+    arrays = {suffix: layout.field(f"{name}{suffix}").view(block) for suffix, *_ in matrix.arrays()}
+    return matrix.unpack(arrays)

@@ -38,7 +38,7 @@ from transformers.core_model_loading import (
 from moe_offload.checkpoint.block import BlockLayout, block_layout
 from moe_offload.checkpoint.quantization import Grid
 from moe_offload.checkpoint.source_files import LazyTensor, Quantised
-from moe_offload.config import WeightFormat
+from moe_offload.config import Scales, WeightFormat
 from moe_offload.errors import UserError
 
 _PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -67,11 +67,12 @@ class ExpertsModule:
             names |= {"gate_up_bias": f"{first}_bias", "down_bias": f"{self.name}.down_proj_bias"}
         return names
 
-    def block_layout(self, weight_format: WeightFormat) -> BlockLayout:
-        """How one expert is stored."""
-        return block_layout(
-            weight_format, self.hidden_size, self.intermediate_size, self.has_gate, self.has_bias
-        )
+    def block_layout(
+        self, weight_format: WeightFormat, scales: Scales | None = None
+    ) -> BlockLayout:
+        """How one expert is stored, with the format's own scales or a source's."""
+        sizes = self.hidden_size, self.intermediate_size
+        return block_layout(weight_format, *sizes, self.has_gate, self.has_bias, scales)
 
     def normalise(self, field: str, stored: Tensor) -> Tensor:
         """One expert's tensor in normal form, a view where possible.

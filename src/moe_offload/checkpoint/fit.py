@@ -15,7 +15,7 @@ from moe_offload.checkpoint.conversion import find_experts
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import PREPARE_AGAIN, Manifest, require
 from moe_offload.checkpoint.source import stored_dtype
-from moe_offload.config import WEIGHT_FORMATS
+from moe_offload.config import DENSE_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 
 
@@ -44,7 +44,7 @@ def _require_experts(manifest: Manifest, model: PreTrainedModel) -> None:
     for layer, module in zip(manifest.moe_layers, modules, strict=True):
         require(
             layer.n_experts == module.n_experts
-            and layer.layout == module.block_layout(manifest.weight_format),
+            and layer.layout == module.block_layout(manifest.weight_format, layer.layout.scales),
             f"the experts of {module.name} are of other number or sizes",
         )
 
@@ -63,6 +63,7 @@ def _require_dense(manifest: Manifest, model: PreTrainedModel) -> None:
             dtypes = [dtype, torch.float32] if dtype.is_floating_point else [dtype]
             expected[name] = tuple(tensor.shape), dtypes
     packed: set[str] = set()
+    require(manifest.dense_format in DENSE_FORMATS, f"dense weights in {manifest.dense_format}")
     facts = WEIGHT_FORMATS[manifest.dense_format]
     for weight in manifest.packed_weights:
         require(

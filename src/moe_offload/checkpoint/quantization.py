@@ -106,40 +106,40 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     packed, scales = _empty_packed(weight, bits)
     for part, rows in _chunks(scales):
         x = _group_major(weight[rows], *scales[part].shape[:2])
-        scale = _search_scale(x, bits)
+        scale = search_scale(x, bits)
         scales[part] = scale
-        packed[part] = _pack(_round(x, scale, bits), bits)
-    return packed, scales
-
-
-def take_over(weight: Tensor, unit: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
-    """W [R, C], of whole multiples of `unit` [R, C], packed without a rounding; None if it cannot.
-
-    It can where each group of 32 has one unit, a float16, and multiples that `bits` 8 or 4 hold.
-    """
-    packed, scales = _empty_packed(weight, bits)
-    for part, rows in _chunks(scales):
-        x, units = (_group_major(of[rows], *scales[part].shape[:2]) for of in (weight, unit))
-        scale = torch.where(x.any(dim=0), units[0], 0)
-        q = _round(x, scale, bits)
-        if not _are_float16(scale) or not torch.equal(q * scale, x):
-            return None
-        scales[part] = scale
-        packed[part] = _pack(q, bits)
+        packed[part] = _pack(round_to_levels(x, scale, bits), bits)
     return packed, scales
 
 
 def dequantize(packed: Tensor, scales: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     """The fp32 [rows, columns] matrix that `packed` and `scales` stand for, on their device."""
     row_blocks, groups, _ = scales.shape
-    if bits == 8:
-        q = packed.view(torch.int8).permute(0, 3, 1, 2, 4)  # [RB, 16, G, 8, 4]
-    else:
-        nibbles = torch.stack((packed & 15, packed >> 4), dim=2)  # [RB, G, 2, 4, 16, 4]
-        q = (nibbles.view(torch.int8) - 8).permute(0, 4, 1, 2, 3, 5)
-    values = q.reshape(row_blocks, TILE_ROWS, groups, GROUP).float()
+    values = unpack_levels(packed, bits).float().sub_(1 << (bits - 1))
+    values = values.view(row_blocks, TILE_ROWS, groups, GROUP)
     values *= scales.float().transpose(1, 2)[..., None]
     return values.view(row_blocks * TILE_ROWS, groups * GROUP)[:rows, :columns].contiguous()
+
+
+def unpack_levels(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [Rpad, Cpad]: the levels q + 128 or q + 8 of packed tiles, padding included."""
+    row_blocks, groups = packed.shape[:2]
+    if bits == 8:
+        levels = (packed ^ 128).permute(0, 3, 1, 2, 4)  # [RB, 16, G, 8, 4]
+    else:
+        nibbles = torch.stack((packed & 15, packed >> 4), dim=2)  # [RB, G, 2, 4, 16, 4]
+        levels = nibbles.permute(0, 4, 1, 2, 3, 5)
+    return levels.reshape(row_blocks * TILE_ROWS, groups * GROUP)
+
+
+def pack_levels(levels: Tensor, bits: int) -> Tensor:
+    """The tiles of such levels, uint8 [R, C], padded with level 0."""
+    rows, columns = levels.shape
+    (row_blocks, groups, *_), _ = packed_shapes(rows, columns, bits)
+    tiles = torch.zeros(row_blocks * TILE_ROWS, groups * GROUP, dtype=torch.int32)
+    tiles[:rows, :columns] = levels
+    by_group = tiles.view(row_blocks, TILE_ROWS, groups, GROUP).permute(3, 0, 2, 1).contiguous()
+    return _tiles(by_group ^ 128 if bits == 8 else by_group, bits)
 
 
 def _empty_packed(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -170,8 +170,11 @@ def _group_major(chunk: Tensor, row_blocks: int, groups: int) -> Tensor:
     return padded.view(row_blocks, TILE_ROWS, groups, GROUP).permute(3, 0, 2, 1).contiguous()
 
 
-def _search_scale(x: Tensor, bits: int) -> Tensor:
-    """The fp16-exact fp32 scale [RB, G, 16] of the groups of `x` [32, RB, G, 16]."""
+def search_scale(x: Tensor, bits: int, importance: Tensor | float = 1.0) -> Tensor:
+    """The fp16-exact fp32 scale [RB, G, 16] of the groups of `x` [32, RB, G, 16].
+
+    `importance` [32, 1, 1, 1] says what the squared error of each column in a group counts.
+    """
     high, low = x.amax(0), x.amin(0)
     extreme = torch.where(high > -low, high, low)
     largest = float(extreme.abs().max())
@@ -182,15 +185,16 @@ def _search_scale(x: Tensor, bits: int) -> Tensor:
             "check the checkpoint, or prepare it with --expert-dtype bf16"
         )
     best = _representable(extreme / _DIVISORS[bits][0])
-    best_error = _squared_error(x, best, bits)
+    best_error = _squared_error(x, best, bits, importance)
     for divisor in _DIVISORS[bits][1:]:
         scale = _representable(extreme / divisor)
-        error = _squared_error(x, scale, bits)
+        error = _squared_error(x, scale, bits, importance)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)
-    q = _round(x, best, bits)
-    refit = _representable((x * q).sum(0) / q.square_().sum(0).clamp_(min=1))
-    best = torch.where(_squared_error(x, refit, bits) < best_error, refit, best)
+    q = round_to_levels(x, best, bits)
+    weighted = q * importance
+    refit = _representable((x * weighted).sum(0) / q.mul_(weighted).sum(0).clamp_(min=1e-6))
+    best = torch.where(_squared_error(x, refit, bits, importance) < best_error, refit, best)
     return torch.where(extreme.abs() < _SMALLEST_SCALE / 2, torch.zeros_like(best), best)
 
 
@@ -200,29 +204,31 @@ def _representable(scale: Tensor) -> Tensor:
     return torch.copysign(magnitude.half().float(), scale)
 
 
-def _round(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def round_to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest levels, as fp32 whole numbers; a zero scale gives zeros."""
     inverse = torch.where(scale == 0, scale, scale.reciprocal())
     return (x * inverse).round_().clamp_(*_RANGE[bits])
 
 
-def _squared_error(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _squared_error(x: Tensor, scale: Tensor, bits: int, importance: Tensor | float) -> Tensor:
     steps = x * scale.reciprocal()
     rounded = steps.round().clamp_(*_RANGE[bits])
-    return steps.sub_(rounded).square_().sum(0).mul_(scale).mul_(scale)
+    return steps.sub_(rounded).square_().mul_(importance).sum(0).mul_(scale).mul_(scale)
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:
-    """uint8 [RB, G, bits, 16, 4] from the levels [32, RB, G, 16]."""
-    _, row_blocks, groups, _ = q.shape
+    """The tiles of the levels q [32, RB, G, 16], fp32 whole numbers with their signs."""
     levels = q.to(torch.int32)
-    if bits == 8:
-        levels &= 255
-    else:
-        levels += 8
-        levels = levels[:16] | (levels[16:] << 4)
+    return _tiles(levels & 255 if bits == 8 else levels + 8, bits)
+
+
+def _tiles(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [RB, G, bits, 16, 4] from int32 [32, RB, G, 16], the bytes or nibbles to store."""
+    _, row_blocks, groups, _ = codes.shape
+    if bits == 4:
+        codes = codes[:16] | (codes[16:] << 4)
     # Four bytes make one int32 before the transposition: moving words, not bytes, is 2x faster.
-    by_column = levels.view(bits, 4, row_blocks, groups, TILE_ROWS)
+    by_column = codes.view(bits, 4, row_blocks, groups, TILE_ROWS)
     words = by_column[:, 0] | (by_column[:, 1] << 8)
     words |= by_column[:, 2] << 16
     words |= by_column[:, 3] << 24

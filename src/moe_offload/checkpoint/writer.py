@@ -60,13 +60,15 @@ _TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # 
 class Formats:
     """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype.
 
-    `exact` where `weight_format` is to hold a quantised source without a rounding.
+    `exact` where `weight_format` is to hold a quantised source without a rounding; `calibration`
+    is the checksum of the text that the source was rounded for.
     """
 
     weight_format: WeightFormat
     dense_format: WeightFormat
     model_dtype: torch.dtype
     exact: bool = False
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Preparation:
             "fingerprint": self._source.fingerprint,
             "weight_format": self._formats.weight_format,
             "dense_format": self._formats.dense_format,
+            "calibration": self._formats.calibration,
         }
 
     def run(

@@ -20,13 +20,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.commands.batch_format import answer_line, error_line
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config
 from moe_offload.errors import UserError
+
+_LONGEST_LINE_BYTES: Final = 256 << 20  # four times the largest prompt
 
 
 class Answers:
@@ -74,16 +76,23 @@ class Answers:
         self.close()
 
     def _read(self) -> None:
-        """Take in the finished answers."""
-        place, faulty = 0, ""
+        """Take in the finished answers; UserError for a line that is none, unless it is half of one
+        and the last.
+        """
+        place, half = 0, 0
         with os.fdopen(os.dup(self._handle), "rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(_LONGEST_LINE_BYTES), b"")
+            for number, line in enumerate(lines, start=1):
                 place += len(line)
-                if faulty:
-                    raise UserError(f"{faulty}: mend or remove it, or name another file")
-                answer = _answer(line)
-                if answer is None:  # half a line, if it is the last
-                    faulty = f"line {number} of {self.path} is no answer of a run"
+                answer = None if half else _answer(line)
+                if answer is None:
+                    begins = line.strip(b"\0")[:2]  # a power cut may leave zeros
+                    if half or begins not in (b"", b"{", b'{"'):
+                        raise UserError(
+                            f"line {half or number} of {self.path} is no answer of a run: mend or "
+                            "remove it, or name another file"
+                        )
+                    half = number
                 elif answer.get("stop") != "interrupted":
                     self._end = place
                     if _is_finished(answer):

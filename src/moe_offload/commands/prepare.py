@@ -11,7 +11,7 @@ from pathlib import Path
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import is_hub_name, require_source
 from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
-from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS
+from moe_offload.config import DENSE_FORMATS, PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say, show
 
@@ -59,11 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--dense-dtype",
-        choices=("auto", *WEIGHT_FORMATS),
+        choices=("auto", *DENSE_FORMATS),
         default="auto",
         help="how the rest is stored: auto is bf16, or fp32 with --expert-dtype fp32; "
         f"{' and '.join(PACKED_FORMATS)} pack the matrices of attention, shared experts and LM "
         "head, for runs without a GPU",
+    )
+    parser.add_argument(
+        "--calibration-text",
+        type=a_path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="round int4 for what the experts see while the model reads this text, or without FILE "
+        "docstrings of Python's library: better answers for hours of preparing a large model",
     )
     parser.add_argument(
         "--force", action="store_true", help="prepare again although the folder is prepared"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ import transformers
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
-from moe_offload.checkpoint.source import SourceCheckpoint, open_source
+from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, open_source
 from moe_offload.checkpoint.writer import (
     Formats,
     Preparation,
@@ -24,8 +25,18 @@ from moe_offload.checkpoint.writer import (
 )
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
+from moe_offload.files import LARGEST_JSON_BYTES, require_regular
 from moe_offload.machine.terminal import byte_bar, say
-from moe_offload.model.tokenization import check_tokenizer
+from moe_offload.model.sample_text import (
+    FEWEST_INPUTS,
+    N_WINDOWS,
+    WINDOW,
+    compensated,
+    default_text,
+    expert_bytes,
+    windows_of,
+)
+from moe_offload.model.tokenization import check_tokenizer, load_tokenizer
 
 
 def prepare_model(
@@ -36,15 +47,18 @@ def prepare_model(
     dense_dtype: WeightFormat | Literal["auto"] = "auto",
     force: bool = False,
     debug: bool = False,
+    calibration_text: Path | None = None,
 ) -> str:
     """Prepare a folder, or find that it is prepared; returns the sentence to tell the user.
 
     The arguments are the command line's: `expert_dtype` auto is the smallest format that holds a
     quantised source exactly, else bf16; `dense_dtype` auto is bf16, or fp32 with fp32 experts;
-    `debug` shows the libraries' warnings. Shows progress on a terminal's stderr. UserError for a
-    bad checkpoint or folder; OSError from the disk passes through.
+    `debug` shows the libraries' warnings; with `calibration_text` int4 is rounded for what the
+    experts see in that file, or in the default text where it is `Path()`. Shows progress on a
+    terminal's stderr. UserError for a bad checkpoint or folder; OSError of the disk passes through.
     """
     started_s = time.monotonic()
+    text, digest = _sample(calibration_text, expert_dtype)
     if not debug:
         transformers.logging.set_verbosity_error()
     if dense_dtype == "auto":
@@ -59,7 +73,7 @@ def prepare_model(
                 f"note: no format here holds the experts exactly as they are (such as {rounded}), "
                 "so that they are rounded to bf16"
             )
-    formats = Formats(expert_dtype, dense_dtype, model_dtype, exact)
+    formats = Formats(expert_dtype, dense_dtype, model_dtype, exact or bool(digest), digest)
     if not source.made_files:
         check_tokenizer(source.folder, source.config.model_type)
     output_path.mkdir(parents=True, exist_ok=True)
@@ -69,8 +83,39 @@ def prepare_model(
             tidy(output_path)
             return f"{output_path} is already prepared; --force prepares it again"
         claim(output_path, source.folder)
+        if digest:
+            source = _compensate(source, output_path, text)
         manifest = _prepare(source, output_path, formats)
     return _summary(manifest, time.monotonic() - started_s)
+
+
+def _sample(path: Path | None, expert_dtype: str) -> tuple[str, str]:
+    """The calibration text and its checksum; two empty texts without one."""
+    if path is None:
+        return "", ""
+    if expert_dtype != "int4":
+        raise UserError(
+            f"--calibration-text rounds int4, found --expert-dtype {expert_dtype}: leave it out, "
+            "or ask for --expert-dtype int4"
+        )
+    if path == Path():
+        text = default_text()
+    else:
+        require_regular(path, LARGEST_JSON_BYTES)
+        text = path.read_text(encoding="utf-8", errors="replace")
+    return text, hashlib.sha256(text.encode()).hexdigest()
+
+
+def _compensate(source: SourceCheckpoint, output: Path, text: str) -> SourceCheckpoint:
+    copy_companions(source, output)  # a GGUF file's tokenizer is in no file yet
+    ids = load_tokenizer(output, source.config.model_type).encode(text, raw=True)
+    if len(ids) < FEWEST_INPUTS:
+        raise UserError(
+            f"the calibration text has {len(ids)} tokens, expected at least {FEWEST_INPUTS}: "
+            f"choose a longer one, best of {WINDOW * N_WINDOWS} tokens or more"
+        )
+    with byte_bar("reading the text", expert_bytes(source)) as advance:
+        return compensated(source, windows_of(ids), advance)
 
 
 def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manifest:
@@ -87,15 +132,19 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+    if formats.calibration:
+        created_with["calibration_text"] = formats.calibration
     with byte_bar("preparing", preparation.total_bytes, leave=True) as advance:
         return preparation.run(created_with, on_bytes=advance)
 
 
 def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats) -> None:
     """UserError unless the folder holds just what was asked for."""
+    calibration = manifest.created_with.get("calibration_text", "")
     for flag, found, wanted in (
         ("--expert-dtype", manifest.weight_format, formats.weight_format),
         ("--dense-dtype", manifest.dense_format, formats.dense_format),
+        ("a --calibration-text of checksum", calibration or "none", formats.calibration or "none"),
     ):
         if found != wanted:
             raise UserError(

@@ -72,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.add_argument("--cores", type=int, help="CPU cores, instead of the file's")
     machine.add_argument("--pcie", type=int, metavar="GEN", help="PCIe generation, likewise")
     machine.add_argument("--model", metavar="SHAPE", help="the expert's shape: mixtral-8x7b, ...")
-    machine.add_argument("--expert-dtype", choices=FAST_FORMATS, default="bf16")
+    machine.add_argument(
+        "--expert-dtype",
+        choices=FAST_FORMATS,
+        help="the experts' format (default bf16; of --tune: all of them)",
+    )
     add_flags(machine, ModelOptions, "host_memory_gb", "host_policy")
     machine.add_argument("--disk-gbps", type=float, metavar="X", help="likewise, for the former")
     machine.add_argument(
@@ -165,13 +169,14 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--hardware needs --model: whose experts does the machine compute?{hint}"
             )
-        on = _Host(machine, shape, options.expert_dtype)
-    elif options.expert_dtype != "bf16" and shape is None:
+        on = _Host(machine, shape, options.expert_dtype or "bf16")
+    elif options.expert_dtype is not None and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")
     if options.tune:
         if on is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
-        _tune(trace, on, options.memory_gb)
+        formats = FAST_FORMATS if options.expert_dtype is None else (options.expert_dtype,)
+        _tune(trace, on, options.memory_gb, formats)
     elif "host_memory_gb" in options:
         _tiers(trace, on, options)
     elif options.sweep:
@@ -251,7 +256,7 @@ def _one_setting(
     if on is not None:
         on.require_memory(cache)
     result = run_setting(trace, cache, None if on is None else on.costs)
-    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype)
+    block_bytes = None if shape is None else shape.block_bytes(options.expert_dtype or "bf16")
     _print_hits(trace, cache, result, block_bytes)
     if on is not None:
         _print_times(result, on)
@@ -394,7 +399,7 @@ def _sweep(trace: Trace, on: _Host | None, output_dir: Path) -> None:
     print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
-def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
+def _tune(trace: Trace, on: _Host, memory_gb: float | None, formats: Sequence[str]) -> None:
     memory_bytes, machine = on.cache_bytes, on.machine
     if memory_bytes < 0:
         raise UserError(
@@ -404,7 +409,7 @@ def _tune(trace: Trace, on: _Host, memory_gb: float | None) -> None:
     if memory_gb is not None:
         require_range("--memory-gb", memory_gb, 0, memory_bytes / 1e9)
         memory_bytes = memory_gb * 1e9
-    costs = {name: machine.cost_model(on.shape, name) for name in FAST_FORMATS}
+    costs = {name: machine.cost_model(on.shape, name) for name in formats}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_offload.checkpoint.block import Activation, BlockLayout, unpack_matrix
+from moe_offload.checkpoint.block import MATRIX_NAMES, Activation, BlockLayout, unpack_matrix
 from moe_offload.kernels.bindings import CpuKernels, KernelChoice, load_kernels
 from moe_offload.kernels.library import (
     ACTIVATION_CODES,
     FORMAT_CODES,
+    OFFSET_CODES,
+    SCALE_CODES,
     LayerArguments,
     TokenArguments,
 )
@@ -263,10 +265,15 @@ def block_at(address: int, block_bytes: int) -> Tensor:
 
 
 def _layer_arguments(layout: BlockLayout, activation: Activation) -> LayerArguments:
-    offsets = {field.name: field.offset_bytes for field in layout.fields}
-    arrays = [
-        f"{matrix}{part}" for matrix in ("gate_up", "down") for part in ("", "_scale", "_bias")
-    ]
+    scales = layout.matrix("down").scales
+    places = {field.name: field.offset_bytes for field in layout.fields}
+    offset = scales.offset if scales else ""
+    parts = {"": "", "_scale": "_scale", "_offset": f"_{offset}", "_bias": "_bias"}
+    arrays = {
+        f"{matrix}{part}": places.get(f"{matrix}{suffix}", -1)
+        for matrix in MATRIX_NAMES
+        for part, suffix in parts.items()
+    }
     return LayerArguments(
         weight_format=FORMAT_CODES[layout.weight_format],
         activation=ACTIVATION_CODES[activation.kind],
@@ -275,5 +282,9 @@ def _layer_arguments(layout: BlockLayout, activation: Activation) -> LayerArgume
         limit=activation.limit,
         hidden_size=layout.hidden_size,
         intermediate_size=layout.intermediate_size,
-        **{name: offsets.get(name, -1) for name in arrays},
+        **arrays,
+        scale_type=SCALE_CODES[scales.dtype] if scales else 0,
+        offset_type=OFFSET_CODES[offset],
+        scale_group=scales.group if scales else 0,
+        scale_rows=scales.rows if scales else 1,
     )

@@ -18,6 +18,8 @@ from moe_offload.errors import FEW_THREADS, UserError
 from moe_offload.kernels import build as build_module
 
 FORMAT_CODES: Final = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
+SCALE_CODES: Final = {"float16": 0, "bfloat16": 1, "float32": 2, "uint8": 3}
+OFFSET_CODES: Final = {"": 0, "zero": 1, "minimum": 2}
 ACTIVATION_CODES: Final = {
     "silu": 0,
     "gelu": 1,
@@ -41,8 +43,11 @@ class LayerArguments(ctypes.Structure):
     _fields_ = (
         *_fields(c_int32, "weight_format activation has_gate"),
         *_fields(c_float, "alpha limit"),
-        *_fields(c_int64, "hidden_size intermediate_size gate_up gate_up_scale gate_up_bias"),
-        *_fields(c_int64, "down down_scale down_bias"),
+        *_fields(c_int64, "hidden_size intermediate_size"),
+        *_fields(c_int64, "gate_up gate_up_scale gate_up_offset gate_up_bias"),
+        *_fields(c_int64, "down down_scale down_offset down_bias"),
+        *_fields(c_int32, "scale_type offset_type"),
+        *_fields(c_int64, "scale_group scale_rows"),
     )
 
 

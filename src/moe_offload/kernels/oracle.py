@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_offload.checkpoint.block import Activation, ActivationKind, BlockLayout, unpack_matrix
+from moe_offload.checkpoint.block import (
+    Activation,
+    ActivationKind,
+    BlockLayout,
+    MatrixName,
+    unpack_matrix,
+)
 
 ActivationModule = Callable[[Tensor], Tensor]
 # What is applied to the gate, then multiplied by up where there is one.
@@ -69,9 +75,7 @@ def expert_ffn(
     return _linear(layout, block, "down", middle.to(x.dtype))
 
 
-def _linear(
-    layout: BlockLayout, block: Tensor, name: Literal["gate_up", "down"], x: Tensor
-) -> Tensor:
+def _linear(layout: BlockLayout, block: Tensor, name: MatrixName, x: Tensor) -> Tensor:
     weight = unpack_matrix(layout, block, name).to(x.dtype)
     bias = layout.field(f"{name}_bias").view(block).to(x.dtype) if layout.has_bias else None
     return functional.linear(x, weight, bias)

@@ -3,12 +3,12 @@
 Two launches compute every (token, expert) pair of a layer: rows of `gate_up` with the activation,
 then rows of `down` with the routing weight. A third sums each token's pairs. A program computes one
 tile of rows of one pair; programs of one row tile and different pairs run side by side, so tokens
-that share an expert share its bytes in the L2 cache. Packed int8 and int4 are read as int32 words,
+that share an expert share its bytes in the L2 cache. Packed formats are read as int32 words,
 which lie contiguously as [row block, word, 16 rows], and are dequantised in registers. Products and
 sums are fp32.
 
 In decode the pairs' slots travel as arguments of the launch, not in memory: a step's layer then
-sends the GPU nothing but the CPU's result.
+sends the GPU nothing but the CPU's result. fp8 is decoded by its bits: no GPU needs units for it.
 
 Import this only where Triton is installed. Without a GPU it runs in Triton's interpreter, which is
 how it was tested; its speed on a GPU is not measured yet.
@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_offload.checkpoint.block import Activation, BlockLayout
-from moe_offload.config import WEIGHT_FORMATS
+from moe_offload.checkpoint.block import Activation, BlockLayout, MatrixName
+from moe_offload.config import WEIGHT_FORMATS, Scales
 from moe_offload.kernels.oracle import ActivationModule, apply_activation
 
 ROWS: Final = 16  # of a tile: one row block of the packed layout
@@ -56,22 +56,96 @@ def _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS: t
 
 
 @triton.jit
-def _dot_dense(matrix, rows, valid, x, n_columns, COLUMNS: tl.constexpr):
-    """fp32 [ROWS]: rows of the row-major `matrix` times the vector `x`."""
+def _load_scales(scales, at, mask):
+    """fp32; a byte is an exponent (E8M0)."""
+    scale = tl.load(scales + at, mask=mask, other=0)
+    if scale.dtype == tl.uint8:
+        bits = tl.where(scale == 0, 1 << 22, scale.to(tl.int32) << 23)
+        return bits.to(tl.float32, bitcast=True)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def _load_offsets(offsets, at, mask, scale, OWN: tl.constexpr, OFFSET: tl.constexpr):
+    """What is added to q * scale where a group has a zero or minimum of its own."""
+    offset = tl.load(offsets + at, mask=mask, other=0).to(tl.float32)
+    if OFFSET == "zero":
+        return (OWN - offset) * scale
+    return OWN * scale + offset
+
+
+@triton.jit
+def _level(word, shift: tl.constexpr, CODES: tl.constexpr):
+    """fp32 of the 8 or 4 bits from bit `shift` of each packed word."""
+    if CODES == "int8":
+        return ((word << (24 - shift)) >> 24).to(tl.float32)
+    code = (word >> shift) & 15
+    if CODES == "int4":
+        return (code - 8).to(tl.float32)
+    size = code & 7  # E2M1: twice the number is 0 to 4, 6, 8, 12
+    halves = tl.where(size < 5, size, tl.where(size == 5, 6, (size - 4) * 4))
+    return tl.where(code < 8, halves, -halves).to(tl.float32) * 0.5
+
+
+@triton.jit
+def _dot_dense(
+    matrix,
+    scales,
+    rows,
+    valid,
+    x,
+    n_columns,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """fp32 [ROWS]: rows of the row-major `matrix` times the vector `x`.
+
+    A step has one scale for each row.
+    """
     acc = tl.zeros([rows.shape[0], COLUMNS], tl.float32)
     for start in range(0, n_columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < n_columns
         value = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         address = matrix + rows.to(tl.int64)[:, None] * n_columns + column[None, :]
-        weight = tl.load(address, mask=valid[:, None] & inside[None, :], other=0.0)
-        acc += weight.to(tl.float32) * value[None, :]
+        weight = tl.load(address, mask=valid[:, None] & inside[None, :], other=0)
+        if CODES == "fp8":
+            at = rows // SCALE_ROWS
+            if GROUP > 0:
+                at = at * ((n_columns + GROUP - 1) // GROUP) + start // GROUP
+            scale = _load_scales(scales, at, valid)
+            acc += _decode_fp8(weight) * (value[None, :] * scale[:, None])
+        else:
+            acc += weight.to(tl.float32) * value[None, :]
     return tl.sum(acc, axis=1)
 
 
 @triton.jit
-def _dot_packed(words, scales, rows, valid, x, n_columns, BITS: tl.constexpr, WORDS: tl.constexpr):
+def _decode_fp8(byte):
+    """fp32 of e4m3, finite: as float16 its bits lie seven places up, and give 2^-8 of it."""
+    bits = byte.to(tl.int16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def _dot_packed(
+    words,
+    scales,
+    offsets,
+    rows,
+    valid,
+    x,
+    n_columns,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """fp32 [ROWS]: the same for a packed matrix; 32 columns of a row are BITS words."""
+    BITS: tl.constexpr = 8 if CODES == "int8" else 4
     n_groups = (n_columns + 31) // 32
     row_block = rows // 16
     lane = rows % 16
@@ -82,33 +156,58 @@ def _dot_packed(words, scales, rows, valid, x, n_columns, BITS: tl.constexpr, WO
         at = (row_block[None, :] * (n_groups * BITS) + w[:, None]) * 16 + lane[None, :]
         word = tl.load(words + at, mask=inside, other=0)
         group = w // BITS
-        at = (row_block[None, :] * n_groups + group[:, None]) * 16 + lane[None, :]
-        scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+        at = _scale_place(row_block[None, :], group[:, None], n_groups, GROUP) + lane[None, :]
+        scale = _load_scales(scales, at, inside)
         first = group * 32 + (w % BITS) * 4
         part = tl.zeros([WORDS, rows.shape[0]], tl.float32)
+        total = tl.zeros([WORDS], tl.float32)
         for j in tl.static_range(4):
             column = first + j
             value = tl.load(x + column, mask=column < n_columns, other=0.0).to(tl.float32)
-            if BITS == 8:
-                q = (word << (24 - 8 * j)) >> 24
-                part += q.to(tl.float32) * value[:, None]
-            else:
-                q = ((word >> (8 * j)) & 15) - 8
-                part += q.to(tl.float32) * value[:, None]
+            part += _level(word, 8 * j, CODES) * value[:, None]
+            total += value
+            if BITS == 4:
                 column += 16
                 value = tl.load(x + column, mask=column < n_columns, other=0.0).to(tl.float32)
-                q = ((word >> (8 * j + 4)) & 15) - 8
-                part += q.to(tl.float32) * value[:, None]
+                part += _level(word, 8 * j + 4, CODES) * value[:, None]
+                total += value
         acc += part * scale
+        if OFFSET != "":
+            own: tl.constexpr = 128 if BITS == 8 else 8
+            acc += _load_offsets(offsets, at, inside, scale, own, OFFSET) * total[:, None]
     return tl.sum(acc, axis=0)
 
 
 @triton.jit
-def _dot(matrix, scales, rows, valid, x, n_columns, BITS: tl.constexpr, STEP: tl.constexpr):
-    if BITS == 16 or BITS == 32:
-        return _dot_dense(matrix, rows, valid, x, n_columns, STEP)
+def _scale_place(row_block, group, n_groups, GROUP: tl.constexpr):
+    """Where the 16 scales of a row block and group of 32 columns start; GROUP 0: one for all."""
+    if GROUP == 0:
+        return (row_block + group * 0) * 16
+    n_scales = (n_groups * 32 + GROUP - 1) // GROUP
+    return (row_block * n_scales + group // (GROUP // 32)) * 16
+
+
+@triton.jit
+def _dot(
+    matrix,
+    scales,
+    offsets,
+    rows,
+    valid,
+    x,
+    n_columns,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    if CODES == "float" or CODES == "fp8":
+        return _dot_dense(matrix, scales, rows, valid, x, n_columns, CODES, GROUP, SCALE_ROWS, STEP)
     else:  # noqa: RET505 - Triton wants one return per branch
-        return _dot_packed(matrix, scales, rows, valid, x, n_columns, BITS, STEP)
+        return _dot_packed(
+            matrix, scales, offsets, rows, valid, x, n_columns, CODES, GROUP, OFFSET, STEP
+        )
 
 
 @triton.jit
@@ -140,7 +239,8 @@ def _activate(gate, up, alpha, limit, KIND: tl.constexpr, HAS_GATE: tl.constexpr
 def first_kernel(
     x,  # [T, H]
     matrix,  # the slots, as the matrix's words or elements
-    scales,  # the slots, as float16
+    scales,  # the slots, in the scales' dtype
+    offsets,  # the slots, in the dtype of zeros or minima
     biases,  # the slots, as float32
     slot_of_pair,  # int32 [T * K], read unless IN_WORDS
     slots_0,  # int64: the slots of pairs 0 to 3, each plus one, in 15 bits
@@ -154,10 +254,17 @@ def first_kernel(
     block_words,  # int32 words from slot to slot; multiplied, not divided, so that the
     matrix_offset,  # compiler knows the alignment. Offsets count elements of their own array.
     scale_offset,
+    offset_offset,
     bias_offset,
     alpha,
     limit,
-    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    MATRIX_BYTES: tl.constexpr,  # of an element
+    SCALE_BYTES: tl.constexpr,
+    OFFSET_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
@@ -170,16 +277,43 @@ def first_kernel(
     valid = row < intermediate
     slot = _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS)
     if slot >= 0:
-        matrix += slot * (block_words * (2 if BITS == 16 else 1)) + matrix_offset
-        scales += slot * (block_words * 2) + scale_offset
+        matrix += slot * (block_words * (4 // MATRIX_BYTES)) + matrix_offset
+        scales += slot * (block_words * (4 // SCALE_BYTES)) + scale_offset
+        offsets += slot * (block_words * (4 // OFFSET_BYTES)) + offset_offset
         biases += slot * block_words + bias_offset
         x += (pair // top_k).to(tl.int64) * n_columns
-        gate = _dot(matrix, scales, row, valid, x, n_columns, BITS, STEP)
+        gate = _dot(
+            matrix,
+            scales,
+            offsets,
+            row,
+            valid,
+            x,
+            n_columns,
+            CODES,
+            GROUP,
+            SCALE_ROWS,
+            OFFSET,
+            STEP,
+        )
         if HAS_BIAS:
             gate += tl.load(biases + row, mask=valid, other=0.0)
         up = gate
         if HAS_GATE:
-            up = _dot(matrix, scales, row + intermediate, valid, x, n_columns, BITS, STEP)
+            up = _dot(
+                matrix,
+                scales,
+                offsets,
+                row + intermediate,
+                valid,
+                x,
+                n_columns,
+                CODES,
+                GROUP,
+                SCALE_ROWS,
+                OFFSET,
+                STEP,
+            )
             if HAS_BIAS:
                 up += tl.load(biases + intermediate + row, mask=valid, other=0.0)
         if KIND == "module":
@@ -198,6 +332,7 @@ def second_kernel(
     middle,  # fp32 [T * K, I]
     matrix,
     scales,
+    offsets,
     biases,
     slot_of_pair,
     slots_0,
@@ -211,8 +346,15 @@ def second_kernel(
     block_words,
     matrix_offset,
     scale_offset,
+    offset_offset,
     bias_offset,
-    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    MATRIX_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    OFFSET_BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IN_WORDS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -224,11 +366,25 @@ def second_kernel(
     slot = _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS)
     value = tl.zeros([ROWS], tl.float32)
     if slot >= 0:
-        matrix += slot * (block_words * (2 if BITS == 16 else 1)) + matrix_offset
-        scales += slot * (block_words * 2) + scale_offset
+        matrix += slot * (block_words * (4 // MATRIX_BYTES)) + matrix_offset
+        scales += slot * (block_words * (4 // SCALE_BYTES)) + scale_offset
+        offsets += slot * (block_words * (4 // OFFSET_BYTES)) + offset_offset
         biases += slot * block_words + bias_offset
         middle += pair.to(tl.int64) * n_columns
-        value = _dot(matrix, scales, row, valid, middle, n_columns, BITS, STEP)
+        value = _dot(
+            matrix,
+            scales,
+            offsets,
+            row,
+            valid,
+            middle,
+            n_columns,
+            CODES,
+            GROUP,
+            SCALE_ROWS,
+            OFFSET,
+            STEP,
+        )
         if HAS_BIAS:
             value += tl.load(biases + row, mask=valid, other=0.0)
         value *= tl.load(weights + pair).to(tl.float32)
@@ -239,12 +395,16 @@ def second_kernel(
 def unpack_kernel(
     words,  # one packed matrix
     scales,
+    offsets,
     out,  # [n_rows, n_columns] row-major
     n_rows,
     n_columns,
-    BITS: tl.constexpr,
+    CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
     WORDS: tl.constexpr,
 ):
+    BITS: tl.constexpr = 8 if CODES == "int8" else 4
     row_block = tl.program_id(0)
     n_groups = (n_columns + 31) // 32
     w = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
@@ -253,28 +413,67 @@ def unpack_kernel(
     at = (row_block * (n_groups * BITS) + w[:, None]) * 16 + lane[None, :]
     word = tl.load(words + at, mask=inside, other=0)
     group = w // BITS
-    at = (row_block * n_groups + group[:, None]) * 16 + lane[None, :]
-    scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
+    at = _scale_place(row_block, group[:, None], n_groups, GROUP) + lane[None, :]
+    scale = _load_scales(scales, at, inside)
+    offset = tl.zeros([WORDS, 16], tl.float32)
+    if OFFSET != "":
+        own: tl.constexpr = 128 if BITS == 8 else 8
+        offset = _load_offsets(offsets, at, inside, scale, own, OFFSET)
     row = (row_block * 16 + lane)[None, :].to(tl.int64)
     first = (group * 32 + (w % BITS) * 4)[:, None]
     for j in tl.static_range(4):
-        column = first + j
-        q = ((word << (24 - 8 * j)) >> 24) if BITS == 8 else ((word >> (8 * j)) & 15) - 8
-        value = (q.to(tl.float32) * scale).to(out.dtype.element_ty)
-        tl.store(out + row * n_columns + column, value, mask=(row < n_rows) & (column < n_columns))
-        if BITS == 4:
-            column += 16
-            value = ((((word >> (8 * j + 4)) & 15) - 8).to(tl.float32) * scale).to(
-                out.dtype.element_ty
-            )
-            tl.store(
-                out + row * n_columns + column, value, mask=(row < n_rows) & (column < n_columns)
-            )
+        for half in tl.static_range(8 // BITS):
+            column = first + j + 16 * half
+            value = _level(word, 8 * j + 4 * half, CODES) * scale + offset
+            mask = (row < n_rows) & (column < n_columns)
+            tl.store(out + row * n_columns + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def unpack_fp8_kernel(
+    matrix,  # bytes [n_rows, n_columns]
+    scales,
+    out,
+    n_columns,
+    GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < n_columns
+    at = row // SCALE_ROWS + column * 0
+    if GROUP > 0:
+        at = at * ((n_columns + GROUP - 1) // GROUP) + column // GROUP
+    scale = _load_scales(scales, at, inside)
+    byte = tl.load(matrix + row * n_columns + column, mask=inside, other=0)
+    value = (_decode_fp8(byte) * scale).to(out.dtype.element_ty)
+    tl.store(out + row * n_columns + column, value, mask=inside)
 
 
 _PAIRS_IN_WORDS: Final = SLOTS_PER_WORD * N_SLOT_WORDS
 # Set in every word, so that Triton sees a 64-bit argument whatever the slots are.
 _WORD_MARK: Final = 1 << 62
+
+
+def format_constants(weight_format: str, scales: Scales) -> dict[str, object]:
+    """What a format makes constant in `first_kernel` and `second_kernel`."""
+    facts = WEIGHT_FORMATS[weight_format]
+    step, size = WORDS, 4
+    if not facts.group:
+        # the largest power of two that divides the scales' columns
+        step = min(DENSE_COLUMNS, scales.group & -scales.group or DENSE_COLUMNS)
+        step, size = (step if facts.scales else DENSE_COLUMNS), facts.bits // 8
+    return {
+        "CODES": weight_format if facts.scales else "float",
+        "MATRIX_BYTES": size,
+        "SCALE_BYTES": getattr(torch, scales.dtype).itemsize,
+        "OFFSET_BYTES": getattr(torch, scales.offset_dtype).itemsize,
+        "GROUP": scales.group,
+        "SCALE_ROWS": scales.rows,
+        "OFFSET": scales.offset,
+        "STEP": step,
+    }
 
 
 class TritonExperts:
@@ -290,13 +489,16 @@ class TritonExperts:
         self._layout = layout
         self._activation = activation
         self._act_module = act_module
-        self._bits = WEIGHT_FORMATS[layout.weight_format].bits
         self._slots = slots
-        element = torch.bfloat16 if self._bits == 16 else torch.float32
-        self._matrix = slots.view(torch.int32 if self._bits < 16 else element)
-        self._scales = slots.view(torch.float16)
+        facts = WEIGHT_FORMATS[layout.weight_format]
+        self._is_tiled = facts.group > 0
+        element = {"float8_e4m3fn": "uint8"}.get(facts.dtype, facts.dtype)
+        self._matrix = slots.view(torch.int32 if self._is_tiled else getattr(torch, element))
+        scales = layout.matrix("down").scales or Scales("float16")
+        self._scales = slots.view(getattr(torch, scales.dtype))
+        self._offsets_of = slots.view(getattr(torch, scales.offset_dtype))
         self._biases = slots.view(torch.float32)
-        self._step = WORDS if self._bits < 16 else DENSE_COLUMNS
+        self._constants = format_constants(layout.weight_format, scales)
         # Stands where the kernels expect slots in memory and these are in words.
         self._no_slots = torch.zeros(_PAIRS_IN_WORDS, dtype=torch.int32, device=slots.device)
 
@@ -331,13 +533,12 @@ class TritonExperts:
             *self._offsets("gate_up"),
             activation.alpha,
             activation.limit,
-            BITS=self._bits,
+            **self._constants,
             HAS_GATE=layout.has_gate,
             HAS_BIAS=layout.has_bias,
             KIND=activation.kind,
             IN_WORDS=in_words,
             ROWS=ROWS,
-            STEP=self._step,
             enable_fp_fusion=True,
         )
         if raw:
@@ -354,11 +555,10 @@ class TritonExperts:
             width,
             layout.hidden_size,
             *self._offsets("down"),
-            BITS=self._bits,
+            **self._constants,
             HAS_BIAS=layout.has_bias,
             IN_WORDS=in_words,
             ROWS=ROWS,
-            STEP=self._step,
             enable_fp_fusion=True,
         )
         return out.sum(1) if top_k > 1 else out[:, 0]
@@ -370,25 +570,44 @@ class TritonExperts:
         middle = apply_activation(first, self._activation, layout.has_gate, self._act_module)
         return self._linear(slot, "down", middle.to(x.dtype), layout.hidden_size)
 
-    def _linear(self, slot: int, name: str, x: Tensor, n_rows: int) -> Tensor:
+    def _linear(self, slot: int, name: MatrixName, x: Tensor, n_rows: int) -> Tensor:
         block = self._slots[slot]
         stored = self._layout.field(name).view(block)
         bias = None
         if self._layout.has_bias:
             bias = self._layout.field(f"{name}_bias").view(block).to(x.dtype)
-        if self._bits >= 16:
+        matrix = self._layout.matrix(name)
+        if matrix.scales is None:
             return torch.nn.functional.linear(x, stored.to(x.dtype), bias)
         n_columns = x.shape[1]
         weight = torch.empty(n_rows, n_columns, dtype=x.dtype, device=x.device)
         scale = self._layout.field(f"{name}_scale").view(block)
-        n_words = triton.cdiv(n_columns, 32) * self._bits
+        if not self._is_tiled:
+            unpack_fp8_kernel[(n_rows, triton.cdiv(n_columns, DENSE_COLUMNS))](
+                stored.view(torch.uint8),
+                scale,
+                weight,
+                n_columns,
+                GROUP=matrix.scales.group,
+                SCALE_ROWS=matrix.scales.rows,
+                COLUMNS=DENSE_COLUMNS,
+                enable_fp_fusion=True,
+            )
+            return torch.nn.functional.linear(x, weight, bias)
+        offsets = scale
+        if matrix.scales.offset:
+            offsets = self._layout.field(f"{name}_{matrix.scales.offset}").view(block)
+        n_words = stored.numel() // (4 * ROWS * stored.shape[0])
         unpack_kernel[(triton.cdiv(n_rows, ROWS), triton.cdiv(n_words, WORDS))](
             stored.view(torch.int32),
             scale,
+            offsets,
             weight,
             n_rows,
             n_columns,
-            BITS=self._bits,
+            CODES=self._layout.weight_format,
+            GROUP=matrix.scales.group,
+            OFFSET=matrix.scales.offset,
             WORDS=WORDS,
             enable_fp_fusion=True,
         )
@@ -407,15 +626,17 @@ class TritonExperts:
         table = table.to(self._slots.device, non_blocking=True)
         return False, (table, *[_WORD_MARK] * N_SLOT_WORDS)
 
-    def _memory(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._matrix, self._scales, self._biases
+    def _memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._matrix, self._scales, self._offsets_of, self._biases
 
-    def _offsets(self, name: str) -> tuple[int, ...]:
-        """Words of a block, and where a matrix, its scales and its bias start in elements."""
-        offsets = {field.name: field.offset_bytes for field in self._layout.fields}
+    def _offsets(self, name: MatrixName) -> tuple[int, ...]:
+        """Words of a block, and where a matrix's arrays start, each in its own elements."""
+        places = {field.name: field.offset_bytes for field in self._layout.fields}
+        ends = ("", "_scale", f"_{self._constants['OFFSET'] or 'none'}", "_bias")
         return (
             self._layout.block_bytes // 4,
-            offsets[name] // self._matrix.element_size(),
-            offsets.get(f"{name}_scale", 0) // 2,
-            offsets.get(f"{name}_bias", 0) // 4,
+            *(
+                places.get(f"{name}{end}", 0) // memory.element_size()
+                for end, memory in zip(ends, self._memory(), strict=True)
+            ),
         )

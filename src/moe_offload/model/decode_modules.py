@@ -40,13 +40,16 @@ _ROUTER_EQUAL_PART: Final = 0.75
 def use_cpu_kernels(
     model: PreTrainedModel, kernel: KernelChoice, isa: str, routers: Iterable[nn.Module] = ()
 ) -> None:
-    """Route plain bf16 linears of a CPU model through the expert kernels.
+    """Route plain bf16 linears of a CPU model, and packed ones, through the expert kernels.
 
     Subclasses of `nn.Linear` keep the model's own arithmetic. In decode steps attention goes to the
     kernels as well where the model leaves it to torch, and so do the norms and those of `routers`
     that are found to compute what the kernels do.
     """
     kernels = load_kernels(kernel, isa)
+    for module in model.modules():
+        if isinstance(module, CpuLinear):  # its weights came packed
+            module.kernels = kernels
     if kernels is None:
         return
     if model.config._attn_implementation == "sdpa" and takes_other_attention(type(model)):

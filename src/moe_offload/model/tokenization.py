@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import resource
 import threading
@@ -23,7 +24,7 @@ _TEMPLATE_S = 10.0
 _TEMPLATE_BYTES = 1 << 30
 _TEMPLATE_CHARACTERS = 1 << 20
 _OWN_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-_SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?$")
+_SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v(\d+)(m\d+)?")
 
 Message = Mapping[str, str]  # of a chat: its role (system, user, assistant) and its content
 
@@ -115,20 +116,42 @@ class CheckpointTokenizer:
                 f"messages need a chat template, and the tokenizer of {self._folder} has none"
             )
         try:
-            messages = _messages(prompt)
-            n_given = sum(len(one["content"]) for one in messages)
-            with bounded(_TEMPLATE_S, _TEMPLATE_BYTES):
-                text = self._backend.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False
-                )
-            if len(text) > n_given + _TEMPLATE_CHARACTERS:
-                raise ValueError(f"it makes {len(text)} characters of {n_given}")
+            text = self._render(_messages(prompt))
         except Exception as error:  # a template is a program
             raise UserError(
                 f"the chat template of {self._folder} fails ({_said(error)}): mend it there, or "
                 "use --raw-prompt"
             ) from error
         return list(self._backend(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        """`messages` in the template; ValueError where their text does not show in what it makes.
+
+        Templates of models that see may take a message's content as a list of parts alone.
+        """
+        in_parts = [
+            one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages
+        ]
+        last = messages[-1]
+        said = last["content"].strip() if last["role"] == "user" else ""
+        as_json = json.dumps(said, ensure_ascii=False)[1:-1]
+        for form in (messages, in_parts):
+            with bounded(_TEMPLATE_S, _TEMPLATE_BYTES):
+                text = str(
+                    self._backend.apply_chat_template(
+                        form, add_generation_prompt=True, tokenize=False
+                    )
+                )
+            n_given = sum(len(one["content"]) for one in messages)
+            if len(text) > n_given + _TEMPLATE_CHARACTERS:
+                raise ValueError(f"it makes {len(text)} characters of {n_given}")
+            if said in text or as_json in text:
+                return text
+        raise ValueError("it leaves out the user's message")
+
+    def is_visible(self, token: int) -> bool:
+        """Whether a token is more than space; special ones are."""
+        return bool(self._backend.decode([token], skip_special_tokens=False).strip())
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -205,7 +228,7 @@ def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
 
     mistral-common serves checkpoints of Mistral's: those with one of its files (`tekken.json`,
     `tokenizer.model.vN`, or the plain `tokenizer.model` of a Mixtral 8x7B) and nothing else, or
-    with a tokenizer and a template beside it that agree with it. A fine-tune with other tokens or
+    with a tokenizer and a template beside it that ask as it does. A fine-tune with other tokens or
     another template keeps its own. UserError when the folder holds no usable tokenizer.
     """
     _require_regular_files(folder)
@@ -216,14 +239,26 @@ def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
     if not has_own:
         return MistralTokenizer(mistrals_file)
     template = _template(folder)
-    if "[INST]" not in template and (template or "tokenizer.json" in has_own):
-        return CheckpointTokenizer(folder)  # one without a template is a base model
-    mistrals = MistralTokenizer(mistrals_file)
+    if not template and "tokenizer.json" in has_own:
+        return CheckpointTokenizer(folder)  # of a base model
     try:
         own = CheckpointTokenizer(folder)
     except UserError:  # a configuration alone is no tokenizer
-        return mistrals
-    return mistrals if own.vocabulary_size == mistrals.vocabulary_size else own
+        return MistralTokenizer(mistrals_file)
+    mistrals = MistralTokenizer(mistrals_file)
+    return mistrals if _agree(own, mistrals, has_template=bool(template)) else own
+
+
+def _agree(own: CheckpointTokenizer, mistrals: MistralTokenizer, has_template: bool) -> bool:
+    """Whether the checkpoint's files ask as Mistral's do: the same tokens, spaces aside."""
+    if own.vocabulary_size != mistrals.vocabulary_size:
+        return False
+    try:
+        asked = [one.encode("What is it?", raw=not has_template) for one in (own, mistrals)]
+    except UserError:  # of a template that wants another kind of chat
+        return False
+    first, second = ([token for token in ids if own.is_visible(token)] for ids in asked)
+    return first == second
 
 
 def check_tokenizer(folder: Path, model_type: str) -> None:
@@ -258,9 +293,15 @@ def _mistral_file(folder: Path, model_type: str) -> Path | None:
         return folder / "tekken.json"
     if model_type not in ("mixtral", "mistral"):
         return None
-    versioned = sorted(p for p in folder.iterdir() if _SENTENCEPIECE_VERSIONED.search(p.name))
+    versions = {
+        int(match[1]): path
+        for path in sorted(folder.iterdir())
+        if (match := _SENTENCEPIECE_VERSIONED.fullmatch(path.name))
+    }
+    if versions:
+        return versions[max(versions)]
     plain = folder / "tokenizer.model"
-    return versioned[-1] if versioned else plain if plain.is_file() else None
+    return plain if plain.is_file() else None
 
 
 def _template(folder: Path) -> str:

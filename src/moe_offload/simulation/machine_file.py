@@ -167,11 +167,20 @@ def _side(call_us: float, read_ns: float, token_ns: float) -> SideCost:
 _LARGEST_FILE_BYTES = 1 << 20
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: ten lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it refers to another place of itself by *")
+        return super().compose_node(parent, index)
+
+
 def load_machine(path: Path) -> Machine:
     """Read a hardware file; raises UserError for what is missing or cannot be."""
     try:
         require_regular(path, _LARGEST_FILE_BYTES)
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         if isinstance(data, dict):
             data.setdefault("name", path.stem)
         return from_json(Machine, data)

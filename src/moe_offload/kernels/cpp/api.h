@@ -19,8 +19,10 @@ struct cpux_layer {
   int32_t has_gate;
   float alpha, limit;  // of the clamped activation
   int64_t hidden_size, intermediate_size;
-  int64_t gate_up, gate_up_scale, gate_up_bias;
-  int64_t down, down_scale, down_bias;
+  int64_t gate_up, gate_up_scale, gate_up_offset, gate_up_bias;
+  int64_t down, down_scale, down_offset, down_bias;
+  int32_t scale_type, offset_type;  // ScaleType and OffsetType of kernels.h
+  int64_t scale_group, scale_rows;  // columns (0: all of them) and rows that share a scale
 };
 
 // T tokens and what the router chose for them.

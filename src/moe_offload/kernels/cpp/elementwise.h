@@ -29,6 +29,70 @@ inline float float_of_bf16(uint16_t half) {
   return float_of_bits(static_cast<uint32_t>(half) << 16);
 }
 
+// Exact.
+inline float float_of_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 31u;
+  const uint32_t fraction = half & 1023u;
+  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
+    const float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  if (exponent == 31) return float_of_bits(sign | 0x7f800000u | (fraction << 13));
+  return float_of_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
+}
+
+// e4m3, finite: float16's bits seven places up, and 2^-8 of the value.
+inline float float_of_fp8(uint8_t byte) {
+  return 256.0f * float_of_half(static_cast<uint16_t>((byte & 0x80u) << 8 | (byte & 0x7fu) << 7));
+}
+
+inline float float_of_e8m0(uint8_t exponent) {
+  return float_of_bits(exponent == 0 ? 1u << 22 : static_cast<uint32_t>(exponent) << 23);
+}
+
+// Number `at` of scales of a ScaleType.
+inline float scale_value(const uint8_t* data, int type, int64_t at) {
+  if (type == kE8m0Scale) return float_of_e8m0(data[at]);
+  if (type == kFp32Scale) return reinterpret_cast<const float*>(data)[at];
+  const uint16_t bits = reinterpret_cast<const uint16_t*>(data)[at];
+  return type == kHalfScale ? float_of_half(bits) : float_of_bf16(bits);
+}
+
+// The scale of a row and column of an fp8 matrix.
+inline float fp8_scale(const Matrix& m, int64_t row, int64_t column) {
+  const Scales& s = m.scales;
+  return scale_value(s.data, s.type, row / s.rows * s.per_row(m.cols) + column / s.group);
+}
+
+// The level of a row and column of one group of a tile: q, of mxfp4 twice the number.
+inline int tile_level(const uint8_t* group, int format, int row, int column) {
+  if (format == kInt8)
+    return static_cast<int8_t>(group[(column / 4 * kTileRows + row) * 4 + column % 4]);
+  const int byte = group[(column % 16 / 4 * kTileRows + row) * 4 + column % 4];
+  const int code = column < 16 ? byte & 15 : byte >> 4;
+  if (format == kInt4) return code - 8;
+  constexpr int kHalves[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+  return code < 8 ? kHalves[code] : -kHalves[code - 8];
+}
+
+// Weight panel of fp32 of an mxfp4 matrix; arguments as in Gemm::load_weights.
+inline void load_mxfp4(const Matrix& m, int64_t row, int64_t k, int rows, int depth, int valid,
+                       float* out) {
+  const int64_t groups = (m.cols + kGroup - 1) / kGroup;
+  for (int r = 0; r < rows; ++r, out += depth) {
+    const int64_t block = (row + r) / kTileRows;
+    const int lane = static_cast<int>((row + r) % kTileRows);
+    for (int i = 0; i < depth; ++i) {
+      const int64_t at = block * groups + (k + i) / kGroup;
+      const uint8_t* group = m.w + at * quant_group_bytes(kMxfp4);
+      const float half = 0.5f * float_of_e8m0(m.scales.data[at * kTileRows + lane]);
+      const int column = static_cast<int>((k + i) % kGroup);
+      out[i] = i < valid ? static_cast<float>(tile_level(group, kMxfp4, lane, column)) * half : 0.0f;
+    }
+  }
+}
+
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
 inline uint16_t bf16_of_float(float value) {
   const uint32_t bits = bits_of_float(value);

@@ -28,8 +28,6 @@ int guarded(int isa, int threads, bool valid, F work) {
   return CPUX_OK;
 }
 
-inline bool is_quantised(int format) { return format == kInt8 || format == kInt4; }
-
 // Whether a matrix can be read as it is described; linear.cpp.
 bool is_valid_matrix(const cpux_matrix& matrix);
 // cpux_linear for arguments that are valid; throws std::bad_alloc.

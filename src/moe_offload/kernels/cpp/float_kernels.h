@@ -1,8 +1,9 @@
-// Products of row-major fp32 and bf16 weights, over a vector type V; included once per
+// Products of row-major fp32, bf16 and fp8 weights, over a vector type V; included once per
 // instruction set (internal linkage: see elementwise.h).
 //
 // V: lanes, Type, zero, load, store, broadcast(const float*), fma(a, b, c) = a*b + c, sum,
-//    widen(const uint16_t*): lanes bf16 values to fp32.
+//    widen(const uint16_t*): lanes bf16 values to fp32, mul, widen_fp8(const uint8_t*, Type[2]): twice
+//    as many fp8 values, each times 2^-8.
 #pragma once
 
 #include "elementwise.h"
@@ -114,6 +115,78 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
     dot_rows_of<V>(static_cast<const float*>(w), cols, rows, x, n_tokens, y, ldy);
 }
 
+// fp8: sums of each scale's columns apart. A scale covers whole pairs of vectors, but for the last.
+constexpr float kFp8Unit = 256.0f;  // widen_fp8 gives 2^-8 of the value
+
+template <class V, int kRows, int kTokens>
+inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float* y, int64_t ldy) {
+  constexpr int kPair = 2 * V::lanes;
+  constexpr int kSets = kTokens == 1 ? 2 : 1;  // chains of additions
+  const int64_t cols = m.cols, ahead = kRows * cols;
+  const uint8_t* w = m.w + row * cols;
+  typename V::Type total[kRows][kTokens];
+  float tail[kRows][kTokens] = {};
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) total[r][t] = V::zero();
+  for (int64_t k = 0; k < cols;) {
+    const int64_t end = k + m.scales.group < cols ? k + m.scales.group : cols;
+    float scale[kRows];
+    for (int r = 0; r < kRows; ++r) scale[r] = fp8_scale(m, row + r, k);
+    typename V::Type acc[kSets][kRows][kTokens];
+    for (int s = 0; s < kSets; ++s)
+      for (int r = 0; r < kRows; ++r)
+        for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
+    for (; k + kPair <= end; k += kPair) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
+        __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
+        typename V::Type wv[2];
+        V::widen_fp8(w + r * cols + k, wv);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          acc[0][r][t] = V::fma(wv[0], V::load(x[t] + k), acc[0][r][t]);
+          acc[kSets - 1][r][t] = V::fma(wv[1], V::load(x[t] + k + V::lanes), acc[kSets - 1][r][t]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const float unit = scale[r] * kFp8Unit;
+      for (int t = 0; t < kTokens; ++t) {
+        typename V::Type sum = acc[0][r][t];
+        if (kSets == 2) sum = V::add(sum, acc[kSets - 1][r][t]);
+        total[r][t] = V::fma(sum, V::broadcast(&unit), total[r][t]);
+        float rest = 0.0f;
+        for (int64_t i = k; i < end; ++i) rest += float_of_fp8(w[r * cols + i]) * x[t][i];
+        tail[r][t] += rest * scale[r];
+      }
+    }
+    k = end;
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) y[t * ldy + r] = V::sum(total[r][t]) + tail[r][t];
+}
+
+template <class V, int kRows, int kTokens>
+inline void fp8_tokens(const Matrix& m, int64_t row, int rows, const float* const* x, float* y,
+                       int64_t ldy) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    fp8_block<V, kRows, kTokens>(m, row + r, x, y + r, ldy);
+  if constexpr (kRows > 1) fp8_tokens<V, 1, kTokens>(m, row + r, rows - r, x, y + r, ldy);
+}
+
+template <class V>
+inline void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
+                    float* y, int64_t ldy) {
+  switch (n_tokens) {
+    case 1: return fp8_tokens<V, 4, 1>(m, row, rows, x, y, ldy);
+    case 2: return fp8_tokens<V, 4, 2>(m, row, rows, x, y, ldy);
+    case 3: return fp8_tokens<V, 3, 3>(m, row, rows, x, y, ldy);
+    default: return fp8_tokens<V, 2, 4>(m, row, rows, x, y, ldy);
+  }
+}
+
 template <class V, class W, int kTokens, int kVectors>
 inline void mix_columns(const W* w, int64_t cols, int rows, const float* const* weight, float* y,
                         int64_t ldy) {
@@ -170,13 +243,36 @@ inline void mix_rows(const void* w, int format, int64_t cols, int rows, const fl
     mix_rows_of<V>(static_cast<const float*>(w), cols, rows, weight, n_tokens, y, ldy);
 }
 
-// Weight panel of fp32: bf16 widened, fp32 copied. With one column a step, all of `depth` is valid.
-inline void load_weights_fp32(const void* w, int format, int64_t cols, int rows, int depth, int,
-                              void* panel) {
+// Columns [k, k + n) of a row of an fp8 matrix, in fp32.
+template <class V>
+inline void load_fp8_row(const Matrix& m, int64_t row, int64_t k, int64_t n, float* out) {
+  const uint8_t* w = m.w + row * m.cols + k;
+  for (int64_t i = 0; i < n;) {
+    const int64_t whole = m.scales.group - (k + i) % m.scales.group;
+    const int64_t end = i + whole < n ? i + whole : n;
+    const float scale = fp8_scale(m, row, k + i), unit = scale * kFp8Unit;
+    for (; i + 2 * V::lanes <= end; i += 2 * V::lanes) {
+      typename V::Type wv[2];
+      V::widen_fp8(w + i, wv);
+      V::store(out + i, V::mul(wv[0], V::broadcast(&unit)));
+      V::store(out + i + V::lanes, V::mul(wv[1], V::broadcast(&unit)));
+    }
+    for (; i < end; ++i) out[i] = float_of_fp8(w[i]) * scale;
+  }
+}
+
+// Weight panel of fp32. With one column a step, all of `depth` is valid.
+template <class V>
+inline void load_weights_fp32(const Matrix& m, int64_t row, int64_t k, int rows, int depth,
+                              int valid, void* panel) {
   float* out = static_cast<float*>(panel);
+  if (m.format == kMxfp4) return load_mxfp4(m, row, k, rows, depth, valid, out);
   for (int r = 0; r < rows; ++r, out += depth) {
-    const char* row = static_cast<const char*>(w) + r * cols * (format == kBf16 ? 2 : 4);
-    to_float(row, format == kBf16, depth, out);
+    const int64_t at = (row + r) * m.cols + k;
+    if (m.format == kFp8)
+      load_fp8_row<V>(m, row + r, k, depth, out);
+    else
+      to_float(m.w + at * (m.format == kBf16 ? 2 : 4), m.format == kBf16, depth, out);
   }
 }
 

@@ -1,13 +1,13 @@
 // What one instruction set offers: a table of functions over small pieces of a matrix.
 //
-// Layout of weights: fp32 and bf16 are row-major [rows, cols]. int8 and int4 are tiles of 16 rows by
-// groups of 32 columns, one float16 scale per row and group (RB = rows / 16, G = cols / 32, both
-// rounded up; q is zero in the padding):
-//   scale  [RB, G, 16]
-//   int8   [RB, G, 8, 16, 4]  row rb*16 + r, column g*32 + s*4 + j at [rb, g, s, r, j]
-//   int4   [RB, G, 4, 16, 4]  low nibble q+8 of column g*32 + s*4 + j, high nibble of column + 16
-// Accumulation: fp32 and bf16 weights in fp32. int8 and int4: exact int32 inside a group of 32, then
-// fp32 over groups.
+// Layout of weights: fp32, bf16 and fp8 (e4m3, finite) are row-major [rows, cols]. int8, int4 and
+// mxfp4 are tiles of 16 rows by groups of 32 columns (RB = rows / 16, G = cols / 32, both rounded
+// up; activations are zero where columns pad):
+//   int8          [RB, G, 8, 16, 4]  row rb*16 + r, column g*32 + s*4 + j at [rb, g, s, r, j]
+//   int4, mxfp4   [RB, G, 4, 16, 4]  low nibble of column g*32 + s*4 + j, high nibble of column + 16
+// A level is q = u - 128 of int8 as a signed byte and u = q + 8 of int4; mxfp4 is E2M1.
+// Scales: below. Accumulation: fp32, bf16 and fp8 weights in fp32. Tiles: exact int32 inside a group
+// of 32, then fp32 over groups; mxfp4 for fp32 activations in fp32.
 //
 // Every function is safe on any alignment unless said otherwise, and thread-safe.
 #pragma once
@@ -17,7 +17,12 @@
 
 namespace cpux {
 
-enum WeightFormat : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+enum WeightFormat : int32_t { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kMxfp4 = 4, kFp8 = 5 };
+
+// E8M0: 2^(byte - 127).
+enum ScaleType : int32_t { kHalfScale = 0, kBf16Scale = 1, kFp32Scale = 2, kE8m0Scale = 3 };
+// w = q * scale; (u - zero) * scale, zeros uint8; u * scale + minimum, minima float16.
+enum OffsetType : int32_t { kNoOffset = 0, kZeroOffset = 1, kMinimumOffset = 2 };
 
 enum ActivationKind : int32_t {
   kSilu = 0,
@@ -34,10 +39,50 @@ constexpr int kMaxDotTokens = 4;      // tokens that one dot_rows call takes
 constexpr int kMaxQuantTokens = 8;    // tokens that one quant_rows call may take
 constexpr int kMaxPanelTokens = 64;   // tokens of the widest GEMM panel
 
+constexpr bool is_tiled(int format) { return format >= kInt8 && format <= kMxfp4; }
+constexpr bool has_scales(int format) { return format >= kInt8; }
+
 // bytes of one row block's group of 32 columns
 constexpr int64_t quant_group_bytes(int format) {
   return format == kInt8 ? kTileRows * kGroup : kTileRows * kGroup / 2;
 }
+// What an integer product adds to a level so that it has no sign.
+constexpr int level_offset(int format) {
+  return format == kInt8 ? 128 : format == kInt4 ? 8 : 12;
+}
+constexpr int64_t scale_bytes(int type) {
+  return type == kFp32Scale ? 4 : type == kE8m0Scale ? 1 : 2;
+}
+
+// The scales of a matrix: one for `group` columns and `rows` rows. In tiles [RB, S, 16], else
+// [rows of the matrix / `rows`, S], S = cols / group, all rounded up; offsets are laid out alike.
+struct Scales {
+  const uint8_t* data;
+  const uint8_t* offsets;  // null without
+  int type, offset_type;
+  int64_t group, rows;
+
+  int64_t per_row(int64_t cols) const { return (cols + group - 1) / group; }
+};
+
+struct Matrix {
+  int format;
+  int64_t rows, cols;
+  const uint8_t* w;
+  Scales scales;
+  const float* bias;  // [rows] or null
+};
+
+// The scales of one row block of tiles, from its group 0.
+struct BlockScales {
+  const uint8_t* data;
+  const uint8_t* offsets;
+  int type, offset_type;
+  int64_t groups;  // that share one
+
+  // int8 and int4 as we quantise them ourselves: read without asking.
+  bool are_plain() const { return type == kHalfScale && offsets == nullptr && groups == 1; }
+};
 
 // Weights that come after those being multiplied, as they lie in the matrix: asked for meanwhile.
 struct Ahead {
@@ -58,9 +103,9 @@ struct Gemm {
   int k_step;         // columns that one instruction multiplies: 1 for fp32, 2 for bf16 pairs
   int lanes;          // tokens in one vector
   int panel_tokens;   // tokens of a full panel
-  // Copies w[0..rows) x [0..depth) of a row-major matrix with `cols` columns into a weight panel,
-  // widening as needed; columns past `valid` become zero (valid <= depth).
-  void (*load_weights)(const void* w, int format, int64_t cols, int rows, int depth, int valid,
+  // Copies rows [row, row + rows) and columns [k, k + depth) of a matrix into a weight panel,
+  // scaled and widened as needed; columns past `valid` become zero (valid <= depth).
+  void (*load_weights)(const Matrix& m, int64_t row, int64_t k, int rows, int depth, int valid,
                        void* panel);
   void (*multiply)(const void* w_panel, int rows, int depth, const void* x_panel, int width,
                    bool accumulate, const Ahead& ahead, float* c);
@@ -70,8 +115,8 @@ struct Gemm {
                           int width, bool accumulate, const Ahead& ahead, float* c);
 };
 
-// Activations of int8 and int4 products: int8 in groups of 32 with one fp32 scale, per token, and
-// the sum of the group times minus the weights' offset, which the integer product starts from.
+// Activations of products over tiles: int8 in groups of 32 with one fp32 scale, per token, and the
+// sum of the group times minus level_offset, which the integer product may start from.
 struct QuantFormat {
   int value_bytes;   // bytes per group of 32: 32 (int8) or 64 (int16 pairs)
   int block_tokens;  // tokens that one quant_rows call takes, <= kMaxQuantTokens
@@ -84,8 +129,12 @@ struct Kernels {
   void (*dot_rows)(const void* w, int format, int64_t cols, int rows, const float* const* x,
                    int n_tokens, float* y, int64_t ldy);
 
+  // The same for rows [row, row + rows) of an fp8 matrix.
+  void (*dot_fp8)(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
+                  float* y, int64_t ldy);
+
   // y[t*ldy + c] += sum_r weight[t][r] * w[r, c], t < n_tokens <= kMaxDotTokens, c < cols; formats
-  // as in dot_rows, without int8 and int4.
+  // as in dot_rows.
   void (*mix_rows)(const void* w, int format, int64_t cols, int rows, const float* const* weight,
                    int n_tokens, float* y, int64_t ldy);
 
@@ -93,16 +142,16 @@ struct Kernels {
   Gemm gemm_bf16;         // bf16 panels; element_bytes 0 where the instruction is missing
   int gemm_min_tokens;    // from this many tokens on, gemm beats dot_rows (measured)
 
-  QuantFormat quant[2];   // int8, int4
+  QuantFormat quant[3];   // int8, int4, mxfp4
   // One group of 32 values (`valid` of them present, the rest zero) to `values` (value_bytes of
   // `format`), *scale and *start. A group with a NaN or an infinity gets a NaN scale.
   void (*quantize_group)(const float* x, int valid, int format, void* values, float* scale,
                          int32_t* start);
   // One block of 16 rows, groups [g0, g1) of it, n_tokens <= block_tokens tokens:
   // y[t*ldy + r] (+)= sum over groups. values [G][n_tokens][value_bytes], scales and starts
-  // [G][n_tokens]; w and w_scale point to the row block's group 0.
-  void (*quant_rows)(int format, const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
-                     const void* values, const float* scales, const int32_t* starts, int n_tokens,
+  // [G][n_tokens]; w points to the row block's group 0.
+  void (*quant_rows)(int format, const uint8_t* w, const BlockScales& w_scales, int64_t g0,
+                     int64_t g1, const void* values, const float* scales, const int32_t* starts, int n_tokens,
                      bool accumulate, float* y, int64_t ldy);
 
   // dst[i] = src[i]; src is bf16 when `is_bf16`, else fp32.

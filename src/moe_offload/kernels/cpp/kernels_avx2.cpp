@@ -4,7 +4,8 @@
 namespace cpux {
 namespace {
 
-using Avx2Quant = Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256>>;
+using Avx2Quant =
+    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256>, ByteProductE2m1<Int256>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {
@@ -27,11 +28,13 @@ void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, in
 const Kernels kKernels = {
     "avx2",
     dot_rows<Float8>,
+    dot_fp8<Float8>,
     mix_rows<Float8>,
-    {4, 1, 8, 16, load_weights_fp32, multiply, 4, multiply_narrow},
+    {4, 1, 8, 16, load_weights_fp32<Float8>, multiply, 4, multiply_narrow},
     {},
     17,
-    {quant_format<Avx2Quant>(kInt8), quant_format<Avx2Quant>(kInt4)},
+    {quant_format<Avx2Quant, kInt8>(), quant_format<Avx2Quant, kInt4>(),
+     quant_format<Avx2Quant, kMxfp4>()},
     quantize_group<Avx2Quant>,
     quant_rows<Avx2Quant>,
     to_float,

@@ -5,7 +5,8 @@
 namespace cpux {
 namespace {
 
-using Avx512Quant = Quant<Quant16, PairProduct8<Int512>, ByteProduct4<Int512>>;
+using Avx512Quant =
+    Quant<Quant16, PairProduct8<Int512>, ByteProduct4<Int512>, ByteProductE2m1<Int512>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {
@@ -24,11 +25,13 @@ void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, in
 const Kernels kKernels = {
     "avx512",
     dot_rows<Float8>,  // as fast as memory, and faster than 16 lanes (Zen 4, 4 tokens: 1.2x)
+    dot_fp8<Float16>,
     mix_rows<Float8>,
-    {4, 1, 16, 64, load_weights_fp32, multiply, 8, multiply_narrow},
+    {4, 1, 16, 64, load_weights_fp32<Float16>, multiply, 8, multiply_narrow},
     {},
     5,
-    {quant_format<Avx512Quant>(kInt8), quant_format<Avx512Quant>(kInt4)},
+    {quant_format<Avx512Quant, kInt8>(), quant_format<Avx512Quant, kInt4>(),
+     quant_format<Avx512Quant, kMxfp4>()},
     quantize_group<Avx512Quant>,
     quant_rows<Avx512Quant>,
     to_float,

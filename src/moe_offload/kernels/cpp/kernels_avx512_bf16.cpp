@@ -6,13 +6,23 @@
 namespace cpux {
 namespace {
 
-void load_weights_bf16(const void* w, int, int64_t cols, int rows, int depth, int valid,
+// bf16 as it is; fp8 times its scale, rounded.
+void load_weights_bf16(const Matrix& m, int64_t row, int64_t k, int rows, int depth, int valid,
                        void* panel) {
-  const uint16_t* in = static_cast<const uint16_t*>(w);
+  constexpr int kColumns = 512;
   uint16_t* out = static_cast<uint16_t*>(panel);
-  for (int r = 0; r < rows; ++r, in += cols, out += depth) {
-    memcpy(out, in, static_cast<size_t>(valid) * 2);
-    for (int k = valid; k < depth; ++k) out[k] = 0;
+  for (int r = 0; r < rows; ++r, out += depth) {
+    if (m.format == kFp8) {
+      float values[kColumns];
+      for (int i = 0; i < valid; i += kColumns) {
+        const int n = valid - i < kColumns ? valid - i : kColumns;
+        load_fp8_row<Float16>(m, row + r, k + i, n, values);
+        to_bf16(values, n, out + i);
+      }
+    } else {
+      memcpy(out, m.w + ((row + r) * m.cols + k) * 2, static_cast<size_t>(valid) * 2);
+    }
+    for (int i = valid; i < depth; ++i) out[i] = 0;
   }
 }
 

@@ -1,4 +1,4 @@
-// AVX-512 plus VNNI: int8 and int4 by vpdpbusd (DotProduct8 of quant_kernels.h).
+// AVX-512 plus VNNI: int8, int4 and mxfp4 by vpdpbusd (DotProduct8 of quant_kernels.h).
 #include "vectors_avx512.h"
 
 namespace cpux {
@@ -7,13 +7,15 @@ namespace {
 struct DotInt : Int512 {
   static Type dot(Type sum, Type weights, Type x) { return _mm512_dpbusd_epi32(sum, weights, x); }
 };
-using DotQuant = Quant<Quant16, DotProduct8<DotInt>, DotProduct4<DotInt>>;
+using DotQuant = Quant<Quant16, DotProduct8<DotInt>, DotProduct4<DotInt, Nibbles<DotInt>>,
+                       DotProductE2m1<DotInt>>;
 
 Kernels with_vnni() {
   Kernels kernels = *avx512_kernels();
   kernels.name = "avx512_vnni";
-  kernels.quant[0] = quant_format<DotQuant>(kInt8);
-  kernels.quant[1] = quant_format<DotQuant>(kInt4);
+  kernels.quant[0] = quant_format<DotQuant, kInt8>();
+  kernels.quant[1] = quant_format<DotQuant, kInt4>();
+  kernels.quant[2] = quant_format<DotQuant, kMxfp4>();
   kernels.quantize_group = quantize_group<DotQuant>;
   kernels.quant_rows = quant_rows<DotQuant>;
   return kernels;

@@ -31,29 +31,42 @@ void mix_rows(const void* w, int format, int64_t cols, int rows, const float* co
                                : static_cast<const float*>(w)[r * cols + c]);
 }
 
-float float_of_half(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 31u;
-  const uint32_t fraction = half & 1023u;
-  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
-    const float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
-    return sign != 0 ? -magnitude : magnitude;
+void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens, float* y,
+             int64_t ldy) {
+  for (int r = 0; r < rows; ++r) {
+    const uint8_t* w = m.w + (row + r) * m.cols;
+    for (int t = 0; t < n_tokens; ++t) {
+      float sum = 0.0f;
+      for (int64_t k = 0; k < m.cols; ++k)
+        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * x[t][k];
+      y[t * ldy + r] = sum;
+    }
   }
-  if (exponent == 31) return float_of_bits(sign | 0x7f800000u | (fraction << 13));
-  return float_of_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
 }
 
-int level(const uint8_t* group, int format, int row, int column) {
-  if (format == kInt8)
-    return static_cast<int8_t>(group[(column / 4 * kTileRows + row) * 4 + column % 4]);
-  const int byte = group[(column % 16 / 4 * kTileRows + row) * 4 + column % 4];
-  return (column < 16 ? byte & 15 : byte >> 4) - 8;
+// The products of mxfp4 with fp32 activations; the others do without panels here.
+void load_weights(const Matrix& m, int64_t row, int64_t k, int rows, int depth, int valid,
+                  void* panel) {
+  load_mxfp4(m, row, k, rows, depth, valid, static_cast<float*>(panel));
 }
 
-void quant_rows(int format, const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
-                const void* values, const float* scales, const int32_t*, int n_tokens,
+void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
+              bool accumulate, const Ahead&, float* c) {
+  const float* w = static_cast<const float*>(w_panel);
+  const float* x = static_cast<const float*>(x_panel);
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < width; ++t) {
+      float sum = accumulate ? c[r * width + t] : 0.0f;
+      for (int k = 0; k < depth; ++k) sum += w[r * depth + k] * x[k * width + t];
+      c[r * width + t] = sum;
+    }
+}
+
+void quant_rows(int format, const uint8_t* w, const BlockScales& w_scales, int64_t g0, int64_t g1,
+                const void* values, const float* scales, const int32_t* starts, int n_tokens,
                 bool accumulate, float* y, int64_t ldy) {
   const int8_t* x = static_cast<const int8_t*>(values);
+  const float own = static_cast<float>(level_offset(format));
   for (int t = 0; t < n_tokens; ++t) {
     for (int r = 0; r < kTileRows; ++r) {
       float total = accumulate ? y[t * ldy + r] : 0.0f;
@@ -61,17 +74,28 @@ void quant_rows(int format, const uint8_t* w, const uint16_t* w_scale, int64_t g
         const uint8_t* group = w + g * quant_group_bytes(format);
         int32_t sum = 0;
         for (int k = 0; k < kGroup; ++k)
-          sum += level(group, format, r, k) * x[(g * n_tokens + t) * kGroup + k];
-        total += static_cast<float>(sum) *
-                 (float_of_half(w_scale[g * kTileRows + r]) * scales[g * n_tokens + t]);
+          sum += tile_level(group, format, r, k) * x[(g * n_tokens + t) * kGroup + k];
+        const int64_t at = g / w_scales.groups * kTileRows + r;
+        const float scale = scale_value(w_scales.data, w_scales.type, at);
+        const float x_scale = scales[g * n_tokens + t];
+        total += static_cast<float>(sum) * (scale * x_scale);
+        if (w_scales.offsets == nullptr) continue;
+        const float x_sum = static_cast<float>(starts[g * n_tokens + t]) * (-1.0f / own) * x_scale;
+        const float offset =
+            w_scales.offset_type == kZeroOffset
+                ? (own - static_cast<float>(w_scales.offsets[at])) * scale
+                : own * scale + scale_value(w_scales.offsets, kHalfScale, at);
+        total += offset * x_sum;
       }
       y[t * ldy + r] = total;
     }
   }
 }
 
-void quantize_group(const float* x, int valid, int, void* values, float* scale, int32_t* start) {
-  quantize_bytes(x, valid, 0, values, scale, start);
+void quantize_group(const float* x, int valid, int format, void* values, float* scale,
+                    int32_t* start) {
+  quantize_bytes(x, valid, level_offset(format), values, scale, start);
+  if (format == kMxfp4) *scale *= 0.5f;  // its levels are twice the numbers
 }
 
 uint64_t read_bytes(const void* data, int64_t bytes) {
@@ -96,11 +120,12 @@ double fma_flops(int64_t iterations, float* sink) {
 const Kernels kKernels = {
     "scalar",
     dot_rows,
+    dot_fp8,
     mix_rows,
-    {},
+    {4, 1, 8, 16, load_weights, multiply, 0, nullptr},
     {},
     0,
-    {{32, kMaxQuantTokens}, {32, kMaxQuantTokens}},
+    {{32, kMaxQuantTokens}, {32, kMaxQuantTokens}, {32, kMaxQuantTokens}},
     quantize_group,
     quant_rows,
     to_float,

@@ -19,11 +19,26 @@ constexpr int64_t kSerialTokens = 4;
 // Scratch for the tokens of one chunk; a longer prompt is cut and streams the weights once a chunk.
 constexpr int64_t kChunkBytes = 192 << 20;
 
+// Scales that the format's kernels read.
+bool has_valid_scales(const cpux_layer& layer) {
+  const int format = layer.weight_format, type = layer.scale_type;
+  const bool sized = layer.scale_group >= 0 && layer.scale_group % kGroup == 0 &&
+                     layer.scale_rows > 0 && type >= kHalfScale && type <= kE8m0Scale &&
+                     layer.offset_type >= kNoOffset && layer.offset_type <= kMinimumOffset;
+  if (format == kFp8) return sized && layer.offset_type == kNoOffset;
+  if (format == kMxfp4)
+    return sized && type == kE8m0Scale && layer.scale_group == kGroup && layer.scale_rows == 1 &&
+           layer.offset_type == kNoOffset;
+  return sized && type != kE8m0Scale && layer.scale_rows == 1;
+}
+
 bool is_valid(const cpux_layer& layer) {
-  const bool quantised = is_quantised(layer.weight_format);
-  return layer.weight_format >= kFp32 && layer.weight_format <= kInt4 && layer.hidden_size > 0 &&
+  const bool scaled = has_scales(layer.weight_format), offset = layer.offset_type != kNoOffset;
+  return layer.weight_format >= kFp32 && layer.weight_format <= kFp8 && layer.hidden_size > 0 &&
          layer.intermediate_size > 0 && layer.gate_up >= 0 && layer.down >= 0 &&
-         quantised == (layer.gate_up_scale >= 0) && quantised == (layer.down_scale >= 0);
+         scaled == (layer.gate_up_scale >= 0) && scaled == (layer.down_scale >= 0) &&
+         offset == (layer.gate_up_offset >= 0) && offset == (layer.down_offset >= 0) &&
+         (!scaled || has_valid_scales(layer));
 }
 
 bool is_valid(const cpux_tokens& tokens) {
@@ -53,6 +68,7 @@ class Chunk {
     int64_t index;
   };
 
+  Scales scales_of(const Expert& e, int64_t scale, int64_t offset, int64_t cols) const;
   Matrix gate_up(const Expert& e) const;
   Matrix down(const Expert& e) const;
   Form form_of(const Expert& e) const {
@@ -103,7 +119,8 @@ Chunk::Chunk(const Kernels& kernels, int threads, const cpux_layer& layer,
       n_tokens_(t1 - t0),
       threads_(threads),
       arena_(fresh_arena()),
-      quantised_(is_quantised(layer.weight_format)),
+      quantised_(choose_form(kernels, layer.weight_format, 1, tokens.hidden_is_bf16 == 0) ==
+                 Form::kQuantised),
       groups_(group_pairs(tokens, t0, t1, arena_)) {
   bool panels = false;
   for (const Expert& e : groups_) panels |= is_panels(form_of(e));
@@ -111,12 +128,18 @@ Chunk::Chunk(const Kernels& kernels, int threads, const cpux_layer& layer,
   scratch_ = allocate_scratch(threads, groups_.most_pairs, tile_, arena_);
 }
 
+Scales Chunk::scales_of(const Expert& e, int64_t scale, int64_t offset, int64_t cols) const {
+  const int64_t group = layer_.scale_group > 0 ? layer_.scale_group : round_up(cols, kGroup);
+  return {field<uint8_t>(e.block, scale), field<uint8_t>(e.block, offset), layer_.scale_type,
+          layer_.offset_type, group, layer_.scale_rows};
+}
+
 Matrix Chunk::gate_up(const Expert& e) const {
   return {layer_.weight_format,
           (layer_.has_gate != 0 ? 2 : 1) * layer_.intermediate_size,
           layer_.hidden_size,
           e.block + layer_.gate_up,
-          field<uint16_t>(e.block, layer_.gate_up_scale),
+          scales_of(e, layer_.gate_up_scale, layer_.gate_up_offset, layer_.hidden_size),
           field<float>(e.block, layer_.gate_up_bias)};
 }
 
@@ -125,7 +148,7 @@ Matrix Chunk::down(const Expert& e) const {
           layer_.hidden_size,
           layer_.intermediate_size,
           e.block + layer_.down,
-          field<uint16_t>(e.block, layer_.down_scale),
+          scales_of(e, layer_.down_scale, layer_.down_offset, layer_.intermediate_size),
           field<float>(e.block, layer_.down_bias)};
 }
 

@@ -44,7 +44,10 @@ Chunk::Chunk(const Kernels& kernels, int threads, const cpux_matrix& matrix, con
     : kernels_(kernels),
       threads_(threads),
       matrix_{matrix.weight_format, matrix.rows, matrix.cols,
-              static_cast<const uint8_t*>(matrix.w), matrix.scale, matrix.bias},
+              static_cast<const uint8_t*>(matrix.w),
+              {reinterpret_cast<const uint8_t*>(matrix.scale), nullptr, kHalfScale, kNoOffset,
+               kGroup, 1},
+              matrix.bias},
       x_in_(static_cast<const char*>(x)),
       is_bf16_(is_bf16),
       n_(n),
@@ -103,7 +106,7 @@ void Chunk::run(void* y) {
 bool is_valid_matrix(const cpux_matrix& matrix) {
   return matrix.weight_format >= kFp32 && matrix.weight_format <= kInt4 && matrix.rows > 0 &&
          matrix.cols > 0 && matrix.w != nullptr &&
-         is_quantised(matrix.weight_format) == (matrix.scale != nullptr);
+         has_scales(matrix.weight_format) == (matrix.scale != nullptr);
 }
 
 void run_linear(const Kernels& kernels, int threads, const cpux_matrix& matrix, const void* x,

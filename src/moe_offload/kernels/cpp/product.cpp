@@ -11,7 +11,7 @@ namespace {
 
 // Rows of fp32 and bf16 weights that several calls of dot_rows share: whole blocks of 3 and of 4.
 constexpr int64_t kDotRows = 12;
-// Groups of int8 and int4 weights that stay in the cache while all tokens meet them.
+// Groups of tiles that stay in the cache while all tokens meet them.
 constexpr int64_t kQuantSliceGroups = 32;
 
 int64_t padded_cols(const Gemm& gemm, const Activations& a) {
@@ -65,12 +65,25 @@ int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, i
     int64_t t = 0;
     for (int64_t calls = (a.n + kMaxDotTokens - 1) / kMaxDotTokens; calls > 0; --calls) {
       const int64_t tokens = (a.n - t + calls - 1) / calls;
-      kernels.dot_rows(m.w + r * m.cols * element, m.format, m.cols, rows, a.rows + t,
-                       static_cast<int>(tokens), c + t * stride + (r - r0), stride);
+      float* y = c + t * stride + (r - r0);
+      if (m.format == kFp8)
+        kernels.dot_fp8(m, r, rows, a.rows + t, static_cast<int>(tokens), y, stride);
+      else
+        kernels.dot_rows(m.w + r * m.cols * element, m.format, m.cols, rows, a.rows + t,
+                         static_cast<int>(tokens), y, stride);
       t += tokens;
     }
   }
   return 0;
+}
+
+BlockScales block_scales(const Matrix& m, int64_t block) {
+  const Scales& s = m.scales;
+  const int64_t first = block * s.per_row(m.cols) * kTileRows;
+  const int64_t offset_bytes = s.offset_type == kMinimumOffset ? 2 : 1;
+  return {s.data + first * scale_bytes(s.type),
+          s.offsets == nullptr ? nullptr : s.offsets + first * offset_bytes, s.type, s.offset_type,
+          s.group / kGroup};
 }
 
 int product_quantised(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
@@ -86,7 +99,7 @@ int product_quantised(const Kernels& kernels, const Matrix& m, const Activations
       const int n = static_cast<int>(std::min<int64_t>(format.block_tokens, a.n - t));
       for (int64_t b = first_block; b < end_block; ++b)
         kernels.quant_rows(m.format, m.w + b * groups * quant_group_bytes(m.format),
-                           m.scale + b * groups * kTileRows, g, std::min(groups, g + step),
+                           block_scales(m, b), g, std::min(groups, g + step),
                            a.values + t * groups * format.value_bytes, a.scales + t * groups,
                            a.starts + t * groups, n, g > 0,
                            c + t * stride + (b - first_block) * kTileRows, stride);
@@ -108,16 +121,18 @@ int64_t slice_depth(int64_t cols, int element_bytes) {
 void product_panels(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
                     int64_t r1, float* c, void* slice) {
   const Gemm& gemm = gemm_of(kernels, a.form);
-  const int64_t element = m.format == kBf16 ? 2 : 4;
+  const int64_t element = m.format == kFp32 ? 4 : m.format == kBf16 ? 2 : 1;
   const int64_t cols = padded_cols(gemm, a);
   const int64_t depth_max = slice_depth(cols, gemm.element_bytes);
-  const auto weights = [&](int64_t row, int64_t k) { return m.w + (row * m.cols + k) * element; };
+  const auto weights = [&](int64_t row, int64_t k) -> const uint8_t* {
+    return is_tiled(m.format) ? nullptr : m.w + (row * m.cols + k) * element;
+  };
   for (int64_t k = 0; k < cols; k += depth_max) {
     const int depth = static_cast<int>(std::min(depth_max, cols - k));
     const int valid = static_cast<int>(std::min<int64_t>(depth, m.cols - k));
     for (int64_t r = r0; r < r1; r += kSliceRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kSliceRows, r1 - r));
-      gemm.load_weights(weights(r, k), m.format, m.cols, rows, depth, valid, slice);
+      gemm.load_weights(m, r, k, rows, depth, valid, slice);
       // Memory works while the first panel is multiplied: on the rows below, or the columns after.
       Ahead ahead{nullptr, m.cols * element, static_cast<int>(gemm.k_step * element)};
       if (r + rows < r1)
@@ -158,9 +173,10 @@ void add_bias(const Kernels& kernels, const Matrix& m, const Activations& a, int
 }  // namespace
 
 Form choose_form(const Kernels& kernels, int format, int64_t n_tokens, bool exact_fp32) {
-  if (format == kInt8 || format == kInt4) return Form::kQuantised;
+  if (format == kMxfp4 && exact_fp32) return Form::kPanels;
+  if (is_tiled(format)) return Form::kQuantised;
   if (kernels.gemm_min_tokens == 0 || n_tokens < kernels.gemm_min_tokens) return Form::kDot;
-  if (format == kBf16 && kernels.gemm_bf16.element_bytes != 0 && !exact_fp32)
+  if (format != kFp32 && kernels.gemm_bf16.element_bytes != 0 && !exact_fp32)
     return Form::kBf16Panels;
   return Form::kPanels;
 }

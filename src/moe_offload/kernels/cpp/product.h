@@ -1,7 +1,8 @@
 // A matrix times the activations of some tokens, in whichever form the token count favours.
 //
-// Forms: few tokens on fp32 or bf16 weights keep their fp32 rows (kDot); many are packed into GEMM
-// panels (kPanels, kBf16Panels); int8 and int4 weights want them quantised (kQuantised).
+// Forms: few tokens on row-major weights keep their fp32 rows (kDot); many are packed into GEMM
+// panels (kPanels, kBf16Panels); tiles want them quantised (kQuantised), but for fp32 tokens on
+// mxfp4, which stay exact (kPanels).
 #pragma once
 
 #include <cstdint>
@@ -20,14 +21,6 @@ constexpr int kPanelTile = 48;
 // 48 rows of 1 KiB 1.06x the time).
 constexpr int kSliceRows = 12;
 constexpr int kSliceBytes = 4096;
-
-struct Matrix {
-  int format;
-  int64_t rows, cols;
-  const uint8_t* w;
-  const uint16_t* scale;  // int8, int4
-  const float* bias;      // [rows] or null
-};
 
 enum class Form { kDot, kPanels, kBf16Panels, kQuantised };
 

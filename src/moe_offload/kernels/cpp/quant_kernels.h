@@ -1,12 +1,13 @@
-// Products of int8 and int4 tiles with int8 activations, over an integer vector type Q; included
+// Products of int8, int4 and mxfp4 tiles with int8 activations, over an integer vector type Q; included
 // once per instruction set (internal linkage: see elementwise.h).
 //
 // A 64-byte line of weights is 16 rows x 4 columns, so four activation bytes broadcast to every
 // lane give each row its partial sum: no horizontal sum, no permutation.
 //
-// Q: lanes (rows of one vector), Float, zero_float, to_float, load_scales(const uint16_t*),
-//    broadcast(const float*), mul, fma, load_float, store_float, and Product<format>: the integer
-//    product of one line, of those at the end, over I: Type and the vector's instructions.
+// Q: lanes (rows of one vector), Float, zero_float, to_float, load_half, load_bf16, load_e8m0 and
+//    load_bytes(const uint8_t*): so many values as fp32, broadcast(const float*), mul, fma,
+//    load_float, store_float, and Product<format>: the integer product of one line, of those at the
+//    end, over I: Type and the vector's instructions.
 #pragma once
 
 #include <type_traits>
@@ -32,8 +33,28 @@ inline void keep(V& sum) {
 //   add(Sum, Weights, const uint8_t* x, int line)        x: the token's group of activations
 //   first(const int32_t* start), finish(Sum, const int32_t* start) -> int32 per row
 //   kValueBytes, quantise(x, valid, values, scale, start)   a group of activations, as add reads it
-template <class Q, int kFormat, int kTokens>
-inline void quant_block(const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
+// One vector of scales from number `at` of the row block's 16s on; kPlain: float16.
+template <class Q, int kFormat, bool kPlain>
+inline typename Q::Float load_scales(const BlockScales& s, int64_t at) {
+  if (kFormat == kMxfp4) return Q::load_e8m0(s.data + at);
+  const uint8_t* p = s.data + at * (kPlain ? 2 : scale_bytes(s.type));
+  if (kPlain || s.type == kHalfScale) return Q::load_half(p);
+  if (s.type == kBf16Scale) return Q::load_bf16(p);
+  return Q::load_float(reinterpret_cast<const float*>(p));
+}
+
+// What is added to a weight q * scale where the group has a zero or a minimum of its own.
+template <class Q, int kFormat>
+inline typename Q::Float load_offsets(const BlockScales& s, int64_t at, typename Q::Float scale) {
+  const float own = level_offset(kFormat), minus = -1.0f;
+  if (s.offset_type == kMinimumOffset)  // u * scale + minimum
+    return Q::fma(Q::broadcast(&own), scale, Q::load_half(s.offsets + at * 2));
+  const auto zero = Q::load_bytes(s.offsets + at);  // (u - zero) * scale
+  return Q::mul(Q::fma(Q::broadcast(&minus), zero, Q::broadcast(&own)), scale);
+}
+
+template <class Q, int kFormat, bool kPlain, int kTokens>
+inline void quant_block(const uint8_t* w, const BlockScales& w_scales, int64_t g0, int64_t g1,
                         const uint8_t* x, const float* scales, const int32_t* starts,
                         bool accumulate, float* y, int64_t ldy) {
   using P = typename Q::template Product<kFormat>;
@@ -45,6 +66,8 @@ inline void quant_block(const uint8_t* w, const uint16_t* w_scale, int64_t g0, i
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v)
       total[t][v] = accumulate ? Q::load_float(y + t * ldy + v * Q::lanes) : Q::zero_float();
+  int64_t scale_at = kPlain ? g0 : g0 / w_scales.groups;
+  int64_t scale_end = kPlain ? 0 : (scale_at + 1) * w_scales.groups;  // its last group and one
   for (int64_t g = g0; g < g1; ++g) {
     const uint8_t* line = w + g * kGroupBytes;
     if constexpr (kTokens <= 4) {
@@ -70,13 +93,28 @@ inline void quant_block(const uint8_t* w, const uint16_t* w_scale, int64_t g0, i
     }
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const typename Q::Float ws = Q::load_scales(w_scale + g * kTileRows + v * Q::lanes);
+      const int64_t at = scale_at * kTileRows + v * Q::lanes;
+      const typename Q::Float ws = load_scales<Q, kFormat, kPlain>(w_scales, at);
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         const typename Q::Float scale = Q::mul(ws, Q::broadcast(scales + g * kTokens + t));
         total[t][v] =
             Q::fma(Q::to_float(P::finish(sum[t][v], start + t)), scale, total[t][v]);
       }
+      if (!kPlain && w_scales.offsets != nullptr) {
+        const typename Q::Float offset = load_offsets<Q, kFormat>(w_scales, at, ws);
+        for (int t = 0; t < kTokens; ++t) {
+          const float x_sum = static_cast<float>(start[t]) * (-1.0f / level_offset(kFormat)) *
+                              scales[g * kTokens + t];
+          total[t][v] = Q::fma(offset, Q::broadcast(&x_sum), total[t][v]);
+        }
+      }
+    }
+    if (kPlain) {
+      ++scale_at;
+    } else if (g + 1 == scale_end) {
+      ++scale_at;
+      scale_end += w_scales.groups;
     }
   }
 #pragma GCC unroll 8
@@ -85,29 +123,34 @@ inline void quant_block(const uint8_t* w, const uint16_t* w_scale, int64_t g0, i
     for (int v = 0; v < kVectors; ++v) Q::store_float(y + t * ldy + v * Q::lanes, total[t][v]);
 }
 
-template <class Q, int kFormat, int kTokens>
-inline void quant_tokens(const uint8_t* w, const uint16_t* w_scale, int64_t g0, int64_t g1,
+template <class Q, int kFormat, bool kPlain, int kTokens>
+inline void quant_tokens(const uint8_t* w, const BlockScales& w_scales, int64_t g0, int64_t g1,
                          const uint8_t* x, const float* scales, const int32_t* starts, int n_tokens,
                          bool accumulate, float* y, int64_t ldy) {
   if constexpr (kTokens > 1) {
     if (n_tokens < kTokens)
-      return quant_tokens<Q, kFormat, kTokens - 1>(w, w_scale, g0, g1, x, scales, starts, n_tokens,
-                                                   accumulate, y, ldy);
+      return quant_tokens<Q, kFormat, kPlain, kTokens - 1>(w, w_scales, g0, g1, x, scales, starts,
+                                                           n_tokens, accumulate, y, ldy);
   }
-  quant_block<Q, kFormat, kTokens>(w, w_scale, g0, g1, x, scales, starts, accumulate, y, ldy);
+  quant_block<Q, kFormat, kPlain, kTokens>(w, w_scales, g0, g1, x, scales, starts, accumulate, y,
+                                           ldy);
 }
 
 template <class Q>
-inline void quant_rows(int format, const uint8_t* w, const uint16_t* w_scale, int64_t g0,
+inline void quant_rows(int format, const uint8_t* w, const BlockScales& w_scales, int64_t g0,
                        int64_t g1, const void* values, const float* scales, const int32_t* starts,
                        int n_tokens, bool accumulate, float* y, int64_t ldy) {
-  const uint8_t* x = static_cast<const uint8_t*>(values);
-  if (format == kInt8)
-    quant_tokens<Q, kInt8, Q::block_tokens>(w, w_scale, g0, g1, x, scales, starts, n_tokens,
-                                            accumulate, y, ldy);
-  else
-    quant_tokens<Q, kInt4, Q::block_tokens>(w, w_scale, g0, g1, x, scales, starts, n_tokens,
-                                            accumulate, y, ldy);
+  const auto run = [&](auto tokens) {
+    tokens(w, w_scales, g0, g1, static_cast<const uint8_t*>(values), scales, starts, n_tokens,
+           accumulate, y, ldy);
+  };
+  constexpr int kTokens = Q::block_tokens;
+  if (format == kMxfp4) return run(quant_tokens<Q, kMxfp4, true, kTokens>);
+  if (w_scales.are_plain())
+    return format == kInt8 ? run(quant_tokens<Q, kInt8, true, kTokens>)
+                           : run(quant_tokens<Q, kInt4, true, kTokens>);
+  format == kInt8 ? run(quant_tokens<Q, kInt8, false, kTokens>)
+                  : run(quant_tokens<Q, kInt4, false, kTokens>);
 }
 
 // A group's levels: round(x / scale) in [-127, 127] with scale = max|x| / 127; returns the scale.
@@ -148,18 +191,27 @@ inline void quantize_bytes(const float* x, int valid, int32_t offset, void* valu
   *start = -offset * sum;
 }
 
+// The same for E2M1 weights as whole numbers, twice what they stand for.
+inline void quantize_for_e2m1(const float* x, int valid, void* values, float* scale,
+                              int32_t* start) {
+  quantize_bytes(x, valid, level_offset(kMxfp4), values, scale, start);
+  *scale *= 0.5f;
+}
+
 // 16-bit pairs, columns 0 2 1 3 of every four: the weights' even and odd bytes widen in place.
 inline void quantize_pairs(const float* x, int valid, void* values, float* scale, int32_t* start) {
   int32_t levels[kGroup];
   *scale = quantize_levels(x, valid, levels);
   int16_t* out = static_cast<int16_t*>(values);
+  int32_t sum = 0;
+  for (int i = 0; i < kGroup; ++i) sum += levels[i];
   for (int i = 0; i < kGroup; i += 4) {
     out[i] = static_cast<int16_t>(levels[i]);
     out[i + 1] = static_cast<int16_t>(levels[i + 2]);
     out[i + 2] = static_cast<int16_t>(levels[i + 1]);
     out[i + 3] = static_cast<int16_t>(levels[i + 3]);
   }
-  *start = 0;
+  *start = -level_offset(kInt8) * sum;
 }
 
 // The 8-bit product (vpmaddubsw) saturates at |q| = 127 twice, so int8 multiplies 16-bit pairs
@@ -204,6 +256,19 @@ struct Nibbles {
   }
 };
 
+// The same of E2M1, as 12 plus twice what a code stands for: 0 to 24.
+template <class I>
+struct E2m1 {
+  typename I::Type low, high;
+  static E2m1 of(const uint8_t* p) {
+    alignas(16) static constexpr uint8_t kTable[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                                       12, 11, 10, 9,  8,  6,  4,  0};
+    const auto table = I::broadcast_table(kTable);
+    const auto codes = Nibbles<I>::of(p);
+    return {I::look_up(table, codes.low), I::look_up(table, codes.high)};
+  }
+};
+
 // int4 does use it: 8 products of 15 * 127 * 2 stay below 2^15.
 template <class I>
 struct ByteProduct4 {
@@ -227,7 +292,37 @@ struct ByteProduct4 {
     return I::add32(I::multiply_add16(sum, I::broadcast16(1)), I::broadcast32(*start));
   }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_bytes(x, valid, 8, values, scale, start);
+    quantize_bytes(x, valid, level_offset(kInt4), values, scale, start);
+  }
+};
+
+// Of E2M1 so only 4: 8 products of 24 * 127 * 2 do not.
+template <class I>
+struct ByteProductE2m1 {
+  struct Sum {
+    typename I::Type narrow, wide;  // int16 per row, twice, of the last lines; int32 per row
+  };
+  using Weights = E2m1<I>;
+  static constexpr int kLines = 4;
+  static constexpr int kValueBytes = 32;
+  static Weights prepare(const uint8_t* p) { return Weights::of(p); }
+  static Sum first(const int32_t* start) { return {I::zero(), I::broadcast32(*start)}; }
+  template <int kVectors>
+  static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
+    const auto low = I::broadcast4(x + line * 4);
+    const auto high = I::broadcast4(x + line * 4 + 16);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[v].narrow = I::add16(sum[v].narrow, I::multiply_add8(w[v].low, low));
+      sum[v].narrow = I::add16(sum[v].narrow, I::multiply_add8(w[v].high, high));
+      keep(sum[v].narrow);
+      if (line == 1) sum[v] = {I::zero(), finish(sum[v], nullptr)};
+    }
+  }
+  static typename I::Type finish(const Sum& sum, const int32_t*) {
+    return I::add32(sum.wide, I::multiply_add16(sum.narrow, I::broadcast16(1)));
+  }
+  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
+    quantize_for_e2m1(x, valid, values, scale, start);
   }
 };
 
@@ -249,14 +344,14 @@ struct DotProduct8 {
   }
   static Sum finish(Sum sum, const int32_t*) { return sum; }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_bytes(x, valid, 128, values, scale, start);
+    quantize_bytes(x, valid, level_offset(kInt8), values, scale, start);
   }
 };
 
-template <class I>
+template <class I, class Codes>
 struct DotProduct4 {
   using Sum = typename I::Type;  // int32 per row
-  using Weights = Nibbles<I>;
+  using Weights = Codes;
   static constexpr int kLines = 4;
   static constexpr int kValueBytes = 32;
   static Weights prepare(const uint8_t* p) { return Weights::of(p); }
@@ -272,23 +367,29 @@ struct DotProduct4 {
   }
   static Sum finish(Sum sum, const int32_t*) { return sum; }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_bytes(x, valid, 8, values, scale, start);
+    quantize_bytes(x, valid, level_offset(kInt4), values, scale, start);
   }
 };
 
-// Base `B`, a vector of rows, with its products of int8 and int4.
-template <class B, class Int8, class Int4>
+template <class I>
+struct DotProductE2m1 : DotProduct4<I, E2m1<I>> {
+  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
+    quantize_for_e2m1(x, valid, values, scale, start);
+  }
+};
+
+// Base `B`, a vector of rows, with its products.
+template <class B, class Int8, class Int4, class Mxfp4>
 struct Quant : B {
   template <int kFormat>
-  using Product = std::conditional_t<kFormat == kInt8, Int8, Int4>;
+  using Product = std::conditional_t<kFormat == kInt8, Int8,
+                                     std::conditional_t<kFormat == kInt4, Int4, Mxfp4>>;
 };
 
 // What Kernels::quant, quantize_group and quant_rows hold for a Quant.
-template <class Q>
-constexpr QuantFormat quant_format(int format) {
-  return {format == kInt8 ? Q::template Product<kInt8>::kValueBytes
-                          : Q::template Product<kInt4>::kValueBytes,
-          Q::block_tokens};
+template <class Q, int kFormat>
+constexpr QuantFormat quant_format() {
+  return {Q::template Product<kFormat>::kValueBytes, Q::block_tokens};
 }
 
 template <class Q>
@@ -296,8 +397,10 @@ inline void quantize_group(const float* x, int valid, int format, void* values, 
                            int32_t* start) {
   if (format == kInt8)
     Q::template Product<kInt8>::quantise(x, valid, values, scale, start);
-  else
+  else if (format == kInt4)
     Q::template Product<kInt4>::quantise(x, valid, values, scale, start);
+  else
+    Q::template Product<kMxfp4>::quantise(x, valid, values, scale, start);
 }
 
 }  // namespace

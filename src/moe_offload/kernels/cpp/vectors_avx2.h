@@ -27,6 +27,15 @@ struct Float8 {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
+  static Type mul(Type a, Type b) { return _mm256_mul_ps(a, b); }
+  // As float16 e4m3 has the same bits, seven places up, and 2^-8 of the value.
+  static void widen_fp8(const uint8_t* p, Type* out) {
+    const __m256i signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i half =
+        _mm256_and_si256(_mm256_slli_epi16(signs, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+  }
 };
 
 // What both AVX2 variants share; they differ in the integer product.
@@ -41,9 +50,23 @@ struct Quant8 {
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float to_float(__m256i v) { return _mm256_cvtepi32_ps(v); }
-  static Float load_scales(const uint16_t* p) {
+  static __m256i load_16(const uint8_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static __m256i load_8(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Float load_half(const uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static Float load_bf16(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(load_16(p), 16));
+  }
+  static Float load_e8m0(const uint8_t* p) {  // 2^-127 is subnormal
+    const __m256i bits = _mm256_slli_epi32(load_8(p), 23);
+    return _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(1 << 22)));
+  }
+  static Float load_bytes(const uint8_t* p) { return to_float(load_8(p)); }
 };
 
 // The instructions of quant_kernels.h's products.
@@ -70,6 +93,10 @@ struct Int256 {
   static Type add32(Type a, Type b) { return _mm256_add_epi32(a, b); }
   static Type multiply_add16(Type a, Type b) { return _mm256_madd_epi16(a, b); }
   static Type multiply_add8(Type a, Type b) { return _mm256_maddubs_epi16(a, b); }
+  static Type broadcast_table(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Type look_up(Type table, Type index) { return _mm256_shuffle_epi8(table, index); }
 };
 
 }  // namespace

@@ -24,6 +24,15 @@ struct Float16 {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
+  static Type mul(Type a, Type b) { return _mm512_mul_ps(a, b); }
+  static void widen_fp8(const uint8_t* p, Type* out) {  // as in Float8
+    const __m512i signs =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i half =
+        _mm512_and_si512(_mm512_slli_epi16(signs, 7), _mm512_set1_epi16(static_cast<short>(0xbf80)));
+    out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+  }
 };
 
 // What the AVX-512 variants share; they differ in the integer product.
@@ -38,9 +47,23 @@ struct Quant16 {
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float to_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
-  static Float load_scales(const uint16_t* p) {
+  static __m512i load_16(const uint8_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static __m512i load_8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Float load_half(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static Float load_bf16(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(load_16(p), 16));
+  }
+  static Float load_e8m0(const uint8_t* p) {  // 2^-127 is subnormal
+    const __m512i bits = _mm512_slli_epi32(load_8(p), 23);
+    return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(1 << 22)));
+  }
+  static Float load_bytes(const uint8_t* p) { return to_float(load_8(p)); }
 };
 
 struct Int512 {
@@ -64,6 +87,10 @@ struct Int512 {
   static Type add32(Type a, Type b) { return _mm512_add_epi32(a, b); }
   static Type multiply_add16(Type a, Type b) { return _mm512_madd_epi16(a, b); }
   static Type multiply_add8(Type a, Type b) { return _mm512_maddubs_epi16(a, b); }
+  static Type broadcast_table(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Type look_up(Type table, Type index) { return _mm512_shuffle_epi8(table, index); }
 };
 
 // A full or narrow panel of a Gemm with 16 lanes; P is the product, `steps` its columns.

@@ -1,0 +1,86 @@
+"""int4 whose rounding errors make up for each other on known inputs (GPTQ, Frantar et al. 2022).
+
+Rounding to nearest treats a matrix's inputs as equally large and unrelated. Where they are known,
+columns are rounded one after another and each one's error is spread over those still to come, so
+that the product with these inputs changes least. A group's scale is searched when its turn comes,
+by what each column's error will then cost. The bytes are of the same layout as any int4's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_offload.checkpoint import quantization
+from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS
+
+# Products of inputs are held as [C, C]: longer rows are compensated piece by piece.
+MOST_COLUMNS: Final = 4096
+_DAMPING: Final = 0.01  # of the mean square of an input: keeps the inverse finite
+_BLOCK: Final = 128  # columns whose errors reach the rest in one product
+
+
+def compensate(
+    weight: Tensor, inputs: Tensor, others: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """W [R, C] rounded to int4 for `inputs` X [n, C], and the scales, both fp32 [R, C].
+
+    The result is whole multiples of the scales, which `quantization` packs as they are. `others`
+    [m, C] are inputs of the same kind that the matrix did not get; they count as C more inputs
+    together, so that few of its own do not decide alone. Errors as of `quantization.quantize`;
+    scratch memory is four times W, or of MOST_COLUMNS squared, in fp32.
+    """
+    rows, columns = weight.shape
+    padded_rows, padded_columns = -rows % TILE_ROWS + rows, -columns % GROUP + columns
+    remaining = torch.zeros(padded_columns, padded_rows)
+    remaining[:columns, :rows] = weight.t()
+    scales = torch.empty_like(remaining)
+    for start in range(0, columns, MOST_COLUMNS):
+        stop = min(start + MOST_COLUMNS, columns)
+        rest = None if others is None else others[:, start:stop].float()
+        cost = _cost(inputs[:, start:stop].float(), rest)
+        piece = slice(start, start + len(cost))
+        _compensate(remaining[piece], cost, scales[piece])
+    return remaining[:columns, :rows].t(), scales[:columns, :rows].t()
+
+
+def _cost(inputs: Tensor, others: Tensor | None) -> Tensor:
+    """Upper triangular U [C, C], C padded to whole groups, with (mean of x x^T)^-1 = U^T U.
+
+    A rounding error e of column j costs (e / U[j, j])^2 once it is spread over the columns after j.
+    """
+    n, columns = inputs.shape
+    mean = inputs.t() @ inputs
+    if others is None:
+        mean /= max(n, 1)
+    else:
+        mean = (mean + others.t() @ others * (columns / len(others))) / (n + columns)
+    size = -(-columns // GROUP) * GROUP
+    padded = torch.zeros(size, size)
+    padded[:columns, :columns] = mean
+    padded.diagonal().add_(max(_DAMPING * float(mean.diagonal().mean()), 1e-20))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(padded))
+    cost: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return cost
+
+
+def _compensate(weights: Tensor, cost: Tensor, scales: Tensor) -> None:
+    """Round `weights` [C, R] in place, column of W by column; `scales` [C, R] is filled."""
+    columns, rows = weights.shape
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        errors = torch.empty(stop - start, rows)
+        for j in range(start, stop):
+            if j % GROUP == 0:
+                group = slice(j, j + GROUP)
+                importance = cost.diagonal()[group].pow(-2)
+                importance = (importance / importance.mean()).view(-1, 1, 1, 1)
+                tiles = weights[group].view(GROUP, -1, 1, TILE_ROWS)
+                scales[group] = quantization.search_scale(tiles, 4, importance).reshape(1, rows)
+            rounded = quantization.round_to_levels(weights[j], scales[j], 4) * scales[j]
+            errors[j - start] = (weights[j] - rounded) / cost[j, j]
+            weights[j] = rounded
+            weights[j + 1 : stop].addr_(cost[j, j + 1 : stop], errors[j - start], alpha=-1)
+        weights[stop:].addmm_(cost[start:stop, stop:].t(), errors, alpha=-1)

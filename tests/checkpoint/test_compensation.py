@@ -1,0 +1,87 @@
+"""Compensated rounding against its definition in float64, and against plain rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_offload.checkpoint import compensation, quantization
+from moe_offload.checkpoint.compensation import compensate
+
+
+def related_inputs(n: int, columns: int, seed: int = 0) -> Tensor:
+    """Inputs that a few directions explain in part, as hidden states are."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(columns // 8, columns, generator=generator)
+    strengths = torch.randn(n, columns // 8, generator=generator)
+    return strengths @ directions + 0.5 * torch.randn(n, columns, generator=generator)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    packed, scales = quantization.quantize(weight, 4)
+    return quantization.dequantize(packed, scales, *weight.shape, 4)
+
+
+def by_definition(weight: Tensor, inputs: Tensor, unit: Tensor) -> Tensor:
+    """Each column rounded, those after it refitted by least squares: float64, one row at a time."""
+    x = inputs.double()
+    products = x.T @ x / len(x)
+    products.diagonal().add_(0.01 * products.diagonal().mean())
+    out = []
+    for row, steps in zip(weight.double(), unit.double(), strict=True):
+        wanted, left = products @ row, row.clone()
+        fixed: list[float] = []
+        for j in range(len(row)):
+            fixed.append(float((left[0] / steps[j]).round().clamp(-8, 7) * steps[j]))
+            done = torch.tensor(fixed, dtype=torch.float64)
+            rest = slice(j + 1, len(row))
+            if j + 1 < len(row):
+                target = wanted[rest] - products[rest, : j + 1] @ done
+                left = torch.linalg.solve(products[rest, rest], target)
+        out.append(torch.tensor(fixed))
+    return torch.stack(out)
+
+
+def test_each_column_is_what_least_squares_leave() -> None:
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    inputs = related_inputs(200, 64)
+    found, unit = compensate(weight, inputs)
+    assert torch.allclose(found, by_definition(weight, inputs, unit), atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 160), (7, 33), (20, 200)])
+def test_the_product_with_these_inputs_changes_less(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a row is longer than one piece; and every weight is a level times a float16."""
+    monkeypatch.setattr(compensation, "MOST_COLUMNS", 128)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    inputs = related_inputs(400, columns)
+    found, unit = compensate(weight, inputs)
+
+    def error(changed: Tensor) -> float:
+        return float(((changed - weight) @ inputs.T).norm())
+
+    assert error(found) < 0.75 * error(rounded(weight))
+    levels = torch.where(unit == 0, 0, found / unit)
+    assert torch.equal(levels, levels.round()) and levels.min() >= -8 and levels.max() <= 7
+    assert torch.equal(unit.half().float(), unit)
+    padded = torch.nn.functional.pad(unit, (0, -columns % 32), mode="replicate")
+    assert (padded.unflatten(1, (-1, 32)).diff(dim=2) == 0).all()
+
+
+def test_unrelated_inputs_of_one_size_are_plain_rounding() -> None:
+    weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
+    found, _ = compensate(weight, torch.eye(96) * 96**0.5)
+    assert torch.equal(found, rounded(weight))
+
+
+def test_few_inputs_of_its_own_do_not_decide_alone() -> None:
+    """An expert that saw one token still serves the others' inputs, by a share."""
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
+    others = related_inputs(400, 64)
+    alone, _ = compensate(weight, others[:1])
+    shared, _ = compensate(weight, others[:1], others)
+    errors = [float(((one - weight) @ others.T).norm()) for one in (shared, alone)]
+    assert errors[0] < 0.8 * errors[1]

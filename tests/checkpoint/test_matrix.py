@@ -1,0 +1,152 @@
+"""Matrices in every format: stored bytes against a plain loop, exact sources bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from quantised_matrices import E2M1, SOURCES, random_source, source_blocks, spread
+
+from moe_offload.checkpoint.block import BlockLayout, unpack_matrix
+from moe_offload.checkpoint.matrix import MatrixLayout, exact_scales
+from moe_offload.config import WEIGHT_FORMATS, Scales
+from moe_offload.errors import UserError
+from moe_offload.files import from_json
+
+ROWS, COLUMNS = 37, 135  # neither is whole tiles, nor the columns whole groups of 128
+
+
+@pytest.mark.parametrize(("name", "scales"), SOURCES, ids=str)
+def test_a_sources_own_numbers_are_kept_bit_for_bit(name, scales):
+    torch.manual_seed(1)
+    source = random_source(name, scales, ROWS, COLUMNS, 0.0)
+    layout = MatrixLayout(name, ROWS, COLUMNS, scales)
+    arrays = layout.take_over(source[""], source["_unit"], source.get("_minimum"))
+    assert arrays is not None
+    assert [(s, str(a.dtype).removeprefix("torch."), a.shape) for s, a in arrays.items()] == [
+        (suffix, dtype, torch.Size(shape)) for suffix, dtype, shape in layout.arrays()
+    ]
+    back = layout.unpack(arrays)
+    assert torch.equal(back, source[""])
+    if name in ("mxfp4", "fp8"):  # signs of zeros too
+        assert torch.equal(back.view(torch.int32), source[""].view(torch.int32))
+
+
+@pytest.mark.parametrize(("name", "scales"), SOURCES, ids=str)
+def test_a_block_of_a_source_is_read_back_as_its_manifest_says(name, scales):
+    torch.manual_seed(1)
+    layout, blocks = source_blocks(name, scales, 45, 70, 1)
+    assert (layout.scales is None) == (scales == WEIGHT_FORMATS[name].scales)
+    assert from_json(BlockLayout, json.loads(json.dumps(asdict(layout)))) == layout
+    torch.manual_seed(1)
+    largest = {"mxfp4": 6, "fp8": 448}.get(name, 1 << WEIGHT_FORMATS[name].bits)
+    source = random_source(name, scales, 140, 45, 45**-0.5 / largest * 2)
+    assert torch.equal(unpack_matrix(layout, blocks[0], "gate_up"), source[""])
+
+
+@pytest.mark.parametrize(("name", "scales"), SOURCES, ids=str)
+def test_what_is_not_on_the_grid_is_not_taken(name, scales):
+    torch.manual_seed(1)
+    source = random_source(name, scales, ROWS, COLUMNS)
+    weight, unit, minimum = source[""], source["_unit"], source.get("_minimum")
+    layout = MatrixLayout(name, ROWS, COLUMNS, scales)
+    off = weight.clone()
+    off[-1, -1] += unit[-1, -1] * 0.3 + 1e-30
+    assert layout.take_over(off, unit, minimum) is None
+    assert layout.take_over(weight, unit, unit if minimum is None else None) is None
+
+
+def test_the_bytes_of_mxfp4_are_those_of_a_plain_loop():
+    layout = MatrixLayout("mxfp4", 17, 40, Scales("uint8"))
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (17, 40))
+    exponent = torch.randint(100, 140, (17, 2))
+    scale = torch.ldexp(torch.ones(17, 2), exponent - 127).repeat_interleave(32, 1)[:, :40]
+    arrays = layout.take_over(torch.tensor(E2M1)[codes] * scale, scale / 2)
+    assert arrays is not None
+    for row in range(32):
+        for column in range(64):
+            group, place = divmod(column, 32)
+            byte = int(arrays[""][row // 16, group, place % 16 // 4, row % 16, place % 4])
+            inside = row < 17 and column < 40
+            expected = int(codes[row, column]) if inside else 0
+            assert (byte >> 4 if place >= 16 else byte & 15) == expected
+    for row in range(17):
+        for group in range(2):
+            assert arrays["_scale"][row // 16, group, row % 16] == exponent[row, group]
+
+
+def test_every_code_of_fp8_and_every_exponent_survive():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 127) == 127] = 0
+    values = codes.view(torch.float8_e4m3fn).float()
+    layout = MatrixLayout("fp8", 1, 256, Scales("float32", 0))
+    arrays = layout.take_over(values[None] * 0.1, torch.full((1, 256), 0.1))
+    assert arrays is not None
+    assert torch.equal(arrays[""].view(torch.uint8)[0], codes)
+    every = torch.ldexp(torch.ones(255), torch.arange(255) - 127)
+    found = exact_scales("mxfp4", every / 2, 32)
+    assert found == Scales("uint8")
+    assert exact_scales("mxfp4", every * 1.5, 32) is None
+    assert exact_scales("int4", torch.tensor([1e-9]).bfloat16().float(), 32) == Scales("bfloat16")
+    assert exact_scales("int4", torch.tensor([0.1]), 64) == Scales("float32", 64)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8"])
+def test_rounding_goes_to_the_nearest_number_of_the_scale(name):
+    torch.manual_seed(0)
+    weight = torch.randn(ROWS, COLUMNS) * 0.02
+    weight[3, :40] = 0
+    layout = MatrixLayout(name, ROWS, COLUMNS, WEIGHT_FORMATS[name].scales)
+    arrays = layout.pack(weight)
+    back = layout.unpack(arrays)
+    assert (back[3, :32] == 0).all()
+    error = float((back - weight).norm() / weight.norm())
+    assert error < {"mxfp4": 0.12, "fp8": 0.03}[name]
+    if name == "mxfp4":
+        scale = torch.ldexp(torch.ones(()), arrays["_scale"][0, 0, 0].int() - 127)
+        table = torch.tensor(E2M1) * scale
+        for column in range(32):
+            nearest = (table - weight[0, column]).abs().min()
+            assert abs(float(back[0, column] - weight[0, column])) <= float(nearest) * 1.0001
+    # the same numbers come back when they are taken over
+    unit = torch.full_like(back, float("nan"))
+    if name == "mxfp4":
+        for row in range(ROWS):
+            for group in range(-(-COLUMNS // 32)):
+                e = arrays["_scale"][row // 16, group, row % 16].int() - 127
+                unit[row, group * 32 : group * 32 + 32] = torch.ldexp(torch.tensor(0.5), e)
+    else:
+        unit = spread(arrays["_scale"], layout.scales, ROWS, COLUMNS)
+    again = layout.take_over(back, unit)
+    assert again is not None
+    assert torch.equal(layout.unpack(again), back)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2e38])
+def test_weights_that_are_not_finite_are_refused(name, bad):
+    weight = torch.zeros(16, 32)
+    weight[5, 5] = bad
+    with pytest.raises(UserError, match=f"{name} needs finite weights"):
+        MatrixLayout(name, 16, 32, WEIGHT_FORMATS[name].scales).pack(weight)
+
+
+def test_scales_that_a_format_does_not_have_are_refused():
+    for name, scales in (
+        ("bf16", Scales("float16")),
+        ("int4", None),
+        ("int4", Scales("uint8")),
+        ("int4", Scales("float16", 32, 2)),
+        ("mxfp4", Scales("uint8", 64)),
+        ("mxfp4", Scales("float16")),
+        ("fp8", Scales("float32", 128, offset="zero")),
+    ):
+        with pytest.raises(ValueError, match="with scales"):
+            MatrixLayout(name, 16, 32, scales)
+    with pytest.raises(ValueError, match="scales of 48 columns"):
+        Scales("float16", 48)
+    with pytest.raises(ValueError, match="only a quantised source"):
+        MatrixLayout("int4", 16, 32, Scales("float32")).pack(torch.zeros(16, 32))
