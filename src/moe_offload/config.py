@@ -6,6 +6,7 @@ are made from that (`commands/arguments.py`), and messages name a setting by its
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -212,9 +213,10 @@ class ModelOptions:
     """
 
     model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
-    device: Literal["auto", "cuda", "cpu"] = option(
-        "auto", "--device", "where attention runs; auto: the GPU when there is one"
-    )
+    device: str = option(
+        "auto", "--device auto|cuda|cuda:N|cpu",
+        "where attention runs; auto: the GPU when there is one; cuda:N: the N-th of several",
+    )  # fmt: skip
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
     verify: bool = option(False, "--verify", "check every byte of the folder before loading")
     dummy_shape: str | None = option(
@@ -251,6 +253,10 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None,
+            f"expected --device as one of auto, cuda, cuda:N, cpu, found {self.device!r}",
+        )
         _require(
             self.model_path is not None or self.dummy_shape is not None,
             "--model-path is missing: name a folder weights_preprocessor.py prepared",

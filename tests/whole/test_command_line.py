@@ -24,7 +24,7 @@ from against_transformers import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
-from moe_offload.commands import generate
+from moe_offload.commands import check, generate
 from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.engine.engine import Engine
@@ -306,6 +306,14 @@ def test_huge_prompt_file(
         file.truncate(65 << 20)  # sparse: takes no room
     arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
     assert "split it" in refused(capsys, *arguments)
+
+
+def test_a_check_ends_where_the_context_does(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main(["--model-path", str(model), "--max-tokens", "1000"]) == 0
+    n_tokens = re.search(r"answers: .* of (\d+) tokens", capsys.readouterr().out)
+    assert n_tokens is not None and 0 < int(n_tokens[1]) < 3 * 64
 
 
 def test_missing_and_unprepared_folders(

@@ -345,6 +345,9 @@ def load_engine(
     )
     for site in sites:
         model.set_submodule(site.experts_path, MoeExperts(dispatcher, site.layer))
+        block: Any = site.block
+        # transformers' mark: Qwen3-Omni's own initialisation would ask for the experts' parameters
+        block._is_hf_initialized = True
     total_bytes = source.dense_bytes + store.total_bytes
     with byte_bar(f"loading {source.name}", total_bytes) as advance:
         source.load_dense(model, device, advance)
@@ -417,11 +420,19 @@ def open_prepared(options: ModelOptions) -> PreparedModel:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that `wanted` (auto, cuda, cpu) means here; UserError for cuda without one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    """The device that `wanted` (auto, cuda, cuda:N, cpu) means here; UserError where it is not."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not has_gpu):
+        return torch.device("cpu")
+    if not has_gpu:
         raise UserError(
-            "--device cuda was asked for and torch sees no GPU: use --device cpu, or install "
+            f"--device {wanted} was asked for and torch sees no GPU: use --device cpu, or install "
             "a torch built for your CUDA driver"
         )
-    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    _, named, index = wanted.partition(":")
+    if named and int(index) >= torch.cuda.device_count():
+        raise UserError(
+            f"expected --device cuda:0 to cuda:{torch.cuda.device_count() - 1}, the GPUs that "
+            f"torch sees, found {wanted}"
+        )
+    return torch.device("cuda", int(index) if named else torch.cuda.current_device())
