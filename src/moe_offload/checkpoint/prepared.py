@@ -45,7 +45,6 @@ from moe_offload.files import (
 
 FORMAT_VERSION: Final = 1
 MODEL_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_NOT_CONTENT: Final = ("folder", "checksum")
 PREPARE_AGAIN: Final = "prepare the model again with weights_preprocessor.py --force"
 
 
@@ -203,17 +202,17 @@ def decode_floats(data: dict[str, Any]) -> Any:
 
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards must be in place."""
-    content = {
-        key: _encode(value) for key, value in asdict(manifest).items() if key not in _NOT_CONTENT
-    }
-    data = {"format_version": FORMAT_VERSION, **content, "checksum": _checksum(content)}
+    fields = asdict(manifest)
+    said = {key: _encode(fields[key]) for key in fields if key not in ("folder", "checksum")}
+    data = {"format_version": FORMAT_VERSION, **said, "checksum": _own_checksum(said)}
     text = json.dumps(data, indent=1, allow_nan=False)
     write_atomically(manifest.folder / MANIFEST_NAME, f"{text}\n")
 
 
-def _checksum(content: dict[str, Any]) -> int:
-    """Of what the file says, however it is laid out; what a later version adds changes nothing."""
-    return checksum(json.dumps(content, sort_keys=True).encode())
+def _own_checksum(said: dict[str, Any]) -> int:
+    """Of what a manifest says, however its file is laid out, and not of what this version adds."""
+    as_read = json.loads(json.dumps(said))  # keys that are numbers become text, in another order
+    return checksum(json.dumps(as_read, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -239,8 +238,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"version {FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
             )
         manifest = _located(from_json(Manifest, {**data, "folder": str(folder)}))
-        content = {key: _encode(value) for key, value in data.items() if key not in _NOT_CONTENT}
-        if manifest.checksum is not None and manifest.checksum != _checksum(content):
+        said = {key: _encode(data[key]) for key in data if key != "checksum"}
+        if manifest.checksum is not None and manifest.checksum != _own_checksum(said):
             raise ValueError("it is not what was written: its checksum does not match")
         require(manifest.moe_layers != (), "no experts")
         for shard in manifest.shards:
