@@ -244,10 +244,10 @@ class RunProgress:
     def _layer_done(self, *_: object) -> None:
         self._evaluation.update()
 
-    def token(self) -> None:
-        """A prompt got a token."""
+    def token(self, count: int = 1) -> None:
+        """A prompt got a token, or several."""
         self._end_evaluation()
-        self._n_tokens += 1
+        self._n_tokens += count
         now_s = time.perf_counter()
         rate = self._n_tokens / max(now_s - self._started_s, 1e-9)
         if now_s >= self._next_line_s:
@@ -256,7 +256,7 @@ class RunProgress:
             say(f"{done}, {self._n_tokens} tokens, {rate:.1f} tok/s", self._file)
         self._bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
         if not self._by_prompt:
-            self._bar.update()
+            self._bar.update(count)
 
     def prompt_done(self) -> None:
         """A prompt has all its tokens."""
