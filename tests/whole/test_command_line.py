@@ -35,7 +35,7 @@ from moe_offload.simulation.trace_files import read_trace
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = (
     *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv", "cpu_freq_avg.csv"),
-    "run.json",
+    *("expert_counts.csv", "run.json"),
 )
 
 
@@ -243,6 +243,8 @@ BAD_FLAGS = [
     ("--stop ''", "--stop as a text that is not"),
     ("--system y --raw-prompt", "found both"),
     ("--resume", "--resume needs --responses-jsonl"),
+    ("--shard 1/2", "--shard needs --prompt-path"),
+    ("--ray local", "--ray needs --prompt-path and --responses-jsonl"),
     ("--dummy-layers 2", "needs --dummy-weights"),
     ("--cache-auto --trace none", "none"),
     ("--responses-jsonl .", "it is a folder"),
