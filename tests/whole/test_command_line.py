@@ -243,6 +243,8 @@ BAD_FLAGS = [
     ("--stop ''", "--stop as a text that is not"),
     ("--system y --raw-prompt", "found both"),
     ("--resume", "--resume needs --responses-jsonl"),
+    ("--shard 1/2", "--shard needs --prompt-path"),
+    ("--ray local", "--ray needs --prompt-path and --responses-jsonl"),
     ("--dummy-layers 2", "needs --dummy-weights"),
     ("--cache-auto --trace none", "none"),
     ("--responses-jsonl .", "it is a folder"),

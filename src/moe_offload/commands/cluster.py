@@ -34,8 +34,8 @@ from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.memory import kv_cache_bytes
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import EXIT_USER_ERROR, Interruption, RunProgress, say, show
-from moe_offload.model.generation import context_length
-from moe_offload.model.loader import ModelSource
+from moe_offload.model.generation import context_length, unused_suggestions
+from moe_offload.model.loader import ModelSource, PreparedModel
 
 _MOST_BATCHES: Final = 16  # given to a worker at once: at their end its batch runs empty
 _MOST_LOADS: Final = 3  # of a worker that dies each time
@@ -163,6 +163,10 @@ def run_on_cluster(
     longest = max(len(ids) + prompt.options.max_tokens for prompt, ids in encoded)
     longest = min(longest, context_length(source.config) or longest)
     context_tokens = longest * config.generation.batch_size
+    if isinstance(source, PreparedModel):
+        suggested = source.manifest.generation_config or {}
+        for line in unused_suggestions(suggested, config.generation):
+            say(line)
     address = config.model.ray or "local"
     started_s = time.monotonic()
     with _connected(address) as ray:
@@ -383,12 +387,8 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Ray, connected to the cluster at `address`, or to one that is started for this command."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            "--ray needs Ray: pip install -r requirements-ray.txt, or pip install '.[ray]'"
-        ) from error
+    import ray
+
     package = Path(__file__).parents[1]  # every machine runs this code, whatever it has itself
     settings: dict[str, Any] = {
         "address": address,

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from moe_offload import VERSION
@@ -122,7 +123,11 @@ def _left_out_code(left_out: LeftOut) -> int:
 
 
 def _check_sources(config: Config) -> None:
-    """UserError where the model or a trace is not there, or is not one."""
+    """UserError where the model, a trace or Ray is not there, or is not one."""
+    if config.model.ray is not None and find_spec("ray") is None:
+        raise UserError(
+            "--ray needs Ray: pip install -r requirements-ray.txt, or pip install '.[ray]'"
+        )
     if config.model.model_path is not None:
         require_prepared(config.model.model_path)
     if config.model.dummy_shape is not None:
