@@ -219,6 +219,20 @@ class ModelOptions:
     )  # fmt: skip
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
     verify: bool = option(False, "--verify", "check every byte of the folder before loading")
+    host_memory_gb: float | None = option(
+        None, "--host-memory-gb X",
+        "hold at most X GB of experts in host memory and read the others from disk when they are "
+        "needed (default: all experts, or what fits)", above=0,
+    )  # fmt: skip
+    host_policy: str = option(
+        "LFRU", "--host-replace-policy",
+        "which expert gives up its place in host memory (default LFRU)", choices=POLICIES,
+    )  # fmt: skip
+    warm_start: Path | None = option(
+        None, "--warm-start FILE",
+        "load the experts first that this expert_counts.csv of an earlier run says were chosen "
+        "most, where host memory cannot hold all",
+    )  # fmt: skip
     dummy_shape: str | None = option(
         None, "--dummy-weights SHAPE",
         "instead of a folder: random weights of a known model's shape (speed only; the text "
@@ -268,6 +282,10 @@ class ModelOptions:
         _require_for(
             self, ("routing_trace", "dummy_layers", "dummy_format"), self.dummy_shape is not None,
             "{} needs --dummy-weights: a real model has its own",
+        )  # fmt: skip
+        _require_for(
+            self, ("host_memory_gb", "host_policy", "warm_start"), self.model_path is not None,
+            "{} needs --model-path: random weights are on no disk",
         )  # fmt: skip
 
 

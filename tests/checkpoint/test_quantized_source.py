@@ -23,6 +23,7 @@ from moe_offload.checkpoint.prepared import read_block, read_manifest
 from moe_offload.checkpoint.quantized_source import dequantised, read_settings
 from moe_offload.checkpoint.source_files import LazyTensor
 from moe_offload.commands import prepare
+from moe_offload.config import Scales
 from moe_offload.engine.engine import load_model
 
 
@@ -48,8 +49,8 @@ def test_source(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     theirs, ours = eager(plain, torch.float32), load_model(exact, device="cpu")
     ids = prompt_ids(theirs.config.vocab_size, 24)
     with torch.inference_mode():
-        expected, found = theirs(ids).logits, ours(ids).logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        logits, found = theirs(ids).logits, ours(ids).logits
+    assert (found - logits).abs().max() <= 1e-5 * logits.abs().max()
     tokens = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert greedy(ours, ids.tolist(), 8) == tokens[:, 24:].tolist()
     ours.engine.close()
@@ -63,6 +64,11 @@ def test_source(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             expected = numbers.bfloat16().float() if rounded and "bias" not in field else numbers
             assert torch.equal(kept[field], expected), field
     assert not rounded or SOURCES[name].becomes == "bf16"
+    small = load_model(chosen, device="cpu")
+    with torch.inference_mode():
+        errors = (small(ids).logits - logits).norm(dim=-1) / logits.norm(dim=-1)
+    assert errors.median() < 0.1  # bf16 and rounded activations; a wrong scale gives 0.5 or more
+    small.engine.close()
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
@@ -125,7 +131,7 @@ def test_stacked_fp8_experts() -> None:
 
 
 def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
-    """Of a group of zeros the scale is none of its numbers; any other keeps auto from int4."""
+    """Of a group of zeros any scale is right; another makes all of them bf16."""
     source, _ = quantised_checkpoints.write("int4", tmp_path)
     state = load_file(source / "model.safetensors")
     name = "model.layers.1.block_sparse_moe.experts.3.w2"
@@ -133,11 +139,11 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     state[f"{name}.weight_packed"][5, 4:8] = -2004318072  # eight times 8, which is zero
     save_file(state, source / "model.safetensors")
     chosen = prepared(source, tmp_path / "zeros", "--hf")
-    assert read_manifest(chosen).weight_format == "int4"
+    assert read_manifest(chosen).moe_layers[1].layout.scales is None
     state[f"{name}.weight_packed"][5, 4] += 1
     save_file(state, source / "model.safetensors")
     chosen = prepared(source, tmp_path / "tiny", "--hf")
-    assert read_manifest(chosen).weight_format == "bf16"
+    assert read_manifest(chosen).moe_layers[1].layout.scales == Scales("bfloat16")
 
 
 def refusal(source: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:

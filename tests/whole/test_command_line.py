@@ -35,7 +35,7 @@ from moe_offload.simulation.trace_files import read_trace
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = (
     *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv", "cpu_freq_avg.csv"),
-    "run.json",
+    *("expert_counts.csv", "run.json"),
 )
 
 

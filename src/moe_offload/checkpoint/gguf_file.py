@@ -264,7 +264,7 @@ class _Blocks:
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.stored]
         blocks = self._packed(start, stop).unflatten(1, (-1, block_bytes))
         if self.stored == Type.MXFP4:
-            units = torch.ldexp(torch.ones(()), blocks[..., 0].int() - 128)
+            units = torch.exp2(blocks[..., 0].float() - 128)
         else:
             units = blocks[..., :2].contiguous().view(torch.float16).float()[..., 0]
         return self._slice(units.repeat_interleave(block, dim=1), start, stop)

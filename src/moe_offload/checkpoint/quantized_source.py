@@ -529,10 +529,12 @@ class _Weight:
                 group=self._group(index),
                 units=self._units_by_block(index),
                 used_units=partial(self._used_units, index),
+                levels=1 << self.settings.bits if self.layout.form.kind == "int" else 256,
+                rows=self.block[0],
             )
 
     def _group(self, index: int) -> int:
-        if self._groups(index) is not None:
+        if self._groups(index) is not None or self.parts["codes"].dtype == torch.float8_e5m2:
             return 1
         return self.block[1] if self.block[1] < self.shape[1] else 0
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare this tool's answers with those of transformers' own model, layer by "
         "layer, and name what differs. Exit code 0: right, 1: wrong.",
     )
-    add_flags(parser, ModelOptions, "model_path", "device")
+    add_flags(parser, ModelOptions, "model_path", "device", "host_memory_gb")
     parser.add_argument(
         "--source",
         type=a_path,
