@@ -218,7 +218,9 @@ def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     write_gguf(model, tmp_path / "model.gguf", Type.Q4_1)
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
     assert read_manifest(folder).weight_format == "bf16"
-    assert "exactly as they are (such as blk.0.ffn_gate_exps.weight, Q4_1)" in capsys.readouterr().err
+    assert (
+        "exactly as they are (such as blk.0.ffn_gate_exps.weight, Q4_1)" in capsys.readouterr().err
+    )
 
 
 def test_a_scale_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
