@@ -1,0 +1,627 @@
+"""transformers' own server with a loaded engine in its model's place.
+
+Routes, handlers and the thread that computes are those of `transformers serve`. Two overridden
+methods of its ModelManager put our model in; a `Gate` before its app lets in what may be asked,
+and knows when a client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import inspect
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from typing import Any, Final
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.utils import logging
+
+from moe_offload.commands.api_requests import (
+    POSTED_PATHS,
+    Asked,
+    RequestError,
+    error_body,
+    read_body,
+)
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.engine import Engine, load_engine, open_prepared
+from moe_offload.errors import UserError
+from moe_offload.experts.recorder import Recorder
+from moe_offload.machine.terminal import say
+from moe_offload.model.generation import cache_argument, context_length, require_fitting
+from moe_offload.model.prefix import PrefixCache
+from moe_offload.model.tokenization import CheckpointTokenizer
+
+_LARGEST_BODY_BYTES: Final = 16 << 20
+_GRACE_S: Final = 2  # that requests have to end in when the server is stopped
+# The paths of transformers' app that are served, with the method, and our own.
+_PATHS: Final = {
+    **dict.fromkeys(POSTED_PATHS, "POST"),
+    "/v1/models": "GET",
+    "/health": "GET",
+    "/metrics": "GET",
+}
+# Of a checkpoint's generation configuration: one answer, in the KV cache that it is lent.
+_PLAIN: Final = {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": None}
+_TTFT_BUCKETS_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served: its name for clients, the model's folder and cache, who may ask for what.
+
+    `context_tokens` are the most of a prompt and its answer.
+    """
+
+    name: str
+    model: ModelOptions
+    cache: CacheOptions
+    context_tokens: int
+    api_key: str | None = None
+
+
+class ClientGone(Exception):  # noqa: N818 - not an error
+    """Nobody waits for this answer any more."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request from its arrival to its answer; `gone` is set where nobody waits for that."""
+
+    asked: Asked
+    arrived_s: float = field(default_factory=time.perf_counter)
+    computing: bool = False
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def require_client(self, *_: object) -> None:
+        if self.gone.is_set():
+            raise ClientGone
+
+
+# Of the request that the current task, or the computing thread, works for.
+_TICKET: ContextVar[Ticket] = ContextVar("ticket")
+
+
+def serve(listener: socket.socket, service: Service) -> None:
+    """Load the model, and answer requests on the bound `listener` until a signal comes.
+
+    UserError for a model or a tokenizer that cannot be served.
+    """
+    logging.set_verbosity_error()  # transformers' handlers warn of each request
+    source = open_prepared(service.model)
+    tokenizer = CheckpointTokenizer(source.folder)
+    if not tokenizer.backend.is_fast:
+        raise UserError(
+            f"a server needs the tokenizer.json of the model, and {source.folder} has none: copy "
+            "it there"
+        )
+    if tokenizer.backend.chat_template:
+        tokenizer.encode("Hello", raw=False)  # bounded: a template that never ends is found here
+    n_tokens = min(service.context_tokens, context_length(source.config) or service.context_tokens)
+    with load_engine(
+        source, service.model, service.cache, context_tokens=n_tokens, say=say
+    ) as engine:
+        engine.calibrate_for(n_tokens)
+        for note in engine.notes:
+            say(note)
+        metrics = Metrics(engine)
+        generator = Generator(engine, tokenizer.backend, n_tokens, metrics)
+        app = build_app(service.name, engine, tokenizer.backend, generator)
+        gate = Gate(app, service.api_key, bool(tokenizer.backend.chat_template), metrics)
+        config = uvicorn.Config(
+            gate, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * _GRACE_S
+        )
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        say(f"serving {service.name} at http://{host}:{port}/v1 (Ctrl-C ends it)")
+        try:
+            # uvicorn answers signals, and passes them on when it has ended
+            with suppress(KeyboardInterrupt):
+                _Server(config, generator).run(sockets=[listener])
+        finally:
+            generator.close()
+            engine.dispatcher.turn.acquire()  # no forward pass is under way, and none begins
+    say("stopped")
+
+
+class Metrics:
+    """What `/metrics` shows. Counted by the computing thread and by the gate."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tickets: set[Ticket] = set()
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "moe_requests", "Answered requests", ["path", "status"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "moe_prompt_tokens", "Tokens of prompts", ["source"], registry=registry
+        )
+        self.generated_tokens = Counter(
+            "moe_generated_tokens", "Tokens of answers", registry=registry
+        )
+        self.first_token_s = Histogram(
+            "moe_time_to_first_token_seconds",
+            "From a request's arrival to its first token, with the time it waited",
+            buckets=_TTFT_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        accelerator = engine.accelerator
+        policy = type(accelerator.cache.policy).__name__ if accelerator is not None else "none"
+        self._lookups = Counter(
+            "moe_cache_lookups", "Chosen experts of cached layers, by outcome",
+            ["policy", "outcome"], registry=registry,
+        )  # fmt: skip
+        self._policy = policy
+        self._bytes = Counter(
+            "moe_expert_bytes", "Bytes of experts read by the CPU, read by the GPU, copied to it",
+            ["by"], registry=registry,
+        )  # fmt: skip
+        for is_computing in (False, True):
+            gauge = Gauge(
+                "moe_requests_computing" if is_computing else "moe_requests_waiting",
+                "Requests that compute" if is_computing else "Requests that wait for their turn",
+                registry=registry,
+            )
+            gauge.set_function(partial(self._n_tickets, is_computing))
+
+    def _n_tickets(self, computing: bool) -> float:
+        return sum(one.computing == computing for one in list(self.tickets))
+
+    def add_layers(self, recorder: Recorder) -> None:
+        """What the finished passes of one generation did."""
+        layers = recorder.layer_table()
+        for outcome, column in (("hit", "hits"), ("miss", "misses")):
+            self._lookups.labels(self._policy, outcome).inc(
+                int(layers[column][layers["cached"] > 0].sum())
+            )
+        for by, column in (("cpu", "cpu_bytes"), ("gpu", "gpu_bytes"), ("copy", "fetch_bytes")):
+            self._bytes.labels(by).inc(int(layers[column].sum()))
+
+
+class _Progress(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Counts the tokens of one answer, and ends it at a stop text or where its client has gone.
+
+    transformers' own search for stop texts knows not every tokenizer, and takes seconds to begin.
+    """
+
+    def __init__(self, ticket: Ticket, metrics: Metrics, tokenizer: Any, n_prompt: int) -> None:
+        self._ticket = ticket
+        self._metrics = metrics
+        self._tokenizer = tokenizer
+        self._is_first = True
+        self._n_prompt = n_prompt
+        # So many tokens may hold a stop text: one for each byte, and those around it.
+        self._n_recent = 4 * max(map(len, ticket.asked.stop), default=0) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._ticket.require_client()
+        if self._is_first:
+            self._is_first = False
+            self._metrics.first_token_s.observe(time.perf_counter() - self._ticket.arrived_s)
+        self._metrics.generated_tokens.inc()
+        is_over = bool(self._ticket.asked.stop) and self._said_stop(input_ids[0])
+        return torch.full((len(input_ids),), is_over, device=input_ids.device)
+
+    def _said_stop(self, ids: torch.Tensor) -> bool:
+        recent = ids[max(self._n_prompt, len(ids) - self._n_recent) :]
+        text = self._tokenizer.decode(recent, skip_special_tokens=True)
+        return any(stop in text for stop in self._ticket.asked.stop)
+
+
+class Generator:
+    """The model's `generate` for requests, one after the other on transformers' thread.
+
+    It gives the answer the KV cache of the conversation that it goes on with, seeds the sampler,
+    records what the experts did, and leaves the model, within one layer, where the client has gone.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, n_tokens: int, metrics: Metrics) -> None:
+        self.n_tokens = n_tokens
+        self.is_closed = False
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._prefixes = PrefixCache(engine.model, n_tokens)
+        self._cache_name = cache_argument(engine.model)
+        self._generate = engine.model.generate
+        for site in engine.sites:
+            site.block.register_forward_pre_hook(self._require_client)
+
+    def close(self) -> None:
+        """Leave the model within one layer, and never enter it again."""
+        self.is_closed = True
+
+    def _require_client(self, *_: object) -> None:
+        if self.is_closed:
+            raise ClientGone
+        ticket = _TICKET.get(None)
+        if ticket is not None:
+            ticket.require_client()
+
+    def __call__(self, *, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        ticket = _TICKET.get()
+        ticket.computing = True
+        self._require_client()
+        if self._engine.device.type == "cuda":
+            torch.cuda.set_device(self._engine.device)  # this thread's
+        if ticket.asked.seed is not None:
+            torch.manual_seed(ticket.asked.seed)
+        recorder = self._engine.dispatcher.recorder = Recorder()  # of this request alone
+        cache, n_held = self._prefixes.take(input_ids[0].tolist())
+        self._metrics.prompt_tokens.labels("cache").inc(n_held)
+        self._metrics.prompt_tokens.labels("evaluated").inc(input_ids.shape[1] - n_held)
+        if cache is not None:
+            settings[self._cache_name] = cache
+        progress = _Progress(ticket, self._metrics, self._tokenizer, input_ids.shape[1])
+        try:
+            sequences: torch.Tensor = self._generate(
+                input_ids=input_ids, stopping_criteria=StoppingCriteriaList([progress]), **settings
+            )
+        finally:
+            self._metrics.add_layers(recorder)
+        self._prefixes.keep(cache, sequences[0].tolist())
+        return sequences
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, whose requests are answered when it ends, after some grace: it would cancel them."""
+
+    def __init__(self, config: uvicorn.Config, generator: Generator) -> None:
+        super().__init__(config)
+        self._generator = generator
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_GRACE_S, self._generator.close)
+        await super().shutdown(sockets)
+
+
+class OneAtATime(GenerateManager):  # type: ignore[misc]
+    """transformers' thread that computes requests in their order, told whose each one is."""
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self._n_tokens = n_tokens
+
+    def _fit(self, model: Any, inputs: Any, gen_config: Any) -> None:
+        """UserError for a prompt beyond the context; an answer ends where that is full."""
+        ids = inputs["input_ids"][0].tolist()
+        require_fitting(ids, model.config)
+        n_left = self._n_tokens - len(ids)
+        if n_left < 1:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, but this server's context holds "
+                f"{self._n_tokens}: shorten it, or start the server with more --context-tokens"
+            )
+        gen_config.max_new_tokens = min(gen_config.max_new_tokens, n_left)
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *more: Any, **named: Any
+    ) -> tuple[Any, Any]:
+        self._fit(model, inputs, gen_config)
+        queue, streamer = super().generate_streaming(
+            model, processor, inputs, gen_config, *more, **named
+        )
+        stop = _TICKET.get().asked.stop
+        return (UpToStop(queue, stop) if stop else queue), streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *more: Any, **named: Any
+    ) -> tuple[str, int, Any]:
+        self._fit(model, inputs, gen_config)
+        text, n_prompt, ids = await super().generate_non_streaming(
+            model, processor, inputs, gen_config, *more, **named
+        )
+        return cut(text, _TICKET.get().asked.stop), n_prompt, ids
+
+    def submit(self, fn: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return super().submit(copy_context().run, fn, *arguments, **named)
+
+    def async_submit(self, fn: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        # Shielded: the thread has an answer to hand over even when nobody waits for it.
+        return asyncio.shield(super().async_submit(copy_context().run, fn, *arguments, **named))
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    """`text` up to the first of the `stop` texts."""
+    places = [place for one in stop if (place := text.find(one)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class UpToStop:
+    """A queue of an answer's pieces that ends before the first of its stop texts.
+
+    What may be the beginning of one is held back until it is known not to be.
+    """
+
+    def __init__(self, queue: asyncio.Queue[Any], stop: tuple[str, ...]) -> None:
+        self._queue = queue
+        self._stop = stop
+        self._held = ""
+        self._ready: list[Any] = []
+        self._is_cut = False
+
+    async def get(self) -> Any:
+        while not self._ready:
+            self._add(await self._queue.get())
+        return self._ready.pop(0)
+
+    def get_nowait(self) -> Any:
+        while not self._ready:
+            self._add(self._queue.get_nowait())
+        return self._ready.pop(0)
+
+    def _add(self, item: Any) -> None:
+        if type(item) is not str:  # the end, an error, a part that is no text of the answer
+            self._ready += [self._held, item] if self._held else [item]
+            self._held = ""
+            return
+        if self._is_cut:
+            return
+        text = self._held + item
+        end = len(cut(text, self._stop))
+        self._is_cut = end < len(text)
+        if not self._is_cut:
+            end -= max(_n_begun(text, one) for one in self._stop)
+        self._ready += [text[:end]] if end else []
+        self._held = "" if self._is_cut else text[end:]
+
+
+def _n_begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+class _AsAsked:
+    """Settings that transformers' handlers leave out; the gate has checked the others."""
+
+    _valid_params_class = None
+
+    def _build_generation_config(self, body: dict[str, Any], *more: Any, **named: Any) -> Any:
+        config = super()._build_generation_config(body, *more, **named)  # type: ignore[misc]
+        if "temperature" in body:
+            config.do_sample = body["temperature"] > 0
+        for name in ("top_k", "min_p", "repetition_penalty"):
+            if name in body:
+                setattr(config, name, body[name])
+        if config.top_k is None:
+            config.top_k = 0  # else transformers would sample from the 50 likeliest
+        return config
+
+
+class ChatHandler(_AsAsked, ChatCompletionHandler):  # type: ignore[misc]
+    """transformers' /v1/chat/completions."""
+
+
+class TextHandler(_AsAsked, CompletionHandler):  # type: ignore[misc]
+    """transformers' /v1/completions."""
+
+
+class LoadedModel(ModelManager):  # type: ignore[misc]
+    """transformers' manager of models, of one model that is there already."""
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, generator: Generator, thread: OneAtATime
+    ) -> None:
+        self._served = name, model, tokenizer
+        self._generator = generator
+        self._thread = thread
+        super().__init__(device="cpu", force_model=name)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id  # no revision behind it: clients see it in answers
+
+    def _require_served(self, name: str) -> None:
+        if name != self._served[0]:
+            raise UserError(f"this server's model is {self._served[0]!r}, and not {name!r}")
+
+    def _load_processor(self, model_id_and_revision: str, *_: Any, **__: Any) -> Any:
+        self._require_served(model_id_and_revision)
+        return self._served[2]
+
+    def _load_model(self, model_id_and_revision: str, *_: Any, **__: Any) -> Any:
+        self._require_served(model_id_and_revision)
+        return self._served[1]
+
+    def shutdown(self) -> None:
+        """The server ends: what is computed is left, while its loop can still be told so."""
+        self._generator.close()
+        with suppress(TimeoutError):
+            self._thread.submit(lambda: None).result(timeout=_GRACE_S)
+        super().shutdown()
+
+
+class _State(GenerationState):  # type: ignore[misc]
+    """One manager of generations for all requests."""
+
+    def __init__(self, manager: OneAtATime) -> None:
+        super().__init__()
+        self._one = manager
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> OneAtATime:
+        return self._one
+
+
+def build_app(name: str, engine: Engine, tokenizer: Any, generator: Generator) -> FastAPI:
+    """transformers' app for one loaded model; its errors are OpenAI's."""
+    template = tokenizer.apply_chat_template
+
+    def apply_chat_template(*arguments: Any, **named: Any) -> Any:
+        try:
+            return template(*arguments, **named)
+        except Exception as error:  # a template is a program
+            raise UserError(f"the model's chat template refuses this: {error}") from error
+
+    tokenizer.apply_chat_template = apply_chat_template
+    engine.model.generate = generator
+    for setting, plain in _PLAIN.items():
+        setattr(engine.model.generation_config, setting, plain)
+    thread = OneAtATime(generator.n_tokens)
+    manager = LoadedModel(name, engine.model, tokenizer, generator, thread)
+    state = _State(thread)
+    handlers: dict[str, Any] = {
+        "chat_handler": ChatHandler(manager, state),
+        "completion_handler": TextHandler(manager, state),
+    }
+    others = [one for one in inspect.signature(build_server).parameters if one.endswith("_handler")]
+    handlers = dict.fromkeys(others) | handlers  # the gate keeps requests from the others
+    app: FastAPI = build_server(manager, generation_state=state, **handlers)
+    app.add_exception_handler(UserError, _refused)
+    app.add_exception_handler(ClientGone, _gone)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 400)
+    message = str(getattr(error, "detail", error))
+    return JSONResponse(error_body(message, "invalid_request_error"), status)
+
+
+async def _gone(_: Request, error: Exception) -> Response:
+    """Somebody reads this only where the server is being stopped."""
+    del error
+    return JSONResponse(error_body("this server is being stopped", "server_error"), 503)
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)
+
+
+class Gate:
+    """Stands before transformers' app: who may ask, what may be asked, whether anybody waits."""
+
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, has_template: bool, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._api_key = api_key
+        self._has_template = has_template
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, self._counting(scope, send))
+
+    def _counting(self, scope: Scope, send: Send) -> Send:
+        path = scope["path"] if scope["path"] in _PATHS else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        return counted
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            self._admit(request)
+            if scope["path"] == "/metrics":
+                metrics = generate_latest(self._metrics.registry)
+                await Response(metrics, media_type="text/plain")(scope, receive, send)
+            elif scope["path"] in POSTED_PATHS:
+                asked = read_body(scope["path"], await _body_of(request))
+                if "messages" in asked.body and not self._has_template:
+                    raise RequestError(
+                        "the model has no chat template: ask it at /v1/completions", "messages"
+                    )
+                await self._with_ticket(Ticket(asked), scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        except RequestError as error:
+            await JSONResponse(error.body, error.status)(scope, receive, send)
+        except ClientDisconnect:
+            pass
+
+    def _admit(self, request: Request) -> None:
+        """RequestError for a client without the key, and for what is not served."""
+        path = request.url.path
+        if self._api_key is not None and path != "/health":
+            given = request.headers.get("authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+                raise RequestError(
+                    "this server wants its API key: Authorization: Bearer KEY",
+                    code="invalid_api_key", status=HTTPStatus.UNAUTHORIZED,
+                )  # fmt: skip
+        if path not in _PATHS:
+            raise RequestError(
+                f"{path} is not served: served are {', '.join(_PATHS)}",
+                status=HTTPStatus.NOT_FOUND,
+            )
+        if request.method != _PATHS[path]:
+            raise RequestError(
+                f"{path} is for {_PATHS[path]}", status=HTTPStatus.METHOD_NOT_ALLOWED
+            )
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip()
+        if request.method == "POST" and content_type != "application/json":
+            # Else any page in a browser on this machine could ask without being asked.
+            raise RequestError("expected the content type application/json")
+
+    async def _with_ticket(
+        self, ticket: Ticket, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Let the app answer; the ticket's client is gone when its connection is, or the task."""
+        left = asyncio.Event()
+        body = json.dumps(ticket.asked.body).encode()
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            ticket.gone.set()
+            left.set()
+
+        async def receive_again() -> Message:
+            if unread:
+                return unread.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        watcher = asyncio.create_task(watch())
+        self._metrics.tickets.add(ticket)
+        _TICKET.set(ticket)
+        try:
+            await self._app(scope, receive_again, send)
+        finally:
+            watcher.cancel()
+            ticket.gone.set()
+            self._metrics.tickets.discard(ticket)
+
+
+async def _body_of(request: Request) -> bytes:
+    """The bytes of the body; RequestError for more than any prompt has."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LARGEST_BODY_BYTES:
+            raise RequestError(
+                f"the body has more than {_LARGEST_BODY_BYTES >> 20} MB",
+                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
+    return bytes(body)
