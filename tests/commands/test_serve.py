@@ -259,7 +259,7 @@ MALFORMED: list[tuple[str, Any, str | None]] = [
     (CHAT, {"messages": HELLO, "generation_config": "{"}, None),
     (CHAT, {"messages": HELLO, "generation_config": '{"top_k": "x"}'}, "top_k"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": False}}, None),
-    (CHAT, {"messages": HELLO, "model": "another"}, None),
+    (CHAT, {"messages": HELLO, "model": "another"}, "model"),
     (CHAT, {"messages": [{"role": "user", "content": "w7 " * CONTEXT}]}, None),
     (TEXT, {"prompt": "w7 " * CONTEXT}, None),
     (TEXT, {"prompt": "w7 " * CONTEXT, "stream": True}, None),
@@ -268,6 +268,7 @@ MALFORMED: list[tuple[str, Any, str | None]] = [
     (TEXT, {"prompt": ["w7", "w8"]}, "prompt"),
     (TEXT, {"messages": HELLO}, "prompt"),
     ("/load_model", {"model": 7}, "model"),
+    ("/load_model", {"model": "another"}, "model"),
 ]
 
 
@@ -335,6 +336,11 @@ def test_transformers_own_client(model: Path, greedy: dict[str, str], tmp_path: 
     )  # fmt: skip
     said = " ".join(done.stdout.split())
     assert greedy["w7 w8 w9"] in said, said + done.stderr
+    for host in ("rebound.example", "[::1", "localhost.rebound.example:80"):
+        foreign = HTTPConnection(open_to_all.url.removeprefix("http://"), timeout=60)
+        foreign.request("GET", "/v1/models", headers={"Host": host})
+        assert foreign.getresponse().status == 403
+        foreign.close()
     assert open_to_all.stop(signal.SIGINT) == 0
     assert open_to_all.lines[-1] == "stopped\n"
 
@@ -369,7 +375,7 @@ def test_two_hundred_requests_of_eight_clients(served: Served) -> None:
     def one(number: int) -> None:
         kind = rng.random()
         if number == 100 or kind < 0.1:
-            path, body, _ = MALFORMED[-7] if number == 100 else rng.choice(MALFORMED)
+            path, body, _ = MALFORMED[-8] if number == 100 else rng.choice(MALFORMED)
             assert served.post(path, body)[0] == 400
         elif kind < 0.2:
             served.begin(TEXT, {"prompt": "w7", "max_tokens": 3000, "stream": kind < 0.15}).close()

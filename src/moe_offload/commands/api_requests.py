@@ -7,6 +7,7 @@ refused by name.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
@@ -43,6 +44,14 @@ class RequestError(Exception):
         super().__init__(message)
         self.status = status
         self.body = error_body(message, "invalid_request_error", param, code)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a host's name, is this machine's alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def error_body(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from argparse import Namespace
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 
 from moe_offload.checkpoint.folders import require_prepared
+from moe_offload.commands.api_requests import is_loopback
 from moe_offload.commands.arguments import ArgumentParser, a_text, add_flags, chosen, run_command
 from moe_offload.config import LARGEST, CacheOptions, ModelOptions, flag_of, require_range
 from moe_offload.errors import UserError
@@ -61,7 +61,7 @@ def _serve(arguments: Namespace) -> int:
     require_range("--context-tokens", arguments.context_tokens, 2, LARGEST)
     if arguments.api_key == "":
         raise UserError("expected --api-key as a text that is not empty")
-    if not _is_loopback(arguments.host) and arguments.api_key is None:
+    if not is_loopback(arguments.host) and arguments.api_key is None:
         raise UserError(
             f"--host {arguments.host} lets other machines in: protect the model with --api-key"
         )
@@ -82,13 +82,6 @@ def _serve(arguments: Namespace) -> int:
             Service(name, model, cache, arguments.context_tokens, arguments.api_key),
         )
     return 0
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -8,28 +8,21 @@ and knows when a client has gone.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import inspect
-import json
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
-from functools import partial
-from http import HTTPStatus
+from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -38,13 +31,8 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils import logging
 
-from moe_offload.commands.api_requests import (
-    POSTED_PATHS,
-    Asked,
-    RequestError,
-    error_body,
-    read_body,
-)
+from moe_offload.commands.api_requests import error_body
+from moe_offload.commands.gate import TICKET, ClientGone, Gate, Metrics, Ticket
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.errors import UserError
@@ -54,18 +42,9 @@ from moe_offload.model.generation import cache_argument, context_length, require
 from moe_offload.model.prefix import PrefixCache
 from moe_offload.model.tokenization import CheckpointTokenizer
 
-_LARGEST_BODY_BYTES: Final = 16 << 20
 _GRACE_S: Final = 2  # that requests have to end in when the server is stopped
-# The paths of transformers' app that are served, with the method, and our own.
-_PATHS: Final = {
-    **dict.fromkeys(POSTED_PATHS, "POST"),
-    "/v1/models": "GET",
-    "/health": "GET",
-    "/metrics": "GET",
-}
 # Of a checkpoint's generation configuration: one answer, in the KV cache that it is lent.
 _PLAIN: Final = {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": None}
-_TTFT_BUCKETS_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 
 @dataclass(frozen=True)
@@ -80,28 +59,6 @@ class Service:
     cache: CacheOptions
     context_tokens: int
     api_key: str | None = None
-
-
-class ClientGone(Exception):  # noqa: N818 - not an error
-    """Nobody waits for this answer any more."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request from its arrival to its answer; `gone` is set where nobody waits for that."""
-
-    asked: Asked
-    arrived_s: float = field(default_factory=time.perf_counter)
-    computing: bool = False
-    gone: threading.Event = field(default_factory=threading.Event)
-
-    def require_client(self, *_: object) -> None:
-        if self.gone.is_set():
-            raise ClientGone
-
-
-# Of the request that the current task, or the computing thread, works for.
-_TICKET: ContextVar[Ticket] = ContextVar("ticket")
 
 
 def serve(listener: socket.socket, service: Service) -> None:
@@ -126,10 +83,12 @@ def serve(listener: socket.socket, service: Service) -> None:
         engine.calibrate_for(n_tokens)
         for note in engine.notes:
             say(note)
-        metrics = Metrics(engine)
+        metrics = Metrics(service.cache.policy if engine.accelerator is not None else "none")
         generator = Generator(engine, tokenizer.backend, n_tokens, metrics)
         app = build_app(service.name, engine, tokenizer.backend, generator)
-        gate = Gate(app, service.api_key, bool(tokenizer.backend.chat_template), metrics)
+        gate = Gate(
+            app, service.name, service.api_key, bool(tokenizer.backend.chat_template), metrics
+        )
         config = uvicorn.Config(
             gate, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * _GRACE_S
         )
@@ -144,59 +103,6 @@ def serve(listener: socket.socket, service: Service) -> None:
             generator.close()
             engine.dispatcher.turn.acquire()  # no forward pass is under way, and none begins
     say("stopped")
-
-
-class Metrics:
-    """What `/metrics` shows. Counted by the computing thread and by the gate."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.tickets: set[Ticket] = set()
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "moe_requests", "Answered requests", ["path", "status"], registry=registry
-        )
-        self.prompt_tokens = Counter(
-            "moe_prompt_tokens", "Tokens of prompts", ["source"], registry=registry
-        )
-        self.generated_tokens = Counter(
-            "moe_generated_tokens", "Tokens of answers", registry=registry
-        )
-        self.first_token_s = Histogram(
-            "moe_time_to_first_token_seconds",
-            "From a request's arrival to its first token, with the time it waited",
-            buckets=_TTFT_BUCKETS_S, registry=registry,
-        )  # fmt: skip
-        accelerator = engine.accelerator
-        policy = type(accelerator.cache.policy).__name__ if accelerator is not None else "none"
-        self._lookups = Counter(
-            "moe_cache_lookups", "Chosen experts of cached layers, by outcome",
-            ["policy", "outcome"], registry=registry,
-        )  # fmt: skip
-        self._policy = policy
-        self._bytes = Counter(
-            "moe_expert_bytes", "Bytes of experts read by the CPU, read by the GPU, copied to it",
-            ["by"], registry=registry,
-        )  # fmt: skip
-        for is_computing in (False, True):
-            gauge = Gauge(
-                "moe_requests_computing" if is_computing else "moe_requests_waiting",
-                "Requests that compute" if is_computing else "Requests that wait for their turn",
-                registry=registry,
-            )
-            gauge.set_function(partial(self._n_tickets, is_computing))
-
-    def _n_tickets(self, computing: bool) -> float:
-        return sum(one.computing == computing for one in list(self.tickets))
-
-    def add_layers(self, recorder: Recorder) -> None:
-        """What the finished passes of one generation did."""
-        layers = recorder.layer_table()
-        for outcome, column in (("hit", "hits"), ("miss", "misses")):
-            self._lookups.labels(self._policy, outcome).inc(
-                int(layers[column][layers["cached"] > 0].sum())
-            )
-        for by, column in (("cpu", "cpu_bytes"), ("gpu", "gpu_bytes"), ("copy", "fetch_bytes")):
-            self._bytes.labels(by).inc(int(layers[column].sum()))
 
 
 class _Progress(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
@@ -255,12 +161,12 @@ class Generator:
     def _require_client(self, *_: object) -> None:
         if self.is_closed:
             raise ClientGone
-        ticket = _TICKET.get(None)
+        ticket = TICKET.get(None)
         if ticket is not None:
             ticket.require_client()
 
     def __call__(self, *, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-        ticket = _TICKET.get()
+        ticket = TICKET.get()
         ticket.computing = True
         self._require_client()
         if self._engine.device.type == "cuda":
@@ -322,7 +228,7 @@ class OneAtATime(GenerateManager):  # type: ignore[misc]
         queue, streamer = super().generate_streaming(
             model, processor, inputs, gen_config, *more, **named
         )
-        stop = _TICKET.get().asked.stop
+        stop = TICKET.get().asked.stop
         return (UpToStop(queue, stop) if stop else queue), streamer
 
     async def generate_non_streaming(
@@ -332,7 +238,7 @@ class OneAtATime(GenerateManager):  # type: ignore[misc]
         text, n_prompt, ids = await super().generate_non_streaming(
             model, processor, inputs, gen_config, *more, **named
         )
-        return cut(text, _TICKET.get().asked.stop), n_prompt, ids
+        return cut(text, TICKET.get().asked.stop), n_prompt, ids
 
     def submit(self, fn: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         return super().submit(copy_context().run, fn, *arguments, **named)
@@ -424,7 +330,7 @@ class LoadedModel(ModelManager):  # type: ignore[misc]
     def __init__(
         self, name: str, model: Any, tokenizer: Any, generator: Generator, thread: OneAtATime
     ) -> None:
-        self._served = name, model, tokenizer
+        self._served = model, tokenizer
         self._generator = generator
         self._thread = thread
         super().__init__(device="cpu", force_model=name)
@@ -433,17 +339,11 @@ class LoadedModel(ModelManager):  # type: ignore[misc]
     def process_model_name(model_id: str) -> str:
         return model_id  # no revision behind it: clients see it in answers
 
-    def _require_served(self, name: str) -> None:
-        if name != self._served[0]:
-            raise UserError(f"this server's model is {self._served[0]!r}, and not {name!r}")
-
     def _load_processor(self, model_id_and_revision: str, *_: Any, **__: Any) -> Any:
-        self._require_served(model_id_and_revision)
-        return self._served[2]
+        return self._served[1]
 
     def _load_model(self, model_id_and_revision: str, *_: Any, **__: Any) -> Any:
-        self._require_served(model_id_and_revision)
-        return self._served[1]
+        return self._served[0]
 
     def shutdown(self) -> None:
         """The server ends: what is computed is left, while its loop can still be told so."""
@@ -509,119 +409,3 @@ async def _gone(_: Request, error: Exception) -> Response:
 
 async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(f"{type(error).__name__}: {error}", "server_error"), 500)
-
-
-class Gate:
-    """Stands before transformers' app: who may ask, what may be asked, whether anybody waits."""
-
-    def __init__(
-        self, app: ASGIApp, api_key: str | None, has_template: bool, metrics: Metrics
-    ) -> None:
-        self._app = app
-        self._api_key = api_key
-        self._has_template = has_template
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._answer(scope, receive, self._counting(scope, send))
-
-    def _counting(self, scope: Scope, send: Send) -> Send:
-        path = scope["path"] if scope["path"] in _PATHS else "other"
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._metrics.requests.labels(path, message["status"]).inc()
-            await send(message)
-
-        return counted
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        try:
-            self._admit(request)
-            if scope["path"] == "/metrics":
-                metrics = generate_latest(self._metrics.registry)
-                await Response(metrics, media_type="text/plain")(scope, receive, send)
-            elif scope["path"] in POSTED_PATHS:
-                asked = read_body(scope["path"], await _body_of(request))
-                if "messages" in asked.body and not self._has_template:
-                    raise RequestError(
-                        "the model has no chat template: ask it at /v1/completions", "messages"
-                    )
-                await self._with_ticket(Ticket(asked), scope, receive, send)
-            else:
-                await self._app(scope, receive, send)
-        except RequestError as error:
-            await JSONResponse(error.body, error.status)(scope, receive, send)
-        except ClientDisconnect:
-            pass
-
-    def _admit(self, request: Request) -> None:
-        """RequestError for a client without the key, and for what is not served."""
-        path = request.url.path
-        if self._api_key is not None and path != "/health":
-            given = request.headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
-                raise RequestError(
-                    "this server wants its API key: Authorization: Bearer KEY",
-                    code="invalid_api_key", status=HTTPStatus.UNAUTHORIZED,
-                )  # fmt: skip
-        if path not in _PATHS:
-            raise RequestError(
-                f"{path} is not served: served are {', '.join(_PATHS)}",
-                status=HTTPStatus.NOT_FOUND,
-            )
-        if request.method != _PATHS[path]:
-            raise RequestError(
-                f"{path} is for {_PATHS[path]}", status=HTTPStatus.METHOD_NOT_ALLOWED
-            )
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip()
-        if request.method == "POST" and content_type != "application/json":
-            # Else any page in a browser on this machine could ask without being asked.
-            raise RequestError("expected the content type application/json")
-
-    async def _with_ticket(
-        self, ticket: Ticket, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Let the app answer; the ticket's client is gone when its connection is, or the task."""
-        left = asyncio.Event()
-        body = json.dumps(ticket.asked.body).encode()
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            ticket.gone.set()
-            left.set()
-
-        async def receive_again() -> Message:
-            if unread:
-                return unread.pop()
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        watcher = asyncio.create_task(watch())
-        self._metrics.tickets.add(ticket)
-        _TICKET.set(ticket)
-        try:
-            await self._app(scope, receive_again, send)
-        finally:
-            watcher.cancel()
-            ticket.gone.set()
-            self._metrics.tickets.discard(ticket)
-
-
-async def _body_of(request: Request) -> bytes:
-    """The bytes of the body; RequestError for more than any prompt has."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _LARGEST_BODY_BYTES:
-            raise RequestError(
-                f"the body has more than {_LARGEST_BODY_BYTES >> 20} MB",
-                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            )
-    return bytes(body)
