@@ -6,6 +6,7 @@ are made from that (`commands/arguments.py`), and messages name a setting by its
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -212,11 +213,26 @@ class ModelOptions:
     """
 
     model_path: Path | None = option(None, "--model-path DIR", "prepared model folder")
-    device: Literal["auto", "cuda", "cpu"] = option(
-        "auto", "--device", "where attention runs; auto: the GPU when there is one"
-    )
+    device: str = option(
+        "auto", "--device auto|cuda|cuda:N|cpu",
+        "where attention runs; auto: the GPU when there is one; cuda:N: the N-th of several",
+    )  # fmt: skip
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
     verify: bool = option(False, "--verify", "check every byte of the folder before loading")
+    host_memory_gb: float | None = option(
+        None, "--host-memory-gb X",
+        "hold at most X GB of experts in host memory and read the others from disk when they are "
+        "needed (default: all experts, or what fits)", above=0,
+    )  # fmt: skip
+    host_policy: str = option(
+        "LFRU", "--host-replace-policy",
+        "which expert gives up its place in host memory (default LFRU)", choices=POLICIES,
+    )  # fmt: skip
+    warm_start: Path | None = option(
+        None, "--warm-start FILE",
+        "load the experts first that this expert_counts.csv of an earlier run says were chosen "
+        "most, where host memory cannot hold all",
+    )  # fmt: skip
     dummy_shape: str | None = option(
         None, "--dummy-weights SHAPE",
         "instead of a folder: random weights of a known model's shape (speed only; the text "
@@ -244,9 +260,17 @@ class ModelOptions:
         None, "--cpu-affinity LIST",
         "pin kernel threads to CPUs, such as 0-7,16",
     )  # fmt: skip
+    ray: str | None = option(
+        None, "--ray ADDRESS",
+        "answer a prompt file on all machines of a Ray cluster; local: one started here",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None,
+            f"expected --device as one of auto, cuda, cuda:N, cpu, found {self.device!r}",
+        )
         _require(
             self.model_path is not None or self.dummy_shape is not None,
             "--model-path is missing: name a folder weights_preprocessor.py prepared",
@@ -258,6 +282,10 @@ class ModelOptions:
         _require_for(
             self, ("routing_trace", "dummy_layers", "dummy_format"), self.dummy_shape is not None,
             "{} needs --dummy-weights: a real model has its own",
+        )  # fmt: skip
+        _require_for(
+            self, ("host_memory_gb", "host_policy", "warm_start"), self.model_path is not None,
+            "{} needs --model-path: random weights are on no disk",
         )  # fmt: skip
 
 
@@ -457,3 +485,19 @@ class Config:
     generation: GenerationOptions
     prompts: PromptOptions
     output: OutputOptions
+
+    def __post_init__(self) -> None:
+        if self.model.ray is None:
+            return
+        _require(
+            self.prompts.path is not None and self.output.responses_jsonl is not None,
+            "--ray needs --prompt-path and --responses-jsonl: the prompts, and where answers go",
+        )
+        _require(
+            self.model.model_path is not None,
+            "--ray needs --model-path: random weights have nothing to say",
+        )
+        _require_for(
+            self.output, ("output_dir", "breakdown_csv", "cachehit_csv", "nvtx"), False,
+            "expected --ray or {}, found both: only a run on one machine is recorded",
+        )  # fmt: skip

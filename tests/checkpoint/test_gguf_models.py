@@ -17,14 +17,14 @@ import pytest
 import tiny_models
 import torch
 from against_transformers import N_TOKENS, greedy, prepared, prompt_ids
+from cpu_oracle import unpack_block
 from gguf import GGMLQuantizationType as Type
 from gguf_models import with_stored_weights, write_gguf
 from plain_gguf import PLAIN, random_blocks
-from prepared_weights import assert_same_experts
 from refusals import refusal
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
 
-from moe_offload.checkpoint.prepared import read_manifest
+from moe_offload.checkpoint.prepared import read_block, read_manifest
 from moe_offload.engine.engine import load_model
 
 # Rows that fill Q8_0's blocks, so that next to nothing stays F32.
@@ -98,16 +98,16 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     assert_same_model(with_stored_weights(model, stored), folder)
 
 
-def test_experts_that_are_not_stacked(tmp_path: Path) -> None:
-    """Files of before February 2024 have a tensor for each expert."""
-    model = tiny_models.build_model(CONFIGS["mixtral"]())
-    write_gguf(model, tmp_path / "stacked.gguf")
-    write_gguf(model, tmp_path / "apart.gguf", stacked=False)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_experts_of_other_times(name: str, tmp_path: Path) -> None:
+    """Files of before February 2024 have a tensor for each expert, some of 2026 one for two."""
+    model = tiny_models.build_model(CONFIGS[name]())
     contents = []
-    for name in ("stacked", "apart"):
-        folder = prepared(tmp_path / f"{name}.gguf", tmp_path / name)
+    for experts in ("stacked", "apart", "fused"):
+        write_gguf(model, tmp_path / f"{experts}.gguf", experts=experts)
+        folder = prepared(tmp_path / f"{experts}.gguf", tmp_path / experts)
         contents.append([path.read_bytes() for path in sorted(folder.glob("*.safetensors"))])
-    assert contents[0] == contents[1]
+    assert contents[0] == contents[1] == contents[2]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
@@ -181,12 +181,12 @@ def test_a_model_with_more_than_it_should_have(
 
 @pytest.mark.parametrize(
     ("kind", "becomes"),
-    [(Type.Q4_0, "int4"), (Type.Q5_0, "int8"), (Type.Q8_0, "int8"), (Type.MXFP4, "int8")],
+    [(Type.Q4_0, "int4"), (Type.Q5_0, "int8"), (Type.Q8_0, "int8"), (Type.MXFP4, "mxfp4")],
     ids=lambda one: getattr(one, "name", one),
 )
 def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path: Path) -> None:
     """Also where no weight of a group is at the end of the range, as with an importance matrix."""
-    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+    model = tiny_models.build_model(CONFIGS["gpt_oss" if kind == Type.MXFP4 else "mixtral"]())
 
     def pack(values: np.ndarray, stored: Type) -> np.ndarray:
         if stored != kind:
@@ -201,19 +201,30 @@ def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path
     stored = write_gguf(model, tmp_path / "model.gguf", kind, pack=pack)
     manifest = read_manifest(prepared(tmp_path / "model.gguf", tmp_path / "prepared"))
     assert manifest.weight_format == becomes
-    assert_same_experts(manifest, with_stored_weights(model, stored))
+    for position, layer in enumerate(manifest.moe_layers):
+        parts = (
+            stored[f"blk.{position}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")
+        )
+        for expert, (gate, up, down) in enumerate(zip(*parts, strict=True)):
+            block = torch.empty(layer.layout.block_bytes, dtype=torch.uint8)
+            read_block(layer, expert, block)
+            found = unpack_block(layer.layout, block)
+            assert torch.equal(found["gate_up"], torch.cat((gate, up)))
+            assert torch.equal(found["down"], down)
 
 
 def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+    model = tiny_models.build_model(CONFIGS["mixtral"]())
     write_gguf(model, tmp_path / "model.gguf", Type.Q4_1)
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
     assert read_manifest(folder).weight_format == "bf16"
-    assert "exactly (blk.0.ffn_gate_exps.weight, Q4_1 is the first)" in capsys.readouterr().err
+    assert (
+        "exactly as they are (such as blk.0.ffn_gate_exps.weight, Q4_1)" in capsys.readouterr().err
+    )
 
 
 def test_a_scale_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_models.build_model(tiny_models.mixtral(hidden_size=64, intermediate_size=96))
+    model = tiny_models.build_model(CONFIGS["mixtral"]())
 
     def pack(values: np.ndarray, stored: Type) -> np.ndarray:
         packed = gguf.quantize(values, stored)

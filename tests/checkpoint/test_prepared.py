@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def test_the_file_is_what_earlier_versions_wrote_and_read(prepared: Manifest) ->
         *("module", "file", "bytes", "data_offset_bytes", "n_experts", "layout"),
         *("header_checksum", "block_checksums"),
     }
+
+
+def test_a_folder_of_a_version_with_fewer_fields_is_read(prepared: Manifest) -> None:
+    """Its checksum is of what its manifest says: a field that came later is not damage."""
+    path = prepared.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    for layer in data["moe_layers"]:
+        del layer["layout"]["scales"]
+    said = {key: data[key] for key in data if key not in ("format_version", "checksum")}
+    data["checksum"] = zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    path.write_text(json.dumps(data))
+    assert read_manifest(prepared.folder).moe_layers == prepared.moe_layers
+    path.write_text(json.dumps(data | {"source": "another"}))
+    with pytest.raises(UserError, match="its checksum does not match"):
+        read_manifest(prepared.folder)
+
+
+def test_numbers_as_keys_of_a_config_survive(prepared: Manifest) -> None:
+    prepared.config["id2label"] = {number: f"label {number}" for number in range(12)}
+    write_manifest(prepared)
+    assert len(read_manifest(prepared.folder).config["id2label"]) == 12
 
 
 def test_infinite_numbers_of_a_config_survive(prepared: Manifest) -> None:

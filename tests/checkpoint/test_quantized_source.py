@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moe_offload.checkpoint.prepared import read_block, read_manifest
 from moe_offload.checkpoint.quantized_source import dequantised, read_settings
 from moe_offload.checkpoint.source_files import LazyTensor
 from moe_offload.commands import prepare
+from moe_offload.config import Scales
 from moe_offload.engine.engine import load_model
 
 
@@ -48,8 +50,8 @@ def test_source(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     theirs, ours = eager(plain, torch.float32), load_model(exact, device="cpu")
     ids = prompt_ids(theirs.config.vocab_size, 24)
     with torch.inference_mode():
-        expected, found = theirs(ids).logits, ours(ids).logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        logits, found = theirs(ids).logits, ours(ids).logits
+    assert (found - logits).abs().max() <= 1e-5 * logits.abs().max()
     tokens = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert greedy(ours, ids.tolist(), 8) == tokens[:, 24:].tolist()
     ours.engine.close()
@@ -63,6 +65,11 @@ def test_source(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             expected = numbers.bfloat16().float() if rounded and "bias" not in field else numbers
             assert torch.equal(kept[field], expected), field
     assert not rounded or SOURCES[name].becomes == "bf16"
+    small = load_model(chosen, device="cpu")
+    with torch.inference_mode():
+        errors = (small(ids).logits - logits).norm(dim=-1) / logits.norm(dim=-1)
+    assert errors.median() < 0.1  # bf16 and rounded activations; a wrong scale gives 0.5 or more
+    small.engine.close()
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
@@ -125,7 +132,7 @@ def test_stacked_fp8_experts() -> None:
 
 
 def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
-    """Of a group of zeros the scale is none of its numbers; any other keeps auto from int4."""
+    """Of a group of zeros any scale is right; another makes all of them bf16."""
     source, _ = quantised_checkpoints.write("int4", tmp_path)
     state = load_file(source / "model.safetensors")
     name = "model.layers.1.block_sparse_moe.experts.3.w2"
@@ -133,11 +140,11 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     state[f"{name}.weight_packed"][5, 4:8] = -2004318072  # eight times 8, which is zero
     save_file(state, source / "model.safetensors")
     chosen = prepared(source, tmp_path / "zeros", "--hf")
-    assert read_manifest(chosen).weight_format == "int4"
+    assert read_manifest(chosen).moe_layers[1].layout.scales is None
     state[f"{name}.weight_packed"][5, 4] += 1
     save_file(state, source / "model.safetensors")
     chosen = prepared(source, tmp_path / "tiny", "--hf")
-    assert read_manifest(chosen).weight_format == "bf16"
+    assert read_manifest(chosen).moe_layers[1].layout.scales == Scales("bfloat16")
 
 
 def refusal(source: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -161,7 +168,10 @@ def refusal(source: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> st
             "scales that are infinite or not",
         ),
         ("mxfp4", "_scales", lambda one: one | 255, "scales that are infinite or not"),
-        ("mxfp4", "_scales", lambda one: one[:, 1:].contiguous(), "has the wrong shape"),
+        ("mxfp4", "_scales", lambda one: one[:, 1:].contiguous(), "has the wrong shape or dtype"),
+        ("mxfp4", "_scales", lambda one: one[1:].contiguous(), "expected 4 experts"),
+        ("awq", ".scales", lambda one: one.int(), "expected floating point"),
+        ("awq", ".qzeros", lambda one: one[None], "int32 of 2 dimensions"),
         ("nvfp4", "_global_scale", None, "weight_global_scale is missing"),
         ("nvfp4-modelopt", "_scale_2", None, "weight_scale_2 is missing"),
         ("awq", ".qzeros", None, ".qzeros is missing"),
@@ -222,3 +232,39 @@ def test_methods_that_are_not_read(
     (source / "config.json").write_text(json.dumps({**found, "quantization_config": config}))
     message = refusal(source, capsys)
     assert words in message and "download" in message
+
+
+def _damaged(tensor: Tensor, rng: random.Random) -> Tensor:
+    """Rows or columns less, another dimension or dtype, other bytes."""
+    flat = tensor.contiguous().flatten()
+    kinds = (torch.int32, torch.float32, torch.uint8, torch.int8, torch.float16)
+    other = torch.randint(0, 256, (flat.nbytes,), dtype=torch.uint8)
+    found: list[Callable[[], Tensor]] = [
+        lambda: tensor[1:] if tensor.dim() else flat,
+        lambda: tensor[:, 1:] if tensor.dim() > 1 else flat[:0],
+        lambda: flat[0],
+        lambda: tensor[None],
+        lambda: torch.cat((tensor, tensor)) if tensor.dim() else flat,
+        lambda: torch.zeros(tensor.shape, dtype=rng.choice(kinds)),
+        lambda: other.view(tensor.dtype).view(tensor.shape),
+    ]
+    return rng.choice(found)().contiguous().clone()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SOURCES)
+def test_random_damage(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """40 damaged tensors of each source: prepared, or refused in a sentence (seed 1)."""
+    rng = random.Random(1)
+    torch.manual_seed(1)
+    source, _ = quantised_checkpoints.write(name, tmp_path)
+    path = sorted(source.glob("*.safetensors"))[0]
+    whole = load_file(path)
+    of_codes = [key for key, one in whole.items() if one.dtype != torch.float32]
+    for _ in range(40):
+        key = rng.choice(of_codes)
+        save_file({**whole, key: _damaged(whole[key], rng)}, path)
+        paths = ["--input-path", str(source), "--output-path", str(tmp_path / "out")]
+        code = prepare.main([*paths, "--hf", "--force"])
+        errors = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+        assert code == (2 if errors else 0) and len(errors) <= 1

@@ -128,6 +128,15 @@ def test_many_broken_lines_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     assert left_out.notes()[-1] == "left out: 990 more lines"
 
 
+def test_a_file_of_json_from_another_system(tmp_path: Path) -> None:
+    """With a byte order mark and carriage returns."""
+    content = b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b\\r\\n"}\r\n'
+    (tmp_path / "p.jsonl").write_bytes(content)
+    found, left_out = read(tmp_path / "p.jsonl")
+    assert [one.text for one in found] == ["a", "b\r\n"]
+    assert not left_out.reasons
+
+
 def test_a_large_file_of_prompts(tmp_path: Path) -> None:
     long = "x" * (1 << 20)
     found, _ = from_json(tmp_path, *({"prompt": str(i)} for i in range(100_000)), {"prompt": long})

@@ -22,6 +22,7 @@ from moe_offload.engine import engine as engine_module
 from moe_offload.engine.calibration import MachineCosts, predicted_step_us
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.timing import Steadiness
+from moe_offload.errors import UserError
 from moe_offload.experts import dispatcher
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
@@ -423,3 +424,32 @@ def test_a_busy_machine_is_said_at_once_and_noted(folder: Path) -> None:
     # Two sequences of two experts each, in four layers.
     assert looked == [None, 700 + 4 * (50 + 5 + 4 * 110)]
     assert said == ["busy", "busy"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "n_gpus", "found"),
+    [
+        *[("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("auto", 2, "cuda:1"), ("cuda", 2, "cuda:1")],
+        *[("cuda:0", 2, "cuda:0"), ("cuda:1", 2, "cuda:1")],
+        ("cuda:2", 2, "expected --device cuda:0 to cuda:1, the GPUs that torch sees, found cuda:2"),
+        ("cuda:0", 0, "--device cuda:0 was asked for and torch sees no GPU"),
+    ],
+)
+def test_one_of_several_gpus(
+    wanted: str, n_gpus: int, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cuda` alone is the current one, here the second."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    if " " in found:
+        with pytest.raises(UserError, match=found):
+            engine_module.choose_device(wanted)
+    else:
+        assert engine_module.choose_device(wanted) == torch.device(found)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])
+def test_a_device_that_is_none(device: str) -> None:
+    with pytest.raises(UserError, match="expected --device as one of auto, cuda, cuda:N, cpu"):
+        ModelOptions(model_path=Path("m"), device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_offload.experts.costs import CostModel, SideCost
-from moe_offload.experts.plan import MissTrial, Plan, plan_decode, plan_prefill
+from moe_offload.experts.plan import Plan, Trial, plan_decode, plan_prefill
 
 
 def costs(cpu_expert_us: float, gpu_expert_us: float, copy_us: float) -> CostModel:
@@ -81,19 +81,21 @@ def test_every_chosen_expert_is_planned_once() -> None:
             assert sorted(planned) == [e for e, n in enumerate(counts) if n]
 
 
-@pytest.mark.parametrize(("costs_s", "cpu_s", "kept"), [(1.0, 2.0, "costs"), (2.0, 1.0, "cpu")])
-def test_the_trial_keeps_the_faster(costs_s: float, cpu_s: float, kept: str) -> None:
-    trial = MissTrial()
-    modes = []
+@pytest.mark.parametrize(("first_s", "second_s"), [(1.0, 2.0), (2.0, 1.0)])
+def test_the_trial_keeps_the_faster(first_s: float, second_s: float) -> None:
+    trial = Trial()
+    ways = []
     for _ in range(100):
-        modes.append(trial.mode)
-        trial.record(costs_s if trial.mode == "costs" else cpu_s)
-    assert {"costs", "cpu"} <= set(modes[:36])
-    assert set(modes[36:]) == {kept}
-    assert trial.line.startswith("miss policy auto: kept ")
+        ways.append(trial.is_first)
+        trial.record(first_s if trial.is_first else second_s)
+    assert ways[:4] == [False] * 4
+    assert {True, False} <= set(ways[:36])
+    assert set(ways[36:]) == {first_s < second_s}
+    kept = "this" if first_s < second_s else "that"
+    assert trial.line("it", "this", "that").startswith(f"it: kept {kept} (median step ")
 
 
 def test_an_unfinished_trial_says_so() -> None:
-    trial = MissTrial()
+    trial = Trial()
     trial.record(1.0)
-    assert "undecided after 1" in trial.line
+    assert "undecided after 1" in trial.line("it", "this", "that")

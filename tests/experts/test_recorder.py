@@ -16,8 +16,8 @@ from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, R
 def test_events_come_back_typed_and_in_order() -> None:
     recorder = Recorder()
     recorder.begin_pass("prefill", 2, 7)
-    spans_us = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5)
-    first = LayerEvent(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, *spans_us, 8, 9, 4, 10)
+    spans_us = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5)
+    first = LayerEvent(0, [[5, 1], [3, 5]], [1, 2], 3, 1, 1, 1, 2, 5, *spans_us, 8, 9, 4, 10, 11)
     uncached = LayerEvent(1, [[0, 1], [2, 3]], None)
     recorder.layer(first)
     recorder.layer(uncached)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -243,7 +243,7 @@ def write_gguf(
     wanted: Type | Callable[[str], Type] = Type.F32,
     split_kv_b: bool = False,
     n_parts: int = 1,
-    stacked: bool = True,
+    experts: Literal["stacked", "apart", "fused"] = "stacked",
     more: dict[str, Tensor] | None = None,
     pack: Callable[[np.ndarray, Type], np.ndarray] = gguf.quantize,
     **changes: Any,
@@ -263,8 +263,8 @@ def write_gguf(
         for length in ("long", "short"):
             factors = torch.tensor(rope[f"{length}_factor"])
             tensors[f"rope_factors_{length}.weight"] = factors
-    if not stacked:
-        tensors = _unstack(tensors)
+    if experts != "stacked":
+        tensors = _unstack(tensors) if experts == "apart" else _fuse(tensors)
     tensors |= more or {}
     stored, names = {}, list(tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -297,6 +297,16 @@ def _unstack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         stem, experts, end = name.partition("_exps")
         parts = enumerate(tensor) if experts else ()
         made |= {f"{stem}.{expert}{end}": part for expert, part in parts} or {name: tensor}
+    return made
+
+
+def _fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gate and up projection in one tensor."""
+    made = dict(tensors)
+    for name in tensors:
+        if "ffn_gate_exps" in name:
+            parts = (made.pop(name), made.pop(name.replace("gate", "up")))
+            made[name.replace("gate", "gate_up")] = torch.cat(parts, dim=1)
     return made
 
 

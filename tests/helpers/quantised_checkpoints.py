@@ -283,45 +283,50 @@ _GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "s
 SOURCES: dict[str, Source] = {
     "mxfp4": Source(
         lambda: tiny_models.gpt_oss(hidden_size=64, intermediate_size=96),
-        {"quant_method": "mxfp4"}, gpt_oss_experts, "int8", files=3,
+        {"quant_method": "mxfp4"}, gpt_oss_experts, "mxfp4", files=3,
     ),
     "fp8-blocks": Source(
-        tiny_models.deepseek_v3, {**_FP8, "weight_block_size": [16, 16]},
-        fp8((16, 16), torch.float32, "weight_scale_inv"), "bf16",
+        lambda: tiny_models.deepseek_v3(hidden_size=64), {**_FP8, "weight_block_size": [16, 32]},
+        fp8((16, 32), torch.float32, "weight_scale_inv"), "fp8",
     ),
     "fp8-bf16-scales": Source(
-        tiny_models.qwen2_moe, {**_FP8, "weight_block_size": [16, 16]},
-        fp8((16, 16), torch.bfloat16, "weight_scale_inv"), "bf16",
+        lambda: tiny_models.qwen2_moe(hidden_size=64), {**_FP8, "weight_block_size": [8, 32]},
+        fp8((8, 32), torch.bfloat16, "weight_scale_inv"), "fp8",
     ),
     "fp8-per-tensor": Source(
         _mixtral, {"quant_method": "modelopt", "quant_algo": "FP8"},
-        fp8(None, torch.float32, "weight_scale"), "bf16",
+        fp8(None, torch.float32, "weight_scale"), "fp8",
     ),
-    "mxfp8": Source(_qwen3, {**_FP8, "quant_method": "mxfp8"}, mxfp8, "bf16"),
+    "mxfp8": Source(_qwen3, {**_FP8, "quant_method": "mxfp8"}, mxfp8, "fp8"),
     "deepseek-v4": Source(
         lambda: architectures.tiny_config("deepseek_v4"),
-        {**_FP8, "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, deepseek_v4, "int8",
+        {**_FP8, "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, deepseek_v4, "mxfp4",
     ),
     "nvfp4-modelopt": Source(
         _qwen3, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, modelopt_nvfp4, "bf16"
     ),
     "awq": Source(
         _mixtral, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
-        awq, "int8",
+        awq, "int4",
     ),
     "gptq": Source(_mixtral, {**_GPTQ, "sym": True}, gptq(1, True, False), "int4"),
     "gptq-v2": Source(
-        _qwen3, {**_GPTQ, "checkpoint_format": "gptq_v2"}, gptq(2, False, False), "int8"
+        _qwen3, {**_GPTQ, "checkpoint_format": "gptq_v2"}, gptq(2, False, False), "int4"
     ),
     "gptq-act-order": Source(_mixtral, {**_GPTQ, "desc_act": True}, gptq(1, False, True), "bf16"),
     "int4": Source(_mixtral, *_int4(), "int4"),
-    "int4-asymmetric": Source(_qwen3, *_int4(symmetric=False), "int8"),
+    "int4-asymmetric": Source(_qwen3, *_int4(symmetric=False), "int4"),
+    "int8": Source(
+        _mixtral,
+        *by_compressed_tensors("int-quantized", num_bits=8, type="int", strategy="channel"),
+        "int8",
+    ),
     "fp8-channels": Source(
         _qwen3,
         *by_compressed_tensors(
             "float-quantized", num_bits=8, type="float", strategy="channel", symmetric=True
         ),
-        "bf16",
+        "fp8",
     ),
     "nvfp4": Source(
         _mixtral,

@@ -58,7 +58,6 @@ def test_every_number_of_tokens_from_1_to_70(name, isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_code_times_every_activation_sign_does_not_saturate(isa):
     """mxfp4's integer sums at their largest: codes of +-6 against levels of +-127."""
-    from quantised_matrices import E2M1
 
     layout, blocks = source_blocks("mxfp4", SOURCES[0][1], 64, 32, 1)
     for end in (0x77, 0xFF, 0x7F, 0xF7):
@@ -71,7 +70,6 @@ def test_every_code_times_every_activation_sign_does_not_saturate(isa):
             routed.index.zero_()
             routed.hidden.copy_(signs * 127)
             within_bound("mxfp4", layer, routed, isa)
-    assert E2M1[7] == 6.0
 
 
 @pytest.mark.parametrize(

@@ -232,18 +232,26 @@ class LowerTriangularMask:
 def memory_efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: object, p: float, scale: float | None
 ) -> Tensor:
-    """xformers' contract: [B, S, heads, D] in and out, an additive bias or a causal marker."""
-    assert p == 0.0
-    causal = isinstance(attn_bias, LowerTriangularMask)
+    """xformers' contract: [B, S, groups, heads, D], an additive bias of whole size or a marker.
+
+    Strides but the last are multiples of eight, or 0 where numbers are shared.
+    """
+    assert p == 0.0 and query.shape[2:4] == key.shape[2:4] == value.shape[2:4]
+    assert key.stride(3) == value.stride(3) == 0, "keys were copied for each of their heads"
+    mask = None
+    if isinstance(attn_bias, Tensor):
+        batch, n_queries, n_groups, n_heads, _ = query.shape
+        assert attn_bias.shape == (batch, n_groups, n_heads, n_queries, key.shape[1])
+        assert all(stride % 8 == 0 for stride in attn_bias.stride()[:-1])
+        assert attn_bias.untyped_storage().nbytes() <= batch * n_queries * (key.shape[1] + 7) * 4
+        mask = attn_bias.flatten(1, 2)
     out = scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=attn_bias if isinstance(attn_bias, Tensor) else None,
-        is_causal=causal,
+        *(tensor.flatten(2, 3).transpose(1, 2) for tensor in (query, key, value)),
+        attn_mask=mask,
+        is_causal=isinstance(attn_bias, LowerTriangularMask),
         scale=scale,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).unflatten(2, query.shape[2:4])
 
 
 @pytest.fixture
@@ -273,6 +281,21 @@ def test_xformers_equals_torch(masked: bool, n_queries: int, n_keys: int) -> Non
     expected = scaled_dot_product_attention(query, *grouped, attn_mask=mask, scale=0.3)
     assert weights is None
     torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_padded_query_of_xformers_is_a_number() -> None:
+    """Left padding: the first two tokens of the second sequence see nothing."""
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.ones(5, 5).tril().bool().expand(2, 1, 5, 5).clone()
+    mask[1, ..., :2] = False
+    assert not mask[1, 0, :2].any()
+    out, _ = attention_module.xformers_attention(nn.Module(), query, key, value, mask)
+    grouped = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
+    expected = scaled_dot_product_attention(query, *grouped, attn_mask=mask).transpose(1, 2)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0], expected[0])
+    torch.testing.assert_close(out[1, 2:], expected[1, 2:])
 
 
 def test_xformers_registers_only_with_a_gpu() -> None:

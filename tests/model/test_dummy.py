@@ -81,6 +81,7 @@ def test_published_sizes() -> None:
         ("mixtral-8x7b", 46.7, 12.9),  # Jiang et al., "Mixtral of Experts", table 1 and its text
         ("phi-3.5-moe", 41.9, 6.6),  # its model card
         ("qwen3-30b-a3b", 30.5, 3.3),  # its model card
+        ("qwen3-235b-a22b", 235.0, 22.0),  # its model card
         ("gpt-oss-20b", 20.9, 3.6),  # its model card, table 1
         ("gpt-oss-120b", 116.8, 5.1),
         ("olmoe-1b-7b", 6.9, 1.3),  # Muennighoff et al., "OLMoE", table 1

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from moe_offload.model import kv_cache
 from moe_offload.model.generation import cache_argument
-from moe_offload.model.kv_cache import RoomyLayer, make_cache
+from moe_offload.model.kv_cache import RoomyLayer, can_join, join, make_cache
 
 
 def tokens(seed: int, batch: int, count: int) -> tuple[Tensor, Tensor]:
@@ -76,6 +76,30 @@ def test_what_transformers_assigns_is_never_written():
     assert not mine.any()
     layer.update(*tokens(2, 2, 1))
     assert not mine.any()
+
+
+@pytest.mark.parametrize("width", [4, 7, 12])
+def test_joined_rows_are_aligned_at_their_ends(width):
+    """Sliding windows of 6: what lies before them is not kept."""
+    config = gpt_oss(sliding_window=6, num_hidden_layers=2)
+    cache, other = make_cache(config, 40), make_cache(config, 40)
+    assert can_join(cache) and {layer.is_sliding for layer in cache.layers} == {True, False}
+    for layer, added in zip(cache.layers, other.layers, strict=True):
+        layer.update(*tokens(0, 2, 9))
+        added.update(*tokens(1, 1, 4))
+    join(cache, other, width)
+    for layer in cache.layers:
+        kept = min(width, 5) if layer.is_sliding else width
+        assert layer.get_seq_length() == width
+        for joined, old, new in zip(
+            (layer.keys, layer.values), tokens(0, 2, 9), tokens(1, 1, 4), strict=True
+        ):
+            assert joined.shape[:3] == (3, 3, kept)
+            assert torch.equal(joined[:2, :, -min(kept, 9) :], old[:, :, -kept:])
+            assert torch.equal(joined[2:, :, -min(kept, 4) :], new[:, :, -kept:])
+            assert not joined[2:, :, : max(kept - 4, 0)].any()
+        before = layer.keys.clone()
+        assert torch.equal(layer.update(*tokens(2, 3, 1))[0][:, :, :-1], before)
 
 
 @pytest.mark.parametrize("config", [gpt_oss, nemotron_h, mixtral])

@@ -28,7 +28,10 @@ from moe_offload.report.summary import RunSummary, summarize
 GOLDEN = Path(__file__).parent / "golden"
 SINGLE = Shape()
 BATCH = Shape(n_layers=2, top_k=3, prompt_lengths=(4, 6, 3), n_tokens=3, batch=2, policy="FIFO")
-CSV_FILES = ("out", "cache", "expert_choices", "token_gen_time", "cpu_freq_avg")
+CSV_FILES = (
+    *("out", "cache", "expert_choices", "token_gen_time", "cpu_freq_avg"),
+    "expert_counts",
+)
 
 
 def write(

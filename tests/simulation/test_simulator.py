@@ -249,8 +249,8 @@ def test_sweep_writes_a_table_and_a_figure(capsys, tmp_path, trace, trace_file):
 
 def test_tune_keeps_to_the_format_that_is_asked_for(capsys):
     out = printed(
-        capsys, "--model", "olmoe-1b-7b", "--synthetic", "20", "--tune", "--hardware", HARDWARE,
-        "--memory-gb", "1", "--expert-dtype", "int8",
+        capsys, "--model", "olmoe-1b-7b", "--tune", "--hardware", HARDWARE, "--memory-gb", "1",
+        "--expert-dtype", "int8",
     )  # fmt: skip
     assert "experts in int8" in out
     assert not re.search("^(bf16|int4)", out, flags=re.M)

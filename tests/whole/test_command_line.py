@@ -24,7 +24,7 @@ from against_transformers import prepared
 from tiny_models import write_mixtral_with_tokenizer
 
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
-from moe_offload.commands import generate
+from moe_offload.commands import check, generate
 from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.commands.measure import _computed_by, calibration_options
 from moe_offload.engine.engine import Engine
@@ -35,7 +35,7 @@ from moe_offload.simulation.trace_files import read_trace
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = (
     *("out.csv", "cache.csv", "expert_choices.csv", "token_gen_time.csv", "cpu_freq_avg.csv"),
-    "run.json",
+    *("expert_counts.csv", "run.json"),
 )
 
 
@@ -243,6 +243,8 @@ BAD_FLAGS = [
     ("--stop ''", "--stop as a text that is not"),
     ("--system y --raw-prompt", "found both"),
     ("--resume", "--resume needs --responses-jsonl"),
+    ("--shard 1/2", "--shard needs --prompt-path"),
+    ("--ray local", "--ray needs --prompt-path and --responses-jsonl"),
     ("--dummy-layers 2", "needs --dummy-weights"),
     ("--cache-auto --trace none", "none"),
     ("--responses-jsonl .", "it is a folder"),
@@ -304,6 +306,14 @@ def test_huge_prompt_file(
         file.truncate(65 << 20)  # sparse: takes no room
     arguments = ("--model-path", model, "--prompt-path", "prompts", "--max-tokens", 4)
     assert "split it" in refused(capsys, *arguments)
+
+
+def test_a_check_ends_where_the_context_does(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main(["--model-path", str(model), "--max-tokens", "1000"]) == 0
+    n_tokens = re.search(r"answers: .* of (\d+) tokens", capsys.readouterr().out)
+    assert n_tokens is not None and 0 < int(n_tokens[1]) < 3 * 64
 
 
 def test_missing_and_unprepared_folders(

@@ -43,6 +43,7 @@ WITHOUT_TENSORS = ["errors", "experts.cache", "prerequisites"]
 # Variables that belong to the user's system or shell. The project has none of its own.
 FOREIGN_VARIABLES = {
     *("OMP_NUM_THREADS", "CXX", "XDG_CACHE_HOME", "NO_COLOR", "PATH"),
+    "RAY_USAGE_STATS_ENABLED",
     *("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
     *("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     *("SKYPILOT_JOB_RANK", "SKYPILOT_NUM_JOBS", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),

@@ -192,7 +192,7 @@ def test_a_manifest_that_means_nothing_is_a_sentence(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "tpu"}, "expected --device as one of auto, cuda, cpu, found 'tpu'"),
+        ({"device": "tpu"}, "expected --device as one of auto, cuda, cuda:N, cpu, found 'tpu'"),
         ({"device": ""}, "found ''"),
         ({"device": torch.device("cpu")}, "found device"),
         ({"miss_policy": "zzz"}, "expected --miss-policy as one of cpu, fetch, auto"),

@@ -37,6 +37,7 @@ DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
         ("simulator.py none", 2, "expected a routing trace at none"),
         ("check.py --help", 0, "usage: check.py"),
         ("check.py --model-path none", 2, "found nothing"),
+        ("check.py --model-path none --max-tokens 1001", 2, "--max-tokens of at most 1000, found"),
         ("plots.py --help", 0, "usage: plots.py"),
         ("patterns.py --help", 0, "usage: patterns.py"),
     ],

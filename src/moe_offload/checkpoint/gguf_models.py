@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Final
 
@@ -487,6 +488,10 @@ def _experts_tensors(names: _Names, module: ExpertsModule) -> dict[str, LazyTens
     made = {}
     for field, target in module.parameters.items():
         stems, end, combine = wanted[field]
+        fused = names.take(f"{blk}ffn_gate_up_exps{end}") if len(stems) == 2 else None
+        if fused is not None:
+            made[target] = combined([fused], partial(_of_halves, combine), by_row=True)
+            continue
         parts = names.take_all(*(f"{stem}_exps{end}" for stem in stems))
         if parts is None:  # a file of before they were stacked
             apart = [
@@ -510,6 +515,11 @@ def _first_matrix(module: ExpertsModule) -> Callable[[list[Tensor]], Tensor]:
         return joined.transpose(1, 2) if module.is_transposed and joined.dim() == 3 else joined
 
     return combine
+
+
+def _of_halves(combine: Callable[[list[Tensor]], Tensor], parts: list[Tensor]) -> Tensor:
+    """Of the gate's rows and, after them in one tensor, the up projection's."""
+    return combine(list(parts[0].chunk(2, dim=1)))
 
 
 def _second_matrix(module: ExpertsModule) -> Callable[[list[Tensor]], Tensor]:

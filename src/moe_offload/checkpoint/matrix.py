@@ -289,14 +289,22 @@ def exact_scales(
 
     A unit is what `MatrixLayout.take_over` takes: half the scale of mxfp4.
     """
-    factor = 2.0 if weight_format == "mxfp4" else 1.0
-    for dtype in _SCALE_DTYPES.get(weight_format, ()):
-        try:
-            if torch.equal(_scale_values(_stored(units.float() * factor, dtype)), units * factor):
-                return Scales(dtype, group, rows, offset)  # type: ignore[arg-type]
-        except _InexactError:
-            continue
-    return None
+    dtypes = exact_dtypes(weight_format, units)
+    return Scales(dtypes[0], group, rows, offset) if dtypes else None  # type: ignore[arg-type]
+
+
+def exact_dtypes(weight_format: WeightFormat, units: Tensor | None = None) -> list[str]:
+    """The scale dtypes of a format, smallest first, that hold all of `units` fp32 exactly."""
+    dtypes = _SCALE_DTYPES.get(weight_format, ())
+    return [one for one in dtypes if units is None or _holds(weight_format, units, one)]
+
+
+def _holds(weight_format: WeightFormat, units: Tensor, dtype: str) -> bool:
+    scales = units.float() * (2.0 if weight_format == "mxfp4" else 1.0)
+    try:
+        return torch.equal(_scale_values(_stored(scales, dtype)), scales)
+    except _InexactError:
+        return False
 
 
 def _stored(values: Tensor, dtype: str) -> Tensor:

@@ -202,19 +202,17 @@ def decode_floats(data: dict[str, Any]) -> Any:
 
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards must be in place."""
-    data = {"format_version": FORMAT_VERSION, **_content(manifest)}
-    text = json.dumps({**data, "checksum": _own_checksum(manifest)}, indent=1, allow_nan=False)
+    fields = asdict(manifest)
+    said = {key: _encode(fields[key]) for key in fields if key not in ("folder", "checksum")}
+    data = {"format_version": FORMAT_VERSION, **said, "checksum": _own_checksum(said)}
+    text = json.dumps(data, indent=1, allow_nan=False)
     write_atomically(manifest.folder / MANIFEST_NAME, f"{text}\n")
 
 
-def _content(manifest: Manifest) -> dict[str, Any]:
-    data = asdict(manifest)
-    return {key: _encode(data[key]) for key in data if key not in ("folder", "checksum")}
-
-
-def _own_checksum(manifest: Manifest) -> int:
-    """Of what the manifest says, however its file is laid out."""
-    return checksum(json.dumps(_content(manifest), sort_keys=True).encode())
+def _own_checksum(said: dict[str, Any]) -> int:
+    """Of what a manifest says, however its file is laid out, and not of what this version adds."""
+    as_read = json.loads(json.dumps(said))  # keys that are numbers become text, in another order
+    return checksum(json.dumps(as_read, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -240,7 +238,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"version {FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
             )
         manifest = _located(from_json(Manifest, {**data, "folder": str(folder)}))
-        if manifest.checksum is not None and manifest.checksum != _own_checksum(manifest):
+        said = {key: _encode(data[key]) for key in data if key != "checksum"}
+        if manifest.checksum is not None and manifest.checksum != _own_checksum(said):
             raise ValueError("it is not what was written: its checksum does not match")
         require(manifest.moe_layers != (), "no experts")
         for shard in manifest.shards:

@@ -29,7 +29,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from moe_offload.config import WEIGHT_FORMATS, WeightFormat
+from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
 
 GROUP: Final = WEIGHT_FORMATS["int8"].group
@@ -57,7 +57,8 @@ class Grid:
     neighbours of a row, 0: in all of them. Of `e2m1` it is half the scale, and the numbers are 0,
     1, 2, 3, 4, 6, 8, 12 and their negatives; of `fp8` it is the scale, of e4m3 or e5m2 numbers.
     `units` are all of the matrix, fp32; `used_units()` those of weights that are not zero, read
-    when asked for. `name` is the tensor's; `is_bf16` says that bf16 holds every weight.
+    when asked for. `name` is the tensor's; `is_bf16` says that bf16 holds every weight. Weights of
+    one unit are at most `levels` neighbouring numbers, and `rows` rows have the same units.
     """
 
     name: str
@@ -68,21 +69,8 @@ class Grid:
     group: int
     units: Tensor
     used_units: Callable[[], Tensor]
-
-
-def holds(weight_format: WeightFormat, grid: Grid) -> bool:
-    """Whether every matrix on this grid is stored in the format without a rounding."""
-    facts = WEIGHT_FORMATS[weight_format]
-    if facts.bits not in _RANGE or grid.kind == "fp8" or grid.group % GROUP:
-        return False
-    low, high = _RANGE[facts.bits]
-    if grid.low < low or grid.high > high:
-        return False
-    return _are_float16(grid.units) or _are_float16(grid.used_units())
-
-
-def _are_float16(units: Tensor) -> bool:
-    return torch.equal(units.half().float(), units)
+    levels: int = 256
+    rows: int = 1
 
 
 def packed_shapes(

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
+from moe_offload.checkpoint.exact_format import ExactFormat
 from moe_offload.checkpoint.folders import gguf_parts, require_source
 from moe_offload.checkpoint.gguf_file import open_gguf
 from moe_offload.checkpoint.gguf_models import read_gguf_config, to_model_tensors
@@ -36,7 +37,7 @@ from moe_offload.checkpoint.model_config import (
 from moe_offload.checkpoint.quantized_source import dequantised
 from moe_offload.checkpoint.safetensors_file import checksum
 from moe_offload.checkpoint.source_files import open_hugging_face, open_mistral_native
-from moe_offload.config import PACKED_FORMATS, WEIGHT_FORMATS, WeightFormat
+from moe_offload.config import Scales, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
     LARGEST_JSON_BYTES,
@@ -123,24 +124,24 @@ class SourceCheckpoint:
                     weights[f"{field}_unit"] = module.normalise(field, read_unit(expert))
             yield weights
 
-    def find_format(self) -> tuple[WeightFormat, str | None]:
+    def find_format(self) -> tuple[WeightFormat, Scales | None, str | None]:
         """The smallest format that holds every expert's matrices exactly, or else bf16.
 
-        With it comes the name of a tensor that bf16 rounds. Reads the scales of a quantised source;
-        of one that is not it is bf16.
+        With it come the scales it needs, or the name of a tensor that bf16 rounds. Reads the scales
+        of a quantised source; one that is not quantised becomes bf16.
         """
-        exact = [name for name in get_args(WeightFormat) if name in PACKED_FORMATS]
-        exact.sort(key=lambda name: WEIGHT_FORMATS[name].bits_per_weight)
+        exact = ExactFormat()
         for module in self.experts:
             for field in ("gate_up", "down"):
                 grids = self.plan.grids(module.parameters[field])
                 if grids is None:
-                    return "bf16", None
+                    return "bf16", None, None
                 for grid in grids:
-                    exact = [name for name in exact if quantization.holds(name, grid)]
-                    if not exact:
-                        return "bf16", None if grid.is_bf16 else grid.name
-        return exact[0], None
+                    if not exact.add(grid):
+                        return "bf16", None, None if grid.is_bf16 else grid.name
+        n_rows = math.gcd(*(module.intermediate_size for module in self.experts))
+        interleaved = not all(module.is_concatenated for module in self.experts)
+        return *exact.result(1 if interleaved else n_rows), None
 
     def current_fingerprint(self) -> str:
         """What changes with the weight files (name, size, modification time) and the config."""

@@ -41,7 +41,7 @@ from moe_offload.checkpoint.prepared import (
 )
 from moe_offload.checkpoint.safetensors_file import TEMPORARY_SUFFIX, plan_header, write_file
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
-from moe_offload.config import WEIGHT_FORMATS, WeightFormat
+from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
     LARGEST_JSON_BYTES,
@@ -60,14 +60,15 @@ _TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # 
 class Formats:
     """What to store: the experts' `weight_format`, the `dense_format`, the model's dtype.
 
-    `exact` where `weight_format` is to hold a quantised source without a rounding; `calibration`
-    is the checksum of the text that the source was rounded for.
+    `exact` where `weight_format` is to hold a quantised source without a rounding, with `scales`
+    like the source's; `calibration` is the checksum of the text that the source was rounded for.
     """
 
     weight_format: WeightFormat
     dense_format: WeightFormat
     model_dtype: torch.dtype
     exact: bool = False
+    scales: Scales | None = None
     calibration: str = ""
 
 
@@ -111,6 +112,7 @@ class Preparation:
             "fingerprint": self._source.fingerprint,
             "weight_format": self._formats.weight_format,
             "dense_format": self._formats.dense_format,
+            "scales": str(self._formats.scales),
             "calibration": self._formats.calibration,
         }
 
@@ -218,7 +220,7 @@ def _plan_experts_file(
     source: SourceCheckpoint, path: Path, module: ExpertsModule, formats: Formats
 ) -> _Planned:
     weight_format = formats.weight_format
-    layout = module.block_layout(weight_format)
+    layout = module.block_layout(weight_format, formats.scales)
     shape = (module.n_experts, layout.block_bytes)
     header, (blocks,) = plan_header(
         [("blocks", torch.uint8, shape)], {"weight_format": weight_format}
@@ -226,8 +228,8 @@ def _plan_experts_file(
 
     def data() -> Iterator[Tensor]:
         block = torch.empty(layout.block_bytes, dtype=torch.uint8)
-        packed = WEIGHT_FORMATS[weight_format].group > 0
-        for weights in source.iterate_experts(module, units=packed):
+        scaled = WEIGHT_FORMATS[weight_format].scales is not None
+        for weights in source.iterate_experts(module, units=scaled):
             kept = pack_block(layout, weights, block)
             if formats.exact and not kept:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from moe_offload.checkpoint.folders import require_prepared
 from moe_offload.commands.arguments import ArgumentParser, a_path, add_flags, chosen, run_command
-from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
+from moe_offload.config import CacheOptions, ModelOptions, require_range
 from moe_offload.machine.terminal import say, show
 
 EXIT_WRONG = 1
+MOST_TOKENS = 1000  # per text: the logits of all are compared at once
 TEXTS = (
     "Explain in two sentences why the sky is blue.",
     "def fibonacci(n):",
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare this tool's answers with those of transformers' own model, layer by "
         "layer, and name what differs. Exit code 0: right, 1: wrong.",
     )
-    add_flags(parser, ModelOptions, "model_path", "device")
+    add_flags(parser, ModelOptions, "model_path", "device", "host_memory_gb")
     parser.add_argument(
         "--source",
         type=a_path,
@@ -42,22 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: Namespace) -> int:
     model = chosen(ModelOptions, vars(arguments))
     cache = chosen(CacheOptions, vars(arguments))
-    n_tokens = GenerationOptions(arguments.max_tokens).max_tokens
+    require_range("--max-tokens", arguments.max_tokens, 1, MOST_TOKENS)
     assert model.model_path is not None  # there are no random weights to check
     require_prepared(model.model_path)
     from moe_offload.engine.check import check_engine  # torch: seconds
     from moe_offload.engine.engine import load_engine, open_prepared
+    from moe_offload.model.generation import context_length, require_fitting
     from moe_offload.model.tokenization import load_tokenizer
 
     source = open_prepared(model)
     tokenizer = load_tokenizer(model.model_path, source.config.model_type)
+    prompts = [tokenizer.encode(text, raw=False) for text in TEXTS]
+    for prompt in prompts:
+        require_fitting(prompt, source.config, "a text of the check")
+    room = (context_length(source.config) or math.inf) - max(map(len, prompts))
+    n_tokens = int(min(arguments.max_tokens, room))
     with load_engine(source, model, cache) as engine:
         for note in engine.notes:
             say(note)
         where: Path | None = arguments.source
         if where is None and Path(source.manifest.source).exists():
             where = Path(source.manifest.source)
-        prompts = [tokenizer.encode(text, raw=False) for text in TEXTS]
         result = check_engine(engine, prompts, n_tokens, where)
     with suppress(BrokenPipeError):  # nobody reads it; the exit code tells it too
         show("\n".join(result.lines()))

@@ -10,6 +10,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from moe_offload import VERSION
@@ -68,6 +70,8 @@ def _generate(arguments: Namespace, command: list[str], interruption: Interrupti
         show("\n".join(lines))
         return 0
     config = parse_config(arguments)
+    if config.model.ray is not None:
+        config = replace(config, output=replace(config.output, record=False))
     _check_sources(config)
     # The imports below are not at the top because torch and transformers take seconds to load:
     # help, versions and what is found wrong so far need not wait for them.
@@ -93,6 +97,11 @@ def _generate(arguments: Namespace, command: list[str], interruption: Interrupti
         if not prompts:  # of fewer prompts than shards
             say(f"no prompt of {config.prompts.path} is in shard {config.prompts.shard}")
             return 0
+        if config.model.ray is not None and answers is not None:
+            from moe_offload.commands.cluster import run_on_cluster
+
+            code = run_on_cluster(config, prompts, left_out, answers, interruption)
+            return code or _left_out_code(left_out)
         if not output.quiet:
             say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
         from moe_offload.commands.run import run
@@ -114,7 +123,11 @@ def _left_out_code(left_out: LeftOut) -> int:
 
 
 def _check_sources(config: Config) -> None:
-    """UserError where the model or a trace is not there, or is not one."""
+    """UserError where the model, a trace or Ray is not there, or is not one."""
+    if config.model.ray is not None and find_spec("ray") is None:
+        raise UserError(
+            "--ray needs Ray: pip install -r requirements-ray.txt, or pip install '.[ray]'"
+        )
     if config.model.model_path is not None:
         require_prepared(config.model.model_path)
     if config.model.dummy_shape is not None:

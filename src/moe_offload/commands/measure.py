@@ -71,7 +71,8 @@ def show_calibration(config: Config) -> None:
             engine.use_cache(measuring_cache(source))
         engine.calibrate(again=True)
         assert engine.costs is not None
-        layers = f"{engine.store.n_stored} MoE layer{'s'[: engine.store.n_stored > 1]}"
+        n_layers = engine.store.memory.n_stored
+        layers = f"{n_layers} MoE layer{'s'[: n_layers > 1]}"
         lines = [
             *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
             f"measured on {layers} of {options.dummy_shape or source.name}, experts in "

@@ -65,15 +65,16 @@ def prepare_model(
         dense_dtype = "fp32" if expert_dtype == "fp32" else "bf16"
     model_dtype = torch.float32 if dense_dtype == "fp32" else torch.bfloat16
     source = open_source(input_path, hf, model_dtype)
-    exact = expert_dtype == "auto"
+    exact, scales = expert_dtype == "auto", None
     if expert_dtype == "auto":
-        expert_dtype, rounded = source.find_format()
+        expert_dtype, scales, rounded = source.find_format()
         if rounded is not None:
             say(
                 f"note: no format here holds the experts exactly as they are (such as {rounded}), "
                 "so that they are rounded to bf16"
             )
-    formats = Formats(expert_dtype, dense_dtype, model_dtype, exact or bool(digest), digest)
+    exact = exact or bool(digest)
+    formats = Formats(expert_dtype, dense_dtype, model_dtype, exact, scales, digest)
     if not source.made_files:
         check_tokenizer(source.folder, source.config.model_type)
     output_path.mkdir(parents=True, exist_ok=True)

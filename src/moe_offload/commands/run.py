@@ -169,8 +169,10 @@ def run_prompts(
         len(encoded),
         config.generation.max_tokens,
         streamed=on_terminal,
-        logged=not output.quiet,
+        logged=not output.quiet and not (stream and len(encoded) == 1),  # the text itself tells
     )
+    if stream:
+        engine.say = lambda line: say(f"\n{line}")  # the text's line is not at its end
     begun: dict[int, Conversation] = {}
     ids_of = {prompt.index: ids for prompt, ids in encoded}
     streamed: dict[int, ThinkingView] = {}

@@ -16,13 +16,14 @@ from moe_offload.commands.arguments import (
     make_writable,
     run_command,
 )
-from moe_offload.config import FAST_FORMATS, CacheOptions, require_range
+from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, ModelOptions, require_range
 from moe_offload.errors import UserError, plain
 from moe_offload.experts.costs import CostModel
-from moe_offload.simulation.machine_file import Machine, load_machine
+from moe_offload.simulation.machine_file import Disk, Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
-from moe_offload.simulation.replay import Replay
+from moe_offload.simulation.replay import Replay, most_hits
 from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
+from moe_offload.simulation.tiers import bound_tokens_per_s, replay_tiers
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
 from moe_offload.simulation.tuning import (
@@ -36,6 +37,7 @@ from moe_offload.simulation.workload import typical_workload
 SYNTHETIC_TOKENS = 256
 MOST_CORES = 4096
 GPU_RESERVE_BYTES = 1_500_000_000  # KV cache, workspace and the CUDA context
+_DISK_LATENCY_US = 100.0  # of a large read from an NVMe disk
 _CACHE_FLAGS = ("n_indexes", "n_ways", "policy", "quota")
 
 _EPILOG = """examples:
@@ -74,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--expert-dtype",
         choices=FAST_FORMATS,
         help="the experts' format (default bf16; of --tune: all of them)",
+    )
+    add_flags(machine, ModelOptions, "host_memory_gb", "host_policy")
+    machine.add_argument("--disk-gbps", type=float, metavar="X", help="likewise, for the former")
+    machine.add_argument(
+        "--disk-latency-us", type=float, metavar="X", help="of a read alone (default 100)"
     )
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
@@ -170,6 +177,8 @@ def _simulate(options: argparse.Namespace) -> None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
         formats = FAST_FORMATS if options.expert_dtype is None else (options.expert_dtype,)
         _tune(trace, on, options.memory_gb, formats)
+    elif "host_memory_gb" in options:
+        _tiers(trace, on, options)
     elif options.sweep:
         _sweep(trace, on, options.output_dir)
     else:
@@ -251,6 +260,64 @@ def _one_setting(
     _print_hits(trace, cache, result, block_bytes)
     if on is not None:
         _print_times(result, on)
+
+
+def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
+    """What host memory of --host-memory-gb over a disk gives."""
+    if on is None:
+        raise UserError("--host-memory-gb needs --hardware and --model: give a file of hardware/")
+    gbps, latency_us, disk = options.disk_gbps, options.disk_latency_us, on.machine.disk
+    if gbps is not None or disk is None:
+        if gbps is None:
+            raise UserError(
+                "--host-memory-gb needs the disk's speed: give --disk-gbps, or a hardware file "
+                "with disk: {gbps: ..., latency_us: ...}"
+            )
+        require_range("--disk-gbps", gbps, 1e-3, 1e3)
+        disk = Disk(gbps, _DISK_LATENCY_US)
+    if latency_us is not None:
+        require_range("--disk-latency-us", latency_us, 0, 1e9)
+        disk = replace(disk, latency_us=latency_us)
+    given = vars(options)
+    host_gb, costs = given["host_memory_gb"], on.costs
+    require_range("--host-memory-gb", host_gb, 0, LARGEST, above=0)
+    policy = given.get("host_policy", "LFRU")
+    n_ways = min(int(host_gb * 1e9 / (trace.n_layers * costs.block_bytes)), trace.n_experts)
+    if n_ways < 1:
+        least_gb = trace.n_layers * costs.block_bytes / 1e9
+        raise UserError(
+            f"expected --host-memory-gb for at least one expert of each layer, {least_gb:.3g} GB, "
+            f"found {host_gb:g}"
+        )
+    cache = chosen(CacheOptions, {name: given[name] for name in _CACHE_FLAGS if name in given})
+    on.require_memory(cache)
+    result = replay_tiers(trace, n_ways, policy, costs, disk, cache)
+    all_gb = trace.n_layers * trace.n_experts * costs.block_bytes / 1e9
+    print(
+        f"host memory: {host_gb:g} GB for {all_gb:.1f} GB of experts: {n_ways} of "
+        f"{trace.n_experts} of each layer, {policy}; disk: {disk.gbps:g} GB/s, "
+        f"{disk.latency_us:g} us"
+    )
+    n_tokens = result.n_decode_tokens
+    missed_gb = result.misses * costs.block_bytes / 1e9 / n_tokens
+    print(
+        f"decode: {result.hit_percent:.1f}% of the experts asked of host memory are there, "
+        f"{missed_gb:.2f} GB are read from disk a token"
+        + (f"; {result.gpu_hits / n_tokens:.1f} a token hit on the GPU" if cache.n_slots else "")
+    )
+    if not cache.n_slots:
+        best = most_hits(trace.passes, trace.n_layers, n_ways)
+        print(f"Belady's optimum, with bypass: {100 * best / trace.n_chosen:.1f}%")
+    step_ms, waited_ms = (us / 1e3 / n_tokens for us in (result.decode_us, result.waited_us))
+    print(f"predicted on {on.machine.name}, {on.machine.cpu.cores} cores:")
+    print(
+        f"  {result.tokens_per_s:.2f} tokens/s, {step_ms:.1f} ms a token, "
+        f"{waited_ms:.1f} ms of it waiting for the disk"
+    )
+    if not cache.n_slots:
+        bound = bound_tokens_per_s(trace, n_ways, costs, disk)
+        print(f"  bound (perfect prediction, full overlap): {bound:.2f} tokens/s")
+    print(f"  {on.limit()}")
 
 
 def _print_hits(

@@ -27,12 +27,17 @@ from moe_offload.engine.setup import (
     chosen_cache,
     fitted_cache,
     gpu_uuid,
+    host_ways,
+    open_experts,
+    read_ahead,
+    read_favourites,
     slots_to_measure,
 )
 from moe_offload.engine.timing import BusyWatch
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
 from moe_offload.experts.costs import CostModel
+from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
 from moe_offload.experts.slots import GpuExperts
@@ -69,7 +74,7 @@ class Engine:
 
     model: PreTrainedModel
     source: ModelSource
-    store: ExpertStore
+    store: ExpertStore | DiskTier
     dispatcher: MoeDispatcher
     device: torch.device
     cpu: CpuExperts
@@ -143,7 +148,7 @@ class Engine:
     def _measured(self, gpu: GpuExperts | None, again: bool = False) -> MachineCosts:
         """The costs with `gpu`, which are the engine's from now on."""
         calibration = Calibration(
-            self.store,
+            self.store.memory,
             self.cpu,
             gpu,
             self.decode_step,
@@ -162,11 +167,13 @@ class Engine:
     def _alone(self) -> CostModel | None:
         """The costs that tell what a step takes on a quiet machine.
 
-        None without any, and where the accelerator is emulated: it is for trying the mechanism, and
-        computes on the cores whose costs are known without it.
+        None without any; where the accelerator is emulated, for it is for trying the mechanism and
+        computes on the cores whose costs are known without it; and where a step waits for a disk.
         """
         is_emulated = self.accelerator is not None and self.device.type == "cpu"
-        return None if self.costs is None or is_emulated else self.costs.model
+        if self.costs is None or is_emulated or isinstance(self.store, DiskTier):
+            return None
+        return self.costs.model
 
     def predicted_step_us(self, recorder: Recorder) -> float | None:
         """What the costs predict for the mean decode step that was recorded.
@@ -247,6 +254,8 @@ class Engine:
             lines += self.costs.notes()
         if self.accelerator is not None:
             lines += self.accelerator.notes()
+        if isinstance(self.store, DiskTier):
+            lines += self.store.notes()
         return lines
 
     def describe(self) -> dict[str, Any]:
@@ -261,6 +270,8 @@ class Engine:
             "weight_format": self.source.weight_format,
             "dense_format": self.source.dense_format,
             "total_expert_bytes": self.store.total_bytes,
+            "host_nways": self.store.cache.n_ways if isinstance(self.store, DiskTier) else None,
+            "host_expert_bytes": self.store.memory.total_bytes,
             "device": str(self.device),
             "cpu_kernels": self.cpu.description,
             "accelerator": None if accelerator is None else accelerator.gpu.description,
@@ -324,11 +335,19 @@ def load_engine(
         kv_bytes=kv_bytes,
         slot_bytes=(n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes if n_slots else 0,
     )
+    n_ways = host_ways(options, source, budget, notes)
+    if n_ways is not None:
+        budget = budget.with_experts(n_ways * sum(layout.block_bytes for layout in source.layouts))
     if say is not None:
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
 
-    store = ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
+    favourites: list[list[int]] = []
+    if options.warm_start is not None:
+        favourites = read_favourites(options.warm_start, source.n_experts)
+        if n_ways is None:
+            notes.append("all experts are in host memory: --warm-start has nothing to choose")
+    store = open_experts(n_ways, options, source, notes)
     cpu = [
         CpuExperts(
             source.layouts[site.layer],
@@ -345,12 +364,27 @@ def load_engine(
     )
     for site in sites:
         model.set_submodule(site.experts_path, MoeExperts(dispatcher, site.layer))
-    total_bytes = source.dense_bytes + store.total_bytes
-    with byte_bar(f"loading {source.name}", total_bytes) as advance:
+        block: Any = site.block
+        # transformers' mark: Qwen3-Omni's own initialisation would ask for the experts' parameters
+        block._is_hf_initialized = True
+    expert_bytes = [
+        min(len(experts), n_ways or 0) * layout.block_bytes
+        for experts, layout in zip(favourites, source.layouts, strict=False)
+    ]
+    if isinstance(store, ExpertStore):
+        expert_bytes = [store.total_bytes]
+    with byte_bar(f"loading {source.name}", source.dense_bytes + sum(expert_bytes)) as advance:
         source.load_dense(model, device, advance)
-        source.load_experts(store, advance)
+        if isinstance(store, ExpertStore):
+            source.load_experts(store, advance)
+        else:
+            for layer, experts in enumerate(favourites):
+                store.warm(layer, experts)
+                advance(expert_bytes[layer])
     dispatcher.attach(model, [site.block for site in sites])
     refuse_saving(model)
+    if isinstance(store, DiskTier):
+        read_ahead(store, sites)
     if device.type == "cpu":
         width = source.layouts[0].hidden_size
         routers = [find_router(site.block, width) for site in sites]
@@ -382,6 +416,8 @@ def load_model(
     cache_nblocks: int = 0,
     cache_nways: int = 0,
     cache_replace_policy: str = "FIFO",
+    host_memory_gb: float | None = None,
+    host_replace_policy: str = "LFRU",
     **cache_options: Any,
 ) -> PreTrainedModel:
     """A prepared folder as a real transformers model, its experts served by this tool.
@@ -393,10 +429,13 @@ def load_model(
     known = {entry.name for entry in fields(CacheOptions)} - {"n_indexes", "n_ways", "policy"}
     if unknown := sorted(cache_options.keys() - known):
         raise UserError(
-            "expected device, cache_nblocks, cache_nways, cache_replace_policy, "
+            "expected device, cache_nblocks, cache_nways, cache_replace_policy, host_memory_gb, "
+            "host_replace_policy, "
             f"{', '.join(sorted(known))} as settings of load_model, found {', '.join(unknown)}"
         )
-    options = ModelOptions(model_path=Path(path), device=device)
+    options = ModelOptions(
+        Path(path), device, host_memory_gb=host_memory_gb, host_policy=host_replace_policy
+    )
     cache = CacheOptions(
         n_indexes=cache_nblocks, n_ways=cache_nways, policy=cache_replace_policy, **cache_options
     )
@@ -417,11 +456,19 @@ def open_prepared(options: ModelOptions) -> PreparedModel:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that `wanted` (auto, cuda, cpu) means here; UserError for cuda without one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    """The device that `wanted` (auto, cuda, cuda:N, cpu) means here; UserError where it is not."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not has_gpu):
+        return torch.device("cpu")
+    if not has_gpu:
         raise UserError(
-            "--device cuda was asked for and torch sees no GPU: use --device cpu, or install "
+            f"--device {wanted} was asked for and torch sees no GPU: use --device cpu, or install "
             "a torch built for your CUDA driver"
         )
-    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    _, named, index = wanted.partition(":")
+    if named and int(index) >= torch.cuda.device_count():
+        raise UserError(
+            f"expected --device cuda:0 to cuda:{torch.cuda.device_count() - 1}, the GPUs that "
+            f"torch sees, found {wanted}"
+        )
+    return torch.device("cuda", int(index) if named else torch.cuda.current_device())

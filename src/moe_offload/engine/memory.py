@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from moe_offload.errors import UserError
 from moe_offload.machine.hardware import available_bytes
 from moe_offload.machine.streams import is_out_of_memory
 
-KV_CACHE, SLOTS = "KV cache", "expert cache slots"
+EXPERTS, KV_CACHE, SLOTS = "experts", "KV cache", "expert cache slots"
 _WORKSPACE_BYTES = 512 << 20  # torch, its kernels' workspaces, activations of a short prompt
 _CUDA_CONTEXT_BYTES = 512 << 20
 
@@ -26,6 +26,16 @@ class Budget:
 
     needs: Mapping[str, Mapping[str, int]]  # memory -> what -> bytes
     available: Mapping[str, int]  # memory -> bytes
+
+    @property
+    def expert_room_bytes(self) -> int:
+        """Host memory that is left for experts beside all else."""
+        others = sum(n for what, n in self.needs["host"].items() if what != EXPERTS)
+        return max(0, self.available["host"] - others)
+
+    def with_experts(self, n_bytes: int) -> Budget:
+        """The same with experts of `n_bytes` in host memory."""
+        return replace(self, needs={**self.needs, "host": {**self.needs["host"], EXPERTS: n_bytes}})
 
     def table(self) -> str:
         """The table a user reads: GB by need, then the total against what is available."""
@@ -116,7 +126,7 @@ def make_budget(
     """
     model = {"dense weights": dense_bytes, KV_CACHE: kv_bytes, SLOTS: slot_bytes}
     model = {what: n_bytes for what, n_bytes in model.items() if n_bytes}
-    host, workspace = {"experts": expert_bytes}, {"workspace": _WORKSPACE_BYTES}
+    host, workspace = {EXPERTS: expert_bytes}, {"workspace": _WORKSPACE_BYTES}
     if device.type != "cuda":
         return Budget({"host": host | model | workspace}, {"host": available_bytes()})
     return Budget(

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from moe_offload.checkpoint.model_config import experts_per_token
-from moe_offload.config import CacheOptions, flag_of
+from moe_offload.config import CacheOptions, ModelOptions, flag_of
+from moe_offload.engine.memory import Budget
 from moe_offload.errors import UserError
-from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator, Router
+from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
+from moe_offload.experts.disk_tier import DiskTier, Router
 from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
+from moe_offload.files import require_regular
 from moe_offload.model.decode_modules import chosen_experts, find_router
-from moe_offload.model.loader import ModelSource, MoeSite
+from moe_offload.model.loader import ModelSource, MoeSite, PreparedModel
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
 
+_LARGEST_COUNTS_BYTES = 64 << 20  # a hundred thousand experts have 2 MB
 _BEYOND_GPU_CACHE_BYTES = 256 << 20  # the largest L2 met so far has 126 MB (NVIDIA B200)
 
 
@@ -52,6 +58,85 @@ def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> 
             f"{fitted.n_ways}: the model has {n_layers} MoE layers of {n_experts} experts"
         )
     return fitted
+
+
+def host_ways(
+    options: ModelOptions, source: ModelSource, budget: Budget, notes: list[str]
+) -> int | None:
+    """How many experts of each layer host memory holds; None where all have room and may have it.
+
+    UserError where not even one has. Random weights are on no disk, so they have no other place.
+    """
+    if not isinstance(source, PreparedModel):
+        return None
+    room_bytes = budget.expert_room_bytes
+    asked = options.host_memory_gb
+    if asked is not None:
+        room_bytes = int(asked * 1e9)
+    each_bytes = sum(layout.block_bytes for layout in source.layouts)
+    n_ways, n_experts = room_bytes // each_bytes, max(source.n_experts)
+    if source.manifest.expert_bytes <= room_bytes or n_ways >= n_experts:
+        return None
+    if n_ways < 1:
+        if asked is None:  # the budget says what is missing, and what would help
+            return None
+        raise UserError(
+            f"expected room for at least one expert of each layer in --host-memory-gb {asked:g}: "
+            f"with this model that is {each_bytes / 1e9:.3g} GB or more"
+        )
+    why = "" if asked is not None else f", for {room_bytes / 1e9:.1f} GB are free for them"
+    notes.append(
+        f"host memory holds {n_ways} of {n_experts} experts of each layer"
+        f"{why}; the others are read from disk when they are needed"
+    )
+    return n_ways
+
+
+def read_favourites(path: Path, n_experts: Sequence[int]) -> list[list[int]]:
+    """The experts of each layer in a run's expert_counts.csv, most chosen first.
+
+    UserError for a file that is none, or is of another model.
+    """
+    counts: list[dict[int, int]] = [{} for _ in n_experts]
+    number = 1
+    try:
+        require_regular(path, _LARGEST_COUNTS_BYTES)
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                number += 1
+                layer, expert, count = (int(row[name]) for name in ("Layer", "Expert", "Count"))
+                if not (0 <= layer < len(n_experts) and 0 <= expert < n_experts[layer]):
+                    raise UserError(
+                        f"expected the expert counts of a model of {len(n_experts)} MoE layers of "
+                        f"{max(n_experts)} experts, found layer {layer}, expert {expert} in "
+                        f"{path}: give this model's own file"
+                    )
+                counts[layer][expert] = count
+        if number == 1:
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; correct --warm-start") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"expected columns Layer, Expert and Count of whole numbers in {path}, found others "
+            f"in line {number}: give the expert_counts.csv that a run has written"
+        ) from error
+    return [sorted(of_layer, key=lambda expert: -of_layer[expert]) for of_layer in counts]
+
+
+def open_experts(
+    n_ways: int | None, options: ModelOptions, source: ModelSource, notes: list[str]
+) -> ExpertStore | DiskTier:
+    """Where the experts live; without `n_ways`, all in host memory, which `load_experts` fills."""
+    if n_ways is None or not isinstance(source, PreparedModel):
+        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
+    tier = DiskTier(source.manifest.moe_layers, n_ways, make_policy(options.host_policy))
+    if not tier.is_direct:
+        notes.append(
+            f"the file system of {source.folder} refuses direct reads (O_DIRECT): experts are "
+            "read through the page cache, which is told to keep none of them"
+        )
+    return tier
 
 
 def chosen_cache(
@@ -105,7 +190,7 @@ def slots_to_measure(source: ModelSource) -> int:
 def build_accelerator(
     options: CacheOptions,
     gpu: GpuExperts,
-    store: ExpertStore,
+    store: ExpertStore | DiskTier,
     sites: Sequence[MoeSite],
     costs: CostModel,
     notes: list[str],
@@ -136,7 +221,15 @@ def build_accelerator(
     )
 
 
-def _router(store: ExpertStore, site: MoeSite) -> Router:
+def read_ahead(tier: DiskTier, sites: Sequence[MoeSite]) -> None:
+    """Let the tier read ahead, where the routers can be asked ahead."""
+    routers = [find_router(one.block, tier.layouts[one.layer].hidden_size) for one in sites]
+    found = [router for router in routers if router is not None]
+    if len(found) == len(sites):
+        tier.read_ahead_with([partial(chosen_experts, router) for router in found])
+
+
+def _router(store: ExpertStore | DiskTier, site: MoeSite) -> Router:
     router = find_router(site.block, store.layouts[site.layer].hidden_size)
     if router is None:
         raise UserError(

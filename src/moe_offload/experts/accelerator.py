@@ -8,7 +8,7 @@ guess is only ever used for fetching ahead; it never changes a result.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from moe_offload.experts.cache import ExpertCache
 from moe_offload.experts.costs import CostModel
+from moe_offload.experts.disk_tier import DiskTier, Router
 from moe_offload.experts.fetcher import Copy, CopyCancelledError, ExpertFetcher
-from moe_offload.experts.plan import MissMode, MissTrial
+from moe_offload.experts.plan import MissMode, Trial
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
-
-Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
 
 N_STAGING_SLOTS = 2  # one is computed while the other is filled
 
@@ -36,7 +35,7 @@ class Accelerator:
     of one forward pass.
     """
 
-    store: ExpertStore
+    store: ExpertStore | DiskTier
     cache: ExpertCache
     gpu: GpuExperts
     fetcher: ExpertFetcher
@@ -47,9 +46,11 @@ class Accelerator:
 
     def __post_init__(self) -> None:
         assert self.gpu.n_slots >= self.cache.n_slots + N_STAGING_SLOTS
-        self.trial: MissTrial | None = MissTrial() if self.miss_policy == "auto" else None
+        self.trial: Trial | None = Trial() if self.miss_policy == "auto" else None
         self.prefetch = PrefetchStats(block_bytes=self.gpu.layout.block_bytes)
         self.failed_copies = 0
+        if isinstance(self.store, DiskTier):
+            self.store.copying = self.fetcher.sources_in_flight
         self._quota_left = 0
         self._next_staging = 0
 
@@ -57,7 +58,7 @@ class Accelerator:
     def mode(self) -> MissMode:
         """How the current step treats a miss."""
         if self.trial is not None:
-            return self.trial.mode
+            return "costs" if self.trial.is_first else "cpu"
         return "fetch" if self.miss_policy == "fetch" else "cpu"
 
     @property
@@ -171,6 +172,7 @@ class Accelerator:
         """
         self.prefetch.guess(layer, guessed)
         self.collect_copies()  # one that has ended since keeps nobody from the bus
+        guessed = [expert for expert in guessed if self.store.is_there(layer, expert)]
         if self.fetcher.in_flight or self._background_quota(layer) <= 0:
             return
         self.cache.protect(layer, guessed)
@@ -180,7 +182,9 @@ class Accelerator:
 
     def notes(self) -> list[str]:
         """What was learnt during the run, as lines for the summary."""
-        lines = [] if self.trial is None else [self.trial.line]
+        lines = []
+        if self.trial is not None:
+            lines.append(self.trial.line("miss policy auto", "waiting for copies by cost", "cpu"))
         if self.prefetch.chosen:
             lines.append(
                 f"next-layer prefetch: recall {100 * self.prefetch.recall:.1f}%, "

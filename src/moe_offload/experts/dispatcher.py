@@ -11,8 +11,9 @@ import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import Accelerator
+from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
 from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
-from moe_offload.experts.store import ExpertStore
+from moe_offload.experts.store import DiskCounts, ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
+
+_Copying = Callable[[Sequence[int]], None]  # starts the copies of experts in host memory
 
 
 class RoutingChoice(Protocol):
@@ -62,7 +66,7 @@ class MoeDispatcher:
 
     def __init__(
         self,
-        store: ExpertStore,
+        store: ExpertStore | DiskTier,
         cpu: Sequence[CpuExperts],
         recorder: Recorder,
         accelerator: Accelerator | None = None,
@@ -117,8 +121,10 @@ class MoeDispatcher:
         return self._device.type == "cuda"
 
     def _before_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_open and self.accelerator is not None:  # an error, a Ctrl-C
-            self.accelerator.recover()
+        if self._is_open:  # an error, a Ctrl-C
+            if self.accelerator is not None:
+                self.accelerator.recover()
+            self.store.recover()
         self._is_open = True
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
@@ -157,9 +163,10 @@ class MoeDispatcher:
         self.recorder.end_pass(duration_s)
         self._ranges.end_pass()
         self._is_open = False
-        trial = None if self.accelerator is None else self.accelerator.trial
-        if self._decode and trial is not None and not self._skip_experts:
-            trial.record(duration_s)
+        if self._decode and not self._skip_experts:
+            for one in (self.accelerator, self.store):
+                if one is not None and one.trial is not None:
+                    one.trial.record(duration_s)
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
@@ -215,6 +222,9 @@ class MoeDispatcher:
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
+        fetches_ahead = guess is not None
+        if guess is None and isinstance(self.store, DiskTier) and self._decode:
+            guess = self.store.guess(layer + 1, hidden)
         parts = self.store, self.cpu[layer], self._handoff, accelerator
         step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
@@ -223,17 +233,28 @@ class MoeDispatcher:
             block_events[1].record(torch.cuda.current_stream(self._device))
         self._ranges.part(layer, "plan")
         before = self._counters()
+        copy: _Copying | None = None
         if accelerator is None:
             plan = Plan({}, (), tuple(_counts(step.ids)))
         elif self._decode:
-            plan = self._start_decode(accelerator, step)
-            if guess is not None:
-                accelerator.fetch_ahead(layer + 1, step.guessed)
+            plan, copy = self._start_decode(accelerator, step)
         else:
-            plan = self._start_prefill(accelerator, step)
-        planned_s = time.perf_counter()
-        self._ranges.part(layer, "cpu experts")
-        cpu_out = step.compute_on_cpu(plan.cpu)
+            plan, copy = self._start_prefill(accelerator, step)
+        if guess is not None and isinstance(self.store, DiskTier):
+            self.store.read_ahead_later(layer + 1, step.guessed)
+        cpu_out, cpu_s = None, 0.0
+        for number, group in enumerate(self.store.arriving(layer, (*plan.waited, *plan.cpu))):
+            if copy is not None:
+                copy(group)
+            if accelerator is not None and fetches_ahead and number == 0:
+                accelerator.fetch_ahead(layer + 1, step.guessed)
+            self._ranges.part(layer, "cpu experts")
+            called_s = time.perf_counter()
+            on_cpu = [expert for expert in group if expert not in plan.waited]
+            cpu_out = step.compute_on_cpu(on_cpu, cpu_out)
+            cpu_s += time.perf_counter() - called_s
+        if accelerator is not None and self._decode:
+            accelerator.cache.end_step(layer)
         computed_s = time.perf_counter()
         self._ranges.part(layer, "combine")
         step.wait()
@@ -255,6 +276,8 @@ class MoeDispatcher:
                 on_device_us = float(block_events[0].elapsed_time(block_events[1])) * 1e3
                 router_us = min(on_device_us, (routed_s - began_s) * 1e6)
             tokens = [token for token in ids if token[0] >= 0]  # the others are padding
+            disk = after[2]
+            wait_s = disk.wait_s - before[2].wait_s
             hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
             n_hits = sum(hits_of_token)
             return LayerEvent(
@@ -267,8 +290,8 @@ class MoeDispatcher:
                 evictions=after[0] - before[0],
                 attention_us=(routed_s - began_s) * 1e6 - router_us,
                 router_us=router_us,
-                plan_us=(planned_s - routed_s) * 1e6,
-                cpu_us=(computed_s - planned_s) * 1e6,
+                plan_us=(computed_s - routed_s - cpu_s - wait_s) * 1e6,
+                cpu_us=cpu_s * 1e6,
                 gpu_us=sum(pending.resolve() for pending, _ in launches),
                 copy_wait_us=(waited_s - computed_s) * 1e6,
                 combine_us=(ended_s - waited_s) * 1e6,
@@ -277,6 +300,10 @@ class MoeDispatcher:
                 waited_bytes=len(plan.waited) * block_bytes,
                 fetch_bytes=fetches * block_bytes,
                 waited=waited,
+                host_hits=disk.hits - before[2].hits,
+                host_misses=disk.misses - before[2].misses,
+                disk_wait_us=wait_s * 1e6,
+                disk_bytes=disk.n_bytes - before[2].n_bytes,
             )
 
         if self.recorder.enabled:
@@ -287,14 +314,18 @@ class MoeDispatcher:
         self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
-    def _counters(self) -> tuple[int, int]:
-        """The evictions and the copies begun so far."""
-        if self.accelerator is None:
-            return 0, 0
-        return self.accelerator.cache.evictions, self.accelerator.fetcher.begun
+    def _counters(self) -> tuple[int, int, DiskCounts]:
+        """The evictions, the copies begun and the disk's counts so far."""
+        copies = 0, 0
+        if self.accelerator is not None:
+            copies = self.accelerator.cache.evictions, self.accelerator.fetcher.begun
+        return *copies, replace(self.store.disk)
 
-    def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> Plan:
-        """Plan a decode step's layer, launch its hits and start its copies."""
+    def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> tuple[Plan, _Copying]:
+        """Plan a decode step's layer and launch its hits.
+
+        With the plan comes what starts the copies of a group that is in host memory.
+        """
         counts = _counts(step.ids)
         accelerator.collect_copies()
         slots = accelerator.cache.lookup(step.layer, list(counts))
@@ -303,14 +334,18 @@ class MoeDispatcher:
         )
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
-            step.launch_waited(plan.waited)
-        accelerator.fetch_background(step.layer, plan.cpu)
-        accelerator.cache.end_step(step.layer)
         accelerator.prefetch.observe(step.layer, plan.hits, counts)
-        return plan
 
-    def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> Plan:
-        """Plan a prompt's layer, launch its accelerator part, and warm the decode cache.
+        def copy(group: Sequence[int]) -> None:
+            with self._ranges.layer(step.layer, "launch"):
+                step.launch_waited([expert for expert in group if expert in plan.waited])
+            missed = [expert for expert in group if expert not in plan.waited]
+            accelerator.fetch_background(step.layer, missed)
+
+        return plan, copy
+
+    def _start_prefill(self, accelerator: Accelerator, step: LayerStep) -> tuple[Plan, _Copying]:
+        """Plan a prompt's layer, launch its hits, and give slots to what warms the decode cache.
 
         Experts that the cache is to hold after this prompt are copied to their slots, and those
         of them that the plan waits for are computed there, so that none travels twice.
@@ -324,11 +359,17 @@ class MoeDispatcher:
             step.launch(plan.hits)
             tokens = [token for token in step.ids if token[0] >= 0]
             warmed = accelerator.warm(step.layer, tokens, plan.waited)
-            step.launch_waited(plan.waited, keep=warmed)
-            for expert, slot in warmed.items():  # for the tokens to come: behind what is waited for
-                if expert not in plan.waited:
-                    accelerator.fetch(step.layer, expert, slot)
-        return plan
+
+        def copy(group: Sequence[int]) -> None:
+            with self._ranges.layer(step.layer, "launch"):
+                waited = [expert for expert in group if expert in plan.waited]
+                step.launch_waited(waited, keep=warmed)
+                # For the tokens to come: behind what is waited for.
+                for expert, slot in warmed.items():
+                    if expert in group and expert not in waited:
+                        accelerator.fetch(step.layer, expert, slot)
+
+        return plan, copy
 
 
 def _counts(pairs: list[list[int]]) -> dict[int, int]:

@@ -79,6 +79,14 @@ class ExpertFetcher(ABC):
         """The slots of those copies."""
         return {copy.slot for copy in self._in_flight}
 
+    def sources_in_flight(self) -> set[int]:
+        """The addresses that copies under way still read from."""
+        return {
+            copy.source.data_ptr()
+            for copy in self._in_flight
+            if copy.source is not None and not (copy.issued and copy.ready.query())
+        }
+
     def fetch(self, slot: int, source: Tensor) -> None:
         """Start copying `source`, uint8 [block_bytes], into a slot; returns at once.
 

@@ -8,7 +8,7 @@ copy. On the CPU nothing moves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.experts.accelerator import Accelerator
+from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.slots import PAIRS_FOR_TABLE, Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
@@ -31,7 +32,7 @@ class LayerStep:
     stays in `launches`, with the experts it computes.
     """
 
-    store: ExpertStore
+    store: ExpertStore | DiskTier
     cpu: CpuExperts
     handoff: HostHandoff
     accelerator: Accelerator | None
@@ -87,15 +88,23 @@ class LayerStep:
             else:
                 self._launch_expert(expert, slot)
 
-    def compute_on_cpu(self, experts: Sequence[int]) -> Tensor | None:
-        """The CPU's share, fp32 [T, H] on the host, or None without experts."""
+    def compute_on_cpu(
+        self, experts: Collection[int], others: Tensor | None = None
+    ) -> Tensor | None:
+        """The CPU's share, fp32 [T, H] on the host, or None without experts.
+
+        The experts are in memory. `others` is the share of some that came before: it is added to.
+        """
         if not experts:
-            return None
+            return others
         mask = bytearray(self.store.n_experts[self.layer])
         for expert in experts:
             mask[expert] = 1
         n_tokens, hidden_size = self.hidden.shape
-        out = self.handoff.result(n_tokens, hidden_size, self.hidden.device)
+        if others is None:
+            out = self.handoff.result(n_tokens, hidden_size, self.hidden.device)
+        else:
+            out = torch.empty(n_tokens, hidden_size)
         self.cpu.run(
             self.host_hidden,
             self.store.pointers(self.layer),
@@ -104,7 +113,7 @@ class LayerStep:
             self.host_weights,
             out,
         )
-        return out
+        return out if others is None else others.add_(out)
 
     def wait(self) -> None:
         """Wait for the emulated accelerator; on a GPU the stream does, and the host runs on."""
@@ -126,10 +135,8 @@ class LayerStep:
         Experts whose copy failed are computed on the CPU here.
         """
         if self._failed:
-            on_time = None if cpu_out is None else cpu_out.clone()  # its memory is used again
-            cpu_out = self.compute_on_cpu(self._failed)
-            if cpu_out is not None and on_time is not None:
-                cpu_out += on_time
+            for group in self.store.arriving(self.layer, tuple(dict.fromkeys(self._failed))):
+                cpu_out = self.compute_on_cpu(group, cpu_out)
         on_device = None
         for out in self._outs:
             on_device = out if on_device is None else on_device + out

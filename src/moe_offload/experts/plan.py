@@ -1,7 +1,7 @@
 """Who computes what in one layer: a pure decision, before any tensor moves.
 
-Decide, then act: the dispatcher carries out a `Plan` and decides nothing itself. `MissTrial` tries
-out in the run itself which way of treating misses is faster.
+Decide, then act: the dispatcher carries out a `Plan` and decides nothing itself. `Trial` tries out
+in the run itself which of two ways is faster.
 """
 
 from __future__ import annotations
@@ -87,51 +87,43 @@ _ROUNDS = 4  # per mode
 TRIAL_STEPS = _WARM_UP_STEPS + 2 * _ROUNDS * _ROUND_STEPS  # until the verdict
 
 
-class MissTrial:
-    """Decides between waiting for copies by cost (`costs`) and never waiting (`cpu`).
+class Trial:
+    """Which of two ways makes decode steps shorter, found in the run itself.
 
-    A split that looks better in a microbenchmark can lose in the run (fixed costs, DRAM shared by
-    copies, the value of leaving an expert in the cache). So the first decode steps alternate, and
-    the faster is kept.
+    What looks better in a microbenchmark can lose in the run (fixed costs, memory shared by copies,
+    the value of leaving an expert in the cache). So after some steps of the second way the two
+    alternate, and the faster is kept.
     """
 
     def __init__(self) -> None:
         self._steps = 0
-        self._seconds: dict[MissMode, list[float]] = {"costs": [], "cpu": []}
-        self._verdict: MissMode | None = None
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._verdict: bool | None = None
 
     @property
-    def mode(self) -> MissMode:
-        """The mode of the coming step."""
+    def is_first(self) -> bool:
+        """Whether the coming step goes the first way."""
         if self._verdict is not None:
             return self._verdict
-        if self._steps < _WARM_UP_STEPS:
-            return "cpu"
-        round_number = (self._steps - _WARM_UP_STEPS) // _ROUND_STEPS
-        return "costs" if round_number % 2 == 0 else "cpu"
-
-    @property
-    def line(self) -> str:
-        """What was found, for the summary."""
-        if self._verdict is None:
-            return (
-                f"miss policy auto: undecided after {self._steps} decode steps "
-                f"(needs {TRIAL_STEPS})"
-            )
-        kept = "waiting for copies by cost" if self._verdict == "costs" else "cpu"
-        costs_ms, cpu_ms = (1e3 * median(self._seconds[mode]) for mode in ("costs", "cpu"))
-        return (
-            f"miss policy auto: kept {kept} (median step {costs_ms:.2f} ms by cost, "
-            f"{cpu_ms:.2f} ms with cpu, {_ROUNDS * _ROUND_STEPS} steps each)"
-        )
+        round_number, _ = divmod(self._steps - _WARM_UP_STEPS, _ROUND_STEPS)
+        return round_number >= 0 and round_number % 2 == 0
 
     def record(self, step_s: float) -> None:
-        """The duration of a decode step that ran in `mode`."""
+        """The duration of a decode step that went as `is_first` says."""
         if self._verdict is not None:
             return
         if self._steps >= _WARM_UP_STEPS:
-            self._seconds[self.mode].append(step_s)
+            self._seconds[self.is_first].append(step_s)
         self._steps += 1
         if self._steps == TRIAL_STEPS:
-            costs_s, cpu_s = (median(self._seconds[mode]) for mode in ("costs", "cpu"))
-            self._verdict = "costs" if costs_s < cpu_s else "cpu"
+            self._verdict = median(self._seconds[True]) < median(self._seconds[False])
+
+    def line(self, what: str, first: str, second: str) -> str:
+        """What was found of `what`, for the summary; `first` and `second` name the ways."""
+        if self._verdict is None:
+            return f"{what}: undecided after {self._steps} decode steps (needs {TRIAL_STEPS})"
+        first_ms, second_ms = (1e3 * median(self._seconds[way]) for way in (True, False))
+        return (
+            f"{what}: kept {first if self._verdict else second} (median step {first_ms:.2f} ms "
+            f"{first}, {second_ms:.2f} ms {second}, {_ROUNDS * _ROUND_STEPS} steps each)"
+        )

@@ -3,7 +3,7 @@
 Appending does no I/O and never waits for a device. Between two layers the CPU's caches hold
 weights and every line of Python is slow, so a layer only leaves something that can tell its event
 there (`at_end`). When the pass has ended, on the device too, the events are asked for and packed:
-96 bytes, expert ids two bytes each. A night of prompts (a million layer events) stays under 150 MB
+116 bytes, expert ids two bytes each. A night of prompts (a million layer events) stays under 150 MB
 and leaves the garbage collector nothing to walk.
 
 `NvtxRanges` shows the same spans to Nsight Systems.
@@ -35,17 +35,22 @@ class LayerEvent(NamedTuple):
     token and left out. `hits` and `misses` count (token, expert) pairs: together T * K on a cached
     layer. `fetches` are the copies to the accelerator that the layer started.
 
+    `host_hits` and `host_misses` are experts that were in host memory when the layer asked for them
+    and those that had to come from disk; both are 0 where all experts are in memory.
+
     `attention`, `router`, `plan`, `cpu`, `copy_wait` and `combine` are disjoint spans of one clock,
     in this order; with what a pass spends outside its layers they add up to the pass's duration.
-    `router` includes the copy of routing and hidden state to the host, `copy_wait` is time stood
-    still for an expert's copy, `combine` ends when the layer's output is ready: it includes what
-    the accelerator still needed after the CPU had finished. `gpu` is the accelerator's own time for
-    the layer's experts, beside the others. On a GPU, whose work the host only launches, its own
-    clock says how much of `attention` and `router` is `router`; a previous layer's sum that it had
-    not finished then counts as `attention`.
+    So does `disk_wait`, time stood still for the disk between parts of `cpu`. `router` includes the
+    copy of routing and hidden state to the host, `copy_wait` is time stood still for an expert's
+    copy, `combine` ends when the layer's output is ready: it includes what the accelerator still
+    needed after the CPU had finished. `gpu` is the accelerator's own time for the layer's experts,
+    beside the others. On a GPU, whose work the host only launches, its own clock says how much of
+    `attention` and `router` is `router`; a previous layer's sum that it had not finished then
+    counts as `attention`.
 
     `cpu_bytes` and `gpu_bytes` are the expert bytes that each side read (each expert once);
     `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.
+    `disk_bytes` arrived from disk since the layer before.
     `waited` are the experts that a prompt copied to be computed there. `pass_index` is the
     recorder's.
     """
@@ -57,6 +62,8 @@ class LayerEvent(NamedTuple):
     misses: int = 0
     fetches: int = 0
     evictions: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
     attention_us: float = 0.0
     router_us: float = 0.0
     plan_us: float = 0.0
@@ -64,10 +71,12 @@ class LayerEvent(NamedTuple):
     gpu_us: float = 0.0
     copy_wait_us: float = 0.0
     combine_us: float = 0.0
+    disk_wait_us: float = 0.0
     cpu_bytes: int = 0
     gpu_bytes: int = 0
     waited_bytes: int = 0
     fetch_bytes: int = 0
+    disk_bytes: int = 0
     waited: tuple[int, ...] = ()
     pass_index: int = 0
 
@@ -75,7 +84,7 @@ class LayerEvent(NamedTuple):
 DURATIONS = tuple(name for name in LayerEvent._fields if name.endswith("_us"))
 BYTES = tuple(name for name in LayerEvent._fields if name.endswith("_bytes"))
 _SHAPE = ("pass_index", "layer", "n_tokens", "top_k", "cached")
-_COUNTS = ("hits", "misses", "fetches", "evictions")
+_COUNTS = ("hits", "misses", "fetches", "evictions", "host_hits", "host_misses")
 _PACKED = slice(3, -2)  # all but the layer, the lists and the pass
 assert tuple(LayerEvent._fields)[_PACKED] == (*_COUNTS, *DURATIONS, *BYTES)
 

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import mmap
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,24 @@ from torch import Tensor
 
 from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.prepared import MoeLayer, read_block
+from moe_offload.experts.plan import Trial
 
 _READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
 _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
+
+
+@dataclass
+class DiskCounts:
+    """Experts asked for that were in memory or not, and the disk's part in it, since loading.
+
+    `n_bytes` were read in `busy_s`, and for `wait_s` a layer stood still for an expert.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    n_bytes: int = 0
+    wait_s: float = 0.0
+    busy_s: float = 0.0
 
 
 class ExpertStore:
@@ -42,6 +58,8 @@ class ExpertStore:
     ) -> None:
         self.layouts = tuple(layouts)
         self.n_experts = tuple(n_experts)
+        self.disk = DiskCounts()  # nothing comes from there
+        self.trial: Trial | None = None  # and nothing is to be found out about it
         self._registered: dict[int, weakref.finalize[..., Any]] = {}  # by position in _stored
         shapes = list(zip(self.layouts, self.n_experts, strict=True))
         self.n_stored = len(shapes) if n_stored is None else n_stored
@@ -73,9 +91,25 @@ class ExpertStore:
     def total_bytes(self) -> int:
         return sum(blocks.numel() for blocks in self._stored)
 
+    @property
+    def memory(self) -> ExpertStore:
+        """What of it is in host memory: all."""
+        return self
+
+    def is_there(self, layer: int, expert: int) -> bool:
+        """Whether the expert is in memory: always."""
+        return True
+
     def block(self, layer: int, expert: int) -> Tensor:
         """The block of one expert, a uint8 [block_bytes] view."""
         return self._blocks[layer][expert]
+
+    def arriving(self, layer: int, experts: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Groups of `experts` as they are in memory: all at once (`DiskTier` has more)."""
+        yield experts
+
+    def recover(self) -> None:
+        """After a pass that never ended: nothing was under way."""
 
     def blocks(self, layer: int) -> Tensor:
         """All blocks of one layer, a uint8 [E, block_bytes] view."""

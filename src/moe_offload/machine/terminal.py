@@ -121,11 +121,11 @@ def _sentence(error: Exception) -> object:
     if isinstance(error, (UserError, OSError)):
         return error
     if isinstance(error, MemoryError):
-        return (
-            "no memory is left: end other programs, or raise the limit (ulimit -v, a container's)"
-        )
+        return "no memory is left: end other programs, or raise the limit that is set"
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":  # Python's words
         return FEW_THREADS
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # before 3.13
+        return f"{error}: it leads to itself, remove it"
     return None
 
 
@@ -246,10 +246,10 @@ class RunProgress:
     def _layer_done(self, *_: object) -> None:
         self._evaluation.update()
 
-    def token(self) -> None:
-        """A prompt got a token."""
+    def token(self, count: int = 1) -> None:
+        """A prompt got a token, or several."""
         self._end_evaluation()
-        self._n_tokens += 1
+        self._n_tokens += count
         now_s = time.perf_counter()
         rate = self._n_tokens / max(now_s - self._started_s, 1e-9)
         if now_s >= self._next_line_s:
@@ -258,7 +258,7 @@ class RunProgress:
             say(f"{done}, {self._n_tokens} tokens, {rate:.1f} tok/s", self._file)
         self._bar.set_postfix_str(f"{rate:.1f} tok/s", refresh=False)
         if not self._by_prompt:
-            self._bar.update()
+            self._bar.update(count)
 
     def prompt_done(self) -> None:
         """A prompt has all its tokens."""

@@ -185,30 +185,34 @@ def xformers_attention(
             )
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key = key.repeat_interleave(groups, dim=1)
-        value = value.repeat_interleave(groups, dim=1)
     if attention_mask is None:
         attention_mask = _causal_at_the_end(query, key)
     bias: Any = None if query.shape[2] == 1 else LowerTriangularMask()
     if attention_mask is not None:
-        bias = _bias(attention_mask, query)
+        bias = _bias(attention_mask, query, key.shape[1])
+    # [B, S, kv_heads, heads of each, D]: the heads of a group share keys that are read as they lie.
+    n_shared = query.shape[1] // key.shape[1]
     out = memory_efficient_attention(
-        query.transpose(1, 2).contiguous(),
-        key.transpose(1, 2).contiguous(),
-        value.transpose(1, 2).contiguous(),
+        query.transpose(1, 2).unflatten(2, (key.shape[1], n_shared)),
+        _rows(key).transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, n_shared, -1),
+        _rows(value).transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, n_shared, -1),
         attn_bias=bias,
         p=dropout,
         scale=scaling,
     )
-    return out, None
+    return out.flatten(2, 3), None
 
 
-def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    batch, heads, n_queries, _ = query.shape
+def _bias(mask: Tensor, query: Tensor, n_kv_heads: int) -> Tensor:
+    """[B, kv_heads, heads of each, S, S'], of memory B x S x S': what a mask leaves out is -inf.
+
+    A query that sees no key, which is padding, sees all of them: no sum of nothing makes NaN.
+    """
+    batch, n_heads, n_queries, _ = query.shape
     n_keys = mask.shape[-1]
     padded = -(-n_keys // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
-    bias = query.new_full((batch, heads, n_queries, padded), float("-inf"))
-    bias[..., :n_keys].masked_fill_(mask.expand(batch, heads, n_queries, n_keys), 0.0)
-    return bias[..., :n_keys]
+    seen = (mask | ~mask.any(dim=-1, keepdim=True)).expand(-1, 1, n_queries, n_keys)
+    bias = query.new_full((mask.shape[0], 1, n_queries, padded), float("-inf"))
+    bias[..., :n_keys].masked_fill_(seen, 0.0)
+    shape = (batch, n_kv_heads, n_heads // n_kv_heads, n_queries, padded)
+    return bias[:, :, None].expand(shape)[..., :n_keys]

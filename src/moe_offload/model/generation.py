@@ -180,11 +180,11 @@ def generate_batch(
     options: GenerationOptions,
     *,
     eos_ids: frozenset[int] = frozenset(),
-    on_pass: Callable[[Sequence[int], bool], None] | None = None,
+    first_prompt: int = 0,
 ) -> Iterator[tuple[Generated, int]]:
-    """`generate` for prompts of the same settings, all at once, numbered from 0."""
-    requests = [Request(number, ids, options) for number, ids in enumerate(prompts)]
-    yield from generate(model, requests, len(requests), eos_ids=eos_ids, on_pass=on_pass)
+    """`generate` for prompts of the same settings, all at once, numbered from `first_prompt`."""
+    requests = [Request(number, ids, options) for number, ids in enumerate(prompts, first_prompt)]
+    yield from generate(model, requests, len(requests), eos_ids=eos_ids)
 
 
 @dataclass

@@ -45,6 +45,8 @@ def join(cache: DynamicCache, other: DynamicCache, width: int) -> None:
             held = min(width, layer.sliding_window - 1)
         layer.keys = _joined(layer.keys, added.keys, held)
         layer.values = _joined(layer.values, added.values, held)
+        if isinstance(layer, RoomyLayer):  # else all layers would be held twice for a moment
+            layer.release()
 
 
 def _joined(rows: Tensor, added: Tensor, width: int) -> Tensor:
@@ -68,6 +70,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
 
     def __init__(self, max_tokens: int) -> None:
         super().__init__()
+        self._max_tokens = max_tokens
         self._rooms = _Room(max_tokens), _Room(max_tokens)
 
     def update(
@@ -82,6 +85,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         self.keys = keys.add(self.keys, key_states)
         self.values = values.add(self.values, value_states)
         return self.keys, self.values
+
+    def release(self) -> None:
+        """Give up the memory of the keys and values that were here before the present ones."""
+        self._rooms = _Room(self._max_tokens), _Room(self._max_tokens)
 
 
 class _Room:

@@ -205,9 +205,6 @@ def fill_model(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor._is_hf_initialized = True  # transformers' own mark: leave this tensor alone
-    for module in model.modules():  # one that is whole may ask for the experts' parameters
-        if not any(buffer.is_meta for buffer in module.buffers()):
-            module._is_hf_initialized = True
     uninitialised = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -1,6 +1,6 @@
 """A run's files: where they go, and how they are written, together and atomically.
 
-Five CSVs (tables.py has their rows); run.json, with what repeating the run needs; and the routing
+Six CSVs (tables.py has their rows); run.json, with what repeating the run needs; and the routing
 as a trace, which a simulation starts from: it holds every token's choices, the prompts' too, which
 have no place in expert_choices.csv, and which experts a prompt copied to the GPU.
 """
@@ -36,6 +36,7 @@ from moe_offload.report.tables import (
     cachehit_rows,
     events_of_passes,
     expert_choice_rows,
+    expert_count_rows,
     frequency_rows,
     token_rows,
     with_prompts,
@@ -60,6 +61,7 @@ class ReportPaths(dict[str, Path]):
             "expert_choices": Path("expert_choices.csv"),
             "token_gen_time": Path("token_gen_time.csv"),
             "cpu_freq_avg": Path("cpu_freq_avg.csv"),
+            "expert_counts": Path("expert_counts.csv"),
             "run_json": Path("run.json"),
         }
         if folder is None:
@@ -202,6 +204,7 @@ def write_reports(
         paths[name]: _csv_lines(with_prompts(rows, recorder)) for name, rows in tables.items()
     }
     lines[paths["cpu_freq_avg"]] = _csv_lines(frequency_rows(info.samples))
+    lines[paths["expert_counts"]] = _csv_lines(expert_count_rows(recorder))
     if routing is not None and "routing" in paths:
         lines[paths["routing"]] = trace_lines(*routing)
     document = _finite(_run_document(paths, info, summary))

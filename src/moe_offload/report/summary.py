@@ -44,6 +44,10 @@ class RunSummary:
     evictions: int
     fetched_bytes: int
     saved_bytes: int
+    host_hits: int
+    host_misses: int
+    disk_bytes: int
+    disk_wait_s: float
     cpu_read_bytes: int
     cpu_read_gbps: float | None
     cpu_limit_gbps: float | None
@@ -136,6 +140,10 @@ def summarize(
         evictions=int(layers["evictions"].sum()),
         fetched_bytes=int(layers["fetch_bytes"].sum()),
         saved_bytes=int((decode_layers["gpu_bytes"] - decode_layers["waited_bytes"]).sum()),
+        host_hits=int(layers["host_hits"].sum()),
+        host_misses=int(layers["host_misses"].sum()),
+        disk_bytes=int(layers["disk_bytes"].sum()),
+        disk_wait_s=float(layers["disk_wait_us"].sum(dtype=np.float64)) / 1e6,
         cpu_read_bytes=cpu_read_bytes,
         cpu_read_gbps=cpu_read_bytes / cpu_s / 1e9 if cpu_s > 0 else None,
         cpu_limit_gbps=cpu_limit_gbps,
@@ -183,6 +191,8 @@ def _parts_ms(decode_layers: Table, step_s: Table) -> dict[str, float]:
         for name in DURATIONS
         if name != "gpu_us"  # beside the others, not one of the parts
     }
+    if not decode_layers["host_misses"].any():  # so it is without a disk
+        del parts["disk_wait"]
     parts["rest"] = float(step_s.sum()) * 1e3 - sum(parts.values())
     return {name: ms / len(step_s) for name, ms in parts.items()}
 
@@ -262,6 +272,12 @@ def _own_lines(summary: RunSummary) -> Iterator[str]:
         yield (
             f"Expert bytes: {_gb(summary.fetched_bytes)} fetched in {summary.fetches} copies "
             f"({summary.evictions} evictions), {_gb(summary.saved_bytes)} saved by decode hits"
+        )
+    if asked := summary.host_hits + summary.host_misses:
+        yield (
+            f"Experts from disk: {summary.host_misses} of {asked} asked for were not in host "
+            f"memory ({100 * summary.host_hits / asked:.2f}% were), {_gb(summary.disk_bytes)} "
+            f"read, {summary.disk_wait_s:.2f} s waited for"
         )
     if summary.cpu_read_gbps is not None and summary.cpu_read_bytes:
         share, of_limit = summary.cpu_share_of_limit, ""

@@ -5,10 +5,11 @@
 | out.csv | forward pass | ms, mean over layers, unless the name says otherwise |
 | cache.csv | forward pass | chosen experts that hit, per layer (0 where a layer is not cached) |
 | expert_choices.csv | forward pass (decode in a batch: per sequence) | expert ids |
+| expert_counts.csv | expert that was chosen | tokens, the prompts' too; most chosen first |
 | token_gen_time.csv | generated token after a prompt's first | s, tokens/s, MHz, degrees C |
 | cpu_freq_avg.csv | second | degrees C, MHz, W |
 
-`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). The first four end
+`Index` counts forward passes over the whole run (tokens in token_gen_time.csv). Those with it end
 with a `Prompt` column; for a pass over a batch it names the batch's first prompt. In a run of one
 prompt they are written without it (`with_prompts`). None is an empty cell.
 """
@@ -28,11 +29,13 @@ from moe_offload.report.summary import step_times_s, token_energies_j
 
 Row = Sequence[object]
 
+_OF_DISK = ("disk_bytes", "host_hits", "host_misses")
 BREAKDOWN_HEADER = (
     *("Index", "attn", "ffn_compute", "ffn_comm"),
     *("phase", "tokens", "step_ms", "rest_ms"),
-    *(name.removesuffix("_us") for name in DURATIONS),
-    *BYTES,
+    *(name.removesuffix("_us") for name in DURATIONS if name != "disk_wait_us"),
+    *(name for name in BYTES if name != "disk_bytes"),
+    *("disk_wait", *_OF_DISK),
     "Prompt",
 )
 CACHEHIT_MORE = (
@@ -45,7 +48,7 @@ TOKEN_HEADER = (
     "Prompt",
 )
 FREQUENCY_HEADER = ("Seconds", "Temperature", "cpu0", "CPU Power (W)", "GPU Power (W)")
-_EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us")
+_EXPERT_PARTS = ("cpu_us", "copy_wait_us", "combine_us", "disk_wait_us")
 
 
 def with_prompts(rows: Iterable[Row], recorder: Recorder) -> Iterable[Row]:
@@ -59,7 +62,7 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     """Rows of out.csv.
 
     `ffn_compute` is the longer of the CPU's and the accelerator's time, which overlap, and
-    `ffn_comm` what else the experts' part took (waiting for copies, handing over, adding up): with
+    `ffn_comm` what else the experts' part took (waiting for disk and copies, adding up): with
     attn, router, plan and rest they add up to the step.
     """
     passes, layers = recorder.pass_table(), recorder.layer_table()
@@ -75,6 +78,7 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
     compute_ms = mean_ms(compute_us)
     parts_ms = sum(ms for name, ms in of_part.items() if name != "gpu_us")  # the gpu's are beside
     step_ms = passes["duration_s"] * 1e3
+    disk_wait_ms = of_part.pop("disk_wait_us")
     yield BREAKDOWN_HEADER
     yield from _numbered(
         of_part["attention_us"],
@@ -85,7 +89,9 @@ def breakdown_rows(recorder: Recorder) -> Iterable[Row]:
         step_ms,
         step_ms - parts_ms * n_layers,
         *of_part.values(),
-        *_counts(BYTES, layers, passes),
+        *_counts([name for name in BYTES if name != "disk_bytes"], layers, passes),
+        disk_wait_ms,
+        *_counts(_OF_DISK, layers, passes),
         passes["prompt"],
     )
 
@@ -142,6 +148,18 @@ def expert_choice_rows(recorder: Recorder) -> Iterable[Row]:
         of_pass += [prompt] * (len(sequences) - len(of_pass))
         for owner, cells in zip(of_pass, sequences, strict=False):
             yield (index, *cells, owner)
+
+
+def expert_count_rows(recorder: Recorder) -> Iterator[Row]:
+    """Rows of expert_counts.csv."""
+    layers = recorder.layer_table()
+    n_ids = layers["n_tokens"].astype(np.int64) * layers["top_k"]
+    pairs = np.stack([np.repeat(layers["layer"], n_ids), recorder.expert_ids()])
+    found, counts = np.unique(pairs, axis=1, return_counts=True)
+    yield ("Layer", "Expert", "Count")
+    yield from sorted(
+        zip(*found.tolist(), counts.tolist(), strict=True), key=lambda row: (row[0], -row[2])
+    )
 
 
 def events_of_passes(recorder: Recorder) -> Iterator[list[LayerEvent]]:

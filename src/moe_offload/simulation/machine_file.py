@@ -87,6 +87,18 @@ class Gpu(_Part):
 
 
 @dataclass(frozen=True)
+class Disk(_Part):
+    """What reads of whole experts reach, several in flight, and how long the first one takes."""
+
+    gbps: float
+    latency_us: float
+
+    def us(self, n_bytes: float) -> float:
+        """Return the time to read so many bytes, in us."""
+        return self.latency_us + n_bytes / self.gbps / 1e3
+
+
+@dataclass(frozen=True)
 class Watts(_Part):
     """The whole machine idle, and what each busy part adds."""
 
@@ -98,7 +110,7 @@ class Watts(_Part):
 
 @dataclass(frozen=True)
 class Machine(_Part):
-    """A CPU, a bus and a GPU.
+    """A CPU, a bus and a GPU, and a disk where experts outgrow host memory.
 
     `layer_us` is the host's fixed time for a layer's dense part, besides reading its weights,
     `step_us` a step's beside its layers, measured with the head of the shape that was measured.
@@ -111,6 +123,7 @@ class Machine(_Part):
     layer_us: float
     watts: Watts
     step_us: float = 0.0
+    disk: Disk | None = None
 
     def variant(self, cores: int | None = None, pcie: int | None = None) -> Machine:
         """The same machine with another number of cores or another PCIe generation."""

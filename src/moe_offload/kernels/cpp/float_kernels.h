@@ -3,7 +3,7 @@
 //
 // V: lanes, Type, zero, load, store, broadcast(const float*), fma(a, b, c) = a*b + c, sum,
 //    widen(const uint16_t*): lanes bf16 values to fp32, mul, widen_fp8(const uint8_t*, Type[2]): twice
-//    as many fp8 values, each times 2^-8.
+//    as many fp8 values, each times 2^-120.
 #pragma once
 
 #include "elementwise.h"
@@ -116,7 +116,10 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
 }
 
 // fp8: sums of each scale's columns apart. A scale covers whole pairs of vectors, but for the last.
-constexpr float kFp8Unit = 256.0f;  // widen_fp8 gives 2^-8 of the value
+// widen_fp8 gives 2^-120 of a number. Half of that is made up for in the activations (which may be up
+// to 2^67), so that no sum is subnormal, half in the sums. (In the weights, of which the smallest are
+// subnormal, it halves the speed of a matrix that has many of those: Zen 5.)
+constexpr float kFp8Half = 1152921504606846976.0f;  // 2^60
 
 template <class V, int kRows, int kTokens>
 inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float* y, int64_t ldy) {
@@ -124,6 +127,7 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
   constexpr int kSets = kTokens == 1 ? 2 : 1;  // chains of additions
   const int64_t cols = m.cols, ahead = kRows * cols;
   const uint8_t* w = m.w + row * cols;
+  const typename V::Type half = V::broadcast(&kFp8Half);
   typename V::Type total[kRows][kTokens];
   float tail[kRows][kTokens] = {};
   for (int r = 0; r < kRows; ++r)
@@ -137,25 +141,29 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
       for (int r = 0; r < kRows; ++r)
         for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
     for (; k + kPair <= end; k += kPair) {
+      const auto load_x = [&](int t, int v) {
+        return V::mul(V::load(x[t] + k + v * V::lanes), half);
+      };
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
-        __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
+        if (k % 64 < kPair) {  // once a line
+          const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
+          __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
+        }
         typename V::Type wv[2];
         V::widen_fp8(w + r * cols + k, wv);
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
-          acc[0][r][t] = V::fma(wv[0], V::load(x[t] + k), acc[0][r][t]);
-          acc[kSets - 1][r][t] = V::fma(wv[1], V::load(x[t] + k + V::lanes), acc[kSets - 1][r][t]);
+          acc[0][r][t] = V::fma(wv[0], load_x(t, 0), acc[0][r][t]);
+          acc[kSets - 1][r][t] = V::fma(wv[1], load_x(t, 1), acc[kSets - 1][r][t]);
         }
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      const float unit = scale[r] * kFp8Unit;
       for (int t = 0; t < kTokens; ++t) {
         typename V::Type sum = acc[0][r][t];
         if (kSets == 2) sum = V::add(sum, acc[kSets - 1][r][t]);
-        total[r][t] = V::fma(sum, V::broadcast(&unit), total[r][t]);
+        total[r][t] = V::fma(V::mul(sum, half), V::broadcast(scale + r), total[r][t]);
         float rest = 0.0f;
         for (int64_t i = k; i < end; ++i) rest += float_of_fp8(w[r * cols + i]) * x[t][i];
         tail[r][t] += rest * scale[r];
@@ -247,15 +255,17 @@ inline void mix_rows(const void* w, int format, int64_t cols, int rows, const fl
 template <class V>
 inline void load_fp8_row(const Matrix& m, int64_t row, int64_t k, int64_t n, float* out) {
   const uint8_t* w = m.w + row * m.cols + k;
+  const typename V::Type half = V::broadcast(&kFp8Half);
   for (int64_t i = 0; i < n;) {
     const int64_t whole = m.scales.group - (k + i) % m.scales.group;
     const int64_t end = i + whole < n ? i + whole : n;
-    const float scale = fp8_scale(m, row, k + i), unit = scale * kFp8Unit;
+    const float scale = fp8_scale(m, row, k + i);
     for (; i + 2 * V::lanes <= end; i += 2 * V::lanes) {
       typename V::Type wv[2];
       V::widen_fp8(w + i, wv);
-      V::store(out + i, V::mul(wv[0], V::broadcast(&unit)));
-      V::store(out + i + V::lanes, V::mul(wv[1], V::broadcast(&unit)));
+      for (int v = 0; v < 2; ++v)
+        V::store(out + i + v * V::lanes,
+                 V::mul(V::mul(V::mul(wv[v], half), half), V::broadcast(&scale)));
     }
     for (; i < end; ++i) out[i] = float_of_fp8(w[i]) * scale;
   }

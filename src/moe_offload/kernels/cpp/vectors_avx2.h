@@ -28,13 +28,15 @@ struct Float8 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
   static Type mul(Type a, Type b) { return _mm256_mul_ps(a, b); }
-  // As float16 e4m3 has the same bits, seven places up, and 2^-8 of the value.
+  // In fp32 e4m3 has the same bits, twenty places up, and 2^-120 of the value: its smallest numbers
+  // are subnormal, which only a caller that turns them off loses.
   static void widen_fp8(const uint8_t* p, Type* out) {
-    const __m256i signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m256i half =
-        _mm256_and_si256(_mm256_slli_epi16(signs, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87f00000u));
+    for (int i = 0; i < 2; ++i) {
+      const __m256i w =
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * lanes)));
+      out[i] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(w, 20), mask));
+    }
   }
 };
 

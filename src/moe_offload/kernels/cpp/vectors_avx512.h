@@ -26,12 +26,12 @@ struct Float16 {
   }
   static Type mul(Type a, Type b) { return _mm512_mul_ps(a, b); }
   static void widen_fp8(const uint8_t* p, Type* out) {  // as in Float8
-    const __m512i signs =
-        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i half =
-        _mm512_and_si512(_mm512_slli_epi16(signs, 7), _mm512_set1_epi16(static_cast<short>(0xbf80)));
-    out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
-    out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x87f00000u));
+    for (int i = 0; i < 2; ++i) {
+      const __m512i w =
+          _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * lanes)));
+      out[i] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_slli_epi32(w, 20), mask));
+    }
   }
 };
 

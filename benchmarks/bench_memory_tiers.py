@@ -1,0 +1,151 @@
+"""Experts on disk: how near decode comes to the disk, and what the tier costs with all in memory.
+
+    PYTHONPATH=src python3 benchmarks/bench_memory_tiers.py PREPARED --host-memory-gb 0.4
+
+Per budget, in turns: one text's decode, and plain direct reads of as many random experts by as many
+threads. Then decode steps with all experts in memory, plainly and through the tier, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from moe_offload.checkpoint.block_file import BlockFile
+from moe_offload.checkpoint.prepared import read_manifest
+from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
+from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.experts.cache import make_policy
+from moe_offload.experts.disk_tier import N_READERS, DiskTier
+from moe_offload.model.generation import generate_batch
+from moe_offload.model.loader import PreparedModel
+
+ROUNDS = 5
+PROMPT = list(range(20, 36))
+
+
+def plain_gbps(source: PreparedModel, n_reads: int) -> float:
+    """Whole random blocks past the page cache, into memory that each thread uses again."""
+    layers = source.manifest.moe_layers
+    files = [BlockFile(layer) for layer in layers]
+    block_bytes = max(layer.layout.block_bytes for layer in layers)
+    chosen = random.Random(0)
+    jobs = [(chosen.randrange(len(layers)), chosen.randrange(layers[0].n_experts))
+            for _ in range(n_reads)]  # fmt: skip
+    buffers = torch.zeros(N_READERS, block_bytes + 4096, dtype=torch.uint8)
+
+    def read(thread: int) -> None:
+        start = -buffers[thread].data_ptr() % 4096
+        for layer, expert in jobs[thread::N_READERS]:
+            out = buffers[thread][start : start + layers[layer].layout.block_bytes]
+            files[layer].read(expert, out, lambda: False)
+
+    for file in files:
+        file._is_checked = bytearray(b"\1") * layers[0].n_experts  # as in a long run
+    began_s = time.perf_counter()
+    with ThreadPoolExecutor(N_READERS) as pool:
+        list(pool.map(read, range(N_READERS)))
+    took_s = time.perf_counter() - began_s
+    for file in files:
+        file.close()
+    return sum(layers[layer].layout.block_bytes for layer, _ in jobs) / took_s / 1e9
+
+
+@contextmanager
+def opened(folder: Path, gb: float | None) -> Iterator[Engine]:
+    source = PreparedModel(read_manifest(folder))
+    options = ModelOptions(folder, device="cpu", host_memory_gb=gb)
+    with load_engine(source, options, CacheOptions()) as engine:
+        yield engine
+
+
+def decode(engine: Engine, n_tokens: int) -> list[float]:
+    """The times of the tokens after the first, s."""
+    times_s: list[float] = []
+    options = GenerationOptions(max_tokens=n_tokens)
+    for record, _ in generate_batch(engine.model, [PROMPT], options):
+        times_s = record.token_times_s
+    return times_s[1:]
+
+
+def against_disk(folder: Path, gb: float, n_tokens: int) -> None:
+    rows = []
+    with opened(folder, gb) as engine:
+        tier = engine.store
+        assert isinstance(tier, DiskTier), "the budget holds all experts"
+        source = engine.source
+        assert isinstance(source, PreparedModel)
+        decode(engine, n_tokens)  # every block's first read is checked
+        for _ in range(ROUNDS):
+            before, wait_s = tier.disk.n_bytes, tier.disk.wait_s
+            hits, misses = tier.disk.hits, tier.disk.misses
+            times_s = decode(engine, n_tokens)
+            read_bytes = tier.disk.n_bytes - before
+            asked = tier.disk.hits - hits + tier.disk.misses - misses
+            n_reads = max(1, round(read_bytes / tier.layouts[0].block_bytes))
+            plain = plain_gbps(source, n_reads)
+            wait_s = tier.disk.wait_s - wait_s
+            reached = read_bytes / sum(times_s) / 1e9
+            hit_rate = (tier.disk.hits - hits) / asked
+            rows.append((len(times_s) / sum(times_s), hit_rate, reached, wait_s, plain))
+            print(
+                f"  {rows[-1][0]:.2f} tokens/s, {100 * hit_rate:.1f}% there, {reached:.2f} GB/s "
+                f"over all of decode, {wait_s:.2f} of {sum(times_s):.2f} s waited for; plain "
+                f"reads of {n_reads} blocks {plain:.2f} GB/s: {100 * reached / plain:.0f}%"
+            )
+    shares = [reached / plain for _, _, reached, _, plain in rows]
+    print(
+        f"{gb:g} GB ({tier.cache.n_ways} ways): median "
+        f"{statistics.median(row[0] for row in rows):.2f} tokens/s, "
+        f"{100 * statistics.median(shares):.0f}% of plain reads"
+    )
+
+
+def cost_in_memory(folder: Path, n_tokens: int) -> None:
+    with opened(folder, None) as engine:
+        store, source = engine.store, engine.source
+        assert isinstance(source, PreparedModel)
+        tier = DiskTier(source.manifest.moe_layers, store.n_experts[0], make_policy("LFRU"))
+        for layer, n in enumerate(store.n_experts):
+            tier.warm(layer, list(range(n)))
+        medians: dict[str, list[float]] = {"plain": [], "tier": []}
+        decode(engine, n_tokens)
+        for _ in range(2 * ROUNDS):
+            for name, one in (("plain", store), ("tier", tier)):
+                engine.dispatcher.store = one
+                medians[name].append(1e3 * statistics.median(decode(engine, n_tokens)))
+        engine.dispatcher.store = store
+        tier.close()
+    plain, through = (statistics.median(medians[name]) for name in ("plain", "tier"))
+    ratios = sorted(b / a for a, b in zip(medians["plain"], medians["tier"], strict=True))
+    print(
+        f"all in memory: median step {plain:.2f} ms plainly, {through:.2f} ms through the tier; "
+        f"ratio {statistics.median(ratios):.4f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--host-memory-gb", type=float, nargs="*", default=[])
+    parser.add_argument("--tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    tasks: list[Callable[[], None]] = [
+        lambda gb=gb: against_disk(arguments.folder, gb, arguments.tokens)
+        for gb in arguments.host_memory_gb
+    ]
+    for task in [*tasks, lambda: cost_in_memory(arguments.folder, arguments.tokens)]:
+        with torch.inference_mode():
+            task()
+
+
+if __name__ == "__main__":
+    main()

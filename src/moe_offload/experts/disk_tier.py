@@ -1,0 +1,333 @@
+"""Experts that outgrow host memory: it caches them over the prepared folder on disk.
+
+The GPU's cache one level down: the same directory and policies, an index for every layer, as many
+ways as the memory allows. A layer's experts are computed as they come: those in memory at once,
+while reads of the others are in flight, several at a time.
+
+    for group in tier.arriving(layer, experts):  # each expert once; starts the reads
+        compute(group)                           # its blocks stay until the next group
+
+No expert is evicted while it is computed, copied to the accelerator or read from disk.
+
+In decode the disk may read ahead when a layer needs nothing more from it: what the next layer's
+router chooses, given this layer's input. A miss gives such reads up, and the first steps try
+whether they pay (`plan.Trial`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moe_offload.checkpoint.block_file import BlockFile
+from moe_offload.checkpoint.prepared import MoeLayer
+from moe_offload.experts.cache import ExpertCache, ReplacementPolicy
+from moe_offload.experts.plan import Trial
+from moe_offload.experts.store import DiskCounts, ExpertStore
+from moe_offload.machine.streams import HostStream
+
+Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
+
+N_READERS: Final = 4  # as many as saturate an NVMe disk with reads of one block each
+_COPY_WAIT_S: Final = 1e-4  # between looks whether a copy has ended that keeps the last way
+
+
+@dataclass(eq=False)
+class _Read:
+    """One block on its way from disk into `slot`; `error` is final once it `is_done`."""
+
+    layer: int
+    expert: int
+    slot: int
+    is_ahead: bool = False  # nobody asked for it yet
+    is_cancelled: bool = False
+    is_done: bool = False
+    error: Exception | None = None
+
+
+class DiskTier:
+    """Host memory for `n_ways` experts of each layer, over their files; close it in the end.
+
+    Takes an `ExpertStore`'s place. One thread drives it, as it does the model; threads of its own
+    read. `copying` gives the addresses that copies to the accelerator still read from. UserError,
+    from whatever waits for an expert, when its block cannot be read.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer], n_ways: int, policy: ReplacementPolicy) -> None:
+        self.layouts = tuple(layer.layout for layer in layers)
+        self.n_experts = tuple(layer.n_experts for layer in layers)
+        self.total_bytes = sum(one.n_experts * one.layout.block_bytes for one in layers)
+        self.memory = ExpertStore(self.layouts, [min(n_ways, n) for n in self.n_experts])
+        self.cache = ExpertCache(len(layers), n_ways, policy)
+        self.disk = DiskCounts()
+        self.copying: Callable[[], Collection[int]] = tuple
+        self.routers: Sequence[Router] = ()  # of all layers, where the tier may read ahead
+        self.trial: Trial | None = None  # of doing so
+        self.n_ahead = self.n_ahead_used = 0
+        self._guess: tuple[int, Sequence[int]] = -1, ()
+        self._unused: set[tuple[int, int]] = set()  # read ahead and not asked for yet
+        self._addresses = [torch.zeros(n, dtype=torch.int64) for n in self.n_experts]
+        self._reads: dict[int, _Read] = {}  # by slot
+        self._failed: dict[tuple[int, int], Exception] = {}
+        self._has_ended = threading.Event()  # a read, since somebody looked
+        self._n_started = 0
+        self._busy = threading.Lock()  # guards the next two and `disk.busy_s`
+        self._n_active, self._active_since_s = 0, 0.0
+        self._files: list[BlockFile] = []
+        self._readers = [HostStream(f"expert read {i}") for i in range(N_READERS)]
+        try:
+            for layer in layers:
+                self._files.append(BlockFile(layer))
+                # All memory is had now, not in the middle of an answer.
+                self.memory.blocks(len(self._files) - 1).zero_()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layouts)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return all(file.is_direct for file in self._files)
+
+    def is_pinned(self, layer: int) -> bool:
+        """Whether a GPU copies this layer's blocks without the host's help."""
+        return self.memory.is_pinned(layer)
+
+    def pin(self) -> str | None:
+        """Register the memory with CUDA; returns a line for the user when it was refused."""
+        return self.memory.pin()
+
+    def pointers(self, layer: int) -> Tensor:
+        """The addresses of one layer's blocks, int64 [E]; right for those of the latest group."""
+        return self._addresses[layer]
+
+    def is_there(self, layer: int, expert: int) -> bool:
+        """Whether the expert is in memory."""
+        self._collect()
+        return expert in self.cache.ready(layer)
+
+    def block(self, layer: int, expert: int) -> Tensor:
+        """The block of one expert, a uint8 [block_bytes] view: valid until another is asked for.
+
+        While a copy reads it, it stays.
+        """
+        slot = self.cache.slot_of(layer, expert) if self.is_there(layer, expert) else None
+        if slot is None:
+            for _ in self.arriving(layer, [expert]):
+                slot = self.cache.slot_of(layer, expert)
+        assert slot is not None
+        return self._memory_of(layer, slot)
+
+    def read_ahead_with(self, routers: Sequence[Router]) -> None:
+        """Read ahead from now on where it pays; the layers' routers give ids [T, K] for [T, H]."""
+        self.routers, self.trial = routers, Trial()
+
+    def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What `layer` is expected to choose, given the layer before it `hidden` [T, H].
+
+        None where nothing is to be read ahead.
+        """
+        if self.trial is None or not self.trial.is_first or layer >= len(self.routers):
+            return None
+        return self.routers[layer](hidden)
+
+    def read_ahead_later(self, layer: int, experts: Sequence[int]) -> None:
+        """Read these when the layer before `layer` needs nothing more from the disk."""
+        if self.trial is not None and self.trial.is_first:
+            self._guess = layer, experts
+
+    def arriving(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
+        """Groups of `experts` as they are in memory, until each has been in one.
+
+        The first comes at once. A group stays in memory until the next is asked for; it is empty
+        where nothing has come since the last. Misses are read in the file's order. While some of
+        them wait for a way, an expert at a time is given out, so that its way is free for the next
+        as soon as can be.
+        """
+        self._collect()
+        self._failed.clear()  # of a layer that did not come to its end, as are marks of its step
+        self.cache.end_step(layer)
+        slots = self.cache.lookup(layer, experts)
+        there = [expert for expert, slot in zip(experts, slots, strict=True) if slot >= 0]
+        awaited = sorted(expert for expert, slot in zip(experts, slots, strict=True) if slot < 0)
+        self.disk.hits += len(there)
+        self.disk.misses += len(awaited)
+        self._note_use(layer, experts)
+        while True:
+            all_started = self._start(layer, awaited)
+            if not awaited:
+                self._read_ahead(layer + 1)
+            group = there if all_started else there[:1]
+            yield group
+            there = there[len(group) :]
+            self.cache.end_step(layer)
+            self.cache.protect(layer, there)
+            if not (there or awaited):
+                return
+            if not there:
+                self._wait()
+            self._collect()
+            for expert in awaited:
+                if error := self._failed.pop((layer, expert), None):
+                    raise error
+            ready = self.cache.ready(layer)
+            arrived = [expert for expert in awaited if expert in ready]
+            self.cache.protect(layer, arrived)
+            there = there + arrived
+            awaited = [expert for expert in awaited if expert not in arrived]
+
+    def warm(self, layer: int, experts: Sequence[int]) -> None:
+        """Fill a layer's ways with the first of `experts`, which are the most wanted.
+
+        To the policy each has then been used twice, the most wanted last.
+        """
+        wanted = experts[: self.cache.n_ways]
+        for _ in self.arriving(layer, wanted):
+            pass
+        self.cache.lookup(layer, wanted[::-1])
+        self.cache.end_step(layer)
+
+    def notes(self) -> list[str]:
+        """What was learnt during the run, as lines for the summary."""
+        lines = []
+        if self.disk.busy_s:
+            gbps = self.disk.n_bytes / self.disk.busy_s / 1e9
+            lines.append(f"disk: {gbps:.2f} GB/s while experts were read, {self.disk.busy_s:.2f} s")
+        if self.trial is not None:
+            lines.append(self.trial.line("reading ahead from disk", "with it", "without"))
+        if self.n_ahead:
+            lines.append(f"experts read ahead: {self.n_ahead}, {self.n_ahead_used} of them used")
+        return lines
+
+    def recover(self) -> None:
+        """After a pass that never ended, such as by a Ctrl-C: no read is under way then."""
+        for read in self._reads.values():
+            read.is_cancelled = True
+        for reader in self._readers:
+            reader.synchronize()
+        self._collect()
+        for slot in self.cache.in_flight():  # admitted, and nobody read for it
+            self._reads.pop(slot, None)
+            self.cache.cancel(slot)
+
+    def close(self) -> None:
+        """End all reads and give files and pinned memory back."""
+        for read in self._reads.values():
+            read.is_cancelled = True
+        for reader in self._readers:
+            reader.close(cancel=True)
+        for file in self._files:
+            file.close()
+        self._files.clear()
+        self.memory.close()
+
+    def _start(self, layer: int, awaited: Sequence[int]) -> bool:
+        """Start reads for as many as there are ways; whether all of them are on their way."""
+        waiting = [expert for expert in awaited if self.cache.slot_of(layer, expert) is None]
+        if waiting:
+            self._protect_copied(layer)
+        return all(self._read(layer, expert) for expert in waiting)
+
+    def _read(self, layer: int, expert: int, is_ahead: bool = False) -> bool:
+        """Start reading one expert; False where no way is free for it."""
+        slot = self.cache.admit(layer, expert)
+        if slot is None:
+            return False
+        read = self._reads[slot] = _Read(layer, expert, slot, is_ahead)
+        target = self._memory_of(layer, slot)
+        self._addresses[layer][expert] = target.data_ptr()
+        reader = self._readers[self._n_started % N_READERS]
+        self._n_started += 1
+        reader.submit(partial(self._carry_out, read, target))
+        return True
+
+    def _read_ahead(self, layer: int) -> None:
+        """Start reading what was guessed of `layer` and is not there, if the disk is idle."""
+        (of_layer, experts), self._guess = self._guess, (-1, ())
+        if of_layer != layer or self._reads:
+            return
+        self._protect_copied(layer)
+        self.cache.protect(layer, experts)
+        for expert in sorted(experts):
+            if self.cache.slot_of(layer, expert) is None and self._read(layer, expert, True):
+                self.n_ahead += 1
+                self._unused.add((layer, expert))
+        self.cache.end_step(layer)
+
+    def _note_use(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer asks: what was read ahead for it was worth it or not."""
+        if not self._unused:
+            return
+        asked = {(layer, expert) for expert in experts}
+        self.n_ahead_used += len(asked & self._unused)
+        self._unused -= asked
+        is_missing = any(self.cache.slot_of(layer, expert) is None for expert in experts)
+        for read in self._reads.values():
+            if (read.layer, read.expert) in asked:
+                read.is_ahead = False
+            elif read.is_ahead and is_missing:
+                read.is_cancelled = True
+
+    def _protect_copied(self, layer: int) -> None:
+        """Keep what a copy still reads from being a victim until the layer's step ends."""
+        if copied := set(self.copying()):
+            ready = self.cache.ready(layer).items()
+            self.cache.protect(
+                layer, [e for e, slot in ready if self._memory_of(layer, slot).data_ptr() in copied]
+            )
+
+    def _carry_out(self, read: _Read, target: Tensor) -> None:
+        """On a reader's thread."""
+        with self._busy:
+            self._n_active += 1
+            if self._n_active == 1:
+                self._active_since_s = time.perf_counter()
+        try:
+            self._files[read.layer].read(read.expert, target, lambda: read.is_cancelled)
+        except Exception as error:  # told to whoever waits for it
+            read.error = error
+        with self._busy:
+            self._n_active -= 1
+            if self._n_active == 0:
+                self.disk.busy_s += time.perf_counter() - self._active_since_s
+        read.is_done = True
+        self._has_ended.set()
+
+    def _collect(self) -> None:
+        """Tell the directory which reads have ended since the last call."""
+        for slot, read in list(self._reads.items()):
+            if read.is_done:
+                del self._reads[slot]
+                if read.error is None:
+                    self.cache.mark_ready(slot)
+                    self.disk.n_bytes += self.layouts[read.layer].block_bytes
+                else:
+                    self.cache.cancel(slot)
+                    self._unused.discard((read.layer, read.expert))
+                    # Given up, or asked by nobody: whoever asks reads it again.
+                    if not (read.is_cancelled or read.is_ahead):
+                        self._failed[read.layer, read.expert] = read.error
+
+    def _wait(self) -> None:
+        """Until a read may have ended or, where there is none, a copy that keeps the last way."""
+        began_s = time.perf_counter()
+        if self._reads:
+            self._has_ended.wait()
+            self._has_ended.clear()
+        else:
+            time.sleep(_COPY_WAIT_S)
+        self.disk.wait_s += time.perf_counter() - began_s
+
+    def _memory_of(self, layer: int, slot: int) -> Tensor:
+        return self.memory.block(layer, slot - layer * self.cache.n_ways)
