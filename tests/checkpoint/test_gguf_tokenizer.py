@@ -87,7 +87,7 @@ def test_mixtrals_sentencepiece(tmp_path: Path) -> None:
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    ours = written(GgufFile((path,), fields, {}, {}), tmp_path / "made")
+    ours = written(GgufFile((path,), fields, {}), tmp_path / "made")
     for prompt in TEXTS:
         ids = [1, *reference.encode(prompt)]
         assert ours.encode(prompt, raw=True) == ids
@@ -106,7 +106,7 @@ def byte_level(**changes: Any) -> GgufFile:
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.add_bos_token": True,
     }
-    return GgufFile((Path("x.gguf"),), fields | changes, {}, {})
+    return GgufFile((Path("x.gguf"),), fields | changes, {})
 
 
 def test_special_tokens_of_any_characters(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_no_rule_loses_text(rule: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_rule_takes_the_file_beside_it(tmp_path: Path) -> None:
-    file = GgufFile((tmp_path / "x.gguf",), byte_level().fields, {}, {})
+    file = GgufFile((tmp_path / "x.gguf",), byte_level().fields, {})
     known = tokenizer_files(file)["tokenizer.json"]
     unknown = file.fields | {"tokenizer.ggml.pre": "of-tomorrow"}
-    file = GgufFile(file.paths, unknown, {}, {})
+    file = GgufFile(file.paths, unknown, {})
     with pytest.raises(UserError, match="by the rule 'of-tomorrow', which is not known here: put"):
         tokenizer_files(file)
     (tmp_path / "tokenizer.json").write_bytes(known)

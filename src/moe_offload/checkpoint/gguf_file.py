@@ -61,14 +61,12 @@ _PLAIN: Final = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: to
 class GgufFile:
     """One model: the `fields` of its (first) file, all files' `tensors` by llama.cpp's names.
 
-    Shapes are in torch's order; a quantised tensor gives fp32. `types` are the names of what each
-    tensor is stored in.
+    Shapes are in torch's order; a quantised tensor gives fp32.
     """
 
     paths: tuple[Path, ...]
     fields: Mapping[str, Any]
     tensors: dict[str, LazyTensor]
-    types: Mapping[str, str]
 
 
 def open_gguf(paths: tuple[Path, ...]) -> GgufFile:
@@ -94,8 +92,7 @@ def open_gguf(paths: tuple[Path, ...]) -> GgufFile:
             f"the {len(parts)} parts of {paths[0]} hold {len(tensors)} tensors, expected "
             f"{expected}; download them again"
         )
-    types = {name: kind for part in parts for name, kind in part.types.items()}
-    return GgufFile(paths, first, tensors, types)
+    return GgufFile(paths, first, tensors)
 
 
 class _Header:
@@ -105,7 +102,6 @@ class _Header:
         self.path, self._at = path, len(_MAGIC)
         self.fields: dict[str, Any] = {}
         self.tensors: dict[str, LazyTensor] = {}
-        self.types: dict[str, str] = {}
         try:
             require_regular(path)
             self._file_bytes = path.stat().st_size
@@ -206,7 +202,6 @@ class _Header:
                 f"its tensor {name:.80} ends at byte {offset + n_bytes}, the file has "
                 f"{self._file_bytes} bytes"
             )
-        self.types[name] = stored.name
         if stored in _PLAIN:
             self.tensors[name] = place(self.path, _PLAIN[stored], shape, offset)
             return
