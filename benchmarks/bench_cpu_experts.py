@@ -39,7 +39,7 @@ SHAPES = (
     Shape("phi3.5", 4096, 6400, 2),
     Shape("qwen3-30b", 2048, 768, 8),
 )
-FORMATS: tuple[WeightFormat, ...] = ("bf16", "int8", "int4")
+FORMATS: tuple[WeightFormat, ...] = ("bf16", "int8", "int4", "mxfp4", "fp8")
 TOKENS = (1, 4, 128)
 POOL_BYTES = 1 << 30  # several times the largest last-level cache in use
 
@@ -77,8 +77,12 @@ class Pool:
     def _fill(self, block: torch.Tensor) -> None:
         for field in self.layout.fields:
             view = field.view(block)
-            if field.dtype == "uint8":
+            if field.name.endswith("_scale") and field.dtype == "uint8":
+                view.random_(115, 120)  # E8M0: 2^-12 to 2^-8
+            elif field.dtype == "uint8":
                 view.random_(0, 256)
+            elif field.dtype == "float8_e4m3fn":
+                view.copy_(torch.randn(view.shape) * 100)
             else:
                 view.normal_(0, 0.02)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,10 @@ def refusal(source: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> st
             "scales that are infinite or not",
         ),
         ("mxfp4", "_scales", lambda one: one | 255, "scales that are infinite or not"),
-        ("mxfp4", "_scales", lambda one: one[:, 1:].contiguous(), "has the wrong shape"),
+        ("mxfp4", "_scales", lambda one: one[:, 1:].contiguous(), "has the wrong shape or dtype"),
+        ("mxfp4", "_scales", lambda one: one[1:].contiguous(), "expected 4 experts"),
+        ("awq", ".scales", lambda one: one.int(), "expected floating point"),
+        ("awq", ".qzeros", lambda one: one[None], "int32 of 2 dimensions"),
         ("nvfp4", "_global_scale", None, "weight_global_scale is missing"),
         ("nvfp4-modelopt", "_scale_2", None, "weight_scale_2 is missing"),
         ("awq", ".qzeros", None, ".qzeros is missing"),
@@ -228,3 +232,39 @@ def test_methods_that_are_not_read(
     (source / "config.json").write_text(json.dumps({**found, "quantization_config": config}))
     message = refusal(source, capsys)
     assert words in message and "download" in message
+
+
+def _damaged(tensor: Tensor, rng: random.Random) -> Tensor:
+    """Rows or columns less, another dimension or dtype, other bytes."""
+    flat = tensor.contiguous().flatten()
+    kinds = (torch.int32, torch.float32, torch.uint8, torch.int8, torch.float16)
+    other = torch.randint(0, 256, (flat.nbytes,), dtype=torch.uint8)
+    found: list[Callable[[], Tensor]] = [
+        lambda: tensor[1:] if tensor.dim() else flat,
+        lambda: tensor[:, 1:] if tensor.dim() > 1 else flat[:0],
+        lambda: flat[0],
+        lambda: tensor[None],
+        lambda: torch.cat((tensor, tensor)) if tensor.dim() else flat,
+        lambda: torch.zeros(tensor.shape, dtype=rng.choice(kinds)),
+        lambda: other.view(tensor.dtype).view(tensor.shape),
+    ]
+    return rng.choice(found)().contiguous().clone()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SOURCES)
+def test_random_damage(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """40 damaged tensors of each source: prepared, or refused in a sentence (seed 1)."""
+    rng = random.Random(1)
+    torch.manual_seed(1)
+    source, _ = quantised_checkpoints.write(name, tmp_path)
+    path = sorted(source.glob("*.safetensors"))[0]
+    whole = load_file(path)
+    of_codes = [key for key, one in whole.items() if one.dtype != torch.float32]
+    for _ in range(40):
+        key = rng.choice(of_codes)
+        save_file({**whole, key: _damaged(whole[key], rng)}, path)
+        paths = ["--input-path", str(source), "--output-path", str(tmp_path / "out")]
+        code = prepare.main([*paths, "--hf", "--force"])
+        errors = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+        assert code == (2 if errors else 0) and len(errors) <= 1

@@ -77,6 +77,14 @@ def test_an_architecture_with_another_router_is_right(tmp_path: Path) -> None:
     assert found.is_right, list(found.lines())
 
 
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"num_local_experts": 8}])
+def test_a_source_of_another_model_is_a_sentence(change, folders, tmp_path: Path) -> None:
+    other = write_hub(build_model(mixtral(**change), dtype=torch.bfloat16), tmp_path / "other")
+    _, folder = folders
+    with pytest.raises(UserError, match=f"{other} is not the checkpoint of {folder}"):
+        check(folder, other)
+
+
 def test_experts_that_are_called_by_keyword(folders, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.flatten(0, 1)

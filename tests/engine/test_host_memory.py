@@ -34,13 +34,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_engine(
-    folder: Path, n_ways: int | None, policy: str = "LFRU", cache: CacheOptions | None = None
+    folder: Path,
+    n_ways: int | None,
+    policy: str = "LFRU",
+    cache: CacheOptions | None = None,
+    warm_start: Path | None = None,
 ) -> tuple[Engine, Recorder]:
     """With host memory for `n_ways` experts of each layer."""
     source, recorder = PreparedModel(read_manifest(folder)), Recorder()
     each_bytes = sum(layout.block_bytes for layout in source.layouts)
     gb = None if n_ways is None else (n_ways + 0.5) * each_bytes / 1e9
-    model = ModelOptions(folder, device="cpu", host_memory_gb=gb, host_policy=policy)
+    model = ModelOptions(
+        folder, device="cpu", host_memory_gb=gb, host_policy=policy, warm_start=warm_start
+    )
     return load_engine(source, model, cache or CacheOptions(), recorder), recorder
 
 
@@ -122,3 +128,38 @@ def test_what_does_not_fit_free_memory_stays_on_disk_and_one_line_says_so(
             "others are read from disk when they are needed"
         ]
         assert engine.describe()["host_nways"] == 3
+
+
+def test_a_warm_start_loads_the_favourites_before_the_first_prompt(
+    folder: Path, tmp_path: Path
+) -> None:
+    counts = tmp_path / "expert_counts.csv"
+    counts.write_text("Layer,Expert,Count\n0,1,3\n0,5,9\n0,2,7\n1,6,4\n")
+    engine, _ = open_engine(folder, 2, warm_start=counts)
+    with engine:
+        assert isinstance(engine.store, DiskTier)
+        held = [sorted(engine.store.cache.ready(layer)) for layer in range(2)]
+        assert held == [[2, 5], [6]]
+    engine, _ = open_engine(folder, None, warm_start=counts)
+    with engine:
+        assert any("all experts are in host memory" in note for note in engine.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Layer,Expert,Count\n0,1,x\n", "of whole numbers in .*, found others in line 2"),
+        ("Layer,Expert\n0,1\n", "expected columns Layer, Expert and Count"),
+        ("", "expected columns Layer, Expert and Count"),
+        ("Layer,Expert,Count\n0,8,1\n", "found layer 0, expert 8 in .*: give this model's own"),
+        (None, "cannot read .*: No such file"),
+    ],
+)
+def test_a_file_of_other_counts_is_a_sentence(
+    folder: Path, tmp_path: Path, text: str | None, message: str
+) -> None:
+    counts = tmp_path / "counts.csv"
+    if text is not None:
+        counts.write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_engine(folder, 2, warm_start=counts)

@@ -168,11 +168,11 @@ def zero(path: Path, layer: MoeLayer) -> None:
 @pytest.mark.parametrize("change", [flip, zero])
 def test_a_damaged_block_is_never_computed(open_tier, tmp_path, change):
     tier = open_tier(4, of=damaged(tmp_path, change))
-    assert computed(tier, 0, [0, 1]) == [0, 1]
+    assert sorted(computed(tier, 0, [0, 1])) == [0, 1]
     for _ in range(2):  # and not the second time either
         with pytest.raises(UserError, match=r"is corrupt: the checksum of expert 3 does not match"):
             computed(tier, 0, [3, 4])
-    assert computed(tier, 0, [4, 0]) in ([4, 0], [0, 4])
+    assert sorted(computed(tier, 0, [4, 0])) == [0, 4]
 
 
 def test_a_file_cut_while_it_is_read_is_told(open_tier, tmp_path):

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from quantised_matrices import source_blocks
 from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, BlockLayout, block_layout, pack_block
+from moe_offload.config import Scales
 from moe_offload.kernels.oracle import ActivationModule, expert_ffn
 
 
 def random_blocks(layout: BlockLayout, n: int, seed: int = 0) -> Tensor:
     """uint8 [n, block_bytes] of weights that keep an output near its input's magnitude."""
     torch.manual_seed(seed)
+    if layout.scales is not None:
+        sizes = layout.hidden_size, layout.intermediate_size
+        return source_blocks(layout.weight_format, layout.scales, *sizes, n)[1]
     blocks = torch.empty(n, layout.block_bytes, dtype=torch.uint8)
     hidden, width = layout.hidden_size, layout.intermediate_size
     for block in blocks:
@@ -40,12 +45,16 @@ class Case:
     n_tokens: int = 3
     top_k: int = 3
     n_experts: int = 4
+    scales: Scales | None = None  # a source's, of gated experts with biases
 
     @property
     def name(self) -> str:
         flags = f"{'gated' if self.has_gate else 'gateless'}{'-bias' if self.has_bias else ''}"
         size = f"H{self.hidden_size}-I{self.intermediate_size}-T{self.n_tokens}"
-        return f"{self.weight_format}-{size}-{self.kind}-{flags}"
+        scales = ""
+        if self.scales is not None:
+            scales = f"-{self.scales.dtype}-{self.scales.group}{self.scales.offset}"
+        return f"{self.weight_format}-{size}-{self.kind}-{flags}{scales}"
 
     def layout(self) -> BlockLayout:
         return block_layout(
@@ -54,6 +63,7 @@ class Case:
             self.intermediate_size,
             self.has_gate,
             self.has_bias,
+            self.scales,
         )
 
     def activation(self) -> Activation:

@@ -10,7 +10,7 @@ import json
 import torch
 from expert_cases import Case, random_blocks
 
-from moe_offload.config import WEIGHT_FORMATS
+from moe_offload.config import WEIGHT_FORMATS, Scales
 from moe_offload.experts.fetcher import HostFetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.kernels.oracle import expert_ffn
@@ -23,6 +23,16 @@ CASES = [
     *(
         Case("int8", 33, 21, kind, has_bias=True, n_tokens=2)
         for kind in ("gelu_tanh", "relu", "relu2", "module")
+    ),
+    *(
+        Case(f, 160, 45, has_bias=True, scales=scales)
+        for f, scales in (
+            ("int4", Scales("bfloat16", 64, offset="zero")),
+            ("int4", Scales("float16", offset="minimum")),
+            ("int8", Scales("float32", 0)),
+            ("fp8", Scales("uint8")),
+            ("fp8", Scales("float32", 0)),
+        )
     ),
     Case("int4", 32, 16, n_tokens=1, top_k=1, n_experts=1),
     *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in FORMATS[1:]),

@@ -164,6 +164,11 @@ def raising(error: BaseException) -> Callable[[], int]:
             2,
             "error: no memory is left: end other programs, or raise the limit that is set\n",
         ),
+        (
+            RuntimeError("Symlink loop from 'a'"),
+            2,
+            "error: Symlink loop from 'a': it leads to itself, remove it\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 0, ""),
     ],

@@ -27,13 +27,14 @@ def require_fit(manifest: Manifest, model: PreTrainedModel) -> None:
     """
     path = manifest.folder / MANIFEST_NAME
     try:
-        _require_experts(manifest, model)
+        require_experts(manifest, model)
         _require_dense(manifest, model)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} does not fit its model: {error}; {PREPARE_AGAIN}") from error
 
 
-def _require_experts(manifest: Manifest, model: PreTrainedModel) -> None:
+def require_experts(manifest: Manifest, model: PreTrainedModel) -> None:
+    """ValueError unless the model, which has its experts, has those of the manifest."""
     modules = find_experts(model)
     found = [layer.module for layer in manifest.moe_layers]
     require(

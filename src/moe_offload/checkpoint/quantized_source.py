@@ -417,6 +417,14 @@ class _Weight:
         codes, form = self.parts["codes"], self.layout.form
         if len(codes.shape) - form.n_dims not in (0, 1):
             raise self._wrong("codes", f"{form.n_dims} dimensions, or one more for stacked experts")
+        scale, zeros = self.parts["scale"], self.parts.get("zeros", codes)
+        if not (scale.dtype.is_floating_point or (scale.dtype in _E8M0 and self.kind != "int")):
+            raise self._wrong("scale", "floating point")
+        if (zeros.dtype, len(zeros.shape)) != (codes.dtype, len(codes.shape)):
+            raise self._wrong("zeros", f"{codes.dtype} of {len(codes.shape)} dimensions")
+        for role, part in self.parts.items() if self.stacked else ():
+            if part.shape not in ((), (1,)) and part.shape[0] != codes.shape[0]:
+                raise self._wrong(role, f"{codes.shape[0]} experts")
         _ = self.block
         for role, end in self.layout.optional.items():
             is_factor = role in ("factor", "divisor")
@@ -436,8 +444,8 @@ class _Weight:
     def _wrong(self, role: str, wanted: str) -> UserError:
         part = self.parts[role]
         return UserError(
-            f"tensor {self.names[role]} in {part.path} has the wrong shape: expected {wanted}, "
-            f"found {part.shape}; download the checkpoint again"
+            f"tensor {self.names[role]} in {part.path} has the wrong shape or dtype: expected "
+            f"{wanted}, found {part.dtype} {part.shape}; download the checkpoint again"
         )
 
     def _rows(self, of: Callable[[int], Tensor], start: int, stop: int) -> Tensor:

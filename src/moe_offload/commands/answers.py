@@ -87,7 +87,8 @@ class Answers:
                 answer = None if half else _answer(line)
                 if answer is None:
                     begins = line.strip(b"\0")[:2]  # a power cut may leave zeros
-                    if half or begins not in (b"", b"{", b'{"'):
+                    is_half = not line.endswith(b"\n") and begins in (b"", b"{", b'{"')
+                    if half or not is_half:
                         raise UserError(
                             f"line {half or number} of {self.path} is no answer of a run: mend or "
                             "remove it, or name another file"

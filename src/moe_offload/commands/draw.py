@@ -119,6 +119,7 @@ def _experts(run: RunFiles) -> tuple[Drawing | None, str]:
 def _patterns(arguments: Namespace) -> None:
     trace = read_trace(arguments.trace, arguments.n_experts)
     found = analyse(trace)
+    subject = trace.info.model + (" (synthetic routing)" if trace.info.synthetic else "")
     with house_style():
-        paths = save_drawing(draw_patterns(found, trace.info.model), arguments.output_dir)
+        paths = save_drawing(draw_patterns(found, subject), arguments.output_dir)
     _print([*format_patterns(found, trace.info), *map(str, paths)])

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from moe_offload.checkpoint.block import pack_block
+from moe_offload.checkpoint.fit import require_experts
 from moe_offload.checkpoint.prepared import Manifest, MoeLayer, read_block
 from moe_offload.checkpoint.source import open_source
 from moe_offload.engine.engine import Engine
+from moe_offload.errors import UserError
 from moe_offload.kernels.oracle import experts_forward
 from moe_offload.model.loader import (
     MoeSite,
@@ -232,6 +234,13 @@ class _Reference:
         elif source is not None:
             native = not (source / "config.json").exists()
             self.source = open_source(source, not native, prepared.dtype)
+            try:
+                require_experts(manifest, self.source.model)
+            except ValueError as error:
+                raise UserError(
+                    f"{source} is not the checkpoint of {manifest.folder}: {error}; give that "
+                    "as --source"
+                ) from error
             result.unlike_source = []
 
     def logits(self, texts: list[Tensor]) -> list[Tensor]:

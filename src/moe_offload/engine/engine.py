@@ -342,6 +342,11 @@ def load_engine(
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
 
+    favourites: list[list[int]] = []
+    if options.warm_start is not None:
+        favourites = read_favourites(options.warm_start, source.n_experts)
+        if n_ways is None:
+            notes.append("all experts are in host memory: --warm-start has nothing to choose")
     store = open_experts(n_ways, options, source, notes)
     cpu = [
         CpuExperts(
@@ -362,9 +367,6 @@ def load_engine(
         block: Any = site.block
         # transformers' mark: Qwen3-Omni's own initialisation would ask for the experts' parameters
         block._is_hf_initialized = True
-    favourites: list[list[int]] = []
-    if isinstance(store, DiskTier) and options.warm_start is not None:
-        favourites = read_favourites(options.warm_start, store.n_experts)
     expert_bytes = [
         min(len(experts), n_ways or 0) * layout.block_bytes
         for experts, layout in zip(favourites, source.layouts, strict=False)

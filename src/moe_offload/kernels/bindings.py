@@ -98,7 +98,7 @@ class CpuKernels:
 
 
 def _address(tensor: Tensor) -> int:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"expected a contiguous tensor on the CPU, found strides {tensor.stride()} "
             f"on {tensor.device}"

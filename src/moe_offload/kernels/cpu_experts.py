@@ -69,7 +69,7 @@ class Routed:
                 found.shape != shape
                 or found.dtype not in dtypes
                 or not found.is_contiguous()
-                or found.device.type != "cpu"
+                or not found.is_cpu
             ):
                 raise ValueError(
                     f"expected {name} to be {list(shape)} of {' or '.join(map(str, dtypes))}, "

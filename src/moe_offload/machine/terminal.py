@@ -124,6 +124,8 @@ def _sentence(error: Exception) -> object:
         return "no memory is left: end other programs, or raise the limit that is set"
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":  # Python's words
         return FEW_THREADS
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # before 3.13
+        return f"{error}: it leads to itself, remove it"
     return None
 
 

@@ -270,7 +270,9 @@ def draw_comparison(runs: Sequence[RunFiles], by: str) -> Drawing | None:
             facts = one.model, one.machine, one.n_threads, one.batch_size, *one.cache, policy
             rows.append((*facts, *points[-1], len(alike)))
         for axes, values in zip(panels, zip(*points, strict=True), strict=True):
-            axes.plot(at, values, linestyle=":", label=label, **line_style(number))
+            # policies have no order, so nothing lies between two of them
+            line = "" if by == "policy" else ":"
+            axes.plot(at, values, linestyle=line, label=label, **line_style(number))
     panels[0].set(title="Experts hit in decode", ylabel="%")
     panels[1].set(title="Generation throughput", ylabel="tokens/s")
     names = [f"{p[0]} x {p[1]}" if isinstance(p, tuple) else str(p) for p in places]

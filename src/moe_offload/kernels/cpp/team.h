@@ -3,6 +3,7 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -41,13 +42,42 @@ class Team {
 
  private:
   static constexpr int kStages = 4;
+  static constexpr int kSpins = 2000;
 
+  // Where other programs are busy, a thread that is waited for may not be running: the others spin
+  // for some microseconds, a stage's usual end, then offer their CPU. Beside OpenMP's barrier a call
+  // took 0.70 to 0.82 of the time with 16 runnable threads on 2 CPUs, 0.97 to 0.99 of it alone.
   void wait() {
-#pragma omp barrier
+    const int round = __atomic_load_n(&round_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    int spins = 0;
+    while (__atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round) {
+      if (spins < kSpins) {
+        ++spins;
+        pause();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
   }
 
   const int threads_;
   int64_t next_[kStages] = {};
+  // Of waits: threads that have come, and how many waits are over; each in a cache line of its own.
+  alignas(64) int arrived_ = 0;
+  alignas(64) int round_ = 0;
 };
 
 // One stage alone.
