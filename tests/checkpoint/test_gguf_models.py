@@ -7,6 +7,7 @@ transformers' eager model with the weights that the file's bytes stand for.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,21 @@ def test_a_mixture_of_all_types(tmp_path: Path) -> None:
         if kind not in PLAIN:
             return gguf.quantize(values, kind)
         used.add(kind)
-        n_blocks = values.size // gguf.GGML_QUANT_SIZES[kind][0]
-        return random_blocks(kind, n_blocks, seed=len(used)).reshape(*values.shape[:-1], -1)
+        blocks = random_blocks(kind, values.size // gguf.GGML_QUANT_SIZES[kind][0], len(used))
+        factor = 0.05 / gguf.dequantize(blocks, kind).std()  # so that layers do not blow up
+        for at in PLAIN[kind][1]:
+            scales = blocks[:, at : at + 2].copy().view("<f2") * factor
+            blocks[:, at : at + 2] = scales.astype("<f2").view(np.uint8)
+        if kind == Type.MXFP4:
+            blocks[:, 0] += np.uint8(round(math.log2(factor)) % 256)
+        return blocks.reshape(*values.shape[:-1], -1)
 
     turn = itertools.cycle(kinds)
-    stored = write_gguf(model, tmp_path / "model.gguf", lambda name: next(turn), pack=pack)
+
+    def wanted(name: str) -> Type:
+        return Type.F32 if "norm" in name or "gate_inp" in name else next(turn)
+
+    stored = write_gguf(model, tmp_path / "model.gguf", wanted, pack=pack)
     assert used == set(kinds)
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared", "--expert-dtype", "fp32")
     assert_same_model(with_stored_weights(model, stored), folder)
@@ -175,7 +186,7 @@ def test_a_model_with_more_than_it_should_have(
     assert "a tensor blk.0.attn_q.bias, for which transformers' model" in refusal(capsys, path)
     write_gguf(model, path, more={"rope_freqs.weight": torch.ones(8)})
     assert "in a way that is not known here (rope_freqs.weight)" in refusal(capsys, path)
-    write_gguf(model, path, more={"blk.0.ffn_up_exps.weight": torch.zeros(4, 95, 64)})
+    write_gguf(model, path, more={"blk.0.ffn_up_exps.weight": torch.zeros(4, 96, 32)})
     assert "do not fit together; download" in refusal(capsys, path)
 
 

@@ -94,10 +94,11 @@ def kernels(
         elif name == "fp8":
             unpack = {
                 **{key: constants[key] for key in ("GROUP", "SCALE_ROWS")},
+                "ROWS": triton_experts.ROWS,
                 "COLUMNS": triton_experts.DENSE_COLUMNS,
             }
             types = {k: v for k, v in UNPACK.items() if k != "offsets"}
-            types |= {"matrix": "*u8", "scales": scale_type}
+            types |= {"matrix": "*u8", "scales": scale_type, "n_rows": "i32"}
             yield "unpack-fp8", triton_experts.unpack_fp8_kernel, types, unpack
 
 

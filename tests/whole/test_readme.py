@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -34,9 +35,12 @@ REFERENCE_COMMANDS = [
 @cache
 def help_of(script: str) -> str:
     """The script's own --help, through the interpreter, as a user gets it."""
+    # as documented: what is no door of src/ is started with PYTHONPATH=src
+    path = {"PYTHONPATH": "src"} if script.startswith("benchmarks/") else {}
     run = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, script, "--help"], cwd=ROOT, env=os.environ | path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, f"{script} --help exits {run.returncode}: {run.stderr}"
     return run.stdout
 

@@ -106,7 +106,7 @@ class _Header:
             require_regular(path)
             self._file_bytes = path.stat().st_size
             with path.open("rb") as file:
-                self._data = file.read(_LARGEST_HEADER_BYTES)
+                self._data = file.read(min(_LARGEST_HEADER_BYTES, self._file_bytes))
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror}; copy or download it again"

@@ -434,14 +434,16 @@ def unpack_fp8_kernel(
     matrix,  # bytes [n_rows, n_columns]
     scales,
     out,
+    n_rows,
     n_columns,
     GROUP: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < n_columns
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = (row < n_rows) & (column < n_columns)
     at = row // SCALE_ROWS + column * 0
     if GROUP > 0:
         at = at * ((n_columns + GROUP - 1) // GROUP) + column // GROUP
@@ -583,13 +585,15 @@ class TritonExperts:
         weight = torch.empty(n_rows, n_columns, dtype=x.dtype, device=x.device)
         scale = self._layout.field(f"{name}_scale").view(block)
         if not self._is_tiled:
-            unpack_fp8_kernel[(n_rows, triton.cdiv(n_columns, DENSE_COLUMNS))](
+            unpack_fp8_kernel[(triton.cdiv(n_rows, ROWS), triton.cdiv(n_columns, DENSE_COLUMNS))](
                 stored.view(torch.uint8),
                 scale,
                 weight,
+                n_rows,
                 n_columns,
                 GROUP=matrix.scales.group,
                 SCALE_ROWS=matrix.scales.rows,
+                ROWS=ROWS,
                 COLUMNS=DENSE_COLUMNS,
                 enable_fp_fusion=True,
             )
