@@ -94,10 +94,10 @@ def serve(listener: socket.socket, service: Service) -> None:
         )
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        say(f"serving {service.name} at http://{host}:{port}/v1 (Ctrl-C ends it)")
         try:
             # uvicorn answers signals, and passes them on when it has ended
             with suppress(KeyboardInterrupt):
+                say(f"serving {service.name} at http://{host}:{port}/v1 (Ctrl-C ends it)")
                 _Server(config, generator).run(sockets=[listener])
         finally:
             generator.close()
