@@ -94,11 +94,11 @@ def serve(listener: socket.socket, service: Service) -> None:
         )
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
+        ready = f"serving {service.name} at http://{host}:{port}/v1 (Ctrl-C ends it)"
         try:
             # uvicorn answers signals, and passes them on when it has ended
             with suppress(KeyboardInterrupt):
-                say(f"serving {service.name} at http://{host}:{port}/v1 (Ctrl-C ends it)")
-                _Server(config, generator).run(sockets=[listener])
+                _Server(config, generator, ready).run(sockets=[listener])
         finally:
             generator.close()
             engine.dispatcher.turn.acquire()  # no forward pass is under way, and none begins
@@ -191,11 +191,19 @@ class Generator:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, whose requests are answered when it ends, after some grace: it would cancel them."""
+    """uvicorn, which says when it listens, and cancels no request when it ends.
 
-    def __init__(self, config: uvicorn.Config, generator: Generator) -> None:
+    What is not answered after some grace is answered by an error.
+    """
+
+    def __init__(self, config: uvicorn.Config, generator: Generator, ready: str) -> None:
         super().__init__(config)
         self._generator = generator
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        say(self._ready)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(_GRACE_S, self._generator.close)
