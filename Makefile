@@ -22,7 +22,7 @@ export PROMPT
 # whatever the files' dates say; changed content means one pip run.
 content = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.run-$(call content,requirements.txt)
-DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-dev.txt)
+DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-serve.txt requirements-dev.txt)
 
 DEMO := build/demo
 DEMO_SOURCES := examples/make_demo_model.py
@@ -58,9 +58,11 @@ $(DEV_STAMP): $(RUN_STAMP)
 	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
 	@rm -f $(VENV)/.dev-* && touch $@
 
-.PHONY: setup setup-dev gpu
+.PHONY: setup setup-dev gpu serve
 setup: $(RUN_STAMP) ## create .venv and install what the product needs
 setup-dev: $(DEV_STAMP) ## the same, and what tests and lint need
+serve: $(RUN_STAMP) ## optional extras for the server (src/serve.py)
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-serve.txt
 gpu: $(RUN_STAMP) ## optional extras for an NVIDIA GPU (xformers)
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-gpu.txt
 

@@ -36,6 +36,7 @@ WITHOUT_TORCH = [
     "commands.draw",
     "commands.generate",
     "commands.prepare",
+    "commands.serve",
     "commands.simulate",
 ]
 WITHOUT_TENSORS = ["errors", "experts.cache", "prerequisites"]

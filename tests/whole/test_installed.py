@@ -29,8 +29,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     copy = folder / "checkout"
     shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
-        shutil.copy(ROOT / name, copy)
+    named = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
+    for path in (*named, *ROOT.glob("requirements*.txt")):
+        shutil.copy(path, copy)
     flags = ("--no-deps", "--no-build-isolation")
     run([*PIP, "wheel", *flags, "-w", str(folder), str(copy)], folder)
     (wheel,) = folder.glob("*.whl")
@@ -45,6 +46,7 @@ def test_commands_answer(installed: Path, tmp_path: Path) -> None:
         "moe-run",
         "moe-prepare",
         "moe-check",
+        "moe-serve",
         "moe-simulate",
         "moe-plots",
         "moe-patterns",

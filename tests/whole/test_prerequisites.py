@@ -16,6 +16,7 @@ ENTRY_POINTS = (
     "src/main.py",
     "weights_preprocessor.py",
     "src/check.py",
+    "src/serve.py",
     "src/simulator.py",
     "src/plots.py",
     "src/patterns.py",

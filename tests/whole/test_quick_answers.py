@@ -38,6 +38,8 @@ DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
         ("check.py --help", 0, "usage: check.py"),
         ("check.py --model-path none", 2, "found nothing"),
         ("check.py --model-path none --max-tokens 1001", 2, "--max-tokens of at most 1000, found"),
+        ("serve.py --help", 0, "usage: serve.py"),
+        ("serve.py --model-path none", 2, "found nothing"),
         ("plots.py --help", 0, "usage: plots.py"),
         ("patterns.py --help", 0, "usage: patterns.py"),
     ],

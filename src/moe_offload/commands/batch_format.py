@@ -19,9 +19,9 @@ _TEXTS: Final[dict[Endpoint, str]] = {
     "/v1/chat/completions": "messages",
     "/v1/completions": "prompt",
 }
-_IGNORED: Final = {"model", "user", "metadata", "store", "service_tier", "stream_options"}
+IGNORED: Final = {"model", "user", "metadata", "store", "service_tier", "stream_options"}
 # Fields that are served only with these values, which ask for nothing.
-_NEUTRAL: Final[dict[str, Any]] = {
+NEUTRAL: Final[dict[str, Any]] = {
     "n": 1,
     "best_of": 1,
     "stream": False,
@@ -59,8 +59,8 @@ def read_request(line: dict[str, Any]) -> tuple[str, Endpoint, dict[str, Any]]:
     if not isinstance(body, dict):
         raise UserError("has no body: expected an object")
     fields = {key: value for key, value in body.items() if value is not None}
-    fields = {key: value for key, value in fields.items() if key not in _IGNORED}
-    for key, nothing in _NEUTRAL.items():
+    fields = {key: value for key, value in fields.items() if key not in IGNORED}
+    for key, nothing in NEUTRAL.items():
         if fields.pop(key, nothing) != nothing:
             raise UserError(f"has {key} {body[key]!r}, which is not served")
     if "max_completion_tokens" in fields:

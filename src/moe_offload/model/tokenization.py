@@ -105,6 +105,11 @@ class CheckpointTokenizer:
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})
 
     @property
+    def backend(self) -> Any:
+        """transformers' tokenizer of the checkpoint, with its chat template."""
+        return self._backend
+
+    @property
     def vocabulary_size(self) -> int:
         return 1 + int(max(self._backend.get_vocab().values()))
 
