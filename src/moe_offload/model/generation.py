@@ -70,8 +70,10 @@ class Sampler:
 
     def __init__(self, options: GenerationOptions, number: int, device: torch.device) -> None:
         self._options = options
-        seed = random.Random(f"{options.seed} {number}").getrandbits(63)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator: torch.Generator | None = None
+        if options.temperature > 0:
+            seed = random.Random(f"{options.seed} {number}").getrandbits(63)
+            self._generator = torch.Generator(device).manual_seed(seed)
         self._penalty = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
         self._warpers = LogitsProcessorList()
         if options.top_k > 0:
