@@ -175,6 +175,15 @@ def test_a_damaged_block_is_never_computed(open_tier, tmp_path, change):
     assert sorted(computed(tier, 0, [4, 0])) == [0, 4]
 
 
+def test_a_block_that_is_damaged_later_is_never_computed_either(open_tier, tmp_path):
+    layer = write_layer(tmp_path, 0)
+    tier = open_tier(1, of=[layer])
+    assert [computed(tier, 0, [expert]) for expert in (3, 0)] == [[3], [0]]
+    flip(layer.file, layer)
+    with pytest.raises(UserError, match=r"is corrupt: the checksum of expert 3 does not match"):
+        computed(tier, 0, [3])
+
+
 def test_a_file_cut_while_it_is_read_is_told(open_tier, tmp_path):
     layer = write_layer(tmp_path, 0)
     tier = open_tier(3, of=[layer])

@@ -1,4 +1,4 @@
-"""One layer's experts file, read past the page cache, each block checked at its first read."""
+"""One layer's experts file, read past the page cache, each block checked at every read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ class BlockFile:
 
     def __init__(self, layer: MoeLayer) -> None:
         self._layer = layer
-        self._is_checked = bytearray(layer.n_experts)
         try:
             self._file, self.is_direct = _opened(layer)
         except OSError as error:
@@ -47,7 +46,6 @@ class BlockFile:
         """
         layer, position, crc = self._layer, 0, 0
         start, view = layer.block_offset_bytes(expert), out.numpy().data
-        is_new = not self._is_checked[expert]
         while position < len(view):
             if is_cancelled():
                 raise ReadCancelledError
@@ -65,17 +63,15 @@ class BlockFile:
                     f"{layer.file} is truncated: expert {expert} ends {missing} bytes early; "
                     f"copy the file again or {PREPARE_AGAIN}"
                 )
-            if is_new:  # zlib lets other threads run meanwhile
-                crc = zlib.crc32(piece[:n_bytes], crc)
+            crc = zlib.crc32(piece[:n_bytes], crc)  # other threads run meanwhile
             position += n_bytes
         if not self.is_direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file, start, len(view), os.POSIX_FADV_DONTNEED)
-        if is_new and crc != layer.block_checksums[expert]:
+        if crc != layer.block_checksums[expert]:
             raise UserError(
                 f"{layer.file} is corrupt: the checksum of expert {expert} does not match the "
                 f"manifest; {PREPARE_AGAIN}"
             )
-        self._is_checked[expert] = 1
 
     def close(self) -> None:
         """Give the file back; no read is under way, and none comes after."""
