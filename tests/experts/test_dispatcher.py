@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.fetcher import ExpertFetcher, HostFetcher, make_fetcher
+from moe_offload.experts.plan import TRIAL_STEPS, Trial
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
@@ -406,6 +407,74 @@ def test_a_prompts_copies_count_those_already_queued():
     assert [in_flight for _, in_flight in seen] == [0, 4, 8]
     assert [backlog_us for backlog_us, _ in seen] == pytest.approx([0, 600, 1200])
     assert run.model.wrong_layers == 0
+
+
+def fetched_by(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layer of each copy that is begun from now on."""
+    layers: list[int] = []
+    fetch = run.accelerator.fetch
+    monkeypatch.setattr(run.accelerator, "fetch", lambda *a: layers.append(a[0]) or fetch(*a))
+    return layers
+
+
+def arriving_one_by_one(layer: int, experts: Sequence[int]) -> Iterator[Sequence[int]]:
+    """As from a disk: nothing is there at first."""
+    yield ()
+    for expert in experts:
+        yield (expert,)
+
+
+def test_experts_that_arrive_one_by_one_have_one_share_of_the_quota(monkeypatch):
+    run = Run(n_indexes=2, quota=2)
+    monkeypatch.setattr(run.store, "arriving", arriving_one_by_one)
+    layers = fetched_by(run, monkeypatch)
+    for _ in range(8):
+        layers.clear()
+        with torch.no_grad():
+            run.model(torch.zeros(1, 1, dtype=torch.int64))
+        assert layers.count(0) <= 1
+    run.accelerator.close()
+    assert run.fetcher.begun >= 8
+
+
+def test_guesses_are_fetched_after_the_layers_own_misses(monkeypatch):
+    gate = threading.Event()
+    run = Run(before_copy=lambda slot: gate.wait(), n_ways=N_EXPERTS)
+    run.accelerator.routers = [lambda hidden: torch.tensor([[6, 7]])] * N_LAYERS
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(run.store, "arriving", arriving_one_by_one)
+        layers = fetched_by(run, patch)
+        run.model(torch.zeros(1, 1, dtype=torch.int64))
+    gate.set()
+    assert layers[:TOP_K] == [0] * TOP_K
+    run.steps_without_close(90)
+    run.fetcher.drain()
+    guessed, misses = [], run.cache.misses
+    monkeypatch.setattr(run.accelerator, "fetch_ahead", lambda *a: guessed.append(a[0]))
+    run.steps_without_close(1)
+    with torch.no_grad():
+        run.model(torch.zeros(1, 1, dtype=torch.int64))
+    run.accelerator.close()
+    assert run.cache.misses == misses  # and where a layer misses nothing, at once
+    assert guessed == [1, 2]
+
+
+def test_one_trial_at_a_time_gets_the_steps():
+    """Two that switched together would each find what both do."""
+    run = Run(miss_policy="auto")
+    first, second = run.accelerator.trial, Trial()
+    run.store.trial = second
+    ways = []
+    with torch.no_grad():
+        for _ in range(2 * TRIAL_STEPS):
+            ways.append((first.is_first, second.is_first))
+            run.model(torch.zeros(1, 1, dtype=torch.int64))
+    run.accelerator.close()
+    during, after = ways[:TRIAL_STEPS], ways[TRIAL_STEPS:]
+    assert {way for way, _ in during} == {way for _, way in after} == {False, True}
+    assert {way for _, way in during} == {False}
+    assert len({way for way, _ in after}) == 1
+    assert first.is_decided and second.is_decided
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

@@ -104,9 +104,18 @@ class Accelerator:
                 for expert, slot in self.cache.ready(layer).items():
                     self.gpu.slots[slot].copy_(self.store.block(layer, expert))
 
-    def fetch_background(self, layer: int, experts: Sequence[int]) -> list[tuple[int, int]]:
-        """Start copying `experts` for the tokens to come; returns (expert, slot) pairs."""
-        pairs = self.cache.start_fetches(layer, experts, self._background_quota(layer))
+    def share(self, layer: int) -> int:
+        """How many background fetches `layer` may start in this pass."""
+        return self.cache.share(layer, self._background_quota(layer))
+
+    def fetch_background(
+        self, layer: int, experts: Sequence[int], at_most: int
+    ) -> list[tuple[int, int]]:
+        """Start copying `experts` for the tokens to come; returns (expert, slot) pairs.
+
+        `at_most` is what is left of the layer's share.
+        """
+        pairs = self.cache.admit_most(layer, experts, min(at_most, self._quota_left))
         self._quota_left -= len(pairs)
         for expert, slot in pairs:
             self.fetch(layer, expert, slot)
@@ -176,7 +185,7 @@ class Accelerator:
         if self.fetcher.in_flight or self._background_quota(layer) <= 0:
             return
         self.cache.protect(layer, guessed)
-        for expert, slot in self.fetch_background(layer, guessed):
+        for expert, slot in self.fetch_background(layer, guessed, self.share(layer)):
             self.prefetch.fetch(slot, layer, expert)
         self.cache.end_step(layer)
 

@@ -267,10 +267,13 @@ class ExpertCache:
         `quota` is what the pass has left. In a decode step the experts are those missed, in top-k
         order.
         """
-        share = self.share(layer, quota)
+        return self.admit_most(layer, experts, self.share(layer, quota))
+
+    def admit_most(self, layer: int, experts: Sequence[int], at_most: int) -> list[tuple[int, int]]:
+        """Admit `experts` in their order, as many as `at_most`; return (expert, slot) pairs."""
         fetches: list[tuple[int, int]] = []
         for expert in experts:
-            if len(fetches) >= share:
+            if len(fetches) >= at_most:
                 break
             slot = self.admit(layer, expert)
             if slot is not None:

@@ -165,8 +165,9 @@ class MoeDispatcher:
         self._is_open = False
         if self._decode and not self._skip_experts:
             for one in (self.accelerator, self.store):
-                if one is not None and one.trial is not None:
+                if one is not None and one.trial is not None and not one.trial.is_decided:
                     one.trial.record(duration_s)
+                    break  # the other waits, off: two at once would each find what both do
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
@@ -243,10 +244,12 @@ class MoeDispatcher:
         if guess is not None and isinstance(self.store, DiskTier):
             self.store.read_ahead_later(layer + 1, step.guessed)
         cpu_out, cpu_s = None, 0.0
-        for number, group in enumerate(self.store.arriving(layer, (*plan.waited, *plan.cpu))):
+        not_hit = (*plan.waited, *plan.cpu)
+        for group in self.store.arriving(layer, not_hit):
             if copy is not None:
                 copy(group)
-            if accelerator is not None and fetches_ahead and number == 0:
+            if accelerator is not None and fetches_ahead and (group or not not_hit):
+                fetches_ahead = False  # once, behind what the layer itself misses
                 accelerator.fetch_ahead(layer + 1, step.guessed)
             self._ranges.part(layer, "cpu experts")
             called_s = time.perf_counter()
@@ -336,11 +339,14 @@ class MoeDispatcher:
             step.launch(plan.hits)
         accelerator.prefetch.observe(step.layer, plan.hits, counts)
 
+        share_left = accelerator.share(step.layer)
+
         def copy(group: Sequence[int]) -> None:
+            nonlocal share_left
             with self._ranges.layer(step.layer, "launch"):
                 step.launch_waited([expert for expert in group if expert in plan.waited])
             missed = [expert for expert in group if expert not in plan.waited]
-            accelerator.fetch_background(step.layer, missed)
+            share_left -= len(accelerator.fetch_background(step.layer, missed, share_left))
 
         return plan, copy
 

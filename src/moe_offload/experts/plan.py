@@ -101,6 +101,10 @@ class Trial:
         self._verdict: bool | None = None
 
     @property
+    def is_decided(self) -> bool:
+        return self._verdict is not None
+
+    @property
     def is_first(self) -> bool:
         """Whether the coming step goes the first way."""
         if self._verdict is not None:
