@@ -60,6 +60,14 @@ def test_slots_of_a_gpu_take_their_hits_from_host_memory() -> None:
     assert result.decode_us == 5 * 57 + 2120 + 4 * 20
 
 
+def test_a_slot_is_for_the_expert_that_arrives_first() -> None:
+    slot = CacheOptions(n_indexes=1, n_ways=1, policy="LRU", quota=1)
+    in_the_files_order = replay_tiers(made((1, 0), (0, 2)), 2, "LRU", COSTS, DISK, slot)
+    assert in_the_files_order.gpu_hits == 1
+    behind_what_is_there = made((3, 2), (2, 3), (0, 3), (3, 1))  # 2 has the slot, 3 is in memory
+    assert replay_tiers(behind_what_is_there, 2, "LRU", COSTS, DISK, slot).gpu_hits == 2
+
+
 def test_no_policy_beats_the_bound() -> None:
     trace = made(*[(t % 4, (t * t + 1) % 4) for t in range(1, 40, 2)])
     for n_ways in (1, 2, 3, 4):

@@ -67,10 +67,11 @@ def replay_tiers(
             experts, counts = distinct_experts(tokens), Counter(chain.from_iterable(tokens))
             found = cache.lookup(layer, experts) if is_decode else [-1] * len(experts)
             asked = [e for e, slot in zip(experts, found, strict=True) if slot < 0]
-            n_misses = ask_host(host, layer, asked)
+            missed = ask_host(host, layer, asked)
             cpu_us = costs.cpu_us([counts[e] for e in asked])
             if is_decode:
-                fetches = cache.start_fetches(layer, asked, quota)
+                arriving = [e for e in asked if e not in missed] + missed
+                fetches = cache.start_fetches(layer, arriving, quota)
                 quota -= len(fetches)
                 cache.end_step(layer)
                 for _, slot in fetches:
@@ -78,14 +79,14 @@ def replay_tiers(
                 cpu_us *= costs.cpu_shared_factor if fetches else 1.0
             gpu_us = costs.gpu.us_of([counts[e] for e in experts if e not in asked])
             without_us = max(cpu_us, gpu_us)
-            disk_us = disk.us(n_misses * costs.block_bytes) if n_misses else 0.0
-            last_us = costs.cpu.us(1, 1) if n_misses else 0.0
+            disk_us = disk.us(len(missed) * costs.block_bytes) if missed else 0.0
+            last_us = costs.cpu.us(1, 1) if missed else 0.0
             experts_us = max(without_us, disk_us + last_us)
             pass_us += costs.dense_us_per_layer + experts_us
             if is_decode:
                 result.gpu_hits += len(experts) - len(asked)
-                result.hits += len(asked) - n_misses
-                result.misses += n_misses
+                result.hits += len(asked) - len(missed)
+                result.misses += len(missed)
                 result.disk_us += disk_us
                 result.waited_us += experts_us - without_us
         if is_decode:
@@ -96,8 +97,8 @@ def replay_tiers(
     return result
 
 
-def ask_host(host: ExpertCache, layer: int, experts: list[int]) -> int:
-    """Ask for a layer's experts as the engine does, in the file's order; how many are missed."""
+def ask_host(host: ExpertCache, layer: int, experts: list[int]) -> list[int]:
+    """Ask for a layer's experts as the engine does, in the file's order; those missed."""
     slots = host.lookup(layer, experts)
     missed = sorted(e for e, slot in zip(experts, slots, strict=True) if slot < 0)
     for expert in missed:
@@ -108,7 +109,7 @@ def ask_host(host: ExpertCache, layer: int, experts: list[int]) -> int:
         assert slot is not None
         host.mark_ready(slot)
     host.end_step(layer)
-    return len(missed)
+    return missed
 
 
 def bound_tokens_per_s(trace: Trace, n_ways: int, costs: CostModel, disk: Disk) -> float:
