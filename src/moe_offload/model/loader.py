@@ -58,6 +58,17 @@ class MoeSite:
     act_module: Callable[[Tensor], Tensor]
 
 
+class ExpertsFunction(nn.Module):
+    """One layer's experts, computed by a function of hidden, ids and weights."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self._run(hidden, index, weights)
+
+
 def model_config(manifest: Manifest) -> PretrainedConfig:
     """The transformers config of a prepared folder; UserError for one that it cannot use."""
     path = manifest.folder / MANIFEST_NAME
