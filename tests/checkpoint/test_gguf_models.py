@@ -163,6 +163,7 @@ def test_a_mixture_of_all_types(tmp_path: Path) -> None:
         ({"llama.expert_used_count": 9}, "expected num_experts_per_tok of 1 to 4 in {path}"),
         ({"llama.rope.freq_base": "x"}, "a number for llama.rope.freq_base"),
         ({"llama.rope.scaling.type": "new"}, "in a way that is not known here (new)"),
+        ({"llama.rope.scaling.type": "longrope"}, "in a way that is not known here (longrope)"),
         (
             {"llama.attention.head_count_kv": [2, 1]},
             "a whole number for llama.attention.head_count",
@@ -186,6 +187,9 @@ def test_a_model_with_more_than_it_should_have(
     assert "a tensor blk.0.attn_q.bias, for which transformers' model" in refusal(capsys, path)
     write_gguf(model, path, more={"rope_freqs.weight": torch.ones(8)})
     assert "in a way that is not known here (rope_freqs.weight)" in refusal(capsys, path)
+    factors = ("rope_factors_long.weight", "rope_factors_short.weight")
+    write_gguf(model, path, more=dict.fromkeys(factors, torch.ones(8)))
+    assert "in a way that is not known here (longrope)" in refusal(capsys, path)
     write_gguf(model, path, more={"blk.0.ffn_up_exps.weight": torch.zeros(4, 96, 32)})
     assert "do not fit together; download" in refusal(capsys, path)
 

@@ -127,18 +127,18 @@ def _rotation(fields: _Fields) -> dict[str, Any]:
     """transformers' rope_parameters."""
     rotation: dict[str, Any] = {"rope_theta": fields.real("rope.freq_base", 10000.0)}
     kind = fields.text("rope.scaling.type") or "none"
-    if _SCALED_ROTATION in fields.file.tensors or kind not in (
-        "none",
-        "linear",
-        "yarn",
-        "longrope",
-    ):
+    factors = [name in fields.file.tensors for name in _FACTORS]
+    if fields.architecture == "phimoe" and all(factors):  # `_phimoe` reads them
+        return rotation
+    if any(factors):
+        kind = "longrope"
+    if _SCALED_ROTATION in fields.file.tensors or kind not in ("none", "linear", "yarn"):
         raise UserError(
             f"{fields.path} scales its rotary embedding in a way that is not known here "
             f"({_SCALED_ROTATION if kind == 'none' else kind:.40}): use the model's Hugging Face "
             "version"
         )
-    if kind == "none" or kind == "longrope":  # the latter's factors are tensors: `_phimoe`
+    if kind == "none":
         return rotation | {"rope_type": "default"}
     rotation |= {"rope_type": kind, "factor": fields.real("rope.scaling.factor")}
     if kind == "yarn":

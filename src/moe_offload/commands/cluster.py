@@ -272,8 +272,8 @@ class _Run:
             assert not place.tasks
             place.pending = None
             return
-        task = place.tasks.pop(index)
-        self._answers.write(task.prompt, facts)
+        self._answers.write(place.tasks[index].prompt, facts)
+        del place.tasks[index]
         self._n_prompts[place.name] += 1
         self._n_tokens[place.name] += facts["generated_tokens"]
         self._progress.token(facts["generated_tokens"])
