@@ -196,7 +196,10 @@ def test_a_model_with_more_than_it_should_have(
 
 @pytest.mark.parametrize(
     ("kind", "becomes"),
-    [(Type.Q4_0, "int4"), (Type.Q5_0, "int8"), (Type.Q8_0, "int8"), (Type.MXFP4, "mxfp4")],
+    [
+        *[(Type.Q4_0, "int4"), (Type.Q4_1, "int4"), (Type.Q5_0, "int8"), (Type.Q5_1, "int8")],
+        *[(Type.Q8_0, "int8"), (Type.MXFP4, "mxfp4")],
+    ],
     ids=lambda one: getattr(one, "name", one),
 )
 def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path: Path) -> None:
@@ -229,13 +232,17 @@ def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path
 
 
 def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights with minima and weights without in one layer."""
     model = tiny_models.build_model(CONFIGS["mixtral"]())
-    write_gguf(model, tmp_path / "model.gguf", Type.Q4_1)
+
+    def kind(name: str) -> Type:
+        return Type.Q4_1 if "ffn_down" in name else Type.Q4_0
+
+    write_gguf(model, tmp_path / "model.gguf", kind)
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
     assert read_manifest(folder).weight_format == "bf16"
-    assert (
-        "exactly as they are (such as blk.0.ffn_gate_exps.weight, Q4_1)" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "exactly as they are (such as blk.0.ffn_down_exps.weight, Q4_1)" in said
 
 
 def test_a_scale_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -440,9 +440,12 @@ def _together(
     quantised = [part.quantised for part in parts if part.quantised is not None]
     if len(quantised) < len(parts):
         return None
-    units = [one.units for one in quantised if one.units is not None]
-    joined = join(units) if len(units) == len(parts) else None
-    return Quantised(joined, lambda: chain.from_iterable(one.grids() for one in quantised))
+    joined = []
+    for found in ([one.units for one in quantised], [one.minima for one in quantised]):
+        there = [one for one in found if one is not None]
+        joined.append(join(there) if len(there) == len(parts) else None)
+    units, minima = joined
+    return Quantised(units, lambda: chain.from_iterable(one.grids() for one in quantised), minima)
 
 
 def _halves(config: PreTrainedConfig) -> Callable[[list[Tensor]], Tensor]:
