@@ -59,14 +59,14 @@ class MoeSite:
 
 
 class ExpertsFunction(nn.Module):
-    """One layer's experts, computed by a function of hidden, ids and weights."""
+    """One layer's experts, computed by a function; with the names of transformers' arguments."""
 
     def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self._run = run
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self._run(hidden, index, weights)
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self._run(hidden_states, top_k_index, top_k_weights)
 
 
 def model_config(manifest: Manifest) -> PretrainedConfig:
