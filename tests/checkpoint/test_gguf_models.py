@@ -163,6 +163,7 @@ def test_a_mixture_of_all_types(tmp_path: Path) -> None:
         ({"llama.expert_used_count": 9}, "expected num_experts_per_tok of 1 to 4 in {path}"),
         ({"llama.rope.freq_base": "x"}, "a number for llama.rope.freq_base"),
         ({"llama.rope.scaling.type": "new"}, "in a way that is not known here (new)"),
+        ({"llama.rope.scaling.type": "longrope"}, "in a way that is not known here (longrope)"),
         (
             {"llama.attention.head_count_kv": [2, 1]},
             "a whole number for llama.attention.head_count",
@@ -186,13 +187,19 @@ def test_a_model_with_more_than_it_should_have(
     assert "a tensor blk.0.attn_q.bias, for which transformers' model" in refusal(capsys, path)
     write_gguf(model, path, more={"rope_freqs.weight": torch.ones(8)})
     assert "in a way that is not known here (rope_freqs.weight)" in refusal(capsys, path)
+    factors = ("rope_factors_long.weight", "rope_factors_short.weight")
+    write_gguf(model, path, more=dict.fromkeys(factors, torch.ones(8)))
+    assert "in a way that is not known here (longrope)" in refusal(capsys, path)
     write_gguf(model, path, more={"blk.0.ffn_up_exps.weight": torch.zeros(4, 96, 32)})
     assert "do not fit together; download" in refusal(capsys, path)
 
 
 @pytest.mark.parametrize(
     ("kind", "becomes"),
-    [(Type.Q4_0, "int4"), (Type.Q5_0, "int8"), (Type.Q8_0, "int8"), (Type.MXFP4, "mxfp4")],
+    [
+        *[(Type.Q4_0, "int4"), (Type.Q4_1, "int4"), (Type.Q5_0, "int8"), (Type.Q5_1, "int8")],
+        *[(Type.Q8_0, "int8"), (Type.MXFP4, "mxfp4")],
+    ],
     ids=lambda one: getattr(one, "name", one),
 )
 def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path: Path) -> None:
@@ -225,13 +232,17 @@ def test_whole_multiples_are_kept_bit_for_bit(kind: Type, becomes: str, tmp_path
 
 
 def test_what_no_format_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights with minima and weights without in one layer."""
     model = tiny_models.build_model(CONFIGS["mixtral"]())
-    write_gguf(model, tmp_path / "model.gguf", Type.Q4_1)
+
+    def kind(name: str) -> Type:
+        return Type.Q4_1 if "ffn_down" in name else Type.Q4_0
+
+    write_gguf(model, tmp_path / "model.gguf", kind)
     folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared")
     assert read_manifest(folder).weight_format == "bf16"
-    assert (
-        "exactly as they are (such as blk.0.ffn_gate_exps.weight, Q4_1)" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "exactly as they are (such as blk.0.ffn_down_exps.weight, Q4_1)" in said
 
 
 def test_a_scale_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

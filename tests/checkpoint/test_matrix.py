@@ -10,7 +10,7 @@ import torch
 from quantised_matrices import E2M1, SOURCES, random_source, source_blocks, spread
 
 from moe_offload.checkpoint.block import BlockLayout, unpack_matrix
-from moe_offload.checkpoint.matrix import MatrixLayout, exact_scales
+from moe_offload.checkpoint.matrix import MatrixLayout, exact_dtypes
 from moe_offload.config import WEIGHT_FORMATS, Scales
 from moe_offload.errors import UserError
 from moe_offload.files import from_json
@@ -87,11 +87,10 @@ def test_every_code_of_fp8_and_every_exponent_survive():
     assert arrays is not None
     assert torch.equal(arrays[""].view(torch.uint8)[0], codes)
     every = torch.ldexp(torch.ones(255), torch.arange(255) - 127)
-    found = exact_scales("mxfp4", every / 2, 32)
-    assert found == Scales("uint8")
-    assert exact_scales("mxfp4", every * 1.5, 32) is None
-    assert exact_scales("int4", torch.tensor([1e-9]).bfloat16().float(), 32) == Scales("bfloat16")
-    assert exact_scales("int4", torch.tensor([0.1]), 64) == Scales("float32", 64)
+    assert exact_dtypes("mxfp4", every / 2) == ["uint8"]
+    assert exact_dtypes("mxfp4", every * 1.5) == []
+    assert exact_dtypes("int4", torch.tensor([1e-9]).bfloat16().float())[0] == "bfloat16"
+    assert exact_dtypes("int4", torch.tensor([0.1])) == ["float32"]
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8"])

@@ -147,6 +147,19 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     assert read_manifest(chosen).moe_layers[1].layout.scales == Scales("bfloat16")
 
 
+def test_other_scales_are_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """int4 of our own rounding is not the source's int4 with zero points, nor the other way."""
+    source, _ = quantised_checkpoints.write("awq", tmp_path)
+    flags = ["--input-path", str(source), "--output-path", str(tmp_path / "out"), "--hf"]
+    assert prepare.main([*flags, "--expert-dtype", "int4"]) == 0
+    assert prepare.main(flags) == 2
+    assert "is prepared in int4 with other scales" in capsys.readouterr().err
+    assert prepare.main([*flags, "--force"]) == 0
+    assert prepare.main([*flags, "--expert-dtype", "int4"]) == 2
+
+
 def refusal(source: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     capsys.readouterr()
     paths = ["--input-path", str(source), "--output-path", str(source.parent / "out")]

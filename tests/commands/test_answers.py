@@ -218,6 +218,31 @@ def test_a_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPa
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("again", [1, 3])
+def test_ctrl_c_just_behind_a_line_loses_and_doubles_nothing(
+    again: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run then tells what it had begun: the same prompt, or another that was cut off."""
+    write = os.write
+
+    def interrupted(handle: int, data: Any) -> int:
+        write(handle, data)
+        raise KeyboardInterrupt
+
+    with opened(path) as answers:
+        answers.unanswered(PROMPTS)
+        monkeypatch.setattr(os, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answers.write(PROMPTS[1], facts())
+        monkeypatch.undo()
+        answers.write(PROMPTS[again], facts("interrupted"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["index"], line["stop"]) for line in lines] == [
+        *[(0, "eos"), (2, "eos"), (1, "eos")],
+        *([(3, "interrupted")] if again == 3 else []),
+    ]
+
+
 def test_a_pipe_is_written_and_waited_for_by_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"cannot write .*pipe"):

@@ -12,6 +12,7 @@ from typing import get_type_hints
 from unittest.mock import Mock
 
 import pytest
+from transformers import MixtralConfig
 
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.commands import check, draw, generate, prepare, simulate
@@ -61,8 +62,10 @@ def test_nobody_to_read_a_verdict_does_not_change_it(
     monkeypatch.setattr(
         "moe_offload.engine.engine.load_engine", lambda *_: nullcontext(Mock(notes=[]))
     )
-    monkeypatch.setattr("moe_offload.engine.engine.open_prepared", Mock())
-    monkeypatch.setattr("moe_offload.model.tokenization.load_tokenizer", Mock())
+    source = Mock(config=MixtralConfig())
+    monkeypatch.setattr("moe_offload.engine.engine.open_prepared", lambda _: source)
+    tokenizer = Mock(encode=lambda text, raw: [1, 2, 3])
+    monkeypatch.setattr("moe_offload.model.tokenization.load_tokenizer", lambda *_: tokenizer)
     verdict = Mock(is_right=False, lines=lambda: ["verdict: wrong"])
     monkeypatch.setattr("moe_offload.engine.check.check_engine", lambda *_: verdict)
     (tmp_path / MANIFEST_NAME).touch()

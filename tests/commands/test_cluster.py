@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moe_offload.commands.answers import Answers
-from moe_offload.commands.cluster import Place, Queue, _Run, resources_of_workers
+from moe_offload.commands.cluster import Place, Queue, _needed_bytes, _Run, resources_of_workers
 from moe_offload.commands.prompts import Prompt
 from moe_offload.config import (
     CacheOptions,
@@ -23,6 +23,7 @@ from moe_offload.config import (
     PromptOptions,
 )
 from moe_offload.errors import UserError
+from moe_offload.model.dummy import DummyModel
 
 GB = 1 << 30
 FACTS = {"response": "x", "stop": "eos", "generated_tokens": 1}
@@ -179,6 +180,18 @@ def test_no_machine_has_room_for_two_workers(
     assert claims == {"num_cpus": 8, "num_gpus": 0, "memory": memory_bytes}
     assert count == n_workers
     assert all(2 * claims["memory"] > machine["memory"] for machine in machines)
+
+
+def test_a_worker_needs_memory_for_the_experts_that_it_holds() -> None:
+    source = DummyModel(ModelOptions(None, dummy_shape="mixtral-8x7b", dummy_layers=1))
+    expert_bytes = 8 * source.layouts[0].block_bytes
+    prepared = ModelOptions(Path("folder"))
+    all_bytes = _needed_bytes(source, prepared, context_tokens=10)
+    assert all_bytes > expert_bytes + source.dense_bytes
+    for asked_gb, held_bytes in ((1.5, 1_500_000_000), (1000, expert_bytes)):
+        asked = replace(prepared, host_memory_gb=asked_gb)
+        needed_bytes = _needed_bytes(source, asked, context_tokens=10)
+        assert all_bytes - needed_bytes == expert_bytes - held_bytes
 
 
 def test_machines_that_cannot_serve_are_left_out() -> None:

@@ -159,7 +159,7 @@ def test_lines_of_openais_batch_format(tmp_path: Path) -> None:
         tmp_path,
         request("x", model="gpt", messages=HI, **asked, stream=False, user="me", logprobs=None),
         request("y", TEXT_URL, prompt="raw text", temperature=0, top_p=0.9),
-        request("z", messages=[{"role": "developer", "content": parts}, *HI]),
+        request("z", messages=[{"role": "developer", "content": parts, "name": "Ann"}, *HI]),
         {"prompt": "own format", "id": "w"},
     )
     assert not left_out.reasons

@@ -677,6 +677,30 @@ def test_lines_that_cannot_be_answered_leave_the_others(
     assert lines[1]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.parametrize("shard", [None, "1/2"])
+def test_wrong_requests_have_their_lines_where_none_is_left(
+    shard: str | None, model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def request(custom_id: str, n: int) -> str:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "n": n}
+        return json.dumps({"custom_id": custom_id, "url": "/v1/chat/completions", "body": body})
+
+    lines = [request("a", 2), request("b", 3)]
+    flags: tuple[object, ...] = ()
+    if shard is not None:  # the right one is the other shard's
+        lines, flags = [request("a", 2), request("right", 1), request("b", 3)], ("--shard", shard)
+    (run_folder / "p.jsonl").write_text("\n".join(lines))
+    arguments = ("--model-path", model, "--prompt-path", "p.jsonl", "--max-tokens", 4, *flags)
+    answers = run_folder / "a.jsonl"
+    for resume in ((), ("--resume",)):
+        message = refused(capsys, *arguments, "--responses-jsonl", answers, *resume)
+        assert "line 1 of p.jsonl has n 2, which is not served" in message
+        found = list(map(json.loads, answers.read_text().splitlines()))
+        statuses = [(line["custom_id"], line["response"]["status_code"]) for line in found]
+        assert statuses == [("a", 400), ("b", 400)], "each once"
+    assert "has n 2" in refused(capsys, *arguments), "also without a file of answers"
+
+
 def test_a_long_line_of_a_text_file_leaves_the_others(
     model: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

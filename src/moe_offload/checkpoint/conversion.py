@@ -220,17 +220,24 @@ class ConversionPlan:
         whole = self.read(target)
         return lambda expert: whole[expert]
 
-    def unit_reader(self, target: str) -> Callable[[int], Tensor] | None:
-        """The same of the units of quantised weights; None where there are none or experts mix."""
-        quantised = self._quantised(target)
-        if quantised is None:
-            return None
-        found = {name: one.units for name, one in quantised.items()}
-        units = {name: one for name, one in found.items() if one is not None}
-        return self._part_reader(self._group_of[target], units) if units == found else None
+    def unit_readers(self, target: str) -> dict[str, Callable[[int], Tensor]]:
+        """The same of the `unit` and `minimum` of quantised weights, where all of them have one.
+
+        Empty where there are none or experts mix.
+        """
+        quantised = self._quantised(target) or {}
+        readers = {}
+        for kind, found in (
+            ("unit", {name: one.units for name, one in quantised.items()}),
+            ("minimum", {name: one.minima for name, one in quantised.items()}),
+        ):
+            there = {name: one for name, one in found.items() if one is not None}
+            if there and there == found:
+                readers[kind] = self._part_reader(self._group_of[target], there)
+        return readers
 
     def grids(self, target: str) -> Iterator[Grid] | None:
-        """What the weights of a quantised source are multiples of; None as in `unit_reader`."""
+        """What the weights of a quantised source are multiples of; None where there are none."""
         quantised = self._quantised(target)
         if quantised is None:
             return None

@@ -26,7 +26,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from moe_offload.checkpoint.quantization import Grid
+from moe_offload.checkpoint.quantization import Grid, GridKind
 from moe_offload.checkpoint.safetensors_file import read_into
 from moe_offload.checkpoint.source_files import LazyTensor, Quantised, merge, place
 from moe_offload.errors import UserError
@@ -45,14 +45,17 @@ _VERSIONS: Final = (2, 3)
 _TEXT, _ARRAY = 8, 9
 # The numbers by GGUF's code of their type, as struct names them.
 _NUMBERS: Final = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-# Types whose weights are whole multiples, in this range, of one number for each 32 neighbours; -128
-# is not among Q8_0's, for no program writes it.
+# Types whose weights are whole multiples, in this range, of one number for each 32 neighbours, some
+# plus another such number; -128 is not among Q8_0's, for no program writes it.
 _MULTIPLES: Final = {
     Type.Q4_0: (-8, 7),
+    Type.Q4_1: (0, 15),
+    Type.Q5_1: (0, 31),
     Type.Q5_0: (-16, 15),
     Type.Q8_0: (-127, 127),
     Type.MXFP4: (-12, 12),
 }
+_WITH_MINIMUM: Final = (Type.Q4_1, Type.Q5_1)
 _GROUP: Final = 32
 _PLAIN: Final = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
@@ -225,12 +228,13 @@ class _Blocks:
 
     def tensor(self) -> LazyTensor:
         """Its dequantised values, fp32, and what these are multiples of."""
-        units = None
+        units = minima = None
         if self.stored in _MULTIPLES:
             units = LazyTensor(self.shape, torch.float32, self.path, self._units)
-        return LazyTensor(
-            self.shape, torch.float32, self.path, self._values, Quantised(units, self._grids)
-        )
+        if self.stored in _WITH_MINIMUM:
+            minima = LazyTensor(self.shape, torch.float32, self.path, partial(self._units, at=2))
+        quantised = Quantised(units, self._grids, minima)
+        return LazyTensor(self.shape, torch.float32, self.path, self._values, quantised)
 
     def _packed(self, start: int, stop: int) -> Tensor:
         """uint8 [rows of blocks, bytes] of a slice of the first dimension; a vector is one row."""
@@ -254,14 +258,14 @@ class _Blocks:
             values = torch.from_numpy(gguf.dequantize(packed.numpy(), self.stored))
         return self._slice(values, start, stop)
 
-    def _units(self, start: int, stop: int) -> Tensor:
-        """Each weight's unit, from the scale at the beginning of its block."""
+    def _units(self, start: int, stop: int, at: int = 0) -> Tensor:
+        """Each weight's unit, from the scale at the beginning of its block; its minimum behind."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.stored]
         blocks = self._packed(start, stop).unflatten(1, (-1, block_bytes))
         if self.stored == Type.MXFP4:
             units = torch.exp2(blocks[..., 0].float() - 128)
         else:
-            units = blocks[..., :2].contiguous().view(torch.float16).float()[..., 0]
+            units = blocks[..., at : at + 2].contiguous().view(torch.float16).float()[..., 0]
         return self._slice(units.repeat_interleave(block, dim=1), start, stop)
 
     def _grids(self) -> Iterator[Grid]:
@@ -273,16 +277,18 @@ class _Blocks:
         low, high = _MULTIPLES.get(self.stored, (1, 1))
         units = torch.ones(1)
         of_mxfp4 = self.stored == Type.MXFP4
+        kind: GridKind = "affine" if self.stored in _WITH_MINIMUM else "int"
         for row in range(self.shape[0] if of_mxfp4 else 1):
             if of_mxfp4:
                 units = self._units(row, row + 1)
             yield Grid(
                 name=f"{self.name}, {self.stored.name}",
                 is_bf16=of_mxfp4,
-                kind="e2m1" if of_mxfp4 else "int",
+                kind="e2m1" if of_mxfp4 else kind,
                 low=low,
                 high=high,
                 group=_GROUP if self.stored in _MULTIPLES else 1,
                 units=units,
                 used_units=partial(torch.clone, units),
+                levels=high - low + 1 if kind == "affine" else 256,
             )

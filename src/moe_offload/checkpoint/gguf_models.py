@@ -127,18 +127,18 @@ def _rotation(fields: _Fields) -> dict[str, Any]:
     """transformers' rope_parameters."""
     rotation: dict[str, Any] = {"rope_theta": fields.real("rope.freq_base", 10000.0)}
     kind = fields.text("rope.scaling.type") or "none"
-    if _SCALED_ROTATION in fields.file.tensors or kind not in (
-        "none",
-        "linear",
-        "yarn",
-        "longrope",
-    ):
+    factors = [name in fields.file.tensors for name in _FACTORS]
+    if fields.architecture == "phimoe" and all(factors):  # `_phimoe` reads them
+        return rotation
+    if any(factors):
+        kind = "longrope"
+    if _SCALED_ROTATION in fields.file.tensors or kind not in ("none", "linear", "yarn"):
         raise UserError(
             f"{fields.path} scales its rotary embedding in a way that is not known here "
             f"({_SCALED_ROTATION if kind == 'none' else kind:.40}): use the model's Hugging Face "
             "version"
         )
-    if kind == "none" or kind == "longrope":  # the latter's factors are tensors: `_phimoe`
+    if kind == "none":
         return rotation | {"rope_type": "default"}
     rotation |= {"rope_type": kind, "factor": fields.real("rope.scaling.factor")}
     if kind == "yarn":
@@ -440,9 +440,12 @@ def _together(
     quantised = [part.quantised for part in parts if part.quantised is not None]
     if len(quantised) < len(parts):
         return None
-    units = [one.units for one in quantised if one.units is not None]
-    joined = join(units) if len(units) == len(parts) else None
-    return Quantised(joined, lambda: chain.from_iterable(one.grids() for one in quantised))
+    joined = []
+    for found in ([one.units for one in quantised], [one.minima for one in quantised]):
+        there = [one for one in found if one is not None]
+        joined.append(join(there) if len(there) == len(parts) else None)
+    units, minima = joined
+    return Quantised(units, lambda: chain.from_iterable(one.grids() for one in quantised), minima)
 
 
 def _halves(config: PreTrainedConfig) -> Callable[[list[Tensor]], Tensor]:

@@ -282,17 +282,6 @@ class _InexactError(Exception):
     """Numbers that a format cannot hold."""
 
 
-def exact_scales(
-    weight_format: WeightFormat, units: Tensor, group: int, rows: int = 1, offset: str = ""
-) -> Scales | None:
-    """Scales of the smallest dtype that hold all of `units` fp32 exactly; None where none do.
-
-    A unit is what `MatrixLayout.take_over` takes: half the scale of mxfp4.
-    """
-    dtypes = exact_dtypes(weight_format, units)
-    return Scales(dtypes[0], group, rows, offset) if dtypes else None  # type: ignore[arg-type]
-
-
 def exact_dtypes(weight_format: WeightFormat, units: Tensor | None = None) -> list[str]:
     """The scale dtypes of a format, smallest first, that hold all of `units` fp32 exactly."""
     dtypes = _SCALE_DTYPES.get(weight_format, ())

@@ -46,7 +46,7 @@ _LARGEST_SCALE: Final = 65504.0
 _CHUNK_WEIGHTS: Final = 1 << 18  # 1 MiB in fp32: larger chunks were at most 7% faster
 
 
-GridKind = Literal["int", "e2m1", "fp8"]
+GridKind = Literal["int", "affine", "e2m1", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,12 @@ class Grid:
     """The few numbers that a matrix of a quantised checkpoint is made of.
 
     Its weights are `unit` times whole numbers from `low` to `high`; the unit is the same in `group`
-    neighbours of a row, 0: in all of them. Of `e2m1` it is half the scale, and the numbers are 0,
-    1, 2, 3, 4, 6, 8, 12 and their negatives; of `fp8` it is the scale, of e4m3 or e5m2 numbers.
-    `units` are all of the matrix, fp32; `used_units()` those of weights that are not zero, read
-    when asked for. `name` is the tensor's; `is_bf16` says that bf16 holds every weight. Weights of
-    one unit are at most `levels` neighbouring numbers, and `rows` rows have the same units.
+    neighbours of a row, 0: in all of them. Of `affine` a float16 minimum of such neighbours is
+    added. Of `e2m1` it is half the scale, and the numbers are 0, 1, 2, 3, 4, 6, 8, 12 and their
+    negatives; of `fp8` it is the scale, of e4m3 or e5m2 numbers. `units` are all of the matrix,
+    fp32; `used_units()` those of weights that are not zero, read when asked for. `name` is the
+    tensor's; `is_bf16` says that bf16 holds every weight. Weights of one unit are at most `levels`
+    neighbouring numbers, and `rows` rows have the same units.
     """
 
     name: str

@@ -104,24 +104,25 @@ class SourceCheckpoint:
     ) -> Iterator[dict[str, Tensor]]:
         """One layer's experts in order: block field -> tensor in normal form, source dtype.
 
-        Of a quantised source, with `units`, also `<field>_unit`, what its weights are multiples of.
+        Of a quantised source, with `units`, also `<field>_unit`, what its weights are multiples of,
+        and `<field>_minimum` where they are that plus one.
         UserError for a weight that is not finite.
         """
         readers = {
             field: self.plan.expert_reader(name) for field, name in module.parameters.items()
         }
         unit_readers = {
-            field: self.plan.unit_reader(name) if units else None
+            (field, kind): read
             for field, name in module.parameters.items()
+            for kind, read in (self.plan.unit_readers(name) if units else {}).items()
         }
         for expert in range(module.n_experts):
             fields = {field: read(expert) for field, read in readers.items()}
             for field, tensor in fields.items():
                 _require_finite(f"{field} of expert {expert} in {module.name}", tensor)
             weights = {field: module.normalise(field, tensor) for field, tensor in fields.items()}
-            for field, read_unit in unit_readers.items():
-                if read_unit is not None:
-                    weights[f"{field}_unit"] = module.normalise(field, read_unit(expert))
+            for (field, kind), read in unit_readers.items():
+                weights[f"{field}_{kind}"] = module.normalise(field, read(expert))
             yield weights
 
     def find_format(self) -> tuple[WeightFormat, Scales | None, str | None]:

@@ -50,14 +50,15 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Of a dequantised tensor: a `Grid` for each matrix in it, and each element's unit.
+    """Of a dequantised tensor: a `Grid` for each matrix in it, each element's unit and minimum.
 
-    `units` is an fp32 tensor of the same shape, so that whatever moves weights moves it as well;
-    None where no format here could make use of them.
+    `units` and `minima` are fp32 tensors of the same shape, so that whatever moves weights moves
+    them as well; None where no format here could make use of them, or there are none.
     """
 
     units: LazyTensor | None
     grids: Callable[[], Iterator[Grid]]
+    minima: LazyTensor | None = None
 
 
 def open_hugging_face(folder: Path) -> dict[str, LazyTensor]:

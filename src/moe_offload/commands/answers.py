@@ -52,6 +52,8 @@ class Answers:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         self._end = 0  # of the finished answers
+        # Which prompt's line was begun last, and where it ends once it is whole.
+        self._last: tuple[object, int] = (None, -1)
         try:
             if self._is_file and os.fstat(self._handle).st_size:
                 if not config.output.resume:
@@ -187,9 +189,18 @@ class Answers:
 
     def _append(self, line: dict[str, Any], name: str) -> None:
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        whose = line["index"] if "index" in line else line["custom_id"]
         try:
             if self._is_file:
+                # Ctrl-C may have come as the last line was just written: it stays, and is not
+                # written twice.
+                last, end = self._last
+                if os.fstat(self._handle).st_size == end:
+                    self._end = end
+                    if last == whose:
+                        return
                 os.ftruncate(self._handle, self._end)
+                self._last = whose, self._end + len(data)
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(self._handle, rest) :]

@@ -75,10 +75,13 @@ def read_request(line: dict[str, Any]) -> tuple[str, Endpoint, dict[str, Any]]:
 
 
 def _plain_message(message: Any) -> Any:
-    """A message whose content is a text; what is none is left for others to refuse."""
+    """A message of role and content, a text; what is none is left for others to refuse.
+
+    Its `name` is ignored, as the server ignores it.
+    """
     if not isinstance(message, dict):
         return message
-    message = dict(message)
+    message = {key: value for key, value in message.items() if key != "name"}
     if message.get("role") == "developer":
         message["role"] = "system"
     content = message.get("content")

@@ -29,7 +29,7 @@ from moe_offload.commands.answers import Answers
 from moe_offload.commands.conversations import Conversation, Encoded, converse, encode_prompts
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.commands.run import open_model
-from moe_offload.config import Config
+from moe_offload.config import Config, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.engine.memory import kv_cache_bytes
 from moe_offload.errors import UserError
@@ -170,7 +170,7 @@ def run_on_cluster(
     address = config.model.ray or "local"
     started_s = time.monotonic()
     with _connected(address) as ray:
-        needed_bytes = _needed_bytes(source, context_tokens)
+        needed_bytes = _needed_bytes(source, config.model, context_tokens)
         resources, n_machines = resources_of_workers(
             [node["Resources"] for node in ray.nodes() if node["Alive"]],
             needed_bytes,
@@ -272,8 +272,8 @@ class _Run:
             assert not place.tasks
             place.pending = None
             return
-        task = place.tasks.pop(index)
-        self._answers.write(task.prompt, facts)
+        self._answers.write(place.tasks[index].prompt, facts)
+        del place.tasks[index]
         self._n_prompts[place.name] += 1
         self._n_tokens[place.name] += facts["generated_tokens"]
         self._progress.token(facts["generated_tokens"])
@@ -336,7 +336,7 @@ def resources_of_workers(
 ) -> tuple[dict[str, Any], int]:
     """What a worker claims of its machine, so that none has two, and how many machines have that.
 
-    `machines` are what Ray says that each has. Of memory a worker claims the model's bytes, and in
+    `machines` are what Ray says that each has. Of memory a worker claims what it needs, and in
     any case more than half of the largest machine. UserError where no machine is large enough.
     """
     wants_gpu = device == "cuda" or (
@@ -355,7 +355,8 @@ def resources_of_workers(
         raise UserError(
             f"expected a machine in the Ray cluster with {needed_bytes / 1e9:.1f} GB of memory"
             f"{also} for the model, found {len(machines)} with at most {largest / 1e9:.1f} GB: add "
-            "larger ones, or prepare the model with --expert-dtype int4"
+            "larger ones, prepare the model with --expert-dtype int4, or hold fewer experts with "
+            "--host-memory-gb"
         )
     memory_bytes = max(needed_bytes, int(max(one["memory"] for one in able)) // 2 + 1)
     able = [one for one in able if one["memory"] >= memory_bytes]
@@ -369,9 +370,12 @@ def resources_of_workers(
     return claims, len(able)
 
 
-def _needed_bytes(source: ModelSource, context_tokens: int) -> int:
+def _needed_bytes(source: ModelSource, options: ModelOptions, context_tokens: int) -> int:
+    """Of memory, for the experts that a worker holds, the dense weights and the KV cache."""
     stored = zip(source.layouts[: source.n_stored_layers], source.n_experts, strict=False)
     expert_bytes = sum(layout.block_bytes * n_experts for layout, n_experts in stored)
+    if options.host_memory_gb is not None:
+        expert_bytes = min(expert_bytes, int(options.host_memory_gb * 1e9))
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
     return expert_bytes + source.dense_bytes + kv_bytes
 

@@ -90,10 +90,11 @@ def _generate(arguments: Namespace, command: list[str], interruption: Interrupti
         if output.responses_jsonl is not None:
             answers = stack.enter_context(Answers(output.responses_jsonl, config))
             prompts = answers.unanswered(prompts)
+            answers.write_left_out(left_out)
             if not prompts and answers.n_before:
-                answers.write_left_out(left_out)
                 say(f"all {answers.n_before} prompts are answered in {answers.path}")
                 return _left_out_code(left_out)
+        left_out.require_some(prompts)
         if not prompts:  # of fewer prompts than shards
             say(f"no prompt of {config.prompts.path} is in shard {config.prompts.shard}")
             return 0

@@ -152,6 +152,16 @@ def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats
                 f"{manifest.folder} is prepared with {flag} {found}, this command asks for "
                 f"{wanted}; add --force to replace it or choose another --output-path"
             )
+    layouts = {
+        module.name: module.block_layout(formats.weight_format, formats.scales)
+        for module in source.experts
+    }
+    if any(layer.layout != layouts.get(layer.module) for layer in manifest.moe_layers):
+        raise UserError(
+            f"{manifest.folder} is prepared in {formats.weight_format} with other scales than this "
+            "command asks for: auto keeps the source's own, a format that is named rounds to its "
+            "own; add --force to replace it or choose another --output-path"
+        )
     if manifest.source_fingerprint != source.fingerprint:
         raise UserError(
             f"{manifest.folder} was prepared from {manifest.source}, whose files were other than "

@@ -96,8 +96,9 @@ def read_prompts(
 
     A file's line ends at a line feed, a carriage return or both, and keeps its spaces; lines
     without text are skipped. Of a file called *.jsonl each line is an object (docs: README). A line
-    that cannot be used is left out. UserError for an empty prompt, and for a file that is missing,
-    empty, binary or too large to be a list of prompts.
+    that cannot be used is left out; where none is left that is a UserError, except for requests of
+    a batch, which are to be answered first. UserError for an empty prompt, and for a file that is
+    missing, empty, binary or too large to be a list of prompts.
     """
     left_out = LeftOut(options.path)
     place, n_shards = WHOLE if options.shard is None else parse_shard(options.shard)
@@ -122,7 +123,8 @@ def read_prompts(
             continue
         one = replace(one, index=index, raw=options.raw or one.raw)
         prompts.append(one if one.raw else replace(one, text=_chat(one.text, options.system)))
-    left_out.require_some(prompts)
+    if not left_out.requests:
+        left_out.require_some(prompts)
     return prompts, left_out
 
 

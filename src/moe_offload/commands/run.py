@@ -185,11 +185,10 @@ def run_prompts(
     def finish(one: Conversation, shown: bool = True) -> None:
         """Its answer is in the files from now on."""
         rest = one.finish()
-        del begun[one.prompt.index]
         one.shown = new_view(one).finish(one.text)
-        conversations.append(one)
         if answers is not None:
             answers.write(one.prompt, one.facts())
+        conversations.append(begun.pop(one.prompt.index))
         progress.prompt_done()
         if stream and shown:
             view = streamed.pop(one.prompt.index, None) or new_view(one)

@@ -175,7 +175,9 @@ def _simulate(options: argparse.Namespace) -> None:
     if options.tune:
         if on is None:
             raise UserError("--tune needs --hardware and --model: give a file of hardware/")
-        formats = FAST_FORMATS if options.expert_dtype is None else (options.expert_dtype,)
+        # mxfp4 is for models that come in it: rounded to it, others answer worst (docs/FORMATS.md).
+        sensible = tuple(name for name in FAST_FORMATS if name != "mxfp4")
+        formats = sensible if options.expert_dtype is None else (options.expert_dtype,)
         _tune(trace, on, options.memory_gb, formats)
     elif "host_memory_gb" in options:
         _tiers(trace, on, options)

@@ -27,6 +27,7 @@ from moe_offload.engine.engine import Engine
 from moe_offload.errors import UserError
 from moe_offload.kernels.oracle import experts_forward
 from moe_offload.model.loader import (
+    ExpertsFunction,
     MoeSite,
     PreparedModel,
     build_skeleton,
@@ -199,17 +200,6 @@ def _compare_answers(result: Comparison, chosen: Tensor, found: Tensor, expected
     result.logits = max(result.logits, float(differences.max()))
 
 
-class _Experts(nn.Module):
-    """One layer's experts, computed by a function."""
-
-    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._run = run
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self._run(hidden_states, top_k_index, top_k_weights)
-
-
 class _Reference:
     """transformers' model with experts in plain torch, which compares while it computes."""
 
@@ -225,7 +215,7 @@ class _Reference:
         prepared = PreparedModel(manifest)
         self.model = build_skeleton(prepared.config, prepared.dtype, "sdpa")
         for site in find_moe_sites(self.model, prepared.experts_paths):
-            experts = _Experts(partial(self._compute, site))
+            experts = ExpertsFunction(partial(self._compute, site))
             self.model.set_submodule(site.experts_path, experts)
         prepared.load_dense(self.model, torch.device("cpu"), lambda _: None)
         self.source = None

@@ -58,6 +58,17 @@ class MoeSite:
     act_module: Callable[[Tensor], Tensor]
 
 
+class ExpertsFunction(nn.Module):
+    """One layer's experts, computed by a function; with the names of transformers' arguments."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self._run(hidden_states, top_k_index, top_k_weights)
+
+
 def model_config(manifest: Manifest) -> PretrainedConfig:
     """The transformers config of a prepared folder; UserError for one that it cannot use."""
     path = manifest.folder / MANIFEST_NAME

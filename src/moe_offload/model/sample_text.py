@@ -15,7 +15,7 @@ from functools import partial
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe_offload.checkpoint.block import pack_block
@@ -23,7 +23,13 @@ from moe_offload.checkpoint.compensation import compensate
 from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.source import SourceCheckpoint
 from moe_offload.kernels.oracle import apply_activation, experts_forward
-from moe_offload.model.loader import MoeSite, build_skeleton, fill_model, find_moe_sites
+from moe_offload.model.loader import (
+    ExpertsFunction,
+    MoeSite,
+    build_skeleton,
+    fill_model,
+    find_moe_sites,
+)
 
 WINDOW: Final = 512  # tokens that attend to each other
 N_WINDOWS: Final = 16
@@ -100,21 +106,12 @@ def read_sample(
         return out.to(hidden.dtype)
 
     for site in find_moe_sites(model, [module.name for module in source.experts]):
-        model.set_submodule(site.experts_path, _Experts(partial(compute, site)))
+        model.set_submodule(site.experts_path, ExpertsFunction(partial(compute, site)))
     dense = {name: source.read_dense(name) for name in source.dense_names}
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     fill_model(model, {name: t.to(dtypes[name]) for name, t in dense.items()}, torch.device("cpu"))
     model.base_model(input_ids=ids, use_cache=False)
     return [layers[position] for position in sorted(layers)]
-
-
-class _Experts(nn.Module):
-    def __init__(self, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._run = run
-
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self._run(hidden, index, weights)
 
 
 @dataclass(frozen=True)
