@@ -244,11 +244,11 @@ class MoeDispatcher:
         if guess is not None and isinstance(self.store, DiskTier):
             self.store.read_ahead_later(layer + 1, step.guessed)
         cpu_out, cpu_s = None, 0.0
-        not_hit = (*plan.waited, *plan.cpu)
-        for group in self.store.arriving(layer, not_hit):
+        missed = (*plan.waited, *plan.cpu)
+        for group in self.store.arriving(layer, missed):
             if copy is not None:
                 copy(group)
-            if accelerator is not None and fetches_ahead and (group or not not_hit):
+            if accelerator is not None and fetches_ahead and (group or not missed):
                 fetches_ahead = False  # once, behind what the layer itself misses
                 accelerator.fetch_ahead(layer + 1, step.guessed)
             self._ranges.part(layer, "cpu experts")
