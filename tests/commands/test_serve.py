@@ -166,6 +166,16 @@ def test_the_answers_are_the_command_lines(served: Served, greedy: dict[str, str
     assert streamed(stream)[0] == greedy["w11 w12 w13"]
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_stream_ends_as_openais_does(path: str, served: Served) -> None:
+    asked = {"messages": HELLO} if path == CHAT else {"prompt": "w7"}
+    connection = served.begin(path, asked | {"stream": True, "max_tokens": 3})
+    lines = connection.getresponse().read().decode().strip().split("\n\n")
+    connection.close()
+    assert lines[-1] == "data: [DONE]" and lines.count("data: [DONE]") == 1
+    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+
+
 def test_a_conversation_that_goes_on_keeps_its_cache(served: Served, model: Path) -> None:
     """The second turn's answer is the one of a server that never saw the first."""
     asked = {"model": "tiny-chat", "max_tokens": 12, "temperature": 0}
@@ -259,7 +269,6 @@ MALFORMED: list[tuple[str, Any, str | None]] = [
     (CHAT, {"messages": HELLO, "generation_config": "{"}, None),
     (CHAT, {"messages": HELLO, "generation_config": '{"top_k": "x"}'}, "top_k"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": False}}, None),
-    (CHAT, {"messages": HELLO, "model": "another"}, "model"),
     (CHAT, {"messages": [{"role": "user", "content": "w7 " * CONTEXT}]}, None),
     (TEXT, {"prompt": "w7 " * CONTEXT}, None),
     (TEXT, {"prompt": "w7 " * CONTEXT, "stream": True}, None),
@@ -268,7 +277,6 @@ MALFORMED: list[tuple[str, Any, str | None]] = [
     (TEXT, {"prompt": ["w7", "w8"]}, "prompt"),
     (TEXT, {"messages": HELLO}, "prompt"),
     ("/load_model", {"model": 7}, "model"),
-    ("/load_model", {"model": "another"}, "model"),
 ]
 
 
@@ -294,6 +302,10 @@ def test_what_is_not_served_is_refused(served: Served) -> None:
     assert served.post("/v1/models", {})[0] == 405
     assert served.post(TEXT, {"prompt": "w7"}, content_type="text/plain")[0] == 400
     assert served.post(TEXT, b" " * (17 << 20))[0] == 413
+    status, answer = served.post(CHAT, {"messages": HELLO, "model": "another"})
+    assert status == 404 and answer["error"]["code"] == "model_not_found"
+    assert "'another' is not served here, 'tiny-chat' is" in answer["error"]["message"]
+    assert served.post("/load_model", {"model": "another"})[0] == 404
     assert [one.id for one in served.client.models.list()] == ["tiny-chat"]
 
 

@@ -153,10 +153,12 @@ class Gate:
                 await Response(metrics, media_type="text/plain")(scope, receive, send)
             elif scope["path"] in POSTED_PATHS:
                 asked = read_body(scope["path"], await _body_of(request))
-                if asked.body.get("model", self._name) != self._name:
+                wanted = asked.body.get("model", self._name)
+                if wanted != self._name:
                     raise RequestError(
-                        f"this server's model is {self._name}", "model", "model_not_found"
-                    )
+                        f"the model {wanted!r:.80} is not served here, {self._name!r} is",
+                        "model", "model_not_found", status=HTTPStatus.NOT_FOUND,
+                    )  # fmt: skip
                 if "messages" in asked.body and not self._has_template:
                     raise RequestError(
                         "the model has no chat template: ask it at /v1/completions", "messages"
@@ -221,11 +223,29 @@ class Gate:
         self._metrics.tickets.add(ticket)
         TICKET.set(ticket)
         try:
-            await self._app(scope, receive_again, send)
+            await self._app(scope, receive_again, _ended_as_openai_does(send))
         finally:
             watcher.cancel()
             ticket.gone.set()
             self._metrics.tickets.discard(ticket)
+
+
+def _ended_as_openai_does(send: Send) -> Send:
+    """A stream that ends well ends with [DONE], which transformers leaves out."""
+    is_stream, is_well = False, True
+
+    async def ended(message: Message) -> None:
+        nonlocal is_stream, is_well
+        if message["type"] == "http.response.start":
+            is_stream = (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]
+        elif is_stream:
+            body = message.get("body", b"")
+            is_well = is_well and not body.startswith(b'data: {"error"')
+            if is_well and not message.get("more_body", False):
+                message = {**message, "body": body + b"data: [DONE]\n\n"}
+        await send(message)
+
+    return ended
 
 
 async def _body_of(request: Request) -> bytes:

@@ -55,7 +55,7 @@ from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.kernels.cpu_linear import CpuLinear
 from moe_offload.machine.hardware import Hardware
 
-UNSTEADY = "this machine's speed varied while it was measured"
+UNSTEADY = "this machine was busy, or its speed varied, while it was measured"
 _CROSSOVER_BYTES = 1 << 26  # of experts that the kernels and oneDNN are compared on
 MAX_AGE_S = 30 * 24 * 3600.0
 
