@@ -623,6 +623,19 @@ def test_a_killed_run_is_resumed(n_kills: int, model: Path, run_folder: Path) ->
     assert answers.read_bytes() == finished, "there is nothing left to do"
 
 
+def test_a_resumed_run_keeps_the_reports_of_the_first_part(model: Path, run_folder: Path) -> None:
+    (run_folder / "p").write_text("One\nTwo\n")
+    arguments = ("--model-path", model, "--prompt-path", "p", "--max-tokens", 4, "--hide-resp")
+    arguments += ("--responses-jsonl", "a.jsonl")
+    assert run(*arguments) == 0
+    first = {path.name: path.read_bytes() for path in run_folder.glob("*.csv")}
+    answers = run_folder / "a.jsonl"
+    answers.write_text(answers.read_text().splitlines(keepends=True)[0])
+    assert run(*arguments, "--resume") == 0
+    assert {name: (run_folder / name).read_bytes() for name in first} == first
+    assert len(list(run_folder.glob("*.partial.csv"))) == len(first) > 3
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_resumed_run_samples_as_a_whole_one(
     batch_size: int, model: Path, run_folder: Path

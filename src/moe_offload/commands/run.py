@@ -82,6 +82,7 @@ def run(
         if answers is not None and answers.n_before:
             n_all = answers.n_before + len(prompts)
             engine.notes.append(f"{answers.n_before} of {n_all} prompts were answered before")
+            paths = paths.beside_others()  # the earlier part's reports are of other prompts
         if 1 < config.generation.batch_size < len(prompts) and not can_refill(engine.model):
             engine.notes.append(
                 "this model's cache takes no prompt into a batch that has begun: each batch waits "

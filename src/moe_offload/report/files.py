@@ -70,8 +70,8 @@ class ReportPaths(dict[str, Path]):
         return cls({name: folder / path for name, path in names.items()})
 
     def beside_others(self) -> ReportPaths:
-        """The names of an unfinished run: these if all are free, else out.partial.csv, else
-        out.partial-2.csv and so on."""
+        """The names for a part of a run, unfinished or a later one: these if all are free, else
+        out.partial.csv, else out.partial-2.csv and so on."""
         paths, number = self, 0
         while any(path.exists() for path in paths.values()):
             number += 1
