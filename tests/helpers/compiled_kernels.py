@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import triton
@@ -122,8 +123,8 @@ def stack_bytes(cubin: bytes) -> int:
     return int(found[1])
 
 
-def report() -> Iterator[dict[str, object]]:
-    for capability in CAPABILITIES:
+def report(capabilities: Iterable[int]) -> Iterator[dict[str, object]]:
+    for capability in capabilities:
         for name, kernel, types, constants in kernels(capability == CAPABILITIES[-1]):
             names = kernel.arg_names
             aligned = [n for n in types if n not in UNALIGNED]
@@ -145,4 +146,4 @@ def report() -> Iterator[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(report())))
+    print(json.dumps(list(report(map(int, sys.argv[1:])))))
