@@ -129,8 +129,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], P
     return made
 
 
-@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("name", SIZES)
+# The other half of these pairs: nightly.
+OFTEN = [("mixtral", "fp32"), ("qwen3_moe", "bf16"), ("mixtral", "int8"), ("qwen3_moe", "int4")]
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_format"),
+    [
+        pytest.param(*pair, marks=() if pair in OFTEN else pytest.mark.nightly)
+        for pair in itertools.product(SIZES, ("fp32", "bf16", "int8", "int4"))
+    ],
+)
 def test_settings_do_not_change_the_text(
     name: str, weight_format: str, folders: dict[tuple[str, str], Path]
 ) -> None:
