@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 
 from moe_offload.commands import answers as answers_module
 from moe_offload.commands.answers import Answers
@@ -292,9 +294,8 @@ def test_requests_of_a_batch_are_answered_in_openais_format(tmp_path: Path) -> N
     assert reasons == ["stop", "length", "stop"]
     assert chat["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert of["wrong"]["body"]["error"]["message"] == "line 9 has no body"
-    openai = pytest.importorskip("openai", reason="openai's own reader is not installed")
-    openai.types.chat.ChatCompletion.model_validate(chat, strict=True)
-    openai.types.Completion.model_validate(text, strict=True)
+    ChatCompletion.model_validate(chat, strict=True)
+    Completion.model_validate(text, strict=True)
 
 
 def test_a_batch_is_gone_on_with(tmp_path: Path) -> None:
