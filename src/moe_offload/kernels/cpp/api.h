@@ -99,6 +99,12 @@ struct cpux_norm {
 CPUX_EXPORT int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x,
                               int is_bf16, int64_t n_rows, void* y);
 
+// Rotary embedding of one token per sequence, all bf16: y = x cos + rotate_half(x) sin, each product
+// rounded; x and y [B, heads, width], cos and sin [B, width]. Computed by the calling thread.
+CPUX_EXPORT int cpux_rotate(int isa, int threads, const uint16_t* x, const uint16_t* cos,
+                            const uint16_t* sin, int64_t n_batch, int64_t n_heads, int64_t width,
+                            uint16_t* y);
+
 // A router: logits [T, E] = x @ w^T + bias in x's type, the k largest of their softmax in order, and
 // with `normalise` divided by their sum. scores [T, k], index [T, k].
 struct cpux_router {
