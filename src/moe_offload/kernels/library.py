@@ -77,11 +77,13 @@ class AttentionArguments(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_int32, "is_bf16"),
-        *_fields(c_int64, "n_batch n_heads n_kv_heads n_keys key_size value_size"),
-        *_fields(c_float, "scale"),
-        *_fields(c_void_p, "query keys values"),
+        *_fields(c_int64, "n_batch n_heads n_kv_heads n_queries n_keys key_size value_size"),
+        *_fields(c_float, "scale softcap"),
+        *_fields(c_void_p, "sinks query keys values"),
+        *_fields(c_int64 * 3, "query_strides"),
         *_fields(c_int64 * 2, "key_strides value_strides"),
         *_fields(c_void_p, "mask"),
+        *_fields(c_int64 * 2, "mask_strides"),
     )
 
 
