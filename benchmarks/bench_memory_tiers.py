@@ -10,7 +10,6 @@ the tier, in turns.
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import random
 import statistics
@@ -31,6 +30,8 @@ from moe_offload.experts.cache import make_policy
 from moe_offload.experts.disk_reads import N_READERS
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.plan import TRIAL_STEPS
+from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.model.generation import generate_batch
 from moe_offload.model.loader import PreparedModel
 
@@ -39,7 +40,7 @@ PROMPT = list(range(20, 36))
 
 
 def plain_gbps(source: PreparedModel, n_reads: int) -> float:
-    """Random blocks past the page cache, into memory that each thread uses again.
+    """Random blocks past the page cache, into huge pages that each thread uses again.
 
     No checksum is compared, and nobody looks at the bytes. The better of whole blocks at once, one
     for each thread, and of the tier's pieces.
@@ -51,16 +52,15 @@ def plain_gbps(source: PreparedModel, n_reads: int) -> float:
     chosen = random.Random(0)
     places = [(chosen.randrange(len(layers)), chosen.randrange(layers[0].n_experts))
               for _ in range(n_reads)]  # fmt: skip
-    buffers = [mmap.mmap(-1, block_bytes) for _ in range(N_READERS)]
+    store = ExpertStore([layers[0].layout], [N_READERS])  # pages as the tier has them
+    buffers = store.blocks(0).zero_().numpy()
 
     def read(jobs: list[tuple[int, int, slice]], thread: int) -> None:
-        view = memoryview(buffers[thread])
+        view = buffers[thread].data
         for layer, expert, piece in jobs[thread::N_READERS]:
             position = layers[layer].block_offset_bytes(expert) + piece.start
             assert os.preadv(files[layer], [view[piece]], position) == piece.stop - piece.start
 
-    for buffer in buffers:
-        buffer.write(bytes(block_bytes))
     reached = []
     for parts in ([slice(0, block_bytes)], pieces):
         jobs = [(*place, part) for place in places for part in parts]
@@ -129,7 +129,8 @@ def cost_in_memory(folder: Path, n_tokens: int) -> None:
     with opened(folder, None) as engine:
         store, source = engine.store, engine.source
         assert isinstance(source, PreparedModel)
-        tier = DiskTier(source.manifest.moe_layers, store.n_experts[0], make_policy("LFRU"))
+        policy, kernels = make_policy("LFRU"), load_kernels()
+        tier = DiskTier(source.manifest.moe_layers, store.n_experts[0], policy, kernels)
         for layer, n in enumerate(store.n_experts):
             tier.warm(layer, list(range(n)))
         medians: dict[str, list[float]] = {"plain": [], "tier": []}

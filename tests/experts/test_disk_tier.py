@@ -23,6 +23,7 @@ from moe_offload.errors import UserError
 from moe_offload.experts.cache import make_policy
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.fetcher import HostFetcher
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import block_at
 
 LAYOUT = block_layout("fp32", 64, 40)  # 8 pages: four pieces of a block, and more
@@ -62,7 +63,7 @@ def open_tier(layers: list[MoeLayer]) -> Iterator[Callable[..., DiskTier]]:
     opened = []
 
     def open_one(n_ways: int, policy: str = "LRU", of: list[MoeLayer] | None = None) -> DiskTier:
-        opened.append(DiskTier(of or layers, n_ways, make_policy(policy)))
+        opened.append(DiskTier(of or layers, n_ways, make_policy(policy), load_kernels()))
         return opened[-1]
 
     yield open_one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Sequence
 from typing import Final
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class BlockFile:
         starts = range(0, block_bytes, piece_bytes)
         self.pieces = [slice(start, min(start + piece_bytes, block_bytes)) for start in starts]
         """The pieces of a block, in its order."""
+        self._later = [_power(8 * (piece.stop - piece.start)) for piece in self.pieces[1:]]
         try:
             self._file, self.is_direct = _opened(layer)
         except OSError as error:
@@ -65,9 +67,12 @@ class BlockFile:
             n_bytes = piece.stop - piece.start
             os.posix_fadvise(self._file, start + piece.start, n_bytes, os.POSIX_FADV_DONTNEED)
 
-    def check(self, expert: int, crc: int) -> None:
-        """UserError where `crc`, the CRC-32 of the expert's block, is not the manifest's."""
-        if crc != self._layer.block_checksums[expert]:
+    def check(self, expert: int, checksums: Sequence[int]) -> None:
+        """UserError where `checksums`, the CRC-32 of each piece, do not make the manifest's."""
+        whole = checksums[0]
+        for checksum, times in zip(checksums[1:], self._later, strict=True):
+            whole = _product(times, whole) ^ checksum
+        if whole != self._layer.block_checksums[expert]:
             raise UserError(
                 f"{self._layer.file} is corrupt: the checksum of expert {expert} does not match "
                 f"the manifest; {PREPARE_AGAIN}"
@@ -95,3 +100,30 @@ def _opened(layer: MoeLayer) -> tuple[int, bool]:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
     return os.open(layer.file, os.O_RDONLY), False
+
+
+# A CRC-32 is a polynomial over GF(2) modulo this one, its highest bit last. Where n bits follow it is
+# multiplied by x^n, and with the checksum of those bits added it is that of both.
+_POLYNOMIAL: Final = 0xEDB88320
+_ONE: Final = 1 << 31
+
+
+def _product(a: int, b: int) -> int:
+    """a * b modulo the CRC's polynomial."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)  # times x
+    return product
+
+
+def _power(n: int) -> int:
+    """x^n modulo the CRC's polynomial."""
+    result, square = _ONE, _ONE >> 1
+    while n:
+        if n & 1:
+            result = _product(result, square)
+        square = _product(square, square)
+        n >>= 1
+    return result

@@ -1,14 +1,13 @@
 """Blocks on their way from disk: read in pieces by a few threads, those asked for first.
 
-The pieces of a block are read at once and checked in their order, each while the next ones are
-read, so that neither the disk nor a check waits for the other.
+Each thread takes the checksum of the piece that it has read while the others read on, so that
+neither the disk nor a check waits for the other; the last one joins the checksums.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moe_offload.checkpoint.block_file import BlockFile
 from moe_offload.checkpoint.prepared import MoeLayer
+from moe_offload.kernels.bindings import CpuKernels, zlib_crc32
 from moe_offload.machine.streams import HostPool
 
 N_READERS: Final = 4  # as many as saturate an NVMe disk with reads of a megabyte or more
@@ -40,17 +40,14 @@ class Read:
     is_done: bool = False
     error: Exception | None = None
     # What follows belongs to the readers.
-    arrived: bytearray = field(default_factory=bytearray)  # 1 for each piece that was read
+    checksums: list[int | None] = field(default_factory=list)  # of the pieces that were read
     n_begun: int = 0  # pieces
     n_ended: int = 0
-    n_checked: int = 0
-    is_checking: bool = False
-    crc: int = 0
 
     @property
     def is_whole(self) -> bool:
         """Whether all of it has arrived, and is right."""
-        return 0 < len(self.arrived) == self.n_checked and self.error is None
+        return bool(self.checksums) and None not in self.checksums and self.error is None
 
     @property
     def is_optional(self) -> bool:
@@ -60,11 +57,18 @@ class Read:
 class DiskReads:
     """Reads blocks of the layers' files on threads of its own; close it in the end.
 
-    `told` is called, on any thread, when a read is done. `busy_s` is how long at least one piece
-    was being read. UserError when a file cannot be opened.
+    `told` is called, on any thread, when a read is done; `kernels` take the checksums, where there
+    are any. `busy_s` is how long at least one piece was being read. UserError when a file cannot be
+    opened.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], told: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        told: Callable[[], None],
+        kernels: CpuKernels | None = None,
+    ) -> None:
+        self._crc32 = zlib_crc32 if kernels is None else kernels.crc32
         self.busy_s = 0.0
         self._told = told
         self._is_closed = False
@@ -103,11 +107,11 @@ class DiskReads:
     def _begin(self, read: Read) -> None:
         """On a reader's thread: make pieces of it, and carry one of all out."""
         with self._lock:
-            if read.arrived:
+            if read.checksums:
                 return
-            read.arrived = bytearray(len(self._files[read.layer].pieces))
+            read.checksums = [None for _ in self._files[read.layer].pieces]
             self._open.append(read)
-        for _ in read.arrived[1:]:
+        for _ in read.checksums[1:]:
             self._readers.submit(self._carry_out_next)
         self._carry_out_next()
 
@@ -117,45 +121,38 @@ class DiskReads:
             read = min(self._open, key=lambda one: one.is_optional)
             piece = read.n_begun
             read.n_begun += 1
-            if read.n_begun == len(read.arrived):
+            if read.n_begun == len(read.checksums):
                 self._open.remove(read)
         if not (read.is_cancelled or read.error or self._is_closed):
-            self._note_active(1)
             try:
-                file = self._files[read.layer]
-                file.read(read.expert, read.out, file.pieces[piece])
-                read.arrived[piece] = 1
+                self._read(read, piece)
             except Exception as error:  # told to whoever waits for it
                 read.error = error
-            self._note_active(-1)
         with self._lock:
             read.n_ended += 1
-            if read.is_checking:  # whoever does sees this piece as well
-                return
-            read.is_checking = True
-        self._check(read)
+            is_last = read.n_ended == len(read.checksums)
+        if is_last:
+            if read.is_whole:
+                self._check(read)
+            read.is_done = True
+            self._told()
+
+    def _read(self, read: Read, piece: int) -> None:
+        file = self._files[read.layer]
+        place = file.pieces[piece]
+        self._note_active(1)
+        try:
+            file.read(read.expert, read.out, place)
+        finally:
+            self._note_active(-1)
+        read.checksums[piece] = self._crc32(read.out[place])  # others run meanwhile
 
     def _check(self, read: Read) -> None:
-        """Go on with the checksum as far as pieces have arrived; done behind the last of them."""
-        file, data, n_pieces = self._files[read.layer], read.out.numpy().data, len(read.arrived)
-        while True:
-            with self._lock:
-                is_next_there = read.n_checked < n_pieces and read.arrived[read.n_checked]
-                if read.error or not is_next_there:
-                    read.is_checking = False
-                    is_last = read.n_ended == n_pieces
-                    break
-            read.crc = zlib.crc32(data[file.pieces[read.n_checked]], read.crc)  # without the GIL
-            read.n_checked += 1
-        if not is_last:
-            return
-        if read.is_whole:
-            try:
-                file.check(read.expert, read.crc)
-            except Exception as error:
-                read.error = error
-        read.is_done = True
-        self._told()
+        file = self._files[read.layer]
+        try:
+            file.check(read.expert, [crc for crc in read.checksums if crc is not None])
+        except Exception as error:
+            read.error = error
 
     def _note_active(self, change: int) -> None:
         """A piece is begun (1) or has ended (-1)."""

@@ -29,6 +29,7 @@ from moe_offload.experts.cache import ExpertCache, ReplacementPolicy
 from moe_offload.experts.disk_reads import DiskReads, Read
 from moe_offload.experts.plan import Trial
 from moe_offload.experts.store import DiskCounts, ExpertStore
+from moe_offload.kernels.bindings import CpuKernels
 
 Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
 
@@ -39,11 +40,18 @@ class DiskTier:
     """Host memory for `n_ways` experts of each layer, over their files; close it in the end.
 
     Takes an `ExpertStore`'s place. One thread drives it, as it does the model; threads of its own
-    read. `copying` gives the addresses that copies to the accelerator still read from. UserError,
-    from whatever waits for an expert, when its block cannot be read.
+    read, and check what they read with `kernels`. `copying` gives the addresses that copies to the
+    accelerator still read from. UserError, from whatever waits for an expert, when its block cannot
+    be read.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], n_ways: int, policy: ReplacementPolicy) -> None:
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        n_ways: int,
+        policy: ReplacementPolicy,
+        kernels: CpuKernels | None = None,
+    ) -> None:
         self.layouts = tuple(layer.layout for layer in layers)
         self.n_experts = tuple(layer.n_experts for layer in layers)
         self.total_bytes = sum(one.n_experts * one.layout.block_bytes for one in layers)
@@ -60,7 +68,7 @@ class DiskTier:
         self._reads: dict[int, Read] = {}  # by slot
         self._failed: dict[tuple[int, int], Exception] = {}
         self._has_ended = threading.Event()  # a read, since somebody looked
-        self._disk = DiskReads(layers, self._has_ended.set)
+        self._disk = DiskReads(layers, self._has_ended.set, kernels)
         for layer in range(self.n_layers):
             self.memory.blocks(layer).zero_()  # all is had now, not in the middle of an answer
 
