@@ -129,6 +129,10 @@ CPUX_EXPORT int cpux_isa_supported(int isa);
 // Restricts worker threads to cpus[i], one each, and the calling thread to all of `cpus`.
 CPUX_EXPORT int cpux_pin_threads(const int32_t* cpus, int n_cpus);
 
+// zlib's CRC-32 of 64 bytes or a multiple of it; CPUX_UNKNOWN_ISA where the CPU does not multiply
+// without carries, for zlib is as fast there.
+CPUX_EXPORT int cpux_crc32(const void* data, int64_t bytes, uint32_t* crc);
+
 // What the machine can do: seconds to read `bytes` from `data` once, in chunks that the threads
 // take as they come; flop/s of independent multiply-adds in registers, never 0.
 CPUX_EXPORT int cpux_read(int isa, int threads, const void* data, int64_t bytes, double* seconds);
