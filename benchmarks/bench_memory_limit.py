@@ -155,7 +155,7 @@ def inside(arguments: argparse.Namespace) -> None:
         times_s(16, 2)  # as llama-bench, which warms up
         prompt_s = times_s(arguments.prompt, 0)[0]
         decode_s = sum(times_s(1, arguments.decode)[1:])
-        print(*engine.run_notes(), sep="\n")
+        print(*engine.notes, *engine.learnt(), sep="\n")
         print(json.dumps([arguments.prompt / prompt_s, arguments.decode / decode_s]))
 
 
