@@ -48,13 +48,13 @@ $(PY):
 	"$$found" -m venv $(VENV)
 
 $(RUN_STAMP): $(PY)
-	@echo "set-up: installing requirements.txt (the first time this downloads torch)"
+	@echo "set-up: pip installs what $(VENV) lacks of requirements.txt (the first time that is torch)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
 	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@rm -f $(VENV)/.run-* && touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	@echo "set-up: installing requirements-dev.txt"
+	@echo "set-up: pip installs what $(VENV) lacks of requirements-dev.txt"
 	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
 	@rm -f $(VENV)/.dev-* && touch $@
 

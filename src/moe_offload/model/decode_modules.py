@@ -45,9 +45,9 @@ def use_cpu_kernels(
 ) -> None:
     """Route plain bf16 linears of a CPU model, and packed ones, through the expert kernels.
 
-    Subclasses of `nn.Linear` keep the model's own arithmetic. In decode steps attention goes to the
-    kernels as well where the model leaves it to torch, and so do the norms and those of `routers`
-    that are found to compute what the kernels do.
+    Subclasses of `nn.Linear` keep the model's own arithmetic. Attention goes to the kernels as well
+    where the model leaves it to a registered function; so do, in decode steps, the norms and those
+    of `routers` that are found to compute what the kernels do.
     """
     kernels = load_kernels(kernel, isa)
     for module in model.modules():
@@ -55,7 +55,7 @@ def use_cpu_kernels(
             module.kernels = kernels
     if kernels is None:
         return
-    if model.config._attn_implementation == "sdpa" and takes_other_attention(type(model)):
+    if takes_other_attention(type(model)):
         model.set_attn_implementation(register_kernels(kernels))
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
