@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, Final
 
 import psutil
@@ -120,6 +120,7 @@ _COMPUTING: Final = {
     "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
     "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
+    "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
     "route": (
         *(ctypes.POINTER(RouterArguments), c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p),
@@ -131,6 +132,7 @@ _COMPUTING: Final = {
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     **{name: (c_int, (c_int, c_int, *rest)) for name, rest in _COMPUTING.items()},
     "count_pairs": (c_int64, (_TOKENS,)),
+    "crc32": (c_int, (c_void_p, c_int64, ctypes.POINTER(c_uint32))),
     "n_isas": (c_int, ()),
     "isa_name": (c_char_p, (c_int,)),
     "isa_supported": (c_int, (c_int,)),

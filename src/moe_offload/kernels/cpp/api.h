@@ -103,6 +103,12 @@ struct cpux_norm {
 CPUX_EXPORT int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x,
                               int is_bf16, int64_t n_rows, void* y);
 
+// Rotary embedding of one token per sequence, all bf16: y = x cos + rotate_half(x) sin, each product
+// rounded; x and y [B, heads, width], cos and sin [B, width]. Computed by the calling thread.
+CPUX_EXPORT int cpux_rotate(int isa, int threads, const uint16_t* x, const uint16_t* cos,
+                            const uint16_t* sin, int64_t n_batch, int64_t n_heads, int64_t width,
+                            uint16_t* y);
+
 // A router: logits [T, E] = x @ w^T + bias in x's type, the k largest of their softmax in order, and
 // with `normalise` divided by their sum. scores [T, k], index [T, k].
 struct cpux_router {
@@ -122,6 +128,10 @@ CPUX_EXPORT int cpux_isa_supported(int isa);
 
 // Restricts worker threads to cpus[i], one each, and the calling thread to all of `cpus`.
 CPUX_EXPORT int cpux_pin_threads(const int32_t* cpus, int n_cpus);
+
+// zlib's CRC-32 of 64 bytes or a multiple of it; CPUX_UNKNOWN_ISA where the CPU does not multiply
+// without carries, for zlib is as fast there.
+CPUX_EXPORT int cpux_crc32(const void* data, int64_t bytes, uint32_t* crc);
 
 // What the machine can do: seconds to read `bytes` from `data` once, in chunks that the threads
 // take as they come; flop/s of independent multiply-adds in registers, never 0.
