@@ -12,7 +12,8 @@ from typing import Final
 from torch import Tensor
 
 from moe_offload.checkpoint.block import BLOCK_ALIGNMENT
-from moe_offload.checkpoint.prepared import PREPARE_AGAIN, MoeLayer
+from moe_offload.checkpoint.folders import PREPARE_AGAIN
+from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.errors import UserError
 
 # Large enough for a disk's full speed from one thread, small enough to be given up soon.

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS
+from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS, Quantize
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 from moe_offload.errors import UserError
 
@@ -101,7 +101,7 @@ class MatrixLayout:
         columns = -(-self.n_columns // self.scales.group) if self.scales.group else 1
         return -(-self.n_rows // self.scales.rows), columns
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor, quantize: Quantize = quantization.quantize) -> dict[str, Tensor]:
         """The arrays of the nearest numbers, by suffix, to W of any floating dtype.
 
         UserError for a weight that is not finite or too large for the format; ValueError for scales
@@ -113,7 +113,7 @@ class MatrixLayout:
         if self.scales != facts.scales:
             raise ValueError(f"only a quantised source has scales {self.scales}")
         if self.weight_format in ("int8", "int4"):
-            packed, scale = quantization.quantize(weight, facts.bits)
+            packed, scale = quantize(weight, facts.bits)
             return {"": packed, "_scale": scale}
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         if not largest < 1e38:
