@@ -274,24 +274,35 @@ def check_header(shard: DenseShard | MoeLayer) -> None:
     require(read_header(shard.file) == shard.entries, said)
 
 
-def _read_checked(path: Path, offset_bytes: int, out: Tensor, wanted: int, part: str) -> None:
+def _read_checked(
+    path: Path,
+    offset_bytes: int,
+    out: Tensor,
+    wanted: int,
+    part: str,
+    crc32: Callable[[Tensor], int] = checksum,
+) -> None:
     """Fill `out`; UserError when its bytes do not have the checksum `wanted`."""
     read_into(path, offset_bytes, out)
-    if checksum(out) != wanted:
+    if crc32(out) != wanted:
         raise UserError(
             f"{path} is corrupt: the checksum of {part} does not match the manifest; "
             f"{PREPARE_AGAIN}"
         )
 
 
-def read_block(layer: MoeLayer, expert: int, out: Tensor) -> None:
+def read_block(
+    layer: MoeLayer, expert: int, out: Tensor, crc32: Callable[[Tensor], int] = checksum
+) -> None:
     """Read one expert's block into `out`, contiguous CPU uint8 [block_bytes].
 
-    Thread-safe for distinct `out`. UserError when the bytes do not match their checksum.
+    `crc32` computes what `checksum` does. Thread-safe for distinct `out`. UserError when the bytes
+    do not match their checksum.
     """
     assert out.dtype == torch.uint8 and out.numel() == layer.layout.block_bytes
     wanted = layer.block_checksums[expert]
-    _read_checked(layer.file, layer.block_offset_bytes(expert), out, wanted, f"expert {expert}")
+    offset_bytes, what = layer.block_offset_bytes(expert), f"expert {expert}"
+    _read_checked(layer.file, offset_bytes, out, wanted, what, crc32)
 
 
 def iterate_dense(shards: Iterable[DenseShard]) -> Iterator[tuple[str, Tensor]]:
