@@ -1,8 +1,8 @@
-"""How long a run takes to its first token, and its loading beside plain reads of the same files.
+"""Starting and preparing: a run's first token, its loading, and what makes int8 and int4.
 
 Starts `src/main.py` on a prepared folder a few times, on the CPU, and reads the experts as a run
 does and, in turns, with as many threads that only copy. Both are warm: the files were read before,
-and lie in the page cache where memory has room.
+and lie in the page cache where memory has room. Then quantises a bf16 matrix on one core.
 
 PYTHONPATH=src python3 benchmarks/bench_start.py --model-path build/demo/prepared
 """
@@ -16,11 +16,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
 from moe_offload.experts.store import READ_THREADS, ExpertStore
 from moe_offload.kernels.bindings import load_kernels
+from moe_offload.kernels.cpu_quantise import quantiser
+from moe_offload.kernels.library import open_library, supported_isas
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("--device", "cpu", "--prompt", "Hello", "--max-tokens", "2", "--no-record", "--quiet")
@@ -74,6 +79,20 @@ def copy(manifest: Manifest) -> float:
     return store.total_bytes / (time.perf_counter() - started_s) / 1e9
 
 
+def quantise_gbps(bits: int, isa: str, repetitions: int) -> float:
+    """GB/s of bf16 that one thread turns into int8 or int4."""
+    kernels = load_kernels("native", isa)
+    assert kernels is not None
+    quantize = quantiser(replace(kernels, threads=1))
+    weight = torch.randn(2048, 4096).mul_(0.02).bfloat16()
+    times = []
+    for _ in range(repetitions):
+        started_s = time.perf_counter()
+        quantize(weight, bits)
+        times.append(time.perf_counter() - started_s)
+    return weight.nbytes / statistics.median(times) / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model-path", type=Path, default=ROOT / "build" / "demo" / "prepared")
@@ -90,6 +109,9 @@ def main() -> None:
     ratio = statistics.median(loaded / copied for loaded, copied in pairs)
     loaded, copied = (statistics.median(one) for one in zip(*pairs, strict=True))
     print(f"loading: {loaded:.2f} GB/s, plain copies {copied:.2f} GB/s, {ratio:.0%} of them")
+    for isa in supported_isas(open_library()):
+        found = [quantise_gbps(bits, isa, arguments.runs) for bits in (8, 4)]
+        print(f"quantising, {isa}: int8 {found[0]:.2f}, int4 {found[1]:.2f} GB/s of bf16 a core")
 
 
 if __name__ == "__main__":

@@ -381,6 +381,6 @@ def test_without_a_compiler_the_bytes_are_the_same(
 
     monkeypatch.setattr("moe_offload.commands.prepare_model.load_kernels", no_compiler)
     found = prepare_folder(source, tmp_path / "torch", "--hf", *flags)
-    assert "ten times as long: expected a compiler, found none" in capsys.readouterr().err
+    assert "several times as long: expected a compiler, found none" in capsys.readouterr().err
     for one, other in zip(expected.shards, found.shards, strict=True):
         assert one.file.read_bytes() == other.file.read_bytes()

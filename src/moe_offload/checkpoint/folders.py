@@ -116,7 +116,10 @@ def require_prepared(folder: Path) -> dict[str, Any]:
         require_regular(path, LARGEST_JSON_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
-    data = read_json_object(path, PREPARE_AGAIN, decode_floats)
+    try:
+        data = read_json_object(path, PREPARE_AGAIN, decode_floats)
+    except TypeError as error:  # of a float that is none
+        raise UserError(f"{path} is damaged ({error!s:.200}); {PREPARE_AGAIN}") from error
     if "format_version" not in data:
         raise UserError(
             f"{path} is not the manifest of a prepared folder (it has no format_version); "

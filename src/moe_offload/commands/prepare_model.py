@@ -143,7 +143,7 @@ def _quantize(formats: Formats) -> quantization.Quantize:
     try:
         kernels = load_kernels("native")
     except UserError as error:
-        say(f"preparing with torch, which takes ten times as long: {error}")
+        say(f"preparing with torch, which takes several times as long: {error}")
         return quantization.quantize
     assert kernels is not None
     return quantiser(kernels)
