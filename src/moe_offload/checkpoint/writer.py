@@ -2,9 +2,9 @@
 
 What is finished is recorded in `preparation.json` beside the shards, with checksums. Whenever the
 program dies, the next run keeps each recorded shard whose bytes still match and writes the rest;
-the manifest comes last and the record goes. Two files are under way at a time, so that the disk
-writes one while the other is made; memory holds an expert, or a dense tensor, of each. Top-down:
-the preparation, the plan of the dense shards, the output folder between runs.
+the manifest comes last and the record goes. Memory holds one expert, or one dense tensor, at a
+time; while a file is made the one before is still on its way to the disk. Top-down: the
+preparation, the plan of the dense shards, the output folder between runs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -154,23 +154,21 @@ class Preparation:
 
     def _write_files(self, done: dict[str, list[int]], on_bytes: Callable[[int], None]) -> None:
         """Write the files that are not in `done`, which takes each one's checksums."""
-        making, stopped = Lock(), Event()
+        making, recording, stopped = Lock(), Lock(), Event()
 
-        def parts(file: _Planned) -> Iterator[bytes | Tensor]:
+        def parts(file: _Planned) -> Generator[bytes | Tensor, None, None]:
             yield file.header
-            data = file.data()
-            while not stopped.is_set():  # a file that is cut short by that is refused and removed
-                with making:
-                    tensor = next(data, None)
-                if tensor is None:
-                    return
-                yield tensor
-                with making:
+            with making:
+                for tensor in file.data():
+                    if stopped.is_set():  # a file that is cut short is refused and removed
+                        return
+                    yield tensor
                     on_bytes(tensor.nbytes)
 
         def write(name: str, file: _Planned) -> None:
-            checksums = write_file(file.shard.file, file.shard.bytes, parts(file))
-            with making:
+            with closing(parts(file)) as data:
+                checksums = write_file(file.shard.file, file.shard.bytes, data)
+            with recording:
                 done[name] = checksums
                 self._write_record(done)
 
