@@ -389,5 +389,5 @@ def run_setting(
         correct=bool(found.isfinite().all())
         and error <= LAYER_TOLERANCE[engine.source.weight_format]
         and (logit_error is None or logit_error <= LOGIT_TOLERANCE),
-        notes=engine.run_notes(),
+        notes=engine.notes + engine.learnt(),
     ), reference

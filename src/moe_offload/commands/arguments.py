@@ -184,8 +184,20 @@ def parse_config(arguments: argparse.Namespace) -> Config:
             given.setdefault("dummy_shape", CALIBRATION_SHAPE)
     if not has_prompt and (arguments.show_calibration or "dummy_shape" in given):
         given["prompt"] = "Random weights have nothing to say."
-    if "max_tokens" not in given:
-        raise UserError("--max-tokens is missing: say how many tokens to generate per prompt")
+    missing = [
+        flag
+        for flag, is_there in (
+            ("--model-path DIR", given.keys() & {"model_path", "dummy_shape"}),
+            ("--prompt TEXT or --prompt-path FILE", given.keys() & {"prompt", "path"}),
+            ("--max-tokens N", "max_tokens" in given),
+        )
+        if not is_there
+    ]
+    if missing:
+        raise UserError(
+            f"missing: {', '.join(missing)}; --help has examples, and how to prepare a model is in "
+            "the README (make demo does all of it)"
+        )
     parts: Any = fields(Config)
     return Config(**{part.name: chosen(part.type, given) for part in parts})
 

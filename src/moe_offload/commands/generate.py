@@ -49,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Interruption() as interruption:
 
         def work(arguments: Namespace) -> int:
-            if not argv:
-                parser.print_usage(sys.stderr)
             command = [started_as("src/main.py"), *argv]
             try:
                 return _generate(arguments, command, interruption)

@@ -249,9 +249,9 @@ class Engine:
             missed_us = max(missed_us, n_experts * costs.copy_us(shared=True))
         return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + missed_us)
 
-    def run_notes(self) -> list[str]:
-        """`notes`, and what the accelerator learnt during the run."""
-        lines = list(self.notes)
+    def learnt(self) -> list[str]:
+        """What `notes` did not say yet: lines of the calibration, and of the run."""
+        lines: list[str] = []
         if self.costs is not None:
             lines += self.costs.notes()
         if self.accelerator is not None:
