@@ -122,14 +122,14 @@ test: $(DEV_STAMP) kernels ## every test but the nightly ones
 nightly: $(DEV_STAMP) kernels ## the tests that take minutes
 	@$(PY) -m pytest -q -m nightly $(PYTEST_FLAGS)
 
-.PHONY: bench bench-end-to-end
+.PHONY: bench side-by-side
 bench: $(DEV_STAMP) kernels ## measure this machine; nothing is asserted
-	@for script in $(filter-out %/bench_end_to_end.py,$(wildcard benchmarks/bench_*.py)); do \
+	@for script in benchmarks/bench_*.py; do \
 	  echo; echo "== $$script"; PYTHONPATH=src $(PY) "$$script"; \
 	done
 
-bench-end-to-end: $(DEV_STAMP) kernels ## the whole engine on a model of 5.8 GB (16 GB of disk)
-	@PYTHONPATH=src $(PY) benchmarks/bench_end_to_end.py --work-dir build/end-to-end
+side-by-side: $(DEV_STAMP) kernels ## the whole engine and PEERS, paths of llama-bench (36 GB of disk)
+	@PYTHONPATH=src $(PY) -m benchmarks.side_by_side --work-dir build/side-by-side $(PEERS:%=--peer %)
 
 .PHONY: clean distclean
 clean: ## remove builds, the demo model and caches

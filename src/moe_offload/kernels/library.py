@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, Final
 
 import psutil
@@ -77,11 +77,13 @@ class AttentionArguments(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_int32, "is_bf16"),
-        *_fields(c_int64, "n_batch n_heads n_kv_heads n_keys key_size value_size"),
-        *_fields(c_float, "scale"),
-        *_fields(c_void_p, "query keys values"),
+        *_fields(c_int64, "n_batch n_heads n_kv_heads n_queries n_keys key_size value_size"),
+        *_fields(c_float, "scale softcap"),
+        *_fields(c_void_p, "sinks query keys values"),
+        *_fields(c_int64 * 3, "query_strides"),
         *_fields(c_int64 * 2, "key_strides value_strides"),
         *_fields(c_void_p, "mask"),
+        *_fields(c_int64 * 2, "mask_strides"),
     )
 
 
@@ -118,6 +120,7 @@ _COMPUTING: Final = {
     "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
     "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
+    "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
     "route": (
         *(ctypes.POINTER(RouterArguments), c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p),
@@ -129,6 +132,7 @@ _COMPUTING: Final = {
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     **{name: (c_int, (c_int, c_int, *rest)) for name, rest in _COMPUTING.items()},
     "count_pairs": (c_int64, (_TOKENS,)),
+    "crc32": (c_int, (c_void_p, c_int64, ctypes.POINTER(c_uint32))),
     "n_isas": (c_int, ()),
     "isa_name": (c_char_p, (c_int,)),
     "isa_supported": (c_int, (c_int,)),

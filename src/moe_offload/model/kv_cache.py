@@ -108,6 +108,6 @@ class _Room:
             capacity = max(length, min(length + spare, self._max_tokens))
             self._memory = rows.new_empty(batch, heads, capacity, width)
             self._memory[:, :, :n_held] = held
-        self._memory[:, :, n_held:length] = rows
-        self._given = self._memory[:, :, :length]
+        self._memory.narrow(2, n_held, rows.shape[2]).copy_(rows)
+        self._given = self._memory.narrow(2, 0, length)
         return self._given

@@ -94,7 +94,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
     model_class = builder_of(config)._model_mapping[type(config)]
-    if attention != "sdpa" and not takes_other_attention(model_class):
+    if attention != "sdpa" and not (
+        model_class._supports_sdpa and takes_other_attention(model_class)
+    ):
         raise UserError(
             f"{model_class.__name__} computes its attention itself: use --attention sdpa, which "
             "leaves it to the model"

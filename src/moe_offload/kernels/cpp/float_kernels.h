@@ -195,62 +195,6 @@ inline void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* 
   }
 }
 
-template <class V, class W, int kTokens, int kVectors>
-inline void mix_columns(const W* w, int64_t cols, int rows, const float* const* weight, float* y,
-                        int64_t ldy) {
-  typename V::Type acc[kTokens][kVectors];
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) acc[t][v] = V::load(y + t * ldy + v * V::lanes);
-  for (int r = 0; r < rows; ++r) {
-    typename V::Type wv[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) wv[v] = load_weight<V>(w + r * cols + v * V::lanes);
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      const typename V::Type factor = V::broadcast(weight[t] + r);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[t][v] = V::fma(factor, wv[v], acc[t][v]);
-    }
-  }
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) V::store(y + t * ldy + v * V::lanes, acc[t][v]);
-}
-
-template <class V, class W, int kTokens>
-inline void mix_tokens(const W* w, int64_t cols, int rows, const float* const* weight, float* y,
-                       int64_t ldy) {
-  constexpr int kVectors = kTokens <= 2 ? 4 : 2;  // whole lines where the registers hold the sums
-  int64_t c = 0;
-  for (; c + kVectors * V::lanes <= cols; c += kVectors * V::lanes)
-    mix_columns<V, W, kTokens, kVectors>(w + c, cols, rows, weight, y + c, ldy);
-  for (; c + V::lanes <= cols; c += V::lanes)
-    mix_columns<V, W, kTokens, 1>(w + c, cols, rows, weight, y + c, ldy);
-  for (; c < cols; ++c)
-    for (int t = 0; t < kTokens; ++t)
-      for (int r = 0; r < rows; ++r)
-        y[t * ldy + c] += weight[t][r] * scalar_weight(w + r * cols + c);
-}
-
-template <class V, class W>
-inline void mix_rows_of(const W* w, int64_t cols, int rows, const float* const* weight,
-                        int n_tokens, float* y, int64_t ldy) {
-  switch (n_tokens) {
-    case 1: return mix_tokens<V, W, 1>(w, cols, rows, weight, y, ldy);
-    case 2: return mix_tokens<V, W, 2>(w, cols, rows, weight, y, ldy);
-    case 3: return mix_tokens<V, W, 3>(w, cols, rows, weight, y, ldy);
-    default: return mix_tokens<V, W, 4>(w, cols, rows, weight, y, ldy);
-  }
-}
-
-template <class V>
-inline void mix_rows(const void* w, int format, int64_t cols, int rows, const float* const* weight,
-                     int n_tokens, float* y, int64_t ldy) {
-  if (format == kBf16)
-    mix_rows_of<V>(static_cast<const uint16_t*>(w), cols, rows, weight, n_tokens, y, ldy);
-  else
-    mix_rows_of<V>(static_cast<const float*>(w), cols, rows, weight, n_tokens, y, ldy);
-}
-
 // Columns [k, k + n) of a row of an fp8 matrix, in fp32.
 template <class V>
 inline void load_fp8_row(const Matrix& m, int64_t row, int64_t k, int64_t n, float* out) {

@@ -133,10 +133,13 @@ struct Kernels {
   void (*dot_fp8)(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
                   float* y, int64_t ldy);
 
-  // y[t*ldy + c] += sum_r weight[t][r] * w[r, c], t < n_tokens <= kMaxDotTokens, c < cols; formats
-  // as in dot_rows.
-  void (*mix_rows)(const void* w, int format, int64_t cols, int rows, const float* const* weight,
-                   int n_tokens, float* y, int64_t ldy);
+  // Attention of one token for heads that share keys [n_keys, cols] or values; formats as in dot_rows.
+  // y[h*ldy + k] = sum_d keys[k, d] * query[h*cols + d]
+  void (*score_keys)(const void* keys, int format, int64_t cols, int n_keys, const float* query,
+                     int n_heads, float* y, int64_t ldy);
+  // y[h*ldy + d] += sum_k weight[h*ldw + k] * values[k, d]
+  void (*mix_values)(const void* values, int format, int64_t cols, int n_keys, const float* weight,
+                     int64_t ldw, int n_heads, float* y, int64_t ldy);
 
   Gemm gemm;              // fp32 panels, exact widening of bf16
   Gemm gemm_bf16;         // bf16 panels; element_bytes 0 where the instruction is missing
@@ -161,8 +164,10 @@ struct Kernels {
   // out[i] = act(gate[i]) * up[i]; up is null for a gateless expert. out may be gate.
   void (*activate)(int kind, float alpha, float limit, const float* gate, const float* up,
                    int64_t n, float* out);
-  // x[i] = e^(x[i] - largest), 0 for -infinity; returns the largest x[i], and the sum in *sum
-  float (*exponentials)(float* x, int64_t n, float* sum);
+  // x[i] *= scale, then cap * tanh(x[i] / cap) where cap > 0; -infinity where mask[i] is 0 (mask or null)
+  void (*adjust_scores)(float* x, int64_t n, float scale, float cap, const uint8_t* mask);
+  // x[i] = e^(x[i] - top), 0 for -infinity; returns top = max(least, x[i]...), and the sum in *sum
+  float (*exponentials)(float* x, int64_t n, float least, float* sum);
   // out[i] += weight * y[i]
   void (*axpy)(float weight, const float* y, int64_t n, float* out);
 
