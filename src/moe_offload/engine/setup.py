@@ -131,9 +131,9 @@ def open_experts(
     ways: list[int] | None, options: ModelOptions, source: ModelSource, notes: list[str]
 ) -> ExpertStore | DiskTier:
     """Where the experts live; without `ways`, all in host memory, which `load_experts` fills."""
-    if ways is None or not isinstance(source, PreparedModel):
-        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
     kernels = load_kernels(options.cpu_kernel, options.cpu_isa, options.cpu_affinity)
+    if ways is None or not isinstance(source, PreparedModel):
+        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers, kernels)
     policy = make_policy(options.host_policy)
     tier = DiskTier(source.manifest.moe_layers, ways, policy, kernels)
     if not tier.is_direct:
