@@ -175,6 +175,10 @@ struct Kernels {
   // out[i] += weight * y[i]
   void (*axpy)(float weight, const float* y, int64_t n, float* out);
 
+  // x [32][16], columns of a tile, to int8 or int4 (`bits` 8 or 4): its packed bytes and 16 float16
+  // scales; false where a weight is out of range.
+  bool (*quantise_tile)(int bits, const float* x, uint8_t* packed, uint16_t* scales);
+
   // What the machine can do with this instruction set, for benchmarks and calibration.
   uint64_t (*read_bytes)(const void* data, int64_t bytes);  // a checksum, so the loads stay
   double (*fma_flops)(int64_t iterations, float* sink);     // flops done by one thread

@@ -1,4 +1,5 @@
 // AVX2 + FMA + F16C.
+#include "scale_search.h"
 #include "vectors_avx2.h"
 
 namespace cpux {
@@ -26,6 +27,13 @@ void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, in
                                                  accumulate, ahead, c);
 }
 
+struct Lanes8 {
+  using Float = __m256;
+  typedef int32_t Int __attribute__((vector_size(32)));
+  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
+};
+
 const Kernels kKernels = {
     "avx2",
     dot_rows<Float8>,
@@ -45,6 +53,7 @@ const Kernels kKernels = {
     adjust_scores,
     exponentials<Float8>,
     axpy,
+    quantise_tile<Lanes8>,
     read_bytes<Float8>,
     fma_flops<Float8>,
 };
