@@ -124,7 +124,7 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
 // the speed of a matrix that has many of those: Zen 5.)
 template <class V, int kRows, int kTokens>
 inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float* y, int64_t ldy) {
-  constexpr int kPair = 2 * V::lanes;
+  constexpr int kPair = 2 * V::lanes, kLine = 64;
   constexpr int kSets = kTokens == 1 ? 2 : 1;  // chains of additions
   const int64_t cols = m.cols, ahead = kRows * cols;
   const uint8_t* w = m.w + row * cols;
@@ -142,28 +142,31 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
     for (int s = 0; s < kSets; ++s)
       for (int r = 0; r < kRows; ++r)
         for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
-    for (; k + kPair <= end; k += kPair) {
+    const auto add_pair = [&](int64_t at) {
       typename V::Type wv[kRows][2];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        if (k % 64 < kPair) {  // once a line
-          const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
-          __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
-        }
-        V::widen_fp8(w + r * cols + k, wv[r]);
-      }
+      for (int r = 0; r < kRows; ++r) V::widen_fp8(w + r * cols + at, wv[r]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-          const typename V::Type xv = V::load(x[t] + k + v * V::lanes);
+          const typename V::Type xv = V::load(x[t] + at + v * V::lanes);
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             typename V::Type& sum = acc[v % kSets][r][t];
             sum = V::fma(wv[r][v], xv, sum);
           }
         }
+    };
+    for (; k + kLine <= end; k += kLine) {
+      for (int r = 0; r < kRows; ++r) {
+        const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
+        __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
+      }
+#pragma GCC unroll 4
+      for (int at = 0; at < kLine; at += kPair) add_pair(k + at);
     }
+    for (; k + kPair <= end; k += kPair) add_pair(k);
     float scale[kRows];
     for (int r = 0; r < kRows; ++r) {
       const bool same = r > 0 && scale_at[r] == scale_at[r - 1];

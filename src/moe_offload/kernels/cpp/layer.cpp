@@ -93,9 +93,7 @@ class Chunk {
                     const Scratch& s);
   void down_tile(int64_t tile, const Scratch& s, float* out);
 
-  float* x_row(int64_t token) const {
-    return x_ + (token - t0_) * row_stride(layer_.hidden_size);
-  }
+  float* x_row(int64_t token) const { return x_ + (token - t0_) * layer_.hidden_size; }
   int64_t tiles(int64_t rows) const { return (rows + tile_ - 1) / tile_; }
 
   const Kernels& kernels_;
@@ -108,7 +106,7 @@ class Chunk {
   const Grouping groups_;
   int64_t tile_;
   Scratch* scratch_;
-  float* x_ = nullptr;              // fp32 rows of the chunk, row_stride apart
+  float* x_ = nullptr;              // fp32 rows of the chunk
   Activations* x_token_ = nullptr;  // quantised rows of the chunk, one token each
   Item* gathers_ = nullptr;         // what to gather for the experts' inputs, or their middle
   int64_t n_gathers_ = 0;
@@ -158,7 +156,7 @@ Matrix Chunk::down(const Expert& e) const {
 
 void Chunk::allocate_inputs() {
   const int64_t h = layer_.hidden_size;
-  x_ = arena_.take<float>(n_tokens_ * row_stride(h));
+  x_ = arena_.take<float>(n_tokens_ * h);
   if (quantised_) {
     x_token_ = arena_.take<Activations>(n_tokens_);
     for (int64_t t = 0; t < n_tokens_; ++t)
@@ -184,9 +182,8 @@ void Chunk::allocate_inputs() {
 
 // kDot: rows of its own.
 void Chunk::allocate_rows(const Activations& a) {
-  const int64_t stride = row_stride(a.cols);
-  float* rows = arena_.take<float>(a.n * stride);
-  for (int64_t t = 0; t < a.n; ++t) a.rows[t] = rows + t * stride;
+  float* rows = arena_.take<float>(a.n * a.cols);
+  for (int64_t t = 0; t < a.n; ++t) a.rows[t] = rows + t * a.cols;
 }
 
 // One item for each panel, or token, of what is to be gathered for an expert.

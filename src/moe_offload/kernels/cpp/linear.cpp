@@ -35,7 +35,7 @@ class Chunk {
   const Activations x_;
   const bool panels_;
   const int64_t tile_;
-  float* rows_;  // fp32 [n, cols], row_stride apart
+  float* rows_;  // fp32 [n, cols]
   Scratch* scratch_;
 };
 
@@ -56,11 +56,11 @@ Chunk::Chunk(const Kernels& kernels, int threads, const cpux_matrix& matrix, con
                   matrix.weight_format, n, matrix.cols, arena_)),
       panels_(is_panels(x_.form)),
       tile_(panels_ ? kPanelTile : kDotTile),
-      rows_(arena_.take<float>(n * row_stride(matrix.cols))),
+      rows_(arena_.take<float>(n * matrix.cols)),
       scratch_(allocate_scratch(threads, n, tile_, arena_)) {}
 
 void Chunk::convert_token(int64_t t) {
-  float* row = rows_ + t * row_stride(matrix_.cols);
+  float* row = rows_ + t * matrix_.cols;
   kernels_.to_float(x_in_ + t * matrix_.cols * (is_bf16_ ? 2 : 4), is_bf16_, matrix_.cols, row);
   if (x_.form == Form::kDot) x_.rows[t] = row;
   if (x_.form == Form::kQuantised) quantise(kernels_, x_, t, 0, matrix_.cols, row);
@@ -69,7 +69,7 @@ void Chunk::convert_token(int64_t t) {
 void Chunk::pack(int64_t panel) {
   const Panel p = panel_of(kernels_, x_, panel);
   const float* rows[kMaxPanelTokens];
-  for (int64_t t = 0; t < p.tokens; ++t) rows[t] = rows_ + (p.first + t) * row_stride(matrix_.cols);
+  for (int64_t t = 0; t < p.tokens; ++t) rows[t] = rows_ + (p.first + t) * matrix_.cols;
   pack_panel(kernels_, x_, panel, rows);
 }
 

@@ -56,9 +56,6 @@ const Gemm& gemm_of(const Kernels& kernels, Form form);
 int64_t n_panels(const Kernels& kernels, const Activations& a);
 Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index);
 
-// Floats from one token's row to the next: not a multiple of 4 KiB apart, where the rows that a product
-// reads side by side would share the few ways of one set of the first-level cache.
-inline int64_t row_stride(int64_t cols) { return round_up(cols, 16) + 16; }
 // kDot: writes columns [from, from + count) of token t into a row of ours, as the product wants them.
 void store_row(const Activations& a, int64_t t, int64_t from, int64_t count, const float* x);
 // kPanels: packs panel `index` from the fp32 rows of its tokens, x[0..tokens).
