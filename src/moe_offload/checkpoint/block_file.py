@@ -11,7 +11,8 @@ from typing import Final
 from torch import Tensor
 
 from moe_offload.checkpoint.block import BLOCK_ALIGNMENT
-from moe_offload.checkpoint.prepared import PREPARE_AGAIN, MoeLayer
+from moe_offload.checkpoint.folders import PREPARE_AGAIN
+from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.errors import UserError
 
 # So that a block of megabytes is a piece for each of a few threads, and no piece takes long.
