@@ -22,7 +22,7 @@ export PROMPT
 # whatever the files' dates say; changed content means one pip run.
 content = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.run-$(call content,requirements.txt)
-DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-serve.txt requirements-dev.txt)
+DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-serve.txt requirements-ray.txt requirements-dev.txt)
 
 DEMO := build/demo
 DEMO_SOURCES := examples/make_demo_model.py

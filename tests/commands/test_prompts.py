@@ -115,9 +115,13 @@ def test_a_broken_line_is_left_out_and_the_others_are_not(
     assert capsys.readouterr().err.count("left out: line 2") == 1
 
 
-def test_a_file_without_a_usable_line_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1 of .* is not JSON"):
+def test_a_file_without_a_usable_line_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"no prompt of .*p.jsonl can be answered \(left out"):
         from_json(tmp_path, "text", "more text")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "line 1 of" in first and "line 2 of" in second
 
 
 def test_many_broken_lines_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

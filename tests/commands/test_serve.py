@@ -379,7 +379,9 @@ def test_the_metrics_of_experts_that_come_from_disk() -> None:
     recorder.begin_pass("decode", n_tokens=1, prompt=0)
     for layer in range(2):
         recorder.layer(
-            LayerEvent(layer, [[0, 1]], host_hits=3, host_misses=1, cpu_bytes=40, disk_bytes=10)
+            LayerEvent(
+                layer, [[0, 1]], None, host_hits=3, host_misses=1, cpu_bytes=40, disk_bytes=10
+            )
         )
     recorder.end_pass(0.1)
     metrics = Metrics({"host": "LFRU"})

@@ -238,8 +238,8 @@ def parse_config(arguments: argparse.Namespace) -> Config:
     ]
     if missing:
         raise UserError(
-            f"missing: {', '.join(missing)}; --help has examples, and how to prepare a model is in "
-            "the README (make demo does all of it)"
+            f"missing: {', '.join(missing)}; --help has examples, and make demo shows all of it, "
+            "from preparing a small model on"
         )
     parts: Any = fields(Config)
     return Config(**{part.name: chosen(part.type, given) for part in parts})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final, Literal, get_args
 
+from moe_offload.commands.api_requests import RequestError, read_body
 from moe_offload.errors import UserError
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
@@ -46,8 +47,6 @@ def read_request(
         raise UserError(f"has the url {line.get('url')!r}: expected one of {', '.join(_ENDPOINTS)}")
     if not isinstance(body, dict):
         raise UserError("has no body: expected an object")
-    from moe_offload.commands.api_requests import RequestError, read_body  # pydantic: 0.2 s
-
     try:
         asked = read_body(url, body)
     except RequestError as error:

@@ -78,9 +78,9 @@ class LeftOut:
                 say(f"left out: {error}")
 
     def require_some(self, prompts: Sequence[Prompt]) -> None:
-        """UserError, with the first reason, where nothing is left to run."""
+        """UserError where nothing is left to run; why has been said."""
         if not prompts and self.reasons:
-            raise UserError(self.reasons[0])
+            raise UserError(f"no prompt of {self.path} can be answered (left out, see above)")
 
     def notes(self) -> list[str]:
         """Lines for the summary."""

@@ -392,7 +392,8 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 async def _gone(_: Request, error: Exception) -> Response:
     """Somebody reads this only where the server is being stopped."""
-    return JSONResponse(error_body(str(error), "server_error"), 503)
+    del error
+    return JSONResponse(error_body(_STOPPING, "server_error"), 503)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

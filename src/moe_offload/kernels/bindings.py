@@ -151,7 +151,7 @@ def is_plain(x: Tensor) -> bool:
     """Whether the kernels read `x` as it lies: contiguous bf16 on the CPU, no gradient asked."""
     return (
         x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.is_contiguous()
         and not (torch.is_grad_enabled() and x.requires_grad)
     )

@@ -104,7 +104,7 @@ struct cpux_attention {
   const void* keys;     // [B, kv_heads, S, Dk], rows contiguous; strides of sequence and head
   const void* values;   // [B, kv_heads, S, Dv], the same
   int64_t query_strides[3], key_strides[2], value_strides[2];
-  const uint8_t* mask;  // [B, T, S], rows contiguous, 0 leaves a key out; strides of sequence and token
+  const uint8_t* mask;  // [B, T, S], rows contiguous, 1: seen, 0: left out; strides of sequence and token
   int64_t mask_strides[2];  // null: token t sees the keys up to S - T + t
 };
 CPUX_EXPORT int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out);

@@ -6,7 +6,8 @@ namespace cpux {
 namespace {
 
 using Avx2Quant =
-    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256>, ByteProductE2m1<Int256>>;
+    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256, Nibbles<Int256>>,
+          ByteProduct4<Int256, E2m1<Int256>>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {

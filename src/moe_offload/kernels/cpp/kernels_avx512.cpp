@@ -7,7 +7,8 @@ namespace cpux {
 namespace {
 
 using Avx512Quant =
-    Quant<Quant16, PairProduct8<Int512>, ByteProduct4<Int512>, ByteProductE2m1<Int512>>;
+    Quant<Quant16, PairProduct8<Int512>, ByteProduct4<Int512, Nibbles<Int512>>,
+          ByteProduct4<Int512, E2m1<Int512>>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {

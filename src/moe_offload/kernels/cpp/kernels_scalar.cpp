@@ -70,7 +70,7 @@ void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int 
     for (int t = 0; t < n_tokens; ++t) {
       float sum = 0.0f;
       for (int64_t k = 0; k < m.cols; ++k)
-        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * x[t][k];
+        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * (x[t][k] * (1.0f / kFp8Half));
       y[t * ldy + r] = sum;
     }
   }
