@@ -103,8 +103,8 @@ def _opened(layer: MoeLayer) -> tuple[int, bool]:
     return os.open(layer.file, os.O_RDONLY), False
 
 
-# A CRC-32 is a polynomial over GF(2) modulo this one, its highest bit last. Where n bits follow it is
-# multiplied by x^n, and with the checksum of those bits added it is that of both.
+# A CRC-32 is a polynomial over GF(2) modulo this one, its highest bit last. Where n bits follow, it
+# is multiplied by x^n, and with the checksum of those bits added it is that of both.
 _POLYNOMIAL: Final = 0xEDB88320
 _ONE: Final = 1 << 31
 
