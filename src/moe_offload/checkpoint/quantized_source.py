@@ -532,7 +532,6 @@ class _Weight:
         """[rows, columns] from one value for each block, or [1, 1] from one for all."""
         if per_block.numel() == 1:
             return per_block
-        per_block = per_block.contiguous()  # what is transposed spreads five times as slowly
         groups = self._groups(index)
         per_row = per_block.repeat_interleave(self.block[0], dim=0)[: self.shape[0]]
         if groups is not None:
