@@ -1,7 +1,8 @@
 """What each expert format costs a language model: perplexity, KL divergence and agreement on text.
 
     PYTHONPATH=src python3 benchmarks/quality.py [--input-path build/demo/hub] [--tokens 4096]
-        [--formats bf16 int8 int4 int4+text] [--llama-cpp LIBRARY] [--json FILE]
+        [--formats bf16 int8 int4 int4+text] [--llama-cpp LIBRARY] [--schemes Q4_K_M]
+        [--shuffle] [--json FILE]
 
 The checkpoint is prepared in each format and the real engine reads Python's own documentation
 (`pydoc_data.topics`, which every Python has), in windows of 512 tokens. Of every token but each
@@ -14,7 +15,12 @@ llama-cpp-python, or xllamacpp's extension), llama.cpp's quantiser packs the sam
 formats; what it leaves of them is read by our engine, as bf16. Those rows lack what llama.cpp
 loses by rounding activations to 8 bits, as our int8 and int4 do. As llama.cpp does, a matrix whose
 rows are no multiple of 256 gets the next plain format instead of a K-quant, and Q4_K_M gives half
-of the layers' down projections six bits.
+of the layers' down projections six bits. "Q4_K_M filled" fills such rows with zeros up to whole
+blocks instead and does not count these: the K-quants that a larger model would get.
+
+--shuffle measures another checkpoint of the same function: hidden and intermediate channels in a
+random order. Where the weights were published in groups of 32, as the demo's were in Q4_1, the
+groups of the formats here are then others, and none of them profits from theirs.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoTokenizer
 
 from moe_offload.commands.prepare_model import prepare_model
@@ -60,6 +67,7 @@ LLAMA_CPP: dict[str, Callable[[int, int, str], Type]] = {
     "Q8_0": lambda *_: Type.Q8_0,
     "Q5_0": lambda *_: Type.Q5_0,
     "Q4_K_M": _q4_k_m,
+    "Q4_K_M filled": _q4_k_m,
     "Q4_1": lambda *_: Type.Q4_1,
     "Q4_0": lambda *_: Type.Q4_0,
     "MXFP4": lambda *_: Type.MXFP4,
@@ -128,38 +136,71 @@ class LlamaCppQuantizer:
         pointer, whole = ctypes.c_void_p, ctypes.c_int64
         self._chunk.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
 
-    def round_trip(self, weight: Tensor, kind: Type) -> tuple[Tensor, int]:
+    def round_trip(self, weight: Tensor, kind: Type, fill: bool) -> tuple[Tensor, float]:
         """What W [R, C] becomes, in fp32, and the bytes that it takes."""
-        if weight.shape[1] % K_BLOCK:
+        n_columns = weight.shape[1]
+        if n_columns % K_BLOCK and not fill:
             kind = PLAIN_INSTEAD.get(kind, kind)
-        values = np.ascontiguousarray(weight.float().numpy())
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        filled = functional.pad(weight.float(), (0, -n_columns % per_block))
+        values = np.ascontiguousarray(filled.numpy())
         packed = np.empty((values.shape[0], values.shape[1] // per_block * block_bytes), np.uint8)
         written = self._chunk(
             int(kind), values.ctypes.data, packed.ctypes.data, 0, *values.shape, None
         )
         assert written == packed.nbytes
-        return torch.from_numpy(gguf.dequantize(packed, kind)), packed.nbytes
+        numbers = torch.from_numpy(gguf.dequantize(packed, kind))[:, :n_columns].contiguous()
+        return numbers, weight.numel() / per_block * block_bytes
 
     def requantized(self, source: Path, target: Path, scheme: str) -> float:
         """Copy `source`, experts as `scheme` leaves them; returns bits per expert weight."""
         n_layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-        n_bytes = n_weights = 0
-        target.mkdir()
-        for file in source.iterdir():
-            if file.suffix != ".safetensors":
-                shutil.copy(file, target)
-                continue
-            tensors = {}
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no mapping
-                    tensors[name] = opened.get_tensor(name)
-                    if found := EXPERT_MATRIX.search(name):
-                        kind = LLAMA_CPP[scheme](int(found[1]), n_layers, found[2])
-                        tensors[name], size = self.round_trip(tensors[name], kind)
-                        n_bytes, n_weights = n_bytes + size, n_weights + tensors[name].numel()
-            save_file(tensors, target / file.name)
+        fill, n_bytes, n_weights = scheme.endswith("filled"), 0.0, 0
+
+        def requantize(name: str, tensor: Tensor) -> Tensor:
+            nonlocal n_bytes, n_weights
+            found = EXPERT_MATRIX.search(name)
+            if found is None:
+                return tensor
+            kind = LLAMA_CPP[scheme](int(found[1]), n_layers, found[2])
+            numbers, size = self.round_trip(tensor, kind, fill)
+            n_bytes, n_weights = n_bytes + size, n_weights + numbers.numel()
+            return numbers
+
+        copy_changed(source, target, requantize)
         return 8 * n_bytes / n_weights
+
+
+def copy_changed(source: Path, target: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Copy a checkpoint, each tensor as `change` of its name and itself makes it."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target)
+            continue
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            tensors = {name: change(name, opened.get_tensor(name)) for name in names}
+        save_file(tensors, target / file.name)
+
+
+def shuffle(source: Path, target: Path) -> None:
+    """Copy a Mixtral checkpoint, its channels in a random order."""
+    config = json.loads((source / "config.json").read_text())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randperm(config["hidden_size"], generator=generator)
+    middle = torch.randperm(config["intermediate_size"], generator=generator)
+
+    def shuffled(name: str, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1 or name.endswith("o_proj.weight"):
+            return tensor[hidden]
+        if name.endswith(".w2.weight"):
+            return tensor[hidden][:, middle]
+        if name.endswith((".w1.weight", ".w3.weight")):
+            return tensor[middle][:, hidden]
+        return tensor[:, hidden]
+
+    copy_changed(source, target, lambda name, tensor: shuffled(name, tensor).contiguous())
 
 
 def prepare(source: Path, target: Path, expert_dtype: str) -> Path:
@@ -179,7 +220,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     every = [*(name for name in WEIGHT_FORMATS if name != "fp32"), "int4+text"]
     parser.add_argument("--formats", nargs="+", default=every)
+    parser.add_argument("--shuffle", action="store_true")
     parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--schemes", nargs="+", default=[*LLAMA_CPP], choices=LLAMA_CPP)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     source = arguments.input_path
@@ -194,6 +237,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        if arguments.shuffle:
+            shuffle(source, work / "shuffled")
+            source = work / "shuffled"
         expected = list(distributions(prepare(source, work / "prepared", "fp32"), windows))
         print("| experts | bits a weight | perplexity | KL to fp32, nats | same token |")
         print("|---|---|---|---|---|")
@@ -202,8 +248,8 @@ def main() -> None:
             found = distributions(prepare(source, work / "prepared", name), windows)
             bits = WEIGHT_FORMATS[name.partition("+")[0]].bits_per_weight
             measured(compare(name, bits, found, expected, windows))
-        for scheme in LLAMA_CPP if arguments.llama_cpp else ():
-            changed = work / scheme
+        for scheme in arguments.schemes if arguments.llama_cpp else ():
+            changed = work / "changed"
             bits = LlamaCppQuantizer(arguments.llama_cpp).requantized(source, changed, scheme)
             found = distributions(prepare(changed, work / "prepared", "bf16"), windows)
             measured(compare(f"llama.cpp {scheme}", bits, found, expected, windows))

@@ -325,7 +325,7 @@ def main() -> int:
         help="through one layer's experts in bf16, beside kt-kernel where it can be imported",
     )
     parser.add_argument("--rounds", type=int, default=3, help="of all in turns (3)")
-    parser.add_argument("--repetitions", type=int, default=2, help="within a round (2)")
+    parser.add_argument("--repetitions", type=int, default=3, help="within a round (3)")
     parser.add_argument("--prepare-only", action="store_true", help="write the models, stop")
     parser.add_argument("--json", type=Path, help="rewritten after each model and format")
     arguments = parser.parse_args()

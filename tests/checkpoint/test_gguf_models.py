@@ -39,6 +39,14 @@ _YARN = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _LATENT = {**_WIDE_MOE, "kv_lora_rank": 32, "q_lora_rank": 32}
 
 
@@ -56,6 +64,9 @@ def phimoe() -> PreTrainedConfig:
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: tiny_models.mixtral(**_WIDE),
+    "mixtral_of_llama3": lambda: tiny_models.mixtral(
+        **_WIDE, max_position_embeddings=128, rope_parameters=_LLAMA3
+    ),
     "qwen2_moe": lambda: tiny_models.qwen2_moe(**_WIDE_MOE, mlp_only_layers=[]),
     "qwen3_moe": lambda: tiny_models.qwen3_moe(**_WIDE_MOE, rope_parameters=dict(_YARN)),
     "phimoe": phimoe,
@@ -185,8 +196,13 @@ def test_a_model_with_more_than_it_should_have(
     model = tiny_models.build_model(CONFIGS["mixtral"]())
     write_gguf(model, path, more={"blk.0.attn_q.bias": torch.zeros(64)})
     assert "a tensor blk.0.attn_q.bias, for which transformers' model" in refusal(capsys, path)
-    write_gguf(model, path, more={"rope_freqs.weight": torch.ones(8)})
-    assert "in a way that is not known here (rope_freqs.weight)" in refusal(capsys, path)
+    write_gguf(model, path, more={"rope_freqs.weight": torch.ones(7)})
+    assert "8 positive numbers in rope_freqs.weight of" in refusal(capsys, path)
+    write_gguf(model, path, more={"rope_freqs.weight": torch.tensor([1.0] * 7 + [0.0])})
+    assert "8 positive numbers in rope_freqs.weight of" in refusal(capsys, path)
+    yarn = {"llama.rope.scaling.type": "yarn"}
+    write_gguf(model, path, more={"rope_freqs.weight": torch.ones(8)}, **yarn)
+    assert "in a way that is not known here (yarn and rope_freqs.weight)" in refusal(capsys, path)
     factors = ("rope_factors_long.weight", "rope_factors_short.weight")
     write_gguf(model, path, more=dict.fromkeys(factors, torch.ones(8)))
     assert "in a way that is not known here (longrope)" in refusal(capsys, path)

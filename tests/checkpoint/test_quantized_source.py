@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from against_transformers import eager, greedy, prepared, prompt_ids
 from cpu_oracle import unpack_block
-from quantised_checkpoints import SOURCES
+from quantised_checkpoints import SOURCES, gptq
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -22,7 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_offload.checkpoint.prepared import read_block, read_manifest
 from moe_offload.checkpoint.quantized_source import dequantised, read_settings
-from moe_offload.checkpoint.source_files import LazyTensor
+from moe_offload.checkpoint.source_files import LazyTensor, open_hugging_face
 from moe_offload.commands import prepare
 from moe_offload.config import Scales
 from moe_offload.engine.engine import load_model
@@ -131,6 +131,52 @@ def test_stacked_fp8_experts() -> None:
         assert torch.equal(found.read_rows(2, 3), (codes.float() * spread)[2:]), shape
 
 
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
+def test_auto_round_packs_as_others_do(packing: str) -> None:
+    """With 8 bits in a layer of a model of 4: `extra_config` would say so, its tensors do."""
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    writers = {"auto_round": gptq(2, False, False), "auto_round:auto_gptq": gptq(1, False, False)}
+    stored, numbers = writers.get(packing, quantised_checkpoints.awq)(weight)
+    config = {"quant_method": "intel/auto-round", "bits": 4, "group_size": 32, "backend": packing}
+    found = read({f"x.{end}": part for end, part in stored.items()}, config, "x.weight")
+    assert torch.equal(found.read(), numbers)
+    if "awq" in packing:
+        return
+    codes = torch.randint(0, 256, (32, 64), generator=torch.Generator().manual_seed(6))
+    zeros = torch.randint(1, 256, (32, 2), generator=torch.Generator().manual_seed(7))
+    by_column = codes.byte().t().reshape(16, 4, 32).transpose(1, 2).contiguous()
+    less = int("gptq" in packing)
+    stored = {
+        "x.qweight": by_column.view(torch.int32)[..., 0],
+        "x.qzeros": (zeros.t() - less).byte().contiguous().view(torch.int32),
+        "x.scales": torch.ones(2, 32, dtype=torch.float16),
+    }
+    found = read(stored, config, "x.weight")
+    assert torch.equal(found.read(), (codes - zeros.repeat_interleave(32, 1)).float())
+
+
+@pytest.mark.parametrize(("write", "ends"), [("mxfp4", 1), ("nvfp4", 2)])
+def test_four_bit_floats_of_safetensors(write: str, ends: int, tmp_path: Path) -> None:
+    """Its dtype F4 counts numbers, two to a byte, where others count bytes."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(8))
+    if write == "nvfp4":
+        stored, numbers = quantised_checkpoints.modelopt_nvfp4(weight)
+    else:
+        stored, numbers = quantised_checkpoints.deepseek_v4(weight, is_expert=True)
+    codes = stored.pop("weight").view(torch.uint8)
+    path = tmp_path / "model.safetensors"
+    save_file({"x.weight": codes, **{f"x.{end}": one for end, one in stored.items()}}, path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + size])
+    header["x.weight"] |= {"dtype": "F4", "shape": [16, 64]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    settings = read_settings({"quant_method": "modelopt" if ends == 2 else "fp8"}, "here")
+    found = dequantised(open_hugging_face(tmp_path), settings)["x.weight"]
+    assert torch.equal(found.read().float(), numbers)
+
+
 def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     """Of a group of zeros any scale is right; another makes all of them bf16."""
     source, _ = quantised_checkpoints.write("int4", tmp_path)
@@ -227,6 +273,9 @@ def test_damaged(
         ({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemv"}, "version gemv"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "not as fp8 writes it"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "not as fp8 writes it"),
+        ({"quant_method": "auto-round", "data_type": "mx_fp", "bits": 4}, "mx_fp, auto_round"),
+        ({"quant_method": "auto-round", "packing_format": "mlx"}, "int, mlx"),
+        ({"quant_method": "auto-round", "bits": 2, "group_size": 32}, "2 bits, format gptq_v2"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format marlin-24"),
         (
             {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},

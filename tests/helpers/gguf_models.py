@@ -7,6 +7,7 @@ stored in; `read_back` makes the model of what the file then holds, by plain deq
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from copy import deepcopy
@@ -263,6 +264,10 @@ def write_gguf(
         for length in ("long", "short"):
             factors = torch.tensor(rope[f"{length}_factor"])
             tensors[f"rope_factors_{length}.weight"] = factors
+    if rope["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = llama3_divisors(
+            rope, model.config.hidden_size // model.config.num_attention_heads
+        )
     if experts != "stacked":
         tensors = _unstack(tensors) if experts == "apart" else _fuse(tensors)
     tensors |= more or {}
@@ -289,6 +294,18 @@ def write_gguf(
         writer.write_tensors_to_file()
         writer.close()
     return stored
+
+
+def llama3_divisors(rope: dict[str, Any], head_dim: int) -> Tensor:
+    """What Llama 3.1 divides each frequency by: 1 for fast ones, `factor` for slow ones."""
+    found = []
+    for pair in range(head_dim // 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / head_dim)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = min(max((turns - low) / (high - low), 0), 1)
+        found.append(1 / ((1 - share) / rope["factor"] + share))
+    return torch.tensor(found)
 
 
 def _unstack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

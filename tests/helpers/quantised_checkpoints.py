@@ -213,6 +213,11 @@ def gptq(version: int, symmetric: bool, act_order: bool) -> Callable[..., Stored
     return write
 
 
+def without(stored: Stored, end: str) -> Stored:
+    tensors, numbers = stored
+    return {key: tensor for key, tensor in tensors.items() if key != end}, numbers
+
+
 def by_compressed_tensors(
     form: str, **arguments: Any
 ) -> tuple[dict[str, Any], Callable[..., Stored]]:
@@ -314,6 +319,14 @@ SOURCES: dict[str, Source] = {
         _qwen3, {**_GPTQ, "checkpoint_format": "gptq_v2"}, gptq(2, False, False), "int4"
     ),
     "gptq-act-order": Source(_mixtral, {**_GPTQ, "desc_act": True}, gptq(1, False, True), "bf16"),
+    "auto-round": Source(
+        _qwen3,
+        {
+            "quant_method": "auto-round", "packing_format": "auto_round", "bits": 4,
+            "data_type": "int", "group_size": 32, "sym": False,
+        },
+        lambda weight: without(gptq(2, False, False)(weight), "g_idx"), "int4",
+    ),
     "int4": Source(_mixtral, *_int4(), "int4"),
     "int4-asymmetric": Source(_qwen3, *_int4(symmetric=False), "int4"),
     "int8": Source(

@@ -147,6 +147,10 @@ def test_what_answers_at_once_loads_no_torch(name: str) -> None:
     assert not reached(name) & {"torch", "transformers"}
 
 
+def test_a_run_loads_nothing_that_only_preparing_needs() -> None:
+    assert "transformers" in reached("commands.run") and "gguf" not in reached("commands.run")
+
+
 @pytest.mark.parametrize("name", WITHOUT_TENSORS)
 def test_planning_and_counting_need_no_tensors(name: str) -> None:
     assert not reached(name) & {"torch", "numpy", "transformers"}

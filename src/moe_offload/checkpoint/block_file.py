@@ -11,7 +11,8 @@ from typing import Final
 from torch import Tensor
 
 from moe_offload.checkpoint.block import BLOCK_ALIGNMENT
-from moe_offload.checkpoint.prepared import PREPARE_AGAIN, MoeLayer
+from moe_offload.checkpoint.folders import PREPARE_AGAIN
+from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.errors import UserError
 
 # So that a block of megabytes is a piece for each of a few threads, and no piece takes long.
@@ -102,8 +103,8 @@ def _opened(layer: MoeLayer) -> tuple[int, bool]:
     return os.open(layer.file, os.O_RDONLY), False
 
 
-# A CRC-32 is a polynomial over GF(2) modulo this one, its highest bit last. Where n bits follow it is
-# multiplied by x^n, and with the checksum of those bits added it is that of both.
+# A CRC-32 is a polynomial over GF(2) modulo this one, its highest bit last. Where n bits follow, it
+# is multiplied by x^n, and with the checksum of those bits added it is that of both.
 _POLYNOMIAL: Final = 0xEDB88320
 _ONE: Final = 1 << 31
 

@@ -29,7 +29,8 @@ from moe_offload.checkpoint.source_files import LazyTensor, Quantised
 from moe_offload.errors import UserError
 
 _SIGMOID: Final = 2  # of `expert_gating_func`; 1 is softmax
-_SCALED_ROTATION: Final = "rope_freqs.weight"
+# What the frequencies of the rotary embedding are divided by: Llama 3's, and those of LongRoPE.
+_DIVISORS: Final = "rope_freqs.weight"
 _FACTORS: Final = ("rope_factors_long.weight", "rope_factors_short.weight")
 # Names of the module tree that the gguf package does not know.
 _OWN_NAMES: Final = {
@@ -114,8 +115,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
         "num_experts_per_tok": fields.whole("expert_used_count"),
         "tie_word_embeddings": not fields.has("output.weight"),
     }
-    head_dim = fields.whole("attention.key_length", fields.whole("rope.dimension_count", 0))
-    return config | ({"head_dim": head_dim} if head_dim else {})
+    return config | {"head_dim": _head_dim(fields)}
 
 
 def _norm_epsilon(fields: _Fields) -> float:
@@ -132,12 +132,22 @@ def _rotation(fields: _Fields) -> dict[str, Any]:
         return rotation
     if any(factors):
         kind = "longrope"
-    if _SCALED_ROTATION in fields.file.tensors or kind not in ("none", "linear", "yarn"):
+    divided = _DIVISORS in fields.file.tensors
+    if kind not in (("none",) if divided else ("none", "linear", "yarn")):
         raise UserError(
             f"{fields.path} scales its rotary embedding in a way that is not known here "
-            f"({_SCALED_ROTATION if kind == 'none' else kind:.40}): use the model's Hugging Face "
+            f"({kind:.40}{f' and {_DIVISORS}' if divided else ''}): use the model's Hugging Face "
             "version"
         )
+    if divided:  # the same for every length, and nothing else
+        divisors = _rotary_factors(fields, _DIVISORS)
+        return rotation | {
+            "rope_type": "longrope",
+            "long_factor": divisors,
+            "short_factor": divisors,
+            "factor": 1.0,
+            "original_max_position_embeddings": fields.whole("context_length"),
+        }
     if kind == "none":
         return rotation | {"rope_type": "default"}
     rotation |= {"rope_type": kind, "factor": fields.real("rope.scaling.factor")}
@@ -148,6 +158,25 @@ def _rotation(fields: _Fields) -> dict[str, Any]:
         rotation["beta_fast"] = fields.real("rope.scaling.yarn_beta_fast", 32.0)
         rotation["beta_slow"] = fields.real("rope.scaling.yarn_beta_slow", 1.0)
     return rotation
+
+
+def _rotary_factors(fields: _Fields, name: str) -> list[float]:
+    """One positive number for each pair of a head's rotated dimensions."""
+    factors = fields.file.tensors[name]
+    n_pairs = _head_dim(fields) // 2
+    found = factors.read().float() if factors.shape == (n_pairs,) else torch.zeros(1)
+    if not bool(((found > 0) & found.isfinite()).all()):
+        raise UserError(
+            f"expected {n_pairs} positive numbers in {name} of {fields.path}, found shape "
+            f"{factors.shape} or others; download the file again"
+        )
+    return found.tolist()
+
+
+def _head_dim(fields: _Fields) -> int:
+    heads = max(fields.whole("attention.head_count"), 1)
+    stated = fields.whole("attention.key_length", fields.whole("rope.dimension_count", 0))
+    return stated or fields.shape("token_embd.weight", 2)[1] // heads
 
 
 def _experts(fields: _Fields, count: str, width: str) -> dict[str, Any]:
@@ -203,7 +232,7 @@ def _phimoe(fields: _Fields) -> dict[str, Any]:
     }
     if not all(map(fields.has, _FACTORS)):
         return config
-    long_factor, short_factor = (fields.file.tensors[name].read().tolist() for name in _FACTORS)
+    long_factor, short_factor = (_rotary_factors(fields, name) for name in _FACTORS)
     magnitude = fields.real("rope.scaling.attn_factor", 1.0)
     return config | {
         "rope_parameters": {
@@ -369,7 +398,8 @@ class _Names:
 
     def __init__(self, file: GgufFile, architecture: str, n_layers: int) -> None:
         self._path = file.paths[0]
-        self._left = {name: one for name, one in file.tensors.items() if name not in _FACTORS}
+        in_config = (_DIVISORS, *_FACTORS)
+        self._left = {name: one for name, one in file.tensors.items() if name not in in_config}
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         self._map = gguf.get_tensor_name_map(kinds[architecture], n_layers)
         stated: int = file.fields[f"{architecture}.block_count"]

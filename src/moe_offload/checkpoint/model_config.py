@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ _DEPTHS: Final = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 # Of Mistral's params.json.
 _DEFAULT_CONTEXT: Final = 32768  # Mixtral 8x7B; its params.json does not say
 _DEFAULT_ROPE_THETA: Final = 1e6  # likewise
+# Types that transformers has under another name: as its publisher says of the model.
+_SAME_AS: Final = {"kimi_k2": "deepseek_v3"}
 _KNOWN_MOE: Final = {"num_experts", "num_experts_per_tok"}
 
 
@@ -130,7 +133,8 @@ def read_hub_config(folder: Path) -> tuple[PretrainedConfig, Settings | None]:
     quantised = _quantisation(found, folder)
     settings = read_settings(quantised, str(folder)) if quantised else None
     model_type = str(found.get("model_type"))
-    if "auto_map" in found and model_type not in CONFIG_MAPPING:
+    known = _SAME_AS.get(model_type, model_type)
+    if "auto_map" in found and known not in CONFIG_MAPPING:
         raise UserError(
             f"{path} names a model of type {model_type:.80}, which transformers does not have: its "
             "code comes with the folder (auto_map), and code of a checkpoint is never run; use a "
@@ -138,7 +142,10 @@ def read_hub_config(folder: Path) -> tuple[PretrainedConfig, Settings | None]:
         )
     require_plausible(found, path, "correct it or download it again")
     with transformers_told(f"use {path}", "install a newer transformers or download it again"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if known == model_type:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(**(found | {"model_type": known}))
     for part in (config, config.get_text_config()):
         for name in _QUANTISATION:
             if hasattr(part, name):
@@ -195,3 +202,14 @@ def read_native_config(folder: Path) -> MixtralConfig:
             num_experts_per_tok=moe["num_experts_per_tok"],
             tie_word_embeddings=False,
         )
+
+
+def stored_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+    """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+    for pattern, dtype in plan.items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return dtype
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor.dtype

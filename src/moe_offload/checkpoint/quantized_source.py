@@ -8,7 +8,7 @@ stored numbers are the model.
 
     form       codes of W [R, C]                 zeros                  published as
     elements   fp8 or int8 [R, C]                int8                   FP8, MXFP8, int8
-    nibbles    e2m1, uint8 [R, C/2]              -                      NVFP4, MXFP4, DeepSeek V4
+    nibbles    e2m1, bytes [R, C/2]              -                      NVFP4, MXFP4, DeepSeek V4
     blocks     e2m1, uint8 [R, C/32, 16]         -                      gpt-oss, where it is W^T
     columns    int32 [R, C/n]                    int32 [R/n, groups]    compressed-tensors
     gptq       int32 [C/n, R]                    int32 [groups, R/n]    GPTQ
@@ -36,6 +36,7 @@ from moe_offload.errors import UserError
 
 _E8M0: Final = (torch.uint8, torch.float8_e8m0fnu)
 _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
+_BYTES: Final = (torch.uint8, torch.int8)
 _E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 # Of each byte both numbers, the low nibble's first, as one element of eight bytes.
 _E2M1_PAIRS: Final = torch.stack((_E2M1.repeat(16), _E2M1.repeat_interleave(16)), dim=-1).view(
@@ -45,8 +46,8 @@ _AWQ_PLACES: Final = [0, 4, 1, 5, 2, 6, 3, 7]  # where column c of eight lies
 # What activations and caches were quantised with: nothing here computes in that.
 _ACTIVATIONS: Final = re.compile(r".*[._](input|output|activation|[qkv])_(global_)?scale(_ub)?")
 _READABLE: Final = (
-    "MXFP4, FP8, MXFP8, NVFP4, compressed-tensors, AWQ and GPTQ are read; download the model in "
-    "one of these, or its unquantised version"
+    "MXFP4, FP8, MXFP8, NVFP4, compressed-tensors, AWQ, GPTQ and AutoRound are read; download the "
+    "model in one of these, or its unquantised version"
 )
 
 
@@ -171,11 +172,11 @@ LAYOUTS: Final = (
         ".qweight", (torch.int32,), (".scales",), ".weight", _AWQ,
         zeros=".qzeros", methods=("awq",),
     ),
+    Layout(".weight", _BYTES, _WEIGHT_SCALES, ".weight", _NIBBLES, scale_dtypes=_E8M0),
     Layout(
         ".weight", (torch.uint8,), (".weight_scale",), ".weight", _NIBBLES,
         factor=".weight_scale_2",
     ),
-    Layout(".weight", (torch.int8,), _WEIGHT_SCALES, ".weight", _NIBBLES, scale_dtypes=_E8M0),
     Layout(
         ".weight", (*_FP8, torch.int8), _WEIGHT_SCALES, ".weight", _ELEMENTS,
         zeros=".weight_zero_point",
@@ -189,13 +190,13 @@ class Settings:
     """What a `quantization_config` says that no tensor does.
 
     `bits` of an integer code, `block` of rows and columns that share a scale, where it says one;
-    `zeros_plus` is added to each word of zeros (GPTQ's first format stores them less one).
+    `zeros_less_one` are stored so (GPTQ's first format).
     """
 
     method: str
     bits: int = 4
     block: tuple[int, int] | None = None
-    zeros_plus: int = 0
+    zeros_less_one: bool = False
     zeros_required: bool = False
 
 
@@ -248,9 +249,8 @@ def _from_gptq(method: str, config: Mapping[str, Any]) -> Settings | str:
     form = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
         return f"{bits} bits, format {form}"
-    ones = 0 if form == "gptq_v2" else {4: 0x11111111, 8: 0x01010101}[bits]
     block = _group(config["group_size"])
-    return Settings(method, bits, block, zeros_plus=ones, zeros_required=True)
+    return Settings(method, bits, block, zeros_less_one=form == "gptq", zeros_required=True)
 
 
 def _from_awq(method: str, config: Mapping[str, Any]) -> Settings | str:
@@ -260,6 +260,18 @@ def _from_awq(method: str, config: Mapping[str, Any]) -> Settings | str:
         return f"{bits} bits, version {form}"
     block = _group(config.get("group_size") or config["q_group_size"])
     return Settings(method, bits, block, zeros_required=True)
+
+
+def _from_auto_round(_: str, config: Mapping[str, Any]) -> Settings | str:
+    """The layout of AWQ or of GPTQ; what it calls its own is GPTQ's second."""
+    packing = str(config.get("packing_format") or config.get("backend") or "auto_round")
+    kind = str(config.get("data_type") or "int")
+    if kind != "int" or not packing.startswith(("auto_round", "auto_gptq", "auto_awq")):
+        return f"{kind}, {packing}"
+    if "awq" in packing:
+        return _from_awq("awq", {**config, "version": "gemm"})
+    form = "gptq" if "gptq" in packing else "gptq_v2"
+    return _from_gptq("gptq", {**config, "checkpoint_format": form})
 
 
 def _from_compressed_tensors(method: str, config: Mapping[str, Any]) -> Settings | str:
@@ -288,9 +300,13 @@ def _from_compressed_tensors(method: str, config: Mapping[str, Any]) -> Settings
 
 _METHODS: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Settings | str]]] = {
     **dict.fromkeys(("fp8", "mxfp8", "fbgemm_fp8"), _from_fp8),
-    **dict.fromkeys(("mxfp4", "modelopt"), lambda method, config: Settings(method)),
+    **dict.fromkeys(
+        ("mxfp4", "modelopt", "modelopt_fp4", "modelopt_mixed"),
+        lambda method, config: Settings(method),
+    ),
     "gptq": _from_gptq,
     "awq": _from_awq,
+    **dict.fromkeys(("auto-round", "intel/auto-round"), _from_auto_round),
     "compressed-tensors": _from_compressed_tensors,
 }
 
@@ -384,9 +400,19 @@ class _Weight:
         return len(self.parts["codes"].shape) > self.layout.form.n_dims
 
     @cached_property
+    def bits(self) -> int:
+        """Of an integer code; in some of GPTQ's layers these may be others than in most."""
+        if self.layout.form is _GPTQ and "zeros" in self.parts:
+            rows, words = (self.parts[role].shape[-1:] for role in ("scale", "zeros"))
+            for bits in (4, 8):
+                if rows == tuple(32 // bits * n for n in words):
+                    return bits
+        return self.settings.bits
+
+    @cached_property
     def shape(self) -> tuple[int, int]:
         form = self.layout.form
-        return form.shape(self.parts["codes"].shape[-form.n_dims :], self.settings.bits)
+        return form.shape(self.parts["codes"].shape[-form.n_dims :], self.bits)
 
     @cached_property
     def block(self) -> tuple[int, int]:
@@ -479,10 +505,13 @@ class _Weight:
 
     def _zeros(self, index: int) -> Tensor:
         """What is subtracted from codes, int32 [row blocks, column blocks] or one for all."""
-        form, bits = self.layout.form, self.settings.bits
+        form, bits = self.layout.form, self.bits
         if "zeros" not in self.parts:
             return torch.tensor([[1 << (bits - 1) if form.kind == "int" else 0]])
-        zeros = form.zeros(self._read("zeros", index) + self.settings.zeros_plus, bits).int()
+        stored = self._read("zeros", index)
+        if self.settings.zeros_less_one:
+            stored = stored + {4: 0x11111111, 8: 0x01010101}[bits]
+        zeros = form.zeros(stored, bits).int()
         rows, columns = self._n_blocks(self.block)
         if zeros.shape[1:] != (columns,) or zeros.shape[0] < rows:
             raise self._wrong("zeros", f"a zero for each of {rows} x {columns} scales")
@@ -510,7 +539,7 @@ class _Weight:
         return per_row.repeat_interleave(self.block[1], dim=1)[:, : self.shape[1]]
 
     def _values(self, index: int) -> Tensor:
-        codes = self.layout.form.codes(self._read("codes", index), self.settings.bits)
+        codes = self.layout.form.codes(self._read("codes", index), self.bits)
         values = codes.contiguous().float().sub_(self._spread(self._zeros(index), index))
         return values.mul_(self._spread(self._scales(index), index)).to(self.dtype)
 
@@ -526,7 +555,7 @@ class _Weight:
             low, high = (-12, 12) if self.kind == "e2m1" else (0, 0)
             if self.kind == "int":
                 zeros, signed = self._zeros(index), self.layout.form is _ELEMENTS
-                least, most = (-128, 127) if signed else (0, (1 << self.settings.bits) - 1)
+                least, most = (-128, 127) if signed else (0, (1 << self.bits) - 1)
                 low, high = least - int(zeros.max()), most - int(zeros.min())
             yield Grid(
                 name=self.names["codes"],
@@ -537,7 +566,7 @@ class _Weight:
                 group=self._group(index),
                 units=self._units_by_block(index),
                 used_units=partial(self._used_units, index),
-                levels=1 << self.settings.bits if self.layout.form.kind == "int" else 256,
+                levels=1 << self.bits if self.layout.form.kind == "int" else 256,
                 rows=self.block[0],
             )
 

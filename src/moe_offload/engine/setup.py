@@ -129,9 +129,9 @@ def open_experts(
     n_ways: int | None, options: ModelOptions, source: ModelSource, notes: list[str]
 ) -> ExpertStore | DiskTier:
     """Where the experts live; without `n_ways`, all in host memory, which `load_experts` fills."""
-    if n_ways is None or not isinstance(source, PreparedModel):
-        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
     kernels = load_kernels(options.cpu_kernel, options.cpu_isa, options.cpu_affinity)
+    if n_ways is None or not isinstance(source, PreparedModel):
+        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers, kernels)
     policy = make_policy(options.host_policy)
     tier = DiskTier(source.manifest.moe_layers, n_ways, policy, kernels)
     if not tier.is_direct:

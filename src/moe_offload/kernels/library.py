@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, Final
 
@@ -72,6 +73,16 @@ class MatrixArguments(ctypes.Structure):
     )
 
 
+class WeightsArguments(ctypes.Structure):
+    """`cpux_weights` of api.h."""
+
+    _fields_ = (
+        *_fields(c_void_p, "weight"),
+        *_fields(c_int32, "is_bf16"),
+        *_fields(c_int64, "rows cols row_stride col_stride"),
+    )
+
+
 class AttentionArguments(ctypes.Structure):
     """`cpux_attention` of api.h."""
 
@@ -118,6 +129,7 @@ _COMPUTING: Final = {
     "activate": (_LAYER, c_void_p, c_void_p, c_int64, c_void_p),
     "add": (_LAYER, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
+    "quantise": (ctypes.POINTER(WeightsArguments), c_int, c_void_p, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
     "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
     "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
@@ -168,6 +180,35 @@ def supported_isas(library: ctypes.CDLL) -> list[str]:
 def isa_code(library: ctypes.CDLL, name: str) -> int:
     """The number by which the library knows an instruction set."""
     return _isa_names(library).index(name)
+
+
+def require_isa(library: ctypes.CDLL, name: str) -> None:
+    """UserError for an instruction set, or auto, that this CPU or this build does not have."""
+    names = supported_isas(library)
+    if name != "auto" and name not in names:
+        raise UserError(
+            f"expected --cpu-isa to be auto or one of {', '.join(names)} on this CPU, found "
+            f"{name!r}"
+        )
+
+
+def refused_cpus(cpus: Sequence[int]) -> UserError:
+    """The error for CPUs that threads cannot be bound to."""
+    return UserError(
+        f"expected --cpu-affinity to list CPUs this process may use "
+        f"({_span(sorted(os.sched_getaffinity(0)))}), found {_span(cpus)}"
+    )
+
+
+def _span(cpus: Sequence[int]) -> str:
+    """CPU numbers as --cpu-affinity takes them: 0-7,16."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def default_threads() -> int:

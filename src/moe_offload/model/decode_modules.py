@@ -200,8 +200,10 @@ def use_rotation(module: nn.Module, kernels: CpuKernels) -> None:
     in this one module's forward, whose code stays.
     """
     forward = inspect.unwrap(type(module).forward)
+    if not isinstance(forward, FunctionType) or CpuRotation.NAME not in forward.__code__.co_names:
+        return
     own = forward.__globals__.get(CpuRotation.NAME)
-    if own is None or CpuRotation.NAME not in forward.__code__.co_names:
+    if own is None:  # an attribute of the same name
         return
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 4, 1, 16), (2, 2, 1, 16), (2, 1, 16), (2, 1, 16)

@@ -126,14 +126,17 @@ class CompensatedSource(SourceCheckpoint):
     ) -> Iterator[dict[str, Tensor]]:
         """As the source's own, rounded, with `<field>_unit`: they are packed as they are."""
         inputs = self.layers[self.experts.index(module)]
+        site = inputs.site
+
+        def middle(x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
+            first = functional.linear(x, gate_up.float(), None if bias is None else bias.float())
+            return apply_activation(first, site.activation, module.has_gate, site.act_module)
+
         for expert, fields in enumerate(super().iterate_experts(module, units=False)):
-            x = inputs.of_expert(expert)
+            x, bias = inputs.of_expert(expert), fields.get("gate_up_bias")
             gate_up, gate_up_unit = compensate(fields["gate_up"], x, inputs.hidden)
-            bias = fields.get("gate_up_bias")
-            first = functional.linear(x, gate_up, None if bias is None else bias.float())
-            site = inputs.site
-            middle = apply_activation(first, site.activation, module.has_gate, site.act_module)
-            down, down_unit = compensate(fields["down"], middle)
+            wanted = middle(x, fields["gate_up"], bias)
+            down, down_unit = compensate(fields["down"], middle(x, gate_up, bias), wanted=wanted)
             units_of = {"gate_up_unit": gate_up_unit, "down_unit": down_unit}
             yield fields | {"gate_up": gate_up, "down": down} | units_of
 

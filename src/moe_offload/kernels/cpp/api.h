@@ -10,7 +10,13 @@
 
 #define CPUX_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum { CPUX_OK = 0, CPUX_NO_MEMORY = 1, CPUX_UNKNOWN_ISA = 2, CPUX_BAD_ARGUMENT = 3 };
+enum {
+  CPUX_OK = 0,
+  CPUX_NO_MEMORY = 1,
+  CPUX_UNKNOWN_ISA = 2,
+  CPUX_BAD_ARGUMENT = 3,
+  CPUX_OUT_OF_RANGE = 4
+};
 
 // One layer's experts; field offsets are in bytes from a block's start, -1 where there is none.
 struct cpux_layer {
@@ -73,6 +79,17 @@ struct cpux_matrix {
 CPUX_EXPORT int cpux_linear(int isa, int threads, const cpux_matrix* matrix, const void* x,
                             int is_bf16, int64_t n_tokens, void* y);
 
+// W [rows, cols], bf16 or fp32, strides in elements, to int8 or int4 with `bits` 8 or 4: packed
+// [RB, G, 8 or 4, 16, 4] and float16 scales [RB, G, 16]. The same bytes on every instruction set.
+// CPUX_OUT_OF_RANGE for a weight that is no number or too large for a scale.
+struct cpux_weights {
+  const void* w;
+  int32_t is_bf16;
+  int64_t rows, cols, row_stride, col_stride;
+};
+CPUX_EXPORT int cpux_quantise(int isa, int threads, const cpux_weights* weights, int bits,
+                              uint8_t* packed, uint16_t* scales);
+
 // Attention of the last T of a sequence's S tokens: out [B, T, heads, Dv] = softmax(scale q k^T) v over
 // the keys. Heads share keys in groups of heads / kv_heads; query, keys, values and out are all bf16 or
 // all fp32, sums fp32. A token that sees no key gets zeros. Strides count elements. The same bits for
@@ -87,7 +104,7 @@ struct cpux_attention {
   const void* keys;     // [B, kv_heads, S, Dk], rows contiguous; strides of sequence and head
   const void* values;   // [B, kv_heads, S, Dv], the same
   int64_t query_strides[3], key_strides[2], value_strides[2];
-  const uint8_t* mask;  // [B, T, S], rows contiguous, 0 leaves a key out; strides of sequence and token
+  const uint8_t* mask;  // [B, T, S], rows contiguous, 1: seen, 0: left out; strides of sequence and token
   int64_t mask_strides[2];  // null: token t sees the keys up to S - T + t
 };
 CPUX_EXPORT int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out);

@@ -1,11 +1,13 @@
 // AVX2 + FMA + F16C.
+#include "scale_search.h"
 #include "vectors_avx2.h"
 
 namespace cpux {
 namespace {
 
 using Avx2Quant =
-    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256>, ByteProductE2m1<Int256>>;
+    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256, Nibbles<Int256>>,
+          ByteProduct4<Int256, E2m1<Int256>>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {
@@ -24,6 +26,13 @@ void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, in
                                                  static_cast<const float*>(x), x_stride, width,
                                                  accumulate, ahead, c);
 }
+
+struct Lanes8 {
+  using Float = __m256;
+  typedef int32_t Int __attribute__((vector_size(32)));
+  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
+};
 
 const Kernels kKernels = {
     "avx2",
@@ -44,6 +53,7 @@ const Kernels kKernels = {
     adjust_scores,
     exponentials<Float8>,
     axpy,
+    quantise_tile<Lanes8>,
     read_bytes<Float8>,
     fma_flops<Float8>,
 };

@@ -1,6 +1,7 @@
 // The reference: plain loops, one product at a time, that every other variant is tested against.
 #include "attention_kernels.h"
 #include "quant_kernels.h"
+#include "scale_search.h"
 
 namespace cpux {
 namespace {
@@ -69,7 +70,7 @@ void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int 
     for (int t = 0; t < n_tokens; ++t) {
       float sum = 0.0f;
       for (int64_t k = 0; k < m.cols; ++k)
-        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * x[t][k];
+        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * (x[t][k] * (1.0f / kFp8Half));
       y[t * ldy + r] = sum;
     }
   }
@@ -148,6 +149,14 @@ double fma_flops(int64_t iterations, float* sink) {
   return 16.0 * static_cast<double>(iterations);
 }
 
+// What every CPU has: SSE2, NEON.
+struct Lanes4 {
+  typedef float Float __attribute__((vector_size(16)));
+  typedef int32_t Int __attribute__((vector_size(16)));
+  static Float larger(Float a, Float b) { return a > b ? a : b; }
+  static Float smaller(Float a, Float b) { return a < b ? a : b; }
+};
+
 const Kernels kKernels = {
     "scalar",
     dot_rows,
@@ -166,6 +175,7 @@ const Kernels kKernels = {
     adjust_scores,
     exponentials<Float1>,
     axpy,
+    quantise_tile<Lanes4>,
     read_bytes,
     fma_flops,
 };

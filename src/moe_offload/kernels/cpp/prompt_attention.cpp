@@ -29,7 +29,7 @@ struct Room {
   uint8_t* query;   // [rows][key_depth], a weight panel
   uint8_t* keys;    // panels [key_depth / k_step][width][k_step]
   uint8_t* values;  // panels [kBlockKeys / k_step][width][k_step]
-  float* words;     // [4][key_depth], or [2][value_width]
+  float* words;     // four rows of keys: [4][key_depth / k_step]
   float* scores;    // panels [kStripRows][width]
   float* row;       // [kBlockKeys]
   uint8_t* terms;   // [kStripRows][keys], a weight panel
@@ -110,7 +110,7 @@ PromptAttention::PromptAttention(const Kernels& kernels, int threads, const cpux
     rooms_[i] = {arena.take<uint8_t>(rows * key_depth_ * bytes),
                  arena.take<uint8_t>(kBlockKeys * key_depth_ * bytes),
                  arena.take<uint8_t>(kBlockKeys * value_width_ * bytes),
-                 arena.take<float>(4 * std::max(key_depth_, value_width_)),
+                 arena.take<float>(4 * key_depth_),
                  arena.take<float>(kStripRows * kBlockKeys),
                  arena.take<float>(kBlockKeys),
                  arena.take<uint8_t>(kStripRows * kBlockKeys * bytes),
@@ -144,8 +144,8 @@ int64_t PromptAttention::end_key(const Item& item) const {
   int64_t end = 0;
   for (int64_t t = last_token; t >= item.first_token; --t) {
     const uint8_t* mask = mask_row(item, t);
-    for (int64_t k = a_.n_keys; k > end; --k)
-      if (mask[k - 1] != 0) end = k;
+    const void* seen = memrchr(mask + end, 1, static_cast<size_t>(a_.n_keys - end));
+    if (seen != nullptr) end = static_cast<const uint8_t*>(seen) - mask + 1;
   }
   return end;
 }

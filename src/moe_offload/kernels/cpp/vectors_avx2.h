@@ -43,14 +43,17 @@ struct Float8 {
     return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), a);
   }
   // In fp32 e4m3 has the same bits, twenty places up, and 2^-120 of the value: its smallest numbers
-  // are subnormal, which only a caller that turns them off loses.
+  // are subnormal, which only a caller that turns them off loses. Two numbers share 32 bits, one of
+  // each vector, until their signs are spread.
   static void widen_fp8(const uint8_t* p, Type* out) {
+    const __m256i apart = _mm256_setr_epi8(-1, 0, -1, 8, -1, 1, -1, 9, -1, 2, -1, 10, -1, 3, -1, 11,
+                                           -1, 4, -1, 12, -1, 5, -1, 13, -1, 6, -1, 14, -1, 7, -1, 15);
     const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87f00000u));
-    for (int i = 0; i < 2; ++i) {
-      const __m256i w =
-          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * lanes)));
-      out[i] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(w, 20), mask));
-    }
+    const __m256i bytes =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i both = _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, apart), 4);
+    out[0] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(both, 16), mask));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(both, mask));
   }
 };
 
