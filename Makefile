@@ -22,7 +22,7 @@ export PROMPT
 # whatever the files' dates say; changed content means one pip run.
 content = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN_STAMP := $(VENV)/.run-$(call content,requirements.txt)
-DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-serve.txt requirements-dev.txt)
+DEV_STAMP := $(VENV)/.dev-$(call content,requirements.txt requirements-serve.txt requirements-ray.txt requirements-dev.txt)
 
 DEMO := build/demo
 DEMO_SOURCES := examples/make_demo_model.py
@@ -48,13 +48,13 @@ $(PY):
 	"$$found" -m venv $(VENV)
 
 $(RUN_STAMP): $(PY)
-	@echo "set-up: installing requirements.txt (the first time this downloads torch)"
+	@echo "set-up: pip installs what $(VENV) lacks of requirements.txt (the first time that is torch)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
 	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@rm -f $(VENV)/.run-* && touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	@echo "set-up: installing requirements-dev.txt"
+	@echo "set-up: pip installs what $(VENV) lacks of requirements-dev.txt"
 	@$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
 	@rm -f $(VENV)/.dev-* && touch $@
 
@@ -122,14 +122,14 @@ test: $(DEV_STAMP) kernels ## every test but the nightly ones
 nightly: $(DEV_STAMP) kernels ## the tests that take minutes
 	@$(PY) -m pytest -q -m nightly $(PYTEST_FLAGS)
 
-.PHONY: bench bench-end-to-end
+.PHONY: bench side-by-side
 bench: $(DEV_STAMP) kernels ## measure this machine; nothing is asserted
-	@for script in $(filter-out %/bench_end_to_end.py,$(wildcard benchmarks/bench_*.py)); do \
+	@for script in benchmarks/bench_*.py; do \
 	  echo; echo "== $$script"; PYTHONPATH=src $(PY) "$$script"; \
 	done
 
-bench-end-to-end: $(DEV_STAMP) kernels ## the whole engine on a model of 5.8 GB (16 GB of disk)
-	@PYTHONPATH=src $(PY) benchmarks/bench_end_to_end.py --work-dir build/end-to-end
+side-by-side: $(DEV_STAMP) kernels ## the whole engine and PEERS, paths of llama-bench (36 GB of disk)
+	@PYTHONPATH=src $(PY) -m benchmarks.side_by_side --work-dir build/side-by-side $(PEERS:%=--peer %)
 
 .PHONY: clean distclean
 clean: ## remove builds, the demo model and caches

@@ -3,18 +3,21 @@
     PYTHONPATH=src python3 benchmarks/bench_memory_tiers.py PREPARED --host-memory-gb 0.4
 
 Per budget, in turns: one text's decode, and plain direct reads of as many random experts by as many
-threads. Then decode steps with all experts in memory, plainly and through the tier, in turns.
+threads, the better of two sizes. Then decode steps with all experts in memory, plainly and through
+the tier, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +27,11 @@ from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.cache import make_policy
-from moe_offload.experts.disk_tier import N_READERS, DiskTier
+from moe_offload.experts.disk_reads import N_READERS
+from moe_offload.experts.disk_tier import DiskTier
+from moe_offload.experts.plan import TRIAL_STEPS
+from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.model.generation import generate_batch
 from moe_offload.model.loader import PreparedModel
 
@@ -33,30 +40,37 @@ PROMPT = list(range(20, 36))
 
 
 def plain_gbps(source: PreparedModel, n_reads: int) -> float:
-    """Whole random blocks past the page cache, into memory that each thread uses again."""
+    """Random blocks past the page cache, into huge pages that each thread uses again.
+
+    No checksum is compared, and nobody looks at the bytes. The better of whole blocks at once, one
+    for each thread, and of the tier's pieces.
+    """
     layers = source.manifest.moe_layers
-    files = [BlockFile(layer) for layer in layers]
-    block_bytes = max(layer.layout.block_bytes for layer in layers)
+    files = [os.open(layer.file, os.O_RDONLY | os.O_DIRECT) for layer in layers]
+    block_bytes = layers[0].layout.block_bytes
+    pieces = BlockFile(layers[0]).pieces
     chosen = random.Random(0)
-    jobs = [(chosen.randrange(len(layers)), chosen.randrange(layers[0].n_experts))
-            for _ in range(n_reads)]  # fmt: skip
-    buffers = torch.zeros(N_READERS, block_bytes + 4096, dtype=torch.uint8)
+    places = [(chosen.randrange(len(layers)), chosen.randrange(layers[0].n_experts))
+              for _ in range(n_reads)]  # fmt: skip
+    store = ExpertStore([layers[0].layout], [N_READERS])  # pages as the tier has them
+    buffers = store.blocks(0).zero_().numpy()
 
-    def read(thread: int) -> None:
-        start = -buffers[thread].data_ptr() % 4096
-        for layer, expert in jobs[thread::N_READERS]:
-            out = buffers[thread][start : start + layers[layer].layout.block_bytes]
-            files[layer].read(expert, out, lambda: False)
+    def read(jobs: list[tuple[int, int, slice]], thread: int) -> None:
+        view = buffers[thread].data
+        for layer, expert, piece in jobs[thread::N_READERS]:
+            position = layers[layer].block_offset_bytes(expert) + piece.start
+            assert os.preadv(files[layer], [view[piece]], position) == piece.stop - piece.start
 
+    reached = []
+    for parts in ([slice(0, block_bytes)], pieces):
+        jobs = [(*place, part) for place in places for part in parts]
+        began_s = time.perf_counter()
+        with ThreadPoolExecutor(N_READERS) as pool:
+            list(pool.map(partial(read, jobs), range(N_READERS)))
+        reached.append(n_reads * block_bytes / (time.perf_counter() - began_s) / 1e9)
     for file in files:
-        file._is_checked = bytearray(b"\1") * layers[0].n_experts  # as in a long run
-    began_s = time.perf_counter()
-    with ThreadPoolExecutor(N_READERS) as pool:
-        list(pool.map(read, range(N_READERS)))
-    took_s = time.perf_counter() - began_s
-    for file in files:
-        file.close()
-    return sum(layers[layer].layout.block_bytes for layer, _ in jobs) / took_s / 1e9
+        os.close(file)
+    return max(reached)
 
 
 @contextmanager
@@ -83,7 +97,8 @@ def against_disk(folder: Path, gb: float, n_tokens: int) -> None:
         assert isinstance(tier, DiskTier), "the budget holds all experts"
         source = engine.source
         assert isinstance(source, PreparedModel)
-        decode(engine, n_tokens)  # every block's first read is checked
+        for _ in range(1 + TRIAL_STEPS // n_tokens):  # until reading ahead is decided on
+            decode(engine, n_tokens)
         for _ in range(ROUNDS):
             before, wait_s = tier.disk.n_bytes, tier.disk.wait_s
             hits, misses = tier.disk.hits, tier.disk.misses
@@ -101,6 +116,7 @@ def against_disk(folder: Path, gb: float, n_tokens: int) -> None:
                 f"over all of decode, {wait_s:.2f} of {sum(times_s):.2f} s waited for; plain "
                 f"reads of {n_reads} blocks {plain:.2f} GB/s: {100 * reached / plain:.0f}%"
             )
+        print("  " + "; ".join(tier.notes()))
     shares = [reached / plain for _, _, reached, _, plain in rows]
     print(
         f"{gb:g} GB ({tier.cache.n_ways} ways): median "
@@ -113,7 +129,8 @@ def cost_in_memory(folder: Path, n_tokens: int) -> None:
     with opened(folder, None) as engine:
         store, source = engine.store, engine.source
         assert isinstance(source, PreparedModel)
-        tier = DiskTier(source.manifest.moe_layers, store.n_experts[0], make_policy("LFRU"))
+        policy, kernels = make_policy("LFRU"), load_kernels()
+        tier = DiskTier(source.manifest.moe_layers, store.n_experts[0], policy, kernels)
         for layer, n in enumerate(store.n_experts):
             tier.warm(layer, list(range(n)))
         medians: dict[str, list[float]] = {"plain": [], "tier": []}

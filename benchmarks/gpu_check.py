@@ -2,10 +2,12 @@
 
     PYTHONPATH=src python3 benchmarks/gpu_check.py [--json FILE]
 
-Runs the CUDA-marked tests, then builds models of Mixtral's (bf16, int4), Phi-3.5-MoE's (bf16) and
-Qwen3-30B's (int4) shapes with random weights in memory and measures decoding with each way to serve
-a miss and, with three of them, prompts of 512 and 4,096 tokens as far as time allows. Caches are
-sized for a 24 GB card unless `--memory-gb` says otherwise.
+Runs the CUDA-marked tests, then builds models of Mixtral's (bf16, int4), Phi-3.5-MoE's (bf16),
+Qwen3-30B's (int4, fp8) and gpt-oss-20b's (mxfp4) shapes with random weights in memory and measures
+decoding with each way to serve a miss and, with four of them, prompts of 512 and 4,096 tokens as
+far as time allows. Caches are sized for a 24 GB card unless `--memory-gb` says otherwise. Beside
+the paper's cache stand the same without CUDA graphs, with the CPU's misses after the hits instead
+of beside them ("serial"), and with the experts of prompts launched one by one.
 
 The models have all their layers, so that speeds are the real model's, but host memory holds the
 experts of some only, at most 16 GB, which the other layers use again in turn: a machine of 32 GB
@@ -14,10 +16,10 @@ and comes back to a layer's memory only after reading all that is stored. Less i
 is short, or the machine too slow to fill it in a third of the time there is.
 
 It is over after eight minutes, whatever happens: the measuring is done by another process. No
-setting starts after `--minutes`, and each takes its share of the time that is left; the last two of
-a model give way where it has had its third. At `--limit-s` that process is ended with all it
-started, hanging or not. The report is written anew after each setting, so that what was measured is
-kept, and what was not is named, however it ends.
+setting starts after `--minutes`, and each takes its share of the time that is left, of which the
+first models have more; all but a model's first four give way where it has had its own. At
+`--limit-s` that process is ended with all it started, hanging or not. The report is written anew
+after each setting, so that what was measured is kept, and what was not is named, however it ends.
 
 Routing is synthetic with Mixtral's reuse of experts (or `--trace`), the same for every setting.
 Prefetching guesses with the model's own routers, which know nothing of such routing: it is measured
@@ -27,6 +29,11 @@ on random weights the recall says little about a trained model's).
 Correct means two things. Layers of decode steps agree with the plain torch oracle on the CPU, given
 the same input and routing. And, where routing is fixed, the logits of a prompt and some steps are
 those of the CPU computing every expert. (With the model's routing a near tie may fall either way.)
+
+What speeds are to be held against is measured first: the card's own copies, within its memory and
+over the link. "hits" are the bytes of one-token experts in that time, "between" is the host's time
+from the end of one layer's experts to the next one's call, "slowed" what hits take in layers that
+start copies, over those that start none.
 
 "% of bound" is the least time that this machine's measured speeds allow for the routing, as a share
 of the time taken: experts that were in the cache cost the GPU's time; all others, waited for or
@@ -57,15 +64,18 @@ from moe_offload.files import write_atomically
 from moe_offload.simulation.shapes import SHAPES_FILE
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-Format = Literal["bf16", "int8", "int4"]
+Format = Literal["bf16", "int8", "int4", "mxfp4", "fp8"]
 
 # The most telling first: what is not reached in time is the least.
 MODELS: tuple[tuple[str, Format], ...] = (
     ("mixtral-8x7b", "bf16"),
+    ("qwen3-30b-a3b", "int4"),
     ("mixtral-8x7b", "int4"),
     ("phi-3.5-moe", "bf16"),
-    ("qwen3-30b-a3b", "int4"),
+    ("gpt-oss-20b", "mxfp4"),
+    ("qwen3-30b-a3b", "fp8"),
 )
+SHARES: Final = (3, 3, 2, 2, 1, 1)  # of the time, by their order
 MEASURING = ("-m", "benchmarks.gpu_measurements")  # what Python runs
 RUNNING: Final = "running"
 COMPLETE: Final = "complete"

@@ -19,8 +19,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check import COMPLETE, ROOT, RUNNING, Format, models, parse, write_report
-from benchmarks.gpu_models import N_CORE_SETTINGS, load_s_per_byte, open_source, settings
+from benchmarks.gpu_check import (
+    COMPLETE,
+    ROOT,
+    RUNNING,
+    SHARES,
+    Format,
+    models,
+    parse,
+    write_report,
+)
+from benchmarks.gpu_models import (
+    N_CORE_SETTINGS,
+    card_speeds,
+    load_s_per_byte,
+    open_source,
+    settings,
+)
 from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, Row, print_row, run_setting
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import choose_device, load_engine
@@ -99,10 +114,11 @@ def run_shape(
     shape: str,
     arguments: argparse.Namespace,
     deadline_s: float,
-    n_left: int,
+    n_left: float,
     report: Report,
 ) -> None:
-    """Every setting of one shape, each with an equal part of the time to `deadline_s`.
+    """Every setting of one shape, each with an equal part of the time to `deadline_s`, which as
+    many models as `n_left` share.
 
     Once the time of this shape is up, only its core settings are still begun: others wait.
     """
@@ -167,12 +183,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.document["tests"] = tests
     report.save()
     s_per_byte = load_s_per_byte(arguments.device)
+    report.document["card"] = card_speeds(arguments.device)
+    print(", ".join(f"{k} {v:.0f}" for k, v in report.document["card"].items()), flush=True)
     for number, (shape, weight_format) in enumerate(measured):
         left_s = deadline_s - time.monotonic()
         if left_s < 0:
             report.leave_out(shape, weight_format, "out of time")
             continue
-        n_left = len(measured) - number
+        shares = [*SHARES, *[1] * len(measured)][number : len(measured)]
+        n_left = sum(shares) / shares[0]  # models like this one
         most_bytes = left_s / n_left * LOADING_SHARE / s_per_byte
         try:
             source = open_source(shape, weight_format, arguments.layers, most_bytes)

@@ -17,28 +17,36 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.machine.hardware import available_bytes
 from moe_offload.model.dummy import DummyModel
 
-# The paper's cache on 24 GB: 14 x 4 for Mixtral, 16 x 8 for Phi; a quarter of the experts of Qwen3.
-PAPER_CACHE = {"mixtral-8x7b": (14, 4), "phi-3.5-moe": (16, 8), "qwen3-30b-a3b": (48, 32)}
+# The paper's cache on 24 GB: 14 x 4 for Mixtral, 16 x 8 for Phi; a quarter of the others' experts.
+PAPER_CACHE = {
+    "mixtral-8x7b": (14, 4), "phi-3.5-moe": (16, 8), "qwen3-30b-a3b": (48, 32),
+    "gpt-oss-20b": (24, 8),
+}  # fmt: skip
 # Of a model's experts in memory, the other layers using them again. Many times any last-level
 # cache, and little enough for a machine of 32 GB.
 STORED_BYTES = 16e9
 HOST_MEMORY_SHARE = 0.8
 WARM_UP_STEPS = 8
-N_CORE_SETTINGS = 6  # of `settings`, the first: they are measured of every model before the others
+N_CORE_SETTINGS = 4  # of `settings`, the first: they are measured of every model before the others
 _TRIED_BLOCKS = 2
+_COPIED_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Setting:
     """One way to serve a miss; `forced` routing is the trace's, else the model's own.
 
-    With `prompts`, long prompts are measured too.
+    With `prompts`, long prompts are measured too. Without `overlap` a layer's misses run
+    after its hits, without `tiles` a prompt's experts are launched one by one.
     """
 
     name: str
     cache: CacheOptions
     forced: bool = True
     prompts: bool = False
+    graphs: bool = True
+    overlap: bool = True
+    tiles: bool = True
 
     @property
     def warm_up_steps(self) -> int:
@@ -56,12 +64,15 @@ def settings(shape: str, n_layers: int, n_experts: int, memory_gb: float) -> lis
     return [
         Setting("cpu only", CacheOptions(), prompts=True),
         Setting("paper", CacheOptions(**cached), prompts=True),
+        Setting("paper, no graphs", CacheOptions(**cached), graphs=False),
+        Setting("paper, serial", CacheOptions(**cached), overlap=False),
         Setting("--cache-auto", CacheOptions(auto=True, miss_policy="auto", memory_gb=memory_gb)),
         Setting("fetch on demand", CacheOptions(miss_policy="fetch"), prompts=True),
         Setting("next-layer prefetch", prefetching, forced=False),
         Setting("fetch, cached", CacheOptions(miss_policy="fetch", **cached), forced=False),
         Setting("paper, auto misses", CacheOptions(miss_policy="auto", **cached)),
         Setting("fetch on demand, cached", CacheOptions(miss_policy="fetch", **cached)),
+        Setting("paper, one by one", CacheOptions(**cached), prompts=True, tiles=False),
     ]
 
 
@@ -79,6 +90,32 @@ def load_s_per_byte(device: str) -> float:
         store.pin()
     store.close()
     return (time.monotonic() - started_s) / store.total_bytes
+
+
+def card_speeds(device: str) -> dict[str, float]:
+    """GB/s that the card's own copies reach: bytes read and written within it, bytes over the link.
+
+    Nothing without a card.
+    """
+    if device == "cpu":
+        return {}
+    on_card = torch.zeros(2, _COPIED_BYTES, dtype=torch.uint8, device=device)
+    on_host = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+
+    def gbps(n_bytes: int, source: torch.Tensor) -> float:
+        times_s = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            started_s = time.perf_counter()
+            on_card[0].copy_(source, non_blocking=True)
+            torch.cuda.synchronize()
+            times_s.append(time.perf_counter() - started_s)
+        return n_bytes / min(times_s) / 1e9
+
+    return {
+        "card_copy_gbps": gbps(2 * _COPIED_BYTES, on_card[1]),
+        "link_gbps": gbps(_COPIED_BYTES, on_host),
+    }
 
 
 def open_source(

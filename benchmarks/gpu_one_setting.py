@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,21 +18,24 @@ from moe_offload.config import GenerationOptions
 from moe_offload.engine.calibration import UNSTEADY
 from moe_offload.engine.engine import Engine
 from moe_offload.experts.recorder import NullRecorder, Recorder
+from moe_offload.experts.slots import Pending
 from moe_offload.kernels.oracle import experts_forward
 from moe_offload.model.dummy import ForcedRouting
 from moe_offload.model.generation import cache_argument, generate_batch
+from moe_offload.model.kv_cache import make_cache
 from moe_offload.report.summary import summarize
 from moe_offload.simulation.replay import bound_us
 
 PROMPT_TOKENS = 32
 PROMPT_LENGTHS = (512, 4096)
 _WARM_UP_PROMPT = 64
-_PROMPTS_SHARE = 3  # of a setting's time for decoding: three of eight settings have prompts
+_PROMPTS_SHARE = 3  # of a setting's time for decoding: four settings have prompts
 LEAST_STEPS = 4
-CHECKED_STEPS = 4
+CHECKED_STEPS = 6  # two of them may be to record graphs
 _CHECKED_LAYERS = 4  # the last of those that are watched: torch's bf16 is slow on some CPUs
 LOGIT_TOLERANCE = 0.05  # relative norm; bf16 and quantised activations round differently per side
-LAYER_TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int4": 0.05}  # of one layer's output
+# Of one layer's output.
+LAYER_TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int4": 0.05, "mxfp4": 0.05, "fp8": 0.03}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Row:
     """One setting of one shape; times and rates of decoding at batch 1, over `steps` steps.
 
     The experts of `stored_layers` are in memory, and serve all `layers`. `prompts_tokens_per_s` is
-    by a prompt's length, where long ones were measured.
+    by a prompt's length, where long ones were measured. `between_us` is the median of the host's
+    time from the end of a layer's experts to the next one's, `replayed` the steps by CUDA graphs.
     """
 
     shape: str
@@ -59,6 +66,11 @@ class Row:
     prefetch_recall_percent: float | None
     prefetch_wasted_gb: float | None
     cpu_read_gbps: float | None
+    hit_gbps: float | None
+    copy_gbps: float | None
+    hits_slowed: float | None
+    between_us: float
+    replayed: int
     prefill_tokens_per_s: float
     prompts_tokens_per_s: dict[int, float]
     layer_error: float
@@ -79,10 +91,14 @@ def print_row(row: Row) -> None:
         f"{row.shape:14} {row.weight_format:5} {row.setting:24} {row.routing:6} {row.cache:>8} "
         f"{row.tokens_per_s:8.2f} tok/s {row.step_ms:9.3f} ms x{row.steps:<3}"
         f" hits {row.hit_percent:5.1f}%  moved {row.fetched_gb:7.2f} GB "
-        f"{row.percent_of_bound:4.0f}% of bound  errors: layer {row.layer_error:.4f} "
+        f"{row.percent_of_bound:4.0f}% of bound  between {row.between_us:.0f} us  "
+        f"errors: layer {row.layer_error:.4f} "
         f"logits {logit_error} {'ok' if row.correct else 'WRONG'}{recall}",
         flush=True,
     )
+    if row.hit_gbps is not None:
+        slowed = "" if row.hits_slowed is None else f", slowed {row.hits_slowed:.2f} x"
+        print(f"{'':21}hits {row.hit_gbps:.0f} GB/s{slowed}, copies {row.copy_gbps:.1f} GB/s")
     for n_tokens, speed in row.prompts_tokens_per_s.items():
         print(f"{'':21}a prompt of {n_tokens} tokens: {speed:.1f} tokens/s", flush=True)
     for note in row.notes:
@@ -115,6 +131,59 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
         del dispatcher.run  # type: ignore[method-assign]
 
 
+def set_up(engine: Engine, setting: Setting) -> None:
+    """Serve misses as `setting` says; what is changed lasts as long as its slots do."""
+    engine.use_cache(setting.cache)
+    if engine.graphs is not None:
+        engine.graphs.enabled = setting.graphs
+    if engine.accelerator is None:
+        return
+    gpu = engine.accelerator.gpu
+    launch = gpu.launch
+
+    def launch_and_wait(*arguments: Any) -> Pending:
+        pending = launch(*arguments)
+        pending.end.synchronize()
+        return pending
+
+    if not setting.overlap:
+        gpu.launch = launch_and_wait  # type: ignore[method-assign]
+    if not setting.tiles:
+        gpu._tiles = None
+
+
+@contextmanager
+def timed_between(engine: Engine) -> Iterator[list[float]]:
+    """Fills with the time from one layer's experts to the next one's, us, in decode steps."""
+    dispatcher = engine.dispatcher
+    run, between_us, ended_s = dispatcher.run, [0.0], 0.0
+
+    def timed(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        nonlocal ended_s
+        if layer and len(hidden) == 1:
+            between_us.append(1e6 * (time.perf_counter() - ended_s))
+        out = run(layer, hidden, index, weights)
+        ended_s = time.perf_counter()
+        return out
+
+    dispatcher.run = timed  # type: ignore[method-assign]
+    try:
+        yield between_us
+    finally:
+        del dispatcher.run  # type: ignore[method-assign]
+
+
+def hits_slowed(recorder: Recorder) -> float | None:
+    """What a hit takes in layers that start copies, over what it takes in others."""
+    layers = recorder.layer_table()
+    layers = layers[layers["hits"] > 0]
+    each_us = layers["gpu_us"] / layers["hits"]
+    copying = layers["fetches"] > 0
+    if copying.all() or not copying.any():
+        return None
+    return float(np.median(each_us[copying]) / np.median(each_us[~copying]))
+
+
 def layer_error(engine: Engine, samples: Sequence[Sample]) -> float:
     """The largest relative error of the last samples against the torch oracle."""
     errors = []
@@ -136,17 +205,39 @@ def start_trace_over(engine: Engine) -> None:
 
 @torch.inference_mode()
 def logits(engine: Engine, ids: list[int]) -> Tensor:
-    """Logits [T, vocabulary] of a prompt pass and of some decode steps after it."""
+    """Logits [T, vocabulary] of a prompt pass and of some decode steps after it.
+
+    The steps are those of `generate`, so that graphs serve them where they serve a text.
+    """
     start_trace_over(engine)
+    cache = make_cache(engine.model.config, len(ids) + CHECKED_STEPS)
+    shared = {"use_cache": True, cache_argument(engine.model): cache}
     inputs = torch.tensor([ids], device=engine.device)
-    cache_name = cache_argument(engine.model)
-    output = engine.model(input_ids=inputs, use_cache=True)
-    found = [output.logits[0]]
+    positions = torch.arange(len(ids) + CHECKED_STEPS, device=engine.device)[None]
+    prompt = engine.model(input_ids=inputs, position_ids=positions[:, : len(ids)], **shared)
+    found = [prompt.logits[0]]
     for step in range(CHECKED_STEPS):
-        past = {cache_name: output[cache_name]}
-        output = engine.model(input_ids=inputs[:, step : step + 1], **past)
+        place = len(ids) + step
+        output = engine.model(
+            input_ids=inputs[:, step : step + 1],
+            attention_mask=None,
+            position_ids=positions[:, place : place + 1],
+            logits_to_keep=1,
+            **shared,
+        )
         found.append(output.logits[0])
     return torch.cat(found).float().cpu()
+
+
+@contextmanager
+def eager(engine: Engine) -> Iterator[None]:
+    """Inside, no step is replayed by graphs."""
+    enabled = engine.graphs is not None and engine.graphs.enabled
+    if engine.graphs is not None:
+        engine.graphs.enabled = False
+    yield
+    if engine.graphs is not None:
+        engine.graphs.enabled = enabled
 
 
 @dataclass(frozen=True)
@@ -237,17 +328,23 @@ def run_setting(
     """Measure one setting and check its layers and, with forced routing, its logits."""
     engine.notes.clear()
     engine.dispatcher.forced_routing = routing if setting.forced else None
-    engine.use_cache(setting.cache)
+    set_up(engine, setting)
     engine.calibrate()
     assert engine.costs is not None
     ids = [(7 * i + 3) % min(1000, engine.source.config.vocab_size) for i in range(PROMPT_TOKENS)]
     patient = setting.cache.miss_policy == "auto"
-    measured = measure(engine, ids, setting.warm_up_steps, n_steps, budget_s, patient)
+    replayed = 0 if engine.graphs is None else engine.graphs.replayed
+    with timed_between(engine) as between_us:
+        measured = measure(engine, ids, setting.warm_up_steps, n_steps, budget_s, patient)
+    if engine.graphs is not None:
+        replayed = engine.graphs.replayed - replayed
+    if reference is None:
+        with eager(engine):
+            reference = logits(engine, ids)
     with watched(engine) as samples:
         found = logits(engine, ids)
     error = layer_error(engine, samples)
     speeds = prompt_speeds(engine, _PROMPTS_SHARE * budget_s) if setting.prompts else {}
-    reference = found if reference is None else reference
     logit_error = None
     if setting.forced:
         logit_error = float((found - reference).norm() / reference.norm())
@@ -259,7 +356,7 @@ def run_setting(
     stats = None
     if engine.accelerator is not None and engine.accelerator.prefetch.chosen:
         stats = engine.accelerator.prefetch
-    cache = engine.describe()
+    cache, costs = engine.describe(), engine.costs.model
     return Row(
         shape=shape,
         layers=engine.store.n_layers,
@@ -280,6 +377,11 @@ def run_setting(
         prefetch_recall_percent=None if stats is None else 100 * stats.recall,
         prefetch_wasted_gb=None if stats is None else stats.wasted_bytes / 1e9,
         cpu_read_gbps=summary.cpu_read_gbps,
+        hit_gbps=costs.block_bytes / costs.gpu.one_us(1) / 1e3 if engine.accelerator else None,
+        copy_gbps=costs.copy_gbps if engine.accelerator else None,
+        hits_slowed=hits_slowed(recorder),
+        between_us=statistics.median(between_us),
+        replayed=replayed,
         prefill_tokens_per_s=PROMPT_TOKENS / measured.prefill_s,
         prompts_tokens_per_s=speeds,
         layer_error=error,
@@ -287,5 +389,5 @@ def run_setting(
         correct=bool(found.isfinite().all())
         and error <= LAYER_TOLERANCE[engine.source.weight_format]
         and (logit_error is None or logit_error <= LOGIT_TOLERANCE),
-        notes=engine.run_notes(),
+        notes=engine.notes + engine.learnt(),
     ), reference

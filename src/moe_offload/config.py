@@ -218,6 +218,10 @@ class ModelOptions:
         "where attention runs; auto: the GPU when there is one; cuda:N: the N-th of several",
     )  # fmt: skip
     attention: Literal["sdpa", "xformers"] = option("sdpa", "--attention", "attention kernels")
+    cuda_graphs: Literal["auto", "off"] = option(
+        "auto", "--cuda-graphs",
+        "auto: record what a decode step does between two layers' experts, where the model allows",
+    )  # fmt: skip
     verify: bool = option(False, "--verify", "check every byte of the folder before loading")
     host_memory_gb: float | None = option(
         None, "--host-memory-gb X",

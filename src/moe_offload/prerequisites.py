@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("torch", "transformers", "safetensors", "mistral_common", "google.protobuf", "numpy"),
     *("gguf", "accelerate", "tqdm", "nvtx", "psutil", "pynvml", "matplotlib", "yaml"),
+    "pydantic",
 )
 
 

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import mistral_common
 import pytest
@@ -28,6 +29,7 @@ from moe_offload.checkpoint.prepared import (
 )
 from moe_offload.checkpoint.source_files import LazyTensor
 from moe_offload.commands import prepare
+from moe_offload.errors import UserError
 from moe_offload.files import from_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -361,3 +363,24 @@ def test_layout_in_the_manifest_is_complete(tmp_path: Path) -> None:
         "down_scale",
         "down_bias",
     ]
+
+
+@pytest.mark.parametrize("flags", [("--expert-dtype", "int8"), ("--dense-dtype", "int4")])
+def test_without_a_compiler_the_bytes_are_the_same(
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tiny_models.write_hub(tiny_models.build_model(tiny_models.mixtral()), tmp_path / "in")
+    expected = prepare_folder(source, tmp_path / "kernels", "--hf", *flags)
+    capsys.readouterr()
+
+    def no_compiler(*_: object) -> NoReturn:
+        raise UserError("expected a compiler, found none")
+
+    monkeypatch.setattr("moe_offload.commands.prepare_model.load_kernels", no_compiler)
+    found = prepare_folder(source, tmp_path / "torch", "--hf", *flags)
+    assert "several times as long: expected a compiler, found none" in capsys.readouterr().err
+    for one, other in zip(expected.shards, found.shards, strict=True):
+        assert one.file.read_bytes() == other.file.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from unittest.mock import Mock
 import pytest
 from transformers import MixtralConfig
 
-from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.checkpoint.folders import FORMAT_VERSION, MANIFEST_NAME
 from moe_offload.commands import check, draw, generate, prepare, simulate
-from moe_offload.commands.arguments import build_parser, parse_config, parse_cpu_list
+from moe_offload.commands.arguments import build_parser, importing, parse_config, parse_cpu_list
 from moe_offload.config import Config, flag_of
 from moe_offload.errors import UserError
 
@@ -68,7 +69,8 @@ def test_nobody_to_read_a_verdict_does_not_change_it(
     monkeypatch.setattr("moe_offload.model.tokenization.load_tokenizer", lambda *_: tokenizer)
     verdict = Mock(is_right=False, lines=lambda: ["verdict: wrong"])
     monkeypatch.setattr("moe_offload.engine.check.check_engine", lambda *_: verdict)
-    (tmp_path / MANIFEST_NAME).touch()
+    (tmp_path / MANIFEST_NAME).write_text(f'{{"format_version": {FORMAT_VERSION}}}')
+    (tmp_path / "tokenizer.json").touch()
     arguments = ["--model-path", str(tmp_path), "--source", str(tmp_path)]
     assert check.main(arguments) == check.EXIT_WRONG
 
@@ -129,3 +131,14 @@ def test_help_calls_the_program_as_it_was_started(
     assert ("  moe-run --model-path M --prompt" in text) == installed
     assert ("python3 src/main.py --model-path M" in text) == (not installed)
     assert ("moe-prepare has prepared" in text) == installed
+
+
+def test_imports_are_not_searched_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
+    with pytest.raises(KeyboardInterrupt), importing():
+        raise KeyboardInterrupt
+    assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moe_offload.commands import generate
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.cluster import Place, Queue, _needed_bytes, _Run, resources_of_workers
 from moe_offload.commands.prompts import Prompt
@@ -46,24 +47,27 @@ class Ref:
 
 @dataclass(eq=False)
 class Actor:
-    """Answers one prompt at a time; dies with those of `deadly`, and at its first `n_bad_loads`."""
+    """Answers one prompt at a time; dies with those of `deadly`, and where no load is good."""
 
     deadly: Sequence[int] = ()
-    n_bad_loads: int = 0
-    load_error: Exception = field(default_factory=WorkerError)
+    load_error: Exception | None = None
+    n_tries: list[int] = field(default_factory=list)  # that Ray is to make of each load
     given: list[list[int]] = field(default_factory=list)
 
     @property
     def load(self) -> Any:
-        return SimpleNamespace(remote=lambda: Ref(self._load))
+        def options(max_task_retries: int) -> Any:
+            self.n_tries.append(1 + max_task_retries)
+            return SimpleNamespace(remote=lambda: Ref(self._load))
+
+        return SimpleNamespace(options=options)
 
     @property
     def answer(self) -> Any:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._answer))
 
     def _load(self) -> str:
-        self.n_bad_loads -= 1
-        if self.n_bad_loads >= 0:
+        if self.load_error is not None:
             raise self.load_error
         return "machine"
 
@@ -141,15 +145,15 @@ def test_the_only_worker_has_two_tries(tmp_path: Path) -> None:
 def test_a_worker_that_cannot_load_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for error, n_loads in ((WorkerError(), 3), (WorkerError(UserError("too small")), 1)):
-        bad = Actor(n_bad_loads=99, load_error=error)
-        (folder := tmp_path / str(n_loads)).mkdir()
-        run, _ = driven(folder, [bad, Actor(n_bad_loads=2)])
+    for name, error in (("died", WorkerError()), ("said", WorkerError(UserError("too small")))):
+        bad = Actor(load_error=error)
+        (folder := tmp_path / name).mkdir()
+        run, _ = driven(folder, [bad, Actor()])
         assert run.n_answered == 8
-        assert 99 - bad.n_bad_loads == n_loads
+        assert bad.n_tries == [3]
         assert "cannot load the model" in capsys.readouterr().err
     with pytest.raises(UserError, match="no worker could load the model: UserError: too small"):
-        driven(tmp_path, [Actor(n_bad_loads=99, load_error=WorkerError(UserError("too small")))])
+        driven(tmp_path, [Actor(load_error=error)])
 
 
 def test_a_suspect_waits_for_a_worker_that_it_has_not_failed_on() -> None:
@@ -204,3 +208,13 @@ def test_machines_that_cannot_serve_are_left_out() -> None:
     for machines, device in (([cpu], "cuda"), ([], "auto"), ([no_work], "cpu")):
         with pytest.raises(UserError, match=r"a machine in the Ray cluster with 1\.1 GB"):
             resources_of_workers(machines, GB, device)
+
+
+def test_a_missing_ray_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "find_spec", lambda name: None if name == "ray" else name)
+    flags = ("--prompt-path", "p", "--responses-jsonl", "a", "--ray", "local")
+    assert generate.main(["--model-path", "m", "--max-tokens", "4", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--ray needs Ray: pip install -r requirements-ray.txt" in line

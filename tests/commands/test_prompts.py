@@ -93,14 +93,14 @@ def test_lines_of_json_bring_their_settings(tmp_path: Path) -> None:
         ({"prompt": "a", "id": 1.5}, "has the id 1.5"),
         ({"prompt": "a", "id": True}, "has the id True"),
         ({"prompt": "a", "id": "x"}, "has the id 'x' of line 1"),
-        ({"prompt": "a", "max_tokens": 0}, "--max-tokens of at least 1, found 0"),
-        ({"prompt": "a", "max_tokens": True}, "--max-tokens as a whole number, found True"),
-        ({"prompt": "a", "max_tokens": "9"}, "--max-tokens as a whole number, found '9'"),
+        ({"prompt": "a", "max_tokens": 0}, "expected max_tokens of at least 1, found 0"),
+        ({"prompt": "a", "max_tokens": True}, "expected max_tokens as a whole number, found True"),
+        ({"prompt": "a", "max_tokens": "9"}, "expected max_tokens as a whole number, found '9'"),
         ('{"prompt": "a", "temperature": NaN}', "finite number, found nan"),
-        ({"prompt": "a", "max_tokens": 10**400}, "--max-tokens of at most"),
-        ({"prompt": "a", "temperature": -(10**400)}, "--temperature of at least 0"),
-        ({"prompt": "a", "stop": [1]}, "--stop"),
-        ({"prompt": "a", "stop": 1}, "--stop"),
+        ({"prompt": "a", "max_tokens": 10**400}, "expected max_tokens of at most"),
+        ({"prompt": "a", "temperature": -(10**400)}, "expected temperature of at least 0"),
+        ({"prompt": "a", "stop": [1]}, "expected stop as"),
+        ({"prompt": "a", "top_p": 2}, "expected top_p of at most 1"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -115,9 +115,13 @@ def test_a_broken_line_is_left_out_and_the_others_are_not(
     assert capsys.readouterr().err.count("left out: line 2") == 1
 
 
-def test_a_file_without_a_usable_line_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1 of .* is not JSON"):
+def test_a_file_without_a_usable_line_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"no prompt of .*p.jsonl can be answered \(left out"):
         from_json(tmp_path, "text", "more text")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "line 1 of" in first and "line 2 of" in second
 
 
 def test_many_broken_lines_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +149,7 @@ def test_a_large_file_of_prompts(tmp_path: Path) -> None:
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "clock"}}
 
 
 def request(custom_id: Any = "a", url: str = CHAT_URL, **body: Any) -> dict[str, Any]:
@@ -182,14 +187,19 @@ def test_lines_of_openais_batch_format(tmp_path: Path) -> None:
         (request("a", "/v1/embeddings", input="x"), "has the url '/v1/embeddings'"),
         (request("a") | {"body": None}, "has no body"),
         (request("a") | {"id": 3}, "unknown field 'id'"),
-        (request("a", prompt="x"), "has no messages, which /v1/chat/completions needs"),
-        (request("a", TEXT_URL, prompt=["x"]), "has no text as prompt"),
-        (request("a", messages=HI, n=2), "has n 2, which is not served"),
-        (request("a", messages=HI, stream=True), "has stream True"),
-        (request("a", messages=HI, tools=[{}]), "has tools"),
-        (request("a", messages=HI, audio={}), "unknown field 'audio'"),
-        (request("a", messages=[{"role": "user", "content": [{"image_url": "x"}]}]), "not text"),
-        (request("a", messages=HI, max_tokens=0), "--max-tokens of at least 1"),
+        (request("a", prompt="x"), "cannot be served: messages: Field required"),
+        (request("a", TEXT_URL, prompt=["x"]), "cannot be served: prompt: "),
+        (request("a", messages=HI, n=2), "cannot be served: n is served only as 1"),
+        (request("a", messages=HI, stream=True), "has stream, which a server serves"),
+        (request("a", messages=HI, tools=[{}]), "cannot be served: tools.0.type"),
+        (request("a", messages=HI, tools=[TOOL]), "has tools, which a server serves"),
+        (request("a", messages=[{"role": "tool", "content": "x"}]), "of role 'tool'"),
+        (request("a", messages=HI, audio={}), "cannot be served: audio: "),
+        (
+            request("a", messages=[{"role": "user", "content": [{"image_url": "x"}]}]),
+            "messages.0.content",
+        ),
+        (request("a", messages=HI, max_tokens=0), "cannot be served: max_tokens: "),
         (request("first"), "has the id 'first' of line 1"),
     ],
     ids=lambda value: str(value)[:60],
@@ -204,6 +214,19 @@ def test_a_request_that_cannot_be_served_is_left_out(
     assert reason in said
     named = {"a": said} if line.get("custom_id") == "a" else {}
     assert left_out.requests == named
+
+
+def test_what_shapes_no_draw_is_not_in_a_requests_way(tmp_path: Path) -> None:
+    """As at the server: a client may say top_p and the like where nothing is drawn."""
+    path = tmp_path / "p.jsonl"
+    lines = [
+        request("a", messages=HI, top_p=0.9, tools=[]),
+        request("b", messages=HI, temperature=1),
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    found, left_out = read_prompts(PromptOptions(path=path), GenerationOptions(9))
+    assert not left_out.reasons
+    assert [(one.options.temperature, one.options.top_p) for one in found] == [(0, 1), (1, 1)]
 
 
 def test_shards_share_all_prompts_and_keep_their_numbers(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ import transformers
 from chat_model import write_chat_model
 
 from moe_offload.commands import generate, serve
+from moe_offload.commands.gate import Metrics
+from moe_offload.experts.recorder import LayerEvent, Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 6000
@@ -365,11 +367,33 @@ def test_the_metrics_tell_what_was_done(served: Served) -> None:
     after = [served.metric(name) for name in names]
     assert [now - then for then, now in zip(before, after, strict=True)] == [7, 3]
     assert served.metric("moe_time_to_first_token_seconds_count") == first_tokens + 1
-    hits = served.metric('moe_cache_lookups_total{outcome="hit",policy="LRU"}')
-    misses = served.metric('moe_cache_lookups_total{outcome="miss",policy="LRU"}')
-    assert hits > 0 and misses > 0
+    for outcome in ("hit", "miss"):
+        labels = f'cache="gpu",outcome="{outcome}",policy="LRU"'
+        assert served.metric(f"moe_cache_lookups_total{{{labels}}}") > 0
     for by in ("cpu", "gpu", "copy"):
         assert served.metric(f'moe_expert_bytes_total{{by="{by}"}}') > 0
+
+
+def test_the_metrics_of_experts_that_come_from_disk() -> None:
+    recorder = Recorder()
+    recorder.begin_pass("decode", n_tokens=1, prompt=0)
+    for layer in range(2):
+        recorder.layer(
+            LayerEvent(
+                layer, [[0, 1]], None, host_hits=3, host_misses=1, cpu_bytes=40, disk_bytes=10
+            )
+        )
+    recorder.end_pass(0.1)
+    metrics = Metrics({"host": "LFRU"})
+    metrics.add_layers(recorder)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"moe_{name}_total", labels)
+
+    of_host = {"cache": "host", "policy": "LFRU"}
+    assert value("cache_lookups", outcome="hit", **of_host) == 6
+    assert value("cache_lookups", outcome="miss", **of_host) == 2
+    assert (value("expert_bytes", by="cpu"), value("expert_bytes", by="disk")) == (80, 20)
 
 
 @pytest.mark.nightly
@@ -421,8 +445,12 @@ def test_sigterm_ends_it_in_order(served: Served) -> None:
     assert served.lines[-1] == "stopped\n"
     answers = [connection.getresponse() for connection in connections]
     assert [answer.status for answer in answers] == [200, 503, 503]
+    stopped = {"message": "this server is being stopped", "type": "server_error"}
+    stopped |= {"param": None, "code": None}
     for answer in answers[1:]:
-        assert json.loads(answer.read())["error"]["message"] == "this server is being stopped"
+        assert json.loads(answer.read())["error"] == stopped
+    *_, last = answers[0].read().decode().strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"] == stopped, "and no [DONE]"
 
 
 @pytest.mark.parametrize(

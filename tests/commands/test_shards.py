@@ -29,6 +29,7 @@ JOB = {"SKYPILOT_JOB_RANK": 1, "SKYPILOT_NUM_JOBS": 5}
         (STEP, (1, 4)),
         (array(2, 3, 0, 2) | STEP, (9, 12)),
         (NODE, (2, 3)),
+        ({"SKYPILOT_NODE_RANK": 1, "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n"}, (1, 2)),
         (JOB | NODE, (5, 15)),
         (STEP | NODE, (2, 3)),  # SkyPilot started on Slurm
         ({"SLURM_PROCID": 0, "SLURM_NTASKS": 4} | NODE, (2, 3)),

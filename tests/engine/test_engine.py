@@ -420,7 +420,7 @@ def test_a_busy_machine_is_said_at_once_and_noted(folder: Path) -> None:
         engine.costs = MachineCosts(model, 25.0, Steadiness(0.0, 0.0))
         engine.follow_prompts([3, 4])
         assert engine.dispatcher.prompt == 3
-        assert engine.run_notes().count("busy") == 2
+        assert engine.notes.count("busy") == 2
     # Two sequences of two experts each, in four layers.
     assert looked == [None, 700 + 4 * (50 + 5 + 4 * 110)]
     assert said == ["busy", "busy"]

@@ -23,9 +23,10 @@ from moe_offload.errors import UserError
 from moe_offload.experts.cache import make_policy
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.fetcher import HostFetcher
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import block_at
 
-LAYOUT = block_layout("fp32", 16, 16)
+LAYOUT = block_layout("fp32", 64, 40)  # 8 pages: four pieces of a block, and more
 N_LAYERS, N_EXPERTS = 3, 6
 
 
@@ -46,6 +47,11 @@ def write_layer(folder: Path, layer: int) -> MoeLayer:
     return MoeLayer(*unsealed).sealed(checksums)
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_file, "_LEAST_BYTES", 4096)
+
+
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> list[MoeLayer]:
     folder = tmp_path_factory.mktemp("disk-tier")
@@ -57,7 +63,7 @@ def open_tier(layers: list[MoeLayer]) -> Iterator[Callable[..., DiskTier]]:
     opened = []
 
     def open_one(n_ways: int, policy: str = "LRU", of: list[MoeLayer] | None = None) -> DiskTier:
-        opened.append(DiskTier(of or layers, n_ways, make_policy(policy)))
+        opened.append(DiskTier(of or layers, n_ways, make_policy(policy), load_kernels()))
         return opened[-1]
 
     yield open_one
@@ -144,6 +150,12 @@ def test_a_block_that_a_copy_still_reads_is_not_overwritten(open_tier):
     fetcher.close()
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for what threads are about to do."""
+    while not holds():
+        time.sleep(1e-3)
+
+
 def damaged(tmp_path: Path, change: Callable[[Path, MoeLayer], None]) -> list[MoeLayer]:
     layer = write_layer(tmp_path, 0)
     change(layer.file, layer)
@@ -188,17 +200,18 @@ def test_a_file_cut_while_it_is_read_is_told(open_tier, tmp_path):
     layer = write_layer(tmp_path, 0)
     tier = open_tier(3, of=[layer])
     assert computed(tier, 0, [5]) == [5]
-    os.truncate(layer.file, layer.block_offset_bytes(2) + 100)
+    os.truncate(layer.file, layer.block_offset_bytes(2) + 5 * 4096 + 100)
     assert computed(tier, 0, [1, 5]) == [5, 1]
     with pytest.raises(UserError, match=r"is truncated: expert 2 ends \d+ bytes early"):
         computed(tier, 0, [2])
 
 
-def with_reads(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
+def with_reads(monkeypatch: pytest.MonkeyPatch, before: Callable[..., object]) -> None:
+    """Have `before` called with each read's file, buffers and place in the file."""
     preadv = os.preadv
 
     def read(*arguments: Any) -> int:
-        before()
+        before(*arguments)
         return preadv(*arguments)
 
     monkeypatch.setattr(block_file.os, "preadv", read)
@@ -207,8 +220,9 @@ def with_reads(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> N
 def test_a_disk_that_fails_is_one_sentence_and_may_come_back(open_tier, monkeypatch):
     tier = open_tier(2)
 
-    def fail() -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def fail(_file: int, _buffers: Any, place: int) -> None:
+        if place // 4096 % 3 == 0:  # some piece of the block, and not all of them
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
         with_reads(patch, fail)
@@ -218,7 +232,7 @@ def test_a_disk_that_fails_is_one_sentence_and_may_come_back(open_tier, monkeypa
 
 
 def test_a_slow_disk_is_waited_for(open_tier, monkeypatch):
-    with_reads(monkeypatch, lambda: time.sleep(0.02))
+    with_reads(monkeypatch, lambda *_: time.sleep(0.02))
     tier = open_tier(2)
     assert sorted(computed(tier, 0, [0, 1, 2, 3, 4])) == [0, 1, 2, 3, 4]
     assert tier.disk.wait_s > 0.02
@@ -227,7 +241,7 @@ def test_a_slow_disk_is_waited_for(open_tier, monkeypatch):
 def test_an_interrupt_while_reads_are_in_flight_leaves_all_in_order(open_tier, monkeypatch):
     tier, may_read = open_tier(4), threading.Event()
     with monkeypatch.context() as patch:
-        with_reads(patch, may_read.wait)
+        with_reads(patch, lambda *_: may_read.wait())
         groups = tier.arriving(0, [0, 1, 2, 3])
         assert next(groups) == []
         patch.setattr(tier, "_wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -242,14 +256,14 @@ def test_an_interrupt_while_reads_are_in_flight_leaves_all_in_order(open_tier, m
 def test_closing_gives_reads_up(layers, monkeypatch):
     """What is under way ends with its piece, and what waits behind it is not begun."""
     began = []
-    with_reads(monkeypatch, lambda: (began.append(1), time.sleep(0.02)))
+    with_reads(monkeypatch, lambda *_: (began.append(1), time.sleep(0.02)))
     tier = DiskTier(layers, N_EXPERTS, make_policy("LRU"))
     began.clear()
     next(tier.arriving(0, list(range(N_EXPERTS))))
     next(tier.arriving(1, list(range(N_EXPERTS))))
     tier.close()
     assert len(began) < 2 * N_EXPERTS
-    assert not any(reader._thread.is_alive() for reader in tier._readers)
+    assert not any(thread.is_alive() for thread in tier._disk._readers._threads)
 
 
 def test_where_direct_reads_are_refused_the_bytes_are_the_same(open_tier, monkeypatch):
@@ -279,16 +293,15 @@ def reading_ahead(tier: DiskTier) -> DiskTier:
 def test_an_idle_disk_reads_ahead_what_the_next_router_chooses(open_tier):
     tier = reading_ahead(open_tier(3))
     computed(tier, 0, [4, 5])
-    guess = tier.guess(1, torch.zeros(1, 16))
+    guess = tier.guess(1, torch.zeros(1, 64))
     tier.read_ahead_later(1, guess.flatten().tolist())
     computed(tier, 0, [4, 5])
-    for reader in tier._readers:
-        reader.synchronize()
+    until(lambda: all(read.is_done for read in tier._reads.values()))
     before = tier.disk.misses
     assert sorted(computed(tier, 1, [0, 1])) == [0, 1]
     assert tier.disk.misses == before
     assert (tier.n_ahead, tier.n_ahead_used) == (2, 2)
-    assert tier.guess(N_LAYERS, torch.zeros(1, 16)) is None  # there is no such layer
+    assert tier.guess(N_LAYERS, torch.zeros(1, 64)) is None  # there is no such layer
 
 
 def test_a_miss_gives_up_what_is_read_ahead(open_tier, monkeypatch):
@@ -296,7 +309,7 @@ def test_a_miss_gives_up_what_is_read_ahead(open_tier, monkeypatch):
     computed(tier, 0, [4])
     computed(tier, 1, [2])
     with monkeypatch.context() as patch:
-        with_reads(patch, may_read.wait)
+        with_reads(patch, lambda *_: may_read.wait())
         tier.read_ahead_later(1, [0, 1])
         computed(tier, 0, [4])
         ahead = list(tier._reads.values())

@@ -486,7 +486,7 @@ def test_a_prompt_of_one_token_is_a_prompt(name, n_past, is_decode):
 
     run = Run()
     one_token = {"input_ids": torch.zeros(1, 1, dtype=torch.int64), name: Past()}
-    run.dispatcher._before_pass((), one_token)
+    run.dispatcher.begin_pass((), one_token)
     assert run.dispatcher._decode == is_decode
     run.accelerator.close()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_offload.checkpoint.block import Activation, block_layout
 from moe_offload.experts.fetcher import HostFetcher, make_fetcher
-from moe_offload.experts.slots import GpuExperts
+from moe_offload.experts.slots import GpuExperts, Group
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 CUDA = [
@@ -112,9 +112,14 @@ def test_launches_by_expert_give_the_same_as_one_by_pair(rig, weight_format):
     case = Case(weight_format, 32, 24, n_tokens=50, top_k=3, n_experts=6)
     hidden, slots, weights = case.routing()
     made, out = rig(case), torch.zeros(50, 32)
-    for slot in (4, 0, 5):
-        pairs = (slots.flatten() == slot).nonzero()[:, 0]
-        pending = made.gpu.launch_expert(hidden, slot, pairs, weights, made.fetcher, out)
+    by_slot, first = torch.argsort(slots.flatten()), (slots < 0).sum()
+    groups = {}
+    for slot in range(6):
+        groups[slot] = Group(slot, int(first), int((slots == slot).sum()))
+        first = first + groups[slot].n
+    for of_launch in ((4,), (0, 5)):
+        chosen = [groups[slot] for slot in of_launch]
+        pending = made.gpu.launch_groups(hidden, chosen, by_slot, weights, made.fetcher, out)
         assert pending.result() is out
     ours = slots.where((slots == 4) | (slots == 0) | (slots == 5), -1)
     torch.testing.assert_close(
@@ -175,7 +180,8 @@ def test_a_failed_copy_leaves_the_work_out_and_says_so(rig):
     slots, out = torch.tensor([[1, 3]]), torch.zeros(1, 32)
     made.fetcher.fetch(3, made.blocks[0])
     pair = torch.tensor([1])
-    pending = made.gpu.launch_expert(hidden, 3, pair, weights, made.fetcher, out)
+    group = [Group(3, 0, 1)]
+    pending = made.gpu.launch_groups(hidden, group, pair, weights, made.fetcher, out)
     with pytest.raises(OSError, match="injected"):
         pending.result()
     assert pending.copy_failed
@@ -328,8 +334,11 @@ def test_torch_takes_over_where_triton_cannot_run(rig, monkeypatch, absent):
 
     module = None if absent else types.SimpleNamespace(TritonExperts=Broken)
     monkeypatch.setitem(sys.modules, "moe_offload.kernels.triton_experts", module)
+    tiles = types.SimpleNamespace(TiledExperts=Broken, runs_tiles=lambda device: True)
+    monkeypatch.setitem(sys.modules, "moe_offload.kernels.triton_tiles", tiles)
     gpu = rig(SMALL).gpu
-    assert gpu._triton_if_it_runs(torch.bfloat16) is None
+    gpu._use_triton_if_it_runs(torch.bfloat16)
+    assert gpu._kernels is None and gpu._tiles is None
     (notice,) = gpu.notices
     reason = (
         "import of moe_offload.kernels.triton_experts halted"
@@ -339,7 +348,8 @@ def test_torch_takes_over_where_triton_cannot_run(rig, monkeypatch, absent):
     assert notice.startswith(f"Triton kernels cannot run ({reason}")
     assert notice.endswith("): torch computes the hits, slower")
     with pytest.raises((ImportError, RuntimeError)):
-        gpu._triton().warm_up()
+        gpu._use_triton()
+        gpu._kernels.warm_up()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -375,18 +385,26 @@ class TestCuda:
         assert made.gpu.notices == []
         assert made.gpu.description.endswith("Triton kernels")
 
-    def test_a_launch_by_expert_agrees_with_the_cpu_oracle(self, rig):
-        case = Case("int4", 256, 192, n_tokens=300, top_k=4, n_experts=8)
-        hidden, slots, weights = case.routing()
-        made = rig(case, "cuda")
-        out, on_gpu = torch.zeros(300, 256, device="cuda"), hidden.to("cuda")
-        for slot in range(8):
-            pairs = (slots.flatten() == slot).nonzero()[:, 0].to("cuda")
-            made.gpu.launch_expert(
-                on_gpu, slot, pairs, weights.to("cuda"), made.fetcher, out
-            ).result()
-        expected = case.oracle(made.blocks, hidden, slots, weights)
-        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
+    @pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4", "mxfp4", "fp8"])
+    def test_launches_by_expert_agree_with_the_cpu_oracle(self, rig, weight_format):
+        """Of 1,300 tokens each through cuBLAS, of 80 each in tiles, several and one by one."""
+        for n_tokens in (2600, 160):
+            case = Case(weight_format, 256, 192, n_tokens=n_tokens, top_k=4, n_experts=8)
+            hidden, slots, weights = case.routing()
+            made = rig(case, "cuda")
+            by_slot = torch.argsort(slots.flatten()).to("cuda")
+            counts = torch.bincount(slots.flatten() + 1, minlength=9).tolist()
+            groups = [Group(slot, sum(counts[: slot + 1]), counts[slot + 1]) for slot in range(8)]
+            expected = case.oracle(made.blocks, hidden.bfloat16().float(), slots, weights)
+            for launches in ([groups], [[group] for group in groups]):
+                out = torch.zeros(n_tokens, 256, device="cuda")
+                for chosen in launches:
+                    made.gpu.launch_groups(
+                        hidden.bfloat16().to("cuda"), chosen, by_slot, weights.to("cuda"),
+                        made.fetcher, out,
+                    ).result()  # fmt: skip
+                error = (out.cpu() - expected).norm() / expected.norm()
+                assert error < 0.02
 
     def test_fetch_compute_and_evict_without_a_pause_of_the_host(self, rig):
         case = Case("bf16", 512, 512, n_tokens=1, top_k=1, n_experts=8)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_offload.config import WEIGHT_FORMATS, Scales
-from moe_offload.kernels import triton_experts
+from moe_offload.kernels import triton_experts, triton_tiles
 
 # Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
 # program may take of shared memory there, in bytes (CUDA C++ Programming Guide, table of technical
@@ -51,7 +51,16 @@ FIRST = {
 }
 SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
 UNPACK = {"offsets": "*u8", "out": "*bf16", "n_columns": "i32"}
-UNALIGNED = (*triton_experts.VARYING, "alpha", "limit")
+TILES = {
+    **{name: kind for name, kind in SHARED.items() if not name.startswith("slot")},
+    **dict.fromkeys(("slot", "first", "n_tokens", "top_k"), "i32"),
+    "pairs": "*i64",
+    "tiles": "*i32",
+    "middle": "*bf16",
+}
+FIRST_TILES = {**TILES, "x": "*bf16", "intermediate": "i32", "alpha": "fp32", "limit": "fp32"}
+SECOND_TILES = {**TILES, "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
+UNALIGNED = (*triton_experts.VARYING, *triton_tiles.VARYING, "alpha", "limit")
 
 
 def kernels(
@@ -85,6 +94,18 @@ def kernels(
                 {**FIRST, **types},
                 {**in_memory, "HAS_GATE": False, "KIND": "relu2"},
             )
+        if name != "fp32":
+            tile = {**triton_tiles.tile_constants(constants), "HAS_BIAS": True, "ONE": False}
+            own = {"matrix": matrix_type, "scales": scale_type}
+            yield (
+                f"first-tiles-{name}",
+                triton_tiles.first_tiles_kernel,
+                {**FIRST_TILES, **own},
+                {**tile, "HAS_GATE": True, "KIND": "silu"},
+            )
+            if name in ("bf16", "int4-zero"):  # the product is the first's
+                second = {**SECOND_TILES, **own}
+                yield f"second-tiles-{name}", triton_tiles.second_tiles_kernel, second, tile
         if WEIGHT_FORMATS[weight_format].group:
             unpack = {
                 **{key: constants[key] for key in ("CODES", "GROUP", "OFFSET")},
@@ -126,6 +147,8 @@ def stack_bytes(cubin: bytes) -> int:
 def report(capabilities: Iterable[int]) -> Iterator[dict[str, object]]:
     for capability in capabilities:
         for name, kernel, types, constants in kernels(capability == CAPABILITIES[-1]):
+            if "tiles" in name and capability < triton_tiles.LEAST_CAPABILITY:
+                continue
             names = kernel.arg_names
             aligned = [n for n in types if n not in UNALIGNED]
             source = ASTSource(
@@ -134,7 +157,9 @@ def report(capabilities: Iterable[int]) -> Iterator[dict[str, object]]:
                 constexprs={(names.index(n),): value for n, value in constants.items()},
                 attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
             )
-            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            n_warps = triton_tiles.N_WARPS if "tiles" in name else 4
+            target = GPUTarget("cuda", capability, 32)
+            binary = triton.compile(source, target=target, options={"num_warps": n_warps})
             yield {
                 "kernel": name,
                 "capability": capability,
@@ -142,6 +167,7 @@ def report(capabilities: Iterable[int]) -> Iterator[dict[str, object]]:
                 "widest_load_bytes": widest_load(binary.asm["ptx"]),
                 "stack_bytes": stack_bytes(binary.asm["cubin"]),
                 "shared_bytes": binary.metadata.shared,
+                "uses_tensor_cores": "mma" in binary.asm["ptx"],
             }
 
 

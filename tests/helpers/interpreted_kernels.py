@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import torch
+import triton.language as tl
 from expert_cases import Case, random_blocks
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
 
 from moe_offload.config import WEIGHT_FORMATS, Scales
 from moe_offload.experts.fetcher import HostFetcher
@@ -36,7 +39,23 @@ CASES = [
     ),
     Case("int4", 32, 16, n_tokens=1, top_k=1, n_experts=1),
     *(Case(f, 40, 24, n_tokens=12, n_experts=2, has_bias=True) for f in FORMATS[1:]),
+    Case("int4", 40, 70, n_tokens=150, top_k=1, n_experts=2),  # several tiles of tokens and of rows
 ]
+
+
+def multiply_bf16_as_numbers() -> None:
+    """The interpreter keeps bf16 as uint16, and its dot multiplies those."""
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = _convert_float(handle.data, tl.bfloat16, tl.float32, None)
+        return TensorHandle(data.view(np.float32), tl.float32)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *more: create_dot(
+        self, widened(a), widened(b), *more
+    )
 
 
 def run(case: Case) -> dict[str, object]:
@@ -49,7 +68,7 @@ def run(case: Case) -> dict[str, object]:
         "cpu",
         case.act_module(),
     )
-    gpu._kernels = gpu._triton()
+    gpu._use_triton()
     gpu.slots.copy_(blocks)
     fetcher = HostFetcher(gpu.slots)
     hidden, slots, weights = case.routing()
@@ -63,9 +82,22 @@ def run(case: Case) -> dict[str, object]:
     poisoned = hidden[:1].clone()
     poisoned[0, -1] = float("nan")
     nan = gpu.launch(poisoned, slots[0].tolist(), weights[:1], fetcher).result().isnan().any(1)
+    tile_error = 0.0
+    if case.n_tokens > 1:
+        by_slot = torch.argsort(slots.flatten())
+        counts = torch.bincount(slots.flatten() + 1, minlength=case.n_experts + 1).tolist()
+        groups = [(slot, sum(counts[: slot + 1]), counts[slot + 1]) for slot in range(len(blocks))]
+        groups = [group for group in groups if group[2]]
+        total = torch.zeros(hidden.shape)
+        for chosen in filter(
+            None, (groups[:1], groups[1:])
+        ):  # one expert alone is launched in another way
+            gpu._tiles.add(hidden, chosen, by_slot, weights, total)
+        tile_error = float((total - expected).abs().max())
     gpu.close()
     fetcher.close()
     return {
+        "tile_error": tile_error,
         "case": case.name,
         "error": float((out - expected).abs().max()),
         "bf16_error": float((bf16 - case.oracle(blocks, *rounded)).abs().max()),
@@ -77,4 +109,5 @@ def run(case: Case) -> dict[str, object]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    multiply_bf16_as_numbers()
     print(json.dumps([run(case) for case in CASES]))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_graph import HostGraph
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -44,11 +45,19 @@ class Seen:
     waits: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)  # on another GPU than the one that is used
     current: int = 0  # the current device
+    forbids_waits: bool = False
+    graph: HostGraph | None = None  # that is being recorded
+    clock_ms: float = 0.0  # the GPU's own: what a test adds, and `EVENTS_APART_MS` at each event
     pinned: list[tuple[int, int]] = field(default_factory=list)
 
     def clear(self) -> None:
         for noted in (self.to_host, self.to_gpu, self.waits):
             noted.clear()
+
+    def wait(self, what: str) -> None:
+        self.waits.append(what)
+        if self.forbids_waits or self.graph is not None:
+            raise RuntimeError(f"the host would wait: {what}")
 
     def pin(self, pointer: int, n_bytes: int) -> None:
         self.pinned.append((pointer, pointer + n_bytes))
@@ -66,7 +75,7 @@ class Seen:
         is_inline = on_gpu[0] and source.nbytes <= INLINE_BYTES
         if not non_blocking or not (is_pinned or is_inline):
             what = "non_blocking" if non_blocking else "blocking"
-            self.waits.append(f"{what} copy of {source.nbytes} bytes, pinned {is_pinned}")
+            self.wait(f"{what} copy of {source.nbytes} bytes, pinned {is_pinned}")
 
 
 class GpuTensor(Tensor):
@@ -93,7 +102,7 @@ class GpuTensor(Tensor):
             return out if kind is GpuTensor else out.as_subclass(Tensor)
         cls._refuse_two_devices(func, name, (args, kwargs))
         if name in _READS or name in _SIZED_BY_VALUES or (name == "where" and len(args) == 1):
-            cls.seen.waits.append(name)
+            cls.seen.wait(name)
         if name in ("__getitem__", "__setitem__"):
             cls._look_at_index(args[1])
         if name == "data_ptr":
@@ -111,9 +120,9 @@ class GpuTensor(Tensor):
     def _look_at_index(cls, index: Any) -> None:
         for part in index if isinstance(index, tuple) else (index,):
             if isinstance(part, list):
-                cls.seen.waits.append("indexed by a list, which is sent")
+                cls.seen.wait("indexed by a list, which is sent")
             if isinstance(part, Tensor) and part.dtype == torch.bool:
-                cls.seen.waits.append("indexed by a mask, whose sum is read")
+                cls.seen.wait("indexed by a mask, whose sum is read")
 
     @classmethod
     def _to(cls, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -142,7 +151,9 @@ class _Factories(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name == "to" and not isinstance(args[0], GpuTensor):
+        if name == "to" and isinstance(args[0], GpuTensor):
+            return func(*args, **kwargs)
+        if name == "to":
             device, *_ = torch._C._nn._parse_to(
                 *(a.device if isinstance(a, Tensor) else a for a in args[1:]),
                 **{k: v for k, v in kwargs.items() if k != "copy"},
@@ -166,7 +177,7 @@ class _Stream:
         self._seen = seen
 
     def synchronize(self) -> None:
-        self._seen.waits.append("stream")
+        self._seen.wait("stream")
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -174,20 +185,32 @@ class _Stream:
 
 
 class _Event:
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: Seen, external: bool = False) -> None:
         self._seen = seen
+        self._is_external = external
+        self._time_ms: float | None = None
 
     def record(self, stream: Any) -> None:
         assert isinstance(stream, _Stream)
+        if self._seen.graph is None:
+            self._mark()
+        else:
+            assert self._is_external, "in a graph such an event orders, and has no time"
+            self._seen.graph.add(self._mark)
+
+    def _mark(self) -> None:
+        self._seen.clock_ms += EVENTS_APART_MS
+        self._time_ms = self._seen.clock_ms
 
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
-        self._seen.waits.append("event")
+        self._seen.wait("event")
 
     def elapsed_time(self, later: _Event) -> float:
-        return EVENTS_APART_MS
+        assert self._time_ms is not None and later._time_ms is not None, "never recorded"
+        return later._time_ms - self._time_ms
 
 
 class _Runtime:
@@ -229,15 +252,19 @@ def pretended_gpu(patch: pytest.MonkeyPatch, gpu_bytes: int = 1 << 30) -> Iterat
         "is_initialized": lambda: True,
         "current_device": lambda: seen.current,
         "device": device,
+        "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device: SimpleNamespace(uuid="none"),
         "mem_get_info": lambda device=None: (gpu_bytes, gpu_bytes),
         "empty_cache": lambda: None,
-        "synchronize": lambda device=None: seen.waits.append("device"),
+        "synchronize": lambda device=None: seen.wait("device"),
         "current_stream": current_stream,
         "stream": entered,
         "Stream": lambda device=None: _Stream(seen),
-        "Event": lambda **_: _Event(seen),
+        "Event": lambda external=False, **_: _Event(seen, external),
         "cudart": lambda: _Runtime(seen),
+        "CUDAGraph": lambda: HostGraph(lambda graph: setattr(seen, "graph", graph)),
+        "graph_pool_handle": lambda: None,
+        "set_sync_debug_mode": lambda mode: setattr(seen, "forbids_waits", mode == "error"),
     }.items():
         patch.setattr(torch.cuda, name, stand_in)
     with _Factories(seen):

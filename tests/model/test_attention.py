@@ -11,7 +11,7 @@ import pytest
 import torch
 from against_transformers import greedy
 from cpu_oracle import TINY, U
-from tiny_models import build_model, mixtral
+from tiny_models import build_model, gpt_oss, mixtral
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -19,6 +19,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -33,15 +34,20 @@ from moe_offload.model.loader import build_skeleton
 NATIVE = load_kernels("native")
 assert NATIVE is not None
 ISAS = supported_isas(NATIVE.library)
-# batch, heads, kv_heads, keys, key size, value size: one key, odd sizes, more than one chunk of
-# keys, groups of more heads than one product takes, keys wider than values.
+# batch, heads, kv_heads, tokens, keys, key size, value size: one key, odd sizes, more than one
+# chunk or block of keys, groups of more heads than one product takes, keys wider than values; of
+# tokens one, a whole prompt, the end of one, and more than one item's.
 SHAPES = (
-    (1, 1, 1, 1, 1, 1),
-    (2, 4, 2, 9, 8, 8),
-    (1, 6, 1, 33, 31, 17),
-    (3, 8, 8, 257, 24, 40),
-    (1, 10, 2, 700, 128, 128),
-    (2, 3, 3, 256, 64, 5),
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 1, 9, 8, 8),
+    (1, 6, 1, 1, 33, 31, 17),
+    (3, 8, 8, 1, 257, 24, 40),
+    (1, 10, 2, 1, 700, 128, 128),
+    (2, 14, 2, 1, 300, 64, 5),
+    (2, 4, 2, 9, 9, 8, 8),
+    (1, 6, 1, 2, 33, 31, 17),
+    (2, 3, 3, 130, 130, 80, 96),
+    (1, 10, 2, 70, 300, 72, 64),
 )
 
 
@@ -49,13 +55,13 @@ def random_call(
     shape: tuple[int, ...], dtype: torch.dtype, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     torch.manual_seed(sum(shape))
-    batch, heads, kv_heads, keys, key_size, value_size = shape
-    query = torch.randn(batch, heads, 1, key_size).to(dtype)
+    batch, heads, kv_heads, tokens, keys, key_size, value_size = shape
+    query = torch.randn(batch, heads, tokens, key_size).to(dtype)
     key = torch.randn(batch, kv_heads, keys, key_size).to(dtype)
     value = torch.randn(batch, kv_heads, keys, value_size).to(dtype)
     mask = None
     if masked:
-        mask = torch.rand(batch, 1, 1, keys) < 0.6
+        mask = torch.rand(batch, 1, tokens, keys) < 0.6
         mask[..., -1] = True
         mask[0, ..., : keys // 2] = False  # whole chunks without a key
         mask[0, ..., -1] = True
@@ -63,95 +69,135 @@ def random_call(
 
 
 def exact(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """[B, 1, heads, Dv] in float64, and the bound of an fp32 computation of it.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, heads, Dv] in float64, the bound of an fp32 computation, and sums of magnitudes.
 
     A score is off by (Dk + 3) u times the sum of its products' magnitudes, which moves each weight
-    by that factor; exponentials add 8 u, sums over S keys (S + 8) u of the magnitudes they add.
+    by that factor; exponentials add 8 u, sums over S keys (S + 8) u of the magnitudes they add. A
+    capped score is off by 8 u of the cap.
     """
     groups = query.shape[1] // key.shape[1]
+    n_queries, n_keys = query.shape[2], key.shape[2]
     q = query.double()
     k, v = (tensor.double().repeat_interleave(groups, dim=1) for tensor in (key, value))
     scores = q @ k.transpose(2, 3) * scaling
     magnitude = (q.abs() @ k.abs().transpose(2, 3) * scaling).amax(dim=-1, keepdim=True)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(dim=-1)
-    error = 2 * (query.shape[3] + 3) * U * magnitude + (2 * key.shape[2] + 32) * U
-    bound = error * (weights @ v.abs()) + TINY
-    return (weights @ v).transpose(1, 2), bound.transpose(1, 2)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is None:
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :n_keys]
+    error = 2 * (query.shape[3] + 3) * U * magnitude + (2 * n_keys + 32) * U
+    error = error + 16 * U * (softcap or 0.0)
+    sums = weights @ v.abs()
+    return (
+        (weights @ v).transpose(1, 2),
+        (error * sums + TINY).transpose(1, 2),
+        sums.transpose(1, 2),
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_within_the_bound_of_float64(isa: str, dtype: torch.dtype, masked: bool) -> None:
+@pytest.mark.parametrize("special", [False, True])
+def test_within_the_bound_of_float64(
+    isa: str, dtype: torch.dtype, masked: bool, special: bool
+) -> None:
+    """`special`: with sinks and capped scores."""
     kernels = load_kernels("native", isa)
     assert kernels is not None
     for shape in SHAPES:
         query, key, value, mask = random_call(shape, dtype, masked)
-        want, bound = exact(query, key, value, mask, 0.3)
+        extras = (2.5, torch.randn(shape[1])) if special else (None, None)
+        want, bound, sums = exact(query, key, value, mask, 0.3, *extras)
         if dtype == torch.bfloat16:
+            if query.shape[2] > 1:  # terms of a prompt's sums may be rounded
+                bound = bound + 2.0**-8 * sums
             bound = bound + 2.0**-8 * (want.abs() + bound)  # of the rounded output
-        out = CpuAttention(kernels).attend(query, key, value, mask, 0.3)
+        out = CpuAttention(kernels).attend(query, key, value, mask, 0.3, *extras)
         assert out.dtype == dtype and out.shape == want.shape
         error = (out.double() - want).abs()
         assert (error <= bound).all(), (shape, float((error / bound).max()))
 
 
-def test_the_same_bits_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("shape", [SHAPES[4], SHAPES[9]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_same_bits_for_any_number_of_threads(shape: tuple[int, ...], masked: bool) -> None:
+    """Of a prompt, more threads get items of fewer tokens."""
     assert NATIVE is not None
-    query, key, value, mask = random_call(SHAPES[4], torch.bfloat16, True)
+    query, key, value, mask = random_call(shape, torch.bfloat16, masked)
     outputs = [
         CpuAttention(type(NATIVE)(NATIVE.library, NATIVE.isa, NATIVE.isa_code, threads)).attend(
             query, key, value, mask
         )
-        for threads in (1, 2, 3)
+        for threads in (1, 2, 3, 7)
     ]
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_extremes(isa: str) -> None:
+@pytest.mark.parametrize("n_queries", [1, 2])
+def test_extremes(isa: str, n_queries: int) -> None:
     """Scores far apart or huge, keys all left out, and what is not a number."""
     kernels = load_kernels("native", isa)
     assert kernels is not None
-    attend = CpuAttention(kernels).attend
-    query = torch.ones(1, 1, 1, 1)
+    query = torch.ones(1, 1, n_queries, 1)
+
+    def last(mask: Tensor | None = None) -> Tensor:
+        return CpuAttention(kernels).attend(query, key, value, mask, 1.0)[:, -1]
+
     key = torch.tensor([1e30, -1e30, 0.0, 1e30]).view(1, 1, 4, 1)
     value = torch.tensor([2.0, 100.0, 100.0, 4.0]).view(1, 1, 4, 1)
-    assert attend(query, key, value, None, 1.0).item() == 3.0
-    nobody = torch.zeros(1, 1, 1, 4, dtype=torch.bool)
-    assert attend(query, key, value, nobody, 1.0).item() == 0.0
+    assert last().item() == 3.0
+    nobody = torch.zeros(1, 1, n_queries, 4, dtype=torch.bool)
+    assert last(nobody).item() == 0.0
     key[0, 0, 2] = torch.nan
-    assert attend(query, key, value, None, 1.0).isnan().all()
+    assert last().isnan().all()
     key[0, 0, 2] = torch.inf
-    assert attend(query, key, value, None, 1.0).isnan().all()
+    assert last().isnan().all()
     key[0, 0, 2] = 0.0
     value[0, 0, 0] = torch.inf
-    assert attend(query, key, value, None, 1.0).item() == torch.inf
+    assert last().item() == torch.inf
 
 
-def test_strided_caches_are_read_in_place_or_copied() -> None:
+@pytest.mark.parametrize("n_queries", [1, 20])
+def test_strided_tensors_are_read_in_place_or_copied(n_queries: int) -> None:
     assert NATIVE is not None
     attend = CpuAttention(NATIVE).attend
-    query, key, value, _ = random_call((2, 4, 2, 30, 16, 16), torch.float32, False)
-    want = attend(query, key[:, :, 10:].contiguous(), value[:, :, 10:].contiguous(), None)
-    assert torch.equal(attend(query, key[:, :, 10:], value[:, :, 10:], None), want)
-    turned = [tensor[:, :, 10:].transpose(1, 2).contiguous() for tensor in (key, value)]
-    assert torch.equal(attend(query, *(t.transpose(1, 2) for t in turned), None), want)
+    shape = (2, 4, 2, n_queries, 30, 16, 16)
+    query, key, value, mask = random_call(shape, torch.float32, True)
+    assert mask is not None
+    mask = mask[..., 10:]
+    tensors = (query, key[:, :, 10:], value[:, :, 10:])
+    want = attend(*(tensor.contiguous() for tensor in tensors), mask.contiguous())
+    assert torch.equal(attend(*tensors, mask), want)
+    turned = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors)
+    assert torch.equal(attend(*turned, mask), want)
+    shared = attend(*(tensor[1:] for tensor in tensors), mask[1:])
+    assert torch.equal(shared, attend(*tensors, mask[1:])[1:])  # one mask for both sequences
 
 
-def test_transformers_calls_it_for_one_token_and_torch_for_the_rest() -> None:
+def test_as_transformers_calls_it() -> None:
     assert NATIVE is not None
     function = AttentionInterface()[register_kernels(NATIVE)]
     module = nn.Module()
     module.num_key_value_groups = 2  # type: ignore[assignment]
     module.is_causal = True  # type: ignore[assignment]
-    query, key, value, _ = random_call((1, 4, 2, 6, 16, 16), torch.float32, False)
+    query, key, value, _ = random_call((1, 4, 2, 1, 6, 16, 16), torch.float32, False)
     out, weights = function(module, query, key, value, None, scaling=0.25)
-    want, _ = exact(query, key, value, None, 0.25)
+    want, *_ = exact(query, key, value, None, 0.25)
     assert weights is None
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
     many = torch.cat([query, query], dim=2)
@@ -174,14 +220,18 @@ def logits_of_steps(model: PreTrainedModel) -> Tensor:
     return torch.stack(steps)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_a_loaded_models_decode_steps_use_it(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "config", [mixtral(), mixtral(sliding_window=6), gpt_oss()], ids=["full", "window", "sinks"]
+)
+@pytest.mark.parametrize("served", [True, False])
+def test_a_loaded_model_uses_it(
+    config: PretrainedConfig, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against transformers' eager attention, with padding and with a sliding window."""
-    model = build_model(mixtral(sliding_window=window))
+    """Against transformers' eager attention, with padding; not `served`: by what it leaves."""
+    model = build_model(config)
     want = logits_of_steps(model)
-    model.set_attn_implementation("sdpa")
+    if model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
     use_cpu_kernels(model, "native", "auto")
     calls = []
     attend = CpuKernels.attend
@@ -191,8 +241,10 @@ def test_a_loaded_models_decode_steps_use_it(
         attend(self, *arguments)
 
     monkeypatch.setattr(CpuKernels, "attend", counted)
+    if not served:
+        monkeypatch.setattr(attention_module, "_served", lambda *_: False)
     torch.testing.assert_close(logits_of_steps(model), want, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 2 * 11  # two layers; the prompts are torch's
+    assert len(calls) == (config.num_hidden_layers * 12 if served else 0)
 
 
 def test_a_model_that_asks_for_its_attention_by_name_keeps_torchs() -> None:
@@ -208,7 +260,7 @@ def test_a_model_that_asks_for_its_attention_by_name_keeps_torchs() -> None:
         build_skeleton(config, torch.float32, "xformers")
 
 
-@pytest.mark.parametrize("extra", ["s_aux", "indices", "softcap"])
+@pytest.mark.parametrize("extra", ["indices", "dropout"])
 def test_what_it_does_not_compute_is_left_to_torch(
     extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,8 +271,8 @@ def test_what_it_does_not_compute_is_left_to_torch(
         "sdpa_attention_forward",
         lambda *_, **keywords: (seen.append(keywords), None),
     )
-    query, key, value, _ = random_call((1, 4, 2, 6, 16, 16), torch.float32, False)
-    term = 30.0 if extra == "softcap" else torch.zeros(1)
+    query, key, value, _ = random_call((1, 4, 2, 1, 6, 16, 16), torch.float32, False)
+    term = 0.1 if extra == "dropout" else torch.zeros(1)
     CpuAttention(NATIVE)(nn.Module(), query, key, value, None, **{extra: term})
     assert seen[0][extra] is term
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from tiny_models import CONFIGS, build_model
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import DynamicCache
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, apply_rotary_pos_emb
 
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import find_experts
@@ -19,13 +22,16 @@ from moe_offload.kernels.library import NormArguments, supported_isas
 from moe_offload.model.decode_modules import (
     FORMS,
     CpuNorm,
+    CpuRotation,
     CpuRouter,
     chosen_experts,
     find_router,
     probe_norm,
     probe_router,
     use_cpu_kernels,
+    use_rotation,
 )
+from moe_offload.model.generation import cache_argument
 
 NATIVE = load_kernels("native")
 assert NATIVE is not None
@@ -293,6 +299,52 @@ def test_a_loaded_models_norms_and_routers_are_served_where_they_compute_the_sam
     assert isinstance(block.gate.forward, CpuRouter)
     norms = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), CpuNorm)]
     assert len(norms) == 4 * 2 + 1  # two of each layer, of its queries and of its keys, the last
+
+
+@pytest.mark.parametrize("width", [2, 6, 64, 130])
+def test_queries_are_rotated_bit_for_bit(width: int) -> None:
+    torch.manual_seed(width)
+    served = []
+    rotation = CpuRotation(lambda *parts: served.append(parts), NATIVE)
+    q, k = (torch.randn(3, 1, heads, width) * 10.0 ** torch.randn(width) for heads in (8, 2))
+    angles = torch.rand(3, 1, width) * 6.3
+    q, k, cos, sin = (
+        part.bfloat16()
+        for part in (q.transpose(1, 2), k.transpose(1, 2), angles.cos(), angles.sin())
+    )
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    for mine, theirs in zip(rotation(q, k, cos, sin), expected, strict=True):
+        assert mine.shape == theirs.shape and torch.equal(mine, theirs)
+    # what it does not know goes to the model's own
+    for other in (
+        (q.float(), k, cos, sin),
+        (q, k, cos[:1], sin[:1]),
+        (q, k, cos[..., :1], sin[..., :1]),
+        (q.expand(3, 8, 2, width), k.expand(3, 2, 2, width), cos, sin),
+        (q, k, cos, sin, 1),
+    ):
+        rotation(*other)
+    assert len(served) == 5
+
+
+@pytest.mark.parametrize(("name", "is_served"), [("qwen3_moe", True), ("gpt_oss", False)])
+def test_a_models_attention_rotates_as_before(name: str, is_served: bool) -> None:
+    """And only this model's: the function keeps its meaning for others, and for prompts."""
+    plain, changed = (build_model(CONFIGS[name](), dtype=torch.bfloat16) for _ in range(2))
+    module = sys.modules[type(plain).__module__]
+    own = module.apply_rotary_pos_emb
+    for part in changed.modules():
+        use_rotation(part, NATIVE)
+    attention = changed.model.layers[0].self_attn
+    assert ("forward" in attention.__dict__) == is_served
+    assert module.apply_rotary_pos_emb is own
+    caches = [DynamicCache(config=plain.config) for _ in range(2)]
+    for ids in (torch.randint(3, 50, (2, 9)), torch.tensor([[4], [7]]), torch.tensor([[5], [6]])):
+        logits = [
+            model(input_ids=ids, **{cache_argument(model): cache}).logits
+            for model, cache in zip((plain, changed), caches, strict=True)
+        ]
+        assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(("kernel", "isa"), [("torch", "auto"), ("native", "scalar")])

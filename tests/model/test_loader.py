@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import CONFIGS, gpt_oss
+from tiny_models import CONFIGS
 from transformers import AutoConfig, PretrainedConfig
 from transformers.integrations import hub_kernels
 
+from moe_offload.errors import UserError
 from moe_offload.model.attention import takes_other_attention
 from moe_offload.model.loader import build_skeleton
 
@@ -33,5 +34,9 @@ def test_a_config_names_no_code_to_run(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_attention_is_replaced_where_the_model_says_that_it_may_be() -> None:
-    assert takes_other_attention(type(build_skeleton(CONFIGS["mixtral"](), torch.bfloat16, "sdpa")))
-    assert not takes_other_attention(type(build_skeleton(gpt_oss(), torch.bfloat16, "sdpa")))
+    """Any function that knows all of its terms, which xformers does not of gpt-oss's sinks."""
+    for name in ("mixtral", "gpt_oss"):
+        model = build_skeleton(CONFIGS[name](), torch.bfloat16, "sdpa")
+        assert takes_other_attention(type(model))
+    with pytest.raises(UserError, match="use --attention sdpa"):
+        build_skeleton(CONFIGS["gpt_oss"](), torch.bfloat16, "xformers")

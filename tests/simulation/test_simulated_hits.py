@@ -180,7 +180,8 @@ def test_hits_equal_the_engines_where_prompts_wait_for_copies(
     result = replay(trace.passes, ExpertCache(2, 3, make_policy("LRU")), quota, keep_layers=True)
     assert result.hits_by_layer == engine_hits(recorder)
     assert result.evictions == recorder.layer_table()["evictions"].sum()
-    assert result.fetches == engine.accelerator.cache.admissions
+    copies = recorder.layer_table()["fetches"].sum()
+    assert result.fetches == copies > engine.accelerator.cache.admissions, "some are not kept"
     # The first token after the prompt finds experts in the last layer as well as in the first.
     assert all(engine_hits(recorder)[1])
 

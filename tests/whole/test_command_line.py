@@ -178,7 +178,7 @@ def test_what_a_run_cannot_do_is_said_and_responses_may_go_beside_the_reports(
     assert run("--model-path", model, "--prompt", "Hi", "--max-tokens", 2, *flags) == 0
     captured = capsys.readouterr()
     assert captured.err.count("--nvtx without a GPU") == 1
-    assert "--nvtx without a GPU" in captured.out  # among the summary's notes
+    assert "--nvtx without a GPU" not in captured.out, "what was said is not said again"
     assert (run_folder / "new" / "r.jsonl").exists()
 
 
@@ -208,8 +208,8 @@ def test_raw_prompt_has_no_template(model: Path, run_folder: Path) -> None:
 
 # What is wrong with a command, and with one that has a prompt and --max-tokens.
 BAD_COMMANDS = [
-    ("--prompt x", "--max-tokens is missing"),
-    ("--max-tokens 4", "exactly one of --prompt and --prompt-path, found neither"),
+    ("--prompt x", "missing: --max-tokens N; --help has examples"),
+    ("--max-tokens 4", "missing: --prompt TEXT or --prompt-path FILE;"),
     ("--prompt x --prompt-path f --max-tokens 4", "found both"),
     ("--prompt '  ' --max-tokens 4", "the prompt is empty"),
     ("--prompt x --max-tokens -3", "--max-tokens of at least 1, found -3"),
@@ -683,7 +683,12 @@ def test_lines_that_cannot_be_answered_leave_the_others(
     assert "line 2 of p.jsonl is not JSON" in err
     assert "line 3 of p.jsonl has" in err and "the model's context holds 64" in err
     assert "error: 2 lines of p.jsonl could not be answered" in err
-    assert "left out: line 2" in out, "among the notes of the summary"
+    assert "left out" not in out, "what was said is not said again"
+    notes = json.loads((run_folder / "run.json").read_text())["notes"]
+    assert [note.partition(" of ")[0] for note in notes if note.startswith("left out")] == [
+        "left out: line 2",
+        "left out: line 3",
+    ]
     lines = list(map(json.loads, (run_folder / "a.jsonl").read_text().splitlines()))
     assert [(line["index"], line.get("id")) for line in lines] == [(0, "first"), (3, None)]
     assert [line["generated_tokens"] for line in lines] == [4, 2]
@@ -707,11 +712,12 @@ def test_wrong_requests_have_their_lines_where_none_is_left(
     answers = run_folder / "a.jsonl"
     for resume in ((), ("--resume",)):
         message = refused(capsys, *arguments, "--responses-jsonl", answers, *resume)
-        assert "line 1 of p.jsonl has n 2, which is not served" in message
+        assert "no prompt of p.jsonl can be answered (left out, see above)" in message
         found = list(map(json.loads, answers.read_text().splitlines()))
         statuses = [(line["custom_id"], line["response"]["status_code"]) for line in found]
         assert statuses == [("a", 400), ("b", 400)], "each once"
-    assert "has n 2" in refused(capsys, *arguments), "also without a file of answers"
+        assert "n is served only as 1" in found[0]["response"]["body"]["error"]["message"]
+    assert "no prompt of p" in refused(capsys, *arguments), "also without a file of answers"
 
 
 def test_a_long_line_of_a_text_file_leaves_the_others(

@@ -56,12 +56,15 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, monkeypatch, 
     assert list(rows) == [
         ("cpu only", "forced"),
         ("paper", "forced"),
+        ("paper, no graphs", "forced"),
+        ("paper, serial", "forced"),
         ("--cache-auto", "forced"),
         ("fetch on demand", "forced"),
         ("next-layer prefetch", "model"),
         ("fetch, cached", "model"),
         ("paper, auto misses", "forced"),
         ("fetch on demand, cached", "forced"),
+        ("paper, one by one", "forced"),
     ]
     assert code == 0
     assert report["skipped"] == []
@@ -70,8 +73,12 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, monkeypatch, 
         assert row["steps"] == 6
         assert 0 < row["layer_error"] < 0.02
         assert row["bound_ms"] > 0
+        assert row["between_us"] > 0
+        assert (row["hit_gbps"] is not None) == ("accelerator" in row["computed_by"])
         assert row["percent_of_bound"] == pytest.approx(100 * row["bound_ms"] / row["step_ms"])
-        with_prompts = row["setting"] in ("cpu only", "paper", "fetch on demand")
+        with_prompts = row["setting"] in (
+            "cpu only", "paper", "fetch on demand", "paper, one by one",
+        )  # fmt: skip
         speeds = row["prompts_tokens_per_s"]
         assert set(speeds) <= ({"80", "120"} if with_prompts else set())
         assert "80" in speeds or not with_prompts
@@ -112,7 +119,9 @@ def test_every_setting_runs_on_a_gpu_of_pretence(tiny_shape, tmp_path, monkeypat
     assert [row["setting"] for row in document["rows"]] == SETTINGS
     assert all(row["correct"] for row in document["rows"])
     assert (code, document["skipped"]) == (0, [])
+    assert document["card"].keys() == {"card_copy_gbps", "link_gbps"}
     for row in document["rows"]:
+        assert (row["replayed"] > 0) == (row["setting"] != "paper, no graphs")
         assert ("cuda:0" in row["computed_by"]) == (
             row["setting"] not in ("cpu only", "--cache-auto")
         )
@@ -159,10 +168,10 @@ def test_a_setting_ends_when_its_time_is_up(tiny_shape, tmp_path, monkeypatch):
     code, report = check(tmp_path)
     assert code == 0
     assert {row["steps"] for row in report["rows"]} == {gpu_one_setting.LEAST_STEPS}
-    # Half of an equal share of what is left to the eight settings, the rest is for all else.
-    assert len(budgets) == 8
+    # Half of an equal share of what is left to the settings, the rest is for all else.
+    assert len(budgets) == len(SETTINGS)
     for number, budget_s in enumerate(budgets):
-        assert 0 < budget_s <= 60 * 7 / (8 - number) / 2
+        assert 0 < budget_s <= 60 * 7 / (len(SETTINGS) - number) / 2
 
 
 @pytest.mark.parametrize("n_stored", [2, 3])
@@ -180,7 +189,7 @@ def test_a_cgroups_memory_decides_how_many_layers_are_in_memory(tiny_shape, monk
 def test_a_model_has_all_layers_and_few_of_them_in_memory(name):
     source = gpu_models.open_source(name, "bf16", None, 40e9)
     layer_bytes = source.layouts[0].block_bytes * source.n_experts[0]
-    assert len(source.layouts) == {"qwen3-30b-a3b": 48}.get(name, 32)
+    assert len(source.layouts) == {"qwen3-30b-a3b": 48, "gpt-oss-20b": 24}.get(name, 32)
     assert 0 < source.n_stored_layers * layer_bytes <= 16e9
     n, m = gpu_models.PAPER_CACHE[name]
     assert n <= len(source.layouts)

@@ -48,6 +48,7 @@ FOREIGN_VARIABLES = {
     *("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
     *("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     *("SKYPILOT_JOB_RANK", "SKYPILOT_NUM_JOBS", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
+    "SKYPILOT_NODE_IPS",
 }
 
 
@@ -144,6 +145,10 @@ def test_no_circles() -> None:
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_answers_at_once_loads_no_torch(name: str) -> None:
     assert not reached(name) & {"torch", "transformers"}
+
+
+def test_a_run_loads_nothing_that_only_preparing_needs() -> None:
+    assert "transformers" in reached("commands.run") and "gguf" not in reached("commands.run")
 
 
 @pytest.mark.parametrize("name", WITHOUT_TENSORS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moe_offload.checkpoint.folders import FORMAT_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ("--prompt", "x", "--max-tokens", "4")
@@ -20,9 +23,15 @@ DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
         ("main.py --help", 0, "usage: main.py"),
         ("main.py --version", 0, "CPU kernels: "),
         ("main.py --no-such-flag", 2, "unrecognized arguments"),
-        ("main.py --prompt x", 2, "--max-tokens is missing"),
+        ("main.py", 2, "missing: --model-path DIR, --prompt TEXT or --prompt-path FILE, --max-"),
+        ("main.py --prompt x", 2, "missing: --model-path DIR, --max-tokens N; --help has"),
         (("main.py", "--model-path", "none", *RUN), 2, "found nothing"),
         (("main.py", "--model-path", ".", *RUN), 2, "nor a model to prepare"),
+        (("main.py", "--model-path", "later", *RUN), 2, "format version 999"),
+        (("main.py", "--model-path", "bare", *RUN), 2, "bare holds no tokenizer"),
+        (("main.py", *DUMMY, "--cpu-isa", "mmx"), 2, "found 'mmx'"),
+        (("main.py", *DUMMY, "--cpu-affinity", "9999"), 2, "found 9999"),
+        (("main.py", *DUMMY, "--attention", "xformers", "--device", "cpu"), 2, "--attention sdpa"),
         (("main.py", *DUMMY, "--dummy-layers", "33"), 2, "from 1 to 32"),
         (("main.py", *DUMMY, "--routing-trace", "none"), 2, "expected a routing trace at none"),
         (("main.py", *DUMMY, "--cache-nways", "4"), 2, "both positive or both 0"),
@@ -33,13 +42,25 @@ DUMMY = ("--dummy-weights", "mixtral-8x7b", *RUN)
         ("prepare.py --version", 0, "weights_preprocessor.py "),
         ("prepare.py --input-path none --output-path out", 2, "found nothing"),
         ("prepare.py --input-path . --output-path out --hf", 2, "it has no config.json"),
+        (
+            "prepare.py --input-path . --output-path out --expert-dtype int8 --calibration-text x",
+            2,
+            "--calibration-text rounds int4",
+        ),
+        (
+            "prepare.py --input-path . --output-path out --expert-dtype int4 --calibration-text x",
+            2,
+            "cannot read x",
+        ),
         ("simulator.py --help", 0, "usage: simulator.py"),
         ("simulator.py none", 2, "expected a routing trace at none"),
         ("check.py --help", 0, "usage: check.py"),
         ("check.py --model-path none", 2, "found nothing"),
         ("check.py --model-path none --max-tokens 1001", 2, "--max-tokens of at most 1000, found"),
         ("serve.py --help", 0, "usage: serve.py"),
+        ("check.py --model-path bare", 2, "bare holds no tokenizer"),
         ("serve.py --model-path none", 2, "found nothing"),
+        ("serve.py --model-path bare", 2, "bare holds no tokenizer"),
         ("plots.py --help", 0, "usage: plots.py"),
         ("patterns.py --help", 0, "usage: patterns.py"),
     ],
@@ -49,6 +70,9 @@ def test_torch_is_not_imported(
 ) -> None:
     program, *arguments = command.split() if isinstance(command, str) else command
     (tmp_path / "file").touch()
+    for name, version in (("bare", FORMAT_VERSION), ("later", 999)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"format_version": version}))
     done = subprocess.run(
         [sys.executable, "-X", "importtime", ROOT / "src" / program, *arguments],
         capture_output=True,
@@ -61,4 +85,4 @@ def test_torch_is_not_imported(
     imported = set(re.findall(r"^import time:.*\|\s+(\w+)", done.stderr, flags=re.MULTILINE))
     assert "argparse" in imported
     assert not imported & {"torch", "transformers"}
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "file", "later"]

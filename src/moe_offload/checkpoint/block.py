@@ -17,7 +17,9 @@ from typing import Final, Literal
 
 from torch import Tensor
 
+from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.matrix import MatrixLayout
+from moe_offload.checkpoint.quantization import Quantize
 from moe_offload.checkpoint.safetensors_file import TensorEntry
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 
@@ -126,7 +128,12 @@ def block_layout(
     return replace(layout, fields=tuple(fields), block_bytes=_round_up(offset, BLOCK_ALIGNMENT))
 
 
-def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> bool:
+def pack_block(
+    layout: BlockLayout,
+    weights: dict[str, Tensor],
+    out: Tensor,
+    quantize: Quantize = quantization.quantize,
+) -> bool:
     """Write one expert's logical weights into `out` as the bytes of a block.
 
     `weights` holds `gate_up` [R, H], `down` [H, I] and, with biases, `gate_up_bias` [R] and
@@ -146,7 +153,7 @@ def pack_block(layout: BlockLayout, weights: dict[str, Tensor], out: Tensor) -> 
             kept = kept and arrays is not None
         if not kept and layout.scales is not None:
             return False  # only a source's own codes go with its scales
-        for suffix, array in (arrays or matrix.pack(weights[name])).items():
+        for suffix, array in (arrays or matrix.pack(weights[name], quantize)).items():
             layout.field(f"{name}{suffix}").view(out).copy_(array)
         if layout.has_bias:
             layout.field(f"{name}_bias").view(out).copy_(weights[f"{name}_bias"])

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.conversion import find_experts
-from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.checkpoint.prepared import PREPARE_AGAIN, Manifest, require
-from moe_offload.checkpoint.source import stored_dtype
+from moe_offload.checkpoint.folders import MANIFEST_NAME, PREPARE_AGAIN
+from moe_offload.checkpoint.model_config import stored_dtype
+from moe_offload.checkpoint.prepared import Manifest, require
 from moe_offload.config import DENSE_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from moe_offload.errors import UserError
-from moe_offload.files import LARGEST_JSON_BYTES, require_regular
+from moe_offload.files import LARGEST_JSON_BYTES, read_json_object, require_regular
 
 MANIFEST_NAME: Final = "manifest.json"
+FORMAT_VERSION: Final = 1
+PREPARE_AGAIN: Final = "prepare the model again with weights_preprocessor.py --force"
 # The names of checkpoints' weights: Hugging Face's, older ones, Mistral's native.
 WEIGHT_FILES: Final = ("model*.safetensors", "pytorch_model*.bin", "consolidated*")
 CONFIGS: Final = ("config.json", "params.json")
+# The small files that travel with the weights.
+COMPANIONS: Final = (
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer.model*",
+    "tokenizer_config.json",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "tiktoken.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template*",
+)
+_OF_NO_TOKENIZER: Final = ("config.json", "generation_config.json", "params.json", "chat_template*")
 _NO_CHECKPOINTS: Final = {
     "adapter_config.json": "a LoRA adapter, not a model: merge it into its base model with peft's "
     "merge_and_unload() and save_pretrained(), and prepare that folder",
@@ -59,8 +82,12 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
     return parts
 
 
-def require_prepared(folder: Path) -> None:
-    """UserError for a folder that is missing or that `weights_preprocessor.py` has not finished."""
+def require_prepared(folder: Path) -> dict[str, Any]:
+    """What the manifest of a prepared folder says, as it is in the file.
+
+    UserError for a folder that is missing, that `weights_preprocessor.py` has not finished, or of
+    another format version, and for a manifest that is not whole.
+    """
     try:
         gguf = () if (folder / MANIFEST_NAME).exists() else gguf_parts(folder)
         if gguf:
@@ -85,9 +112,38 @@ def require_prepared(folder: Path) -> None:
                 f"{folder} is not prepared yet (it has no {MANIFEST_NAME}); run: python3 "
                 f'weights_preprocessor.py --input-path "{folder}" --output-path "{folder}"{flag}'
             )
-        require_regular(folder / MANIFEST_NAME, LARGEST_JSON_BYTES)
+        path = folder / MANIFEST_NAME
+        require_regular(path, LARGEST_JSON_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
+    try:
+        data = read_json_object(path, PREPARE_AGAIN, decode_floats)
+    except TypeError as error:  # of a float that is none
+        raise UserError(f"{path} is damaged ({error!s:.200}); {PREPARE_AGAIN}") from error
+    if "format_version" not in data:
+        raise UserError(
+            f"{path} is not the manifest of a prepared folder (it has no format_version); "
+            "choose another folder"
+        )
+    version = data["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was prepared in format version {version!r:.40}, this program reads "
+            f"version {FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
+        )
+    return data
+
+
+def decode_floats(data: dict[str, Any]) -> Any:
+    """`object_hook` for `json.loads` that undoes the encoding of Infinity and NaN."""
+    return float(data["__float__"]) if data.keys() == {"__float__"} else data
+
+
+def require_tokenizer(folder: Path) -> None:
+    """UserError for a prepared folder without any file of a tokenizer."""
+    patterns = [one for one in COMPANIONS if one not in _OF_NO_TOKENIZER]
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise UserError(f"{folder} holds no tokenizer: copy the model's tokenizer files there")
 
 
 def _what_else(path: Path, where: str) -> str:

@@ -19,8 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from moe_offload.checkpoint.folders import require_source
-from moe_offload.checkpoint.source import COMPANIONS
+from moe_offload.checkpoint.folders import COMPANIONS, require_source
 from moe_offload.checkpoint.source_files import read_weight_map
 from moe_offload.errors import UserError
 

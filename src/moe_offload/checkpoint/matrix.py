@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS
+from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS, Quantize
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 from moe_offload.errors import UserError
 
@@ -101,7 +101,7 @@ class MatrixLayout:
         columns = -(-self.n_columns // self.scales.group) if self.scales.group else 1
         return -(-self.n_rows // self.scales.rows), columns
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor, quantize: Quantize = quantization.quantize) -> dict[str, Tensor]:
         """The arrays of the nearest numbers, by suffix, to W of any floating dtype.
 
         UserError for a weight that is not finite or too large for the format; ValueError for scales
@@ -113,7 +113,7 @@ class MatrixLayout:
         if self.scales != facts.scales:
             raise ValueError(f"only a quantised source has scales {self.scales}")
         if self.weight_format in ("int8", "int4"):
-            packed, scale = quantization.quantize(weight, facts.bits)
+            packed, scale = quantize(weight, facts.bits)
             return {"": packed, "_scale": scale}
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         if not largest < 1e38:
@@ -336,17 +336,21 @@ def _whole(n: Tensor, largest: int) -> Tensor:
 def _e2m1_halves(codes: Tensor) -> Tensor:
     """fp32 whole numbers, twice what E2M1 codes stand for; -0 stays."""
     table = torch.tensor([*_E2M1, *(-float(n) for n in _E2M1)], device=codes.device)
-    halves: Tensor = table[codes.int()]
-    return halves
+    return _look_up(table, codes)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index]; index_select is ten times as fast as an index in brackets."""
+    return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
 def _find_e2m1(weight: Tensor, unit: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     step = unit[:, ::GROUP]
     spread = step.repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
     halves = torch.where(spread == 0, spread, weight / spread).abs()
-    places = torch.full((13,), 255, device=weight.device)
-    places[list(_E2M1)] = torch.arange(8, device=weight.device)
-    codes = places[_whole(halves, 12).int()]
+    places = torch.full((13,), 255, dtype=torch.uint8, device=weight.device)
+    places[list(_E2M1)] = torch.arange(8, dtype=torch.uint8, device=weight.device)
+    codes = _look_up(places, _whole(halves, 12))
     sign = torch.signbit(weight).to(codes.dtype) << 3
     return _whole(codes | sign, 15), {"_scale": _stored(step * 2, "uint8")}
 
@@ -363,8 +367,8 @@ def _round_to_e2m1(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     best_exponent, best_error = exponent, one * torch.inf
     for candidate in (exponent - 3, exponent - 2):
         unit = torch.ldexp(one, candidate - 1)[..., None]
-        codes = torch.bucketize(groups.abs() / unit, edges)
-        error = (halves[codes] * unit - groups.abs()).square_().sum(2)
+        codes = torch.bucketize(groups.abs() / unit, edges, out_int32=True)
+        error = (_look_up(halves, codes) * unit - groups.abs()).square_().sum(2)
         better = error < best_error
         best = torch.where(better[..., None], codes.to(torch.uint8), best)
         best_exponent = torch.where(better, candidate, best_exponent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,3 +202,14 @@ def read_native_config(folder: Path) -> MixtralConfig:
             num_experts_per_tok=moe["num_experts_per_tok"],
             tie_word_embeddings=False,
         )
+
+
+def stored_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+    """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+    for pattern, dtype in plan.items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return dtype
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor.dtype

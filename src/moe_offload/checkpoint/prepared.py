@@ -31,21 +31,23 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint.block import BlockLayout
-from moe_offload.checkpoint.folders import MANIFEST_NAME, require_prepared
+from moe_offload.checkpoint.folders import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    PREPARE_AGAIN,
+    require_prepared,
+)
 from moe_offload.checkpoint.safetensors_file import TensorEntry, checksum, read_header, read_into
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
     LARGEST_JSON_BYTES,
     from_json,
-    read_json_object,
     require_regular,
     write_atomically,
 )
 
-FORMAT_VERSION: Final = 1
 MODEL_DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-PREPARE_AGAIN: Final = "prepare the model again with weights_preprocessor.py --force"
 
 
 def require(condition: bool, message: str) -> None:
@@ -195,11 +197,6 @@ def _encode(value: Any) -> Any:
     return value.name if isinstance(value, Path) else value
 
 
-def decode_floats(data: dict[str, Any]) -> Any:
-    """`object_hook` for `json.loads` that undoes the encoding of Infinity and NaN."""
-    return float(data["__float__"]) if data.keys() == {"__float__"} else data
-
-
 def write_manifest(manifest: Manifest) -> None:
     """Write `manifest.json` atomically; the shards must be in place."""
     fields = asdict(manifest)
@@ -222,21 +219,10 @@ def read_manifest(folder: Path) -> Manifest:
     manifest says what cannot be, or when a shard is missing or truncated.
     """
     folder = Path(folder)
-    require_prepared(folder)
+    data = require_prepared(folder)
     path = folder / MANIFEST_NAME
     try:
-        data = read_json_object(path, PREPARE_AGAIN, decode_floats)
-        if "format_version" not in data:
-            raise UserError(
-                f"{path} is not the manifest of a prepared folder (it has no format_version); "
-                "choose another folder"
-            )
-        version = data.pop("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise UserError(
-                f"{folder} was prepared in format version {version!r:.40}, this program reads "
-                f"version {FORMAT_VERSION}; prepare it again with weights_preprocessor.py --force"
-            )
+        data.pop("format_version")
         manifest = _located(from_json(Manifest, {**data, "folder": str(folder)}))
         said = {key: _encode(data[key]) for key in data if key != "checksum"}
         if manifest.checksum is not None and manifest.checksum != _own_checksum(said):
@@ -288,24 +274,35 @@ def check_header(shard: DenseShard | MoeLayer) -> None:
     require(read_header(shard.file) == shard.entries, said)
 
 
-def _read_checked(path: Path, offset_bytes: int, out: Tensor, wanted: int, part: str) -> None:
+def _read_checked(
+    path: Path,
+    offset_bytes: int,
+    out: Tensor,
+    wanted: int,
+    part: str,
+    crc32: Callable[[Tensor], int] = checksum,
+) -> None:
     """Fill `out`; UserError when its bytes do not have the checksum `wanted`."""
     read_into(path, offset_bytes, out)
-    if checksum(out) != wanted:
+    if crc32(out) != wanted:
         raise UserError(
             f"{path} is corrupt: the checksum of {part} does not match the manifest; "
             f"{PREPARE_AGAIN}"
         )
 
 
-def read_block(layer: MoeLayer, expert: int, out: Tensor) -> None:
+def read_block(
+    layer: MoeLayer, expert: int, out: Tensor, crc32: Callable[[Tensor], int] = checksum
+) -> None:
     """Read one expert's block into `out`, contiguous CPU uint8 [block_bytes].
 
-    Thread-safe for distinct `out`. UserError when the bytes do not match their checksum.
+    `crc32` computes what `checksum` does. Thread-safe for distinct `out`. UserError when the bytes
+    do not match their checksum.
     """
     assert out.dtype == torch.uint8 and out.numel() == layer.layout.block_bytes
     wanted = layer.block_checksums[expert]
-    _read_checked(layer.file, layer.block_offset_bytes(expert), out, wanted, f"expert {expert}")
+    offset_bytes, what = layer.block_offset_bytes(expert), f"expert {expert}"
+    _read_checked(layer.file, offset_bytes, out, wanted, what, crc32)
 
 
 def iterate_dense(shards: Iterable[DenseShard]) -> Iterator[tuple[str, Tensor]]:

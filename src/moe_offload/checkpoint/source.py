@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
 from moe_offload.checkpoint.exact_format import ExactFormat
-from moe_offload.checkpoint.folders import gguf_parts, require_source
+from moe_offload.checkpoint.folders import COMPANIONS, gguf_parts, require_source
 from moe_offload.checkpoint.gguf_file import open_gguf
 from moe_offload.checkpoint.gguf_models import read_gguf_config, to_model_tensors
 from moe_offload.checkpoint.gguf_tokenizer import tokenizer_files
@@ -44,26 +44,6 @@ from moe_offload.files import (
     read_json_object,
     require_regular,
     write_atomically,
-)
-
-COMPANIONS: Final = (
-    "config.json",
-    "generation_config.json",
-    "params.json",
-    "tokenizer.json",
-    "tokenizer.model*",
-    "tokenizer_config.json",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "tiktoken.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template*",
 )
 
 
@@ -156,17 +136,6 @@ def _require_finite(name: str, tensor: Tensor) -> None:
             f"{name} holds weights that are infinite or not a number, as fp16 copies of bf16 "
             "models may: use the model's bf16 or fp32 version"
         )
-
-
-def stored_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
-    """The dtype transformers would load this tensor in: modules it keeps in fp32 stay fp32."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
-    for pattern, dtype in plan.items():
-        if re.search(pattern.replace("*", ".*"), name):
-            return dtype
-    path, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), leaf)
-    return tensor.dtype
 
 
 def open_source(path: Path, hugging_face: bool, dtype: torch.dtype) -> SourceCheckpoint:

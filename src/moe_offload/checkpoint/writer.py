@@ -3,7 +3,8 @@
 What is finished is recorded in `preparation.json` beside the shards, with checksums. Whenever the
 program dies, the next run keeps each recorded shard whose bytes still match and writes the rest;
 the manifest comes last and the record goes. Memory holds one expert, or one dense tensor, at a
-time. Top-down: the preparation, the plan of the dense shards, the output folder between runs.
+time; while a file is made the one before is still on its way to the disk. Top-down: the
+preparation, the plan of the dense shards, the output folder between runs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, Final
 
 import torch
@@ -26,21 +29,22 @@ from transformers import PreTrainedModel
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.block import pack_block
 from moe_offload.checkpoint.conversion import ExpertsModule
-from moe_offload.checkpoint.folders import CONFIGS, MANIFEST_NAME, WEIGHT_FILES
+from moe_offload.checkpoint.folders import CONFIGS, MANIFEST_NAME, WEIGHT_FILES, decode_floats
+from moe_offload.checkpoint.model_config import stored_dtype
 from moe_offload.checkpoint.prepared import (
     DenseShard,
     DenseTensor,
     Manifest,
     MoeLayer,
     PackedWeight,
-    decode_floats,
     dense_file_name,
     experts_file_name,
     verify_shard,
     write_manifest,
 )
+from moe_offload.checkpoint.quantization import Quantize
 from moe_offload.checkpoint.safetensors_file import TEMPORARY_SUFFIX, plan_header, write_file
-from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, stored_dtype
+from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.files import (
@@ -52,6 +56,7 @@ from moe_offload.files import (
 
 SHARD_BYTES: Final = 4 << 30
 RECORD_NAME: Final = "preparation.json"
+_FILES_AT_ONCE: Final = 2
 _SHARD: Final = r"(dense(-\d{5}-of-\d{5})?|experts-\d{5})\.safetensors"
 _TEMPORARY: Final = rf"{_SHARD}{re.escape(TEMPORARY_SUFFIX)}|\..+\.\d+\.tmp"  # write_atomically's
 
@@ -88,16 +93,24 @@ class _Planned:
 class Preparation:
     """One source checkpoint on its way into one output folder; nothing is written before `run`."""
 
-    def __init__(self, source: SourceCheckpoint, output: Path, formats: Formats) -> None:
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        output: Path,
+        formats: Formats,
+        quantize: Quantize = quantization.quantize,
+    ) -> None:
         self._source, self._output, self._formats = source, output, formats
         self._dense = plan_dense(source, formats.dense_format)
         files = [
-            _plan_dense_file(source, output / dense_file_name(position, len(self._dense)), parts)
+            _plan_dense_file(
+                source, output / dense_file_name(position, len(self._dense)), parts, quantize
+            )
             for position, parts in enumerate(self._dense)
         ]
         for position, module in enumerate(source.experts):
             path = output / experts_file_name(position)
-            files.append(_plan_experts_file(source, path, module, formats))
+            files.append(_plan_experts_file(source, path, module, formats, quantize))
         self._files = {file.shard.file.name: file for file in files}
 
     @property
@@ -128,10 +141,7 @@ class Preparation:
         self._check_room(done)
         source = self._source
         files = copy_companions(source, self._output)
-        for name, file in self._files.items():
-            if name not in done:
-                done[name] = write_file(file.shard.file, file.shard.bytes, _parts(file, on_bytes))
-                self._write_record(done)
+        self._write_files(done, on_bytes)
         if source.current_fingerprint() != source.fingerprint:
             raise UserError(
                 f"the files of {source.path} changed while they were prepared: run the same "
@@ -141,6 +151,36 @@ class Preparation:
         write_manifest(manifest)
         (self._output / RECORD_NAME).unlink()
         return manifest
+
+    def _write_files(self, done: dict[str, list[int]], on_bytes: Callable[[int], None]) -> None:
+        """Write the files that are not in `done`, which takes each one's checksums."""
+        making, recording, stopped = Lock(), Lock(), Event()
+
+        def parts(file: _Planned) -> Generator[bytes | Tensor, None, None]:
+            yield file.header
+            with making:
+                for tensor in file.data():
+                    if stopped.is_set():  # a file that is cut short is refused and removed
+                        return
+                    yield tensor
+                    on_bytes(tensor.nbytes)
+
+        def write(name: str, file: _Planned) -> None:
+            with closing(parts(file)) as data:
+                checksums = write_file(file.shard.file, file.shard.bytes, data)
+            with recording:
+                done[name] = checksums
+                self._write_record(done)
+
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            left = [item for item in self._files.items() if item[0] not in done]
+            try:
+                for writing in [pool.submit(write, *item) for item in left]:
+                    writing.result()
+            except BaseException:
+                stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _keep_finished(self, on_bytes: Callable[[int], None]) -> dict[str, list[int]]:
         """The checksums of an interrupted run's shards that are whole; others of ours go."""
@@ -196,20 +236,15 @@ class Preparation:
         )
 
 
-def _parts(file: _Planned, on_bytes: Callable[[int], None]) -> Iterator[bytes | Tensor]:
-    yield file.header
-    for tensor in file.data():
-        yield tensor
-        on_bytes(tensor.nbytes)
-
-
-def _plan_dense_file(source: SourceCheckpoint, path: Path, parts: list[DensePart]) -> _Planned:
+def _plan_dense_file(
+    source: SourceCheckpoint, path: Path, parts: list[DensePart], quantize: Quantize
+) -> _Planned:
     stored = [tensor for part in parts for tensor in part.stored]
     header, entries = plan_header(stored, {"format": "pt"})
 
     def data() -> Iterator[Tensor]:
         for part in parts:
-            yield from part.encode(source.read_dense(part.name))
+            yield from part.encode(source.read_dense(part.name), quantize)
 
     n_bytes = entries[-1].offset_bytes + entries[-1].n_bytes
     tensors = tuple(DenseTensor(e.name, e.dtype, e.shape, e.offset_bytes, 0) for e in entries)
@@ -217,7 +252,11 @@ def _plan_dense_file(source: SourceCheckpoint, path: Path, parts: list[DensePart
 
 
 def _plan_experts_file(
-    source: SourceCheckpoint, path: Path, module: ExpertsModule, formats: Formats
+    source: SourceCheckpoint,
+    path: Path,
+    module: ExpertsModule,
+    formats: Formats,
+    quantize: Quantize,
 ) -> _Planned:
     weight_format = formats.weight_format
     layout = module.block_layout(weight_format, formats.scales)
@@ -230,7 +269,7 @@ def _plan_experts_file(
         block = torch.empty(layout.block_bytes, dtype=torch.uint8)
         scaled = WEIGHT_FORMATS[weight_format].scales is not None
         for weights in source.iterate_experts(module, units=scaled):
-            kept = pack_block(layout, weights, block)
+            kept = pack_block(layout, weights, block, quantize)
             if formats.exact and not kept:
                 raise UserError(
                     f"an expert in {module.name} would be rounded in {weight_format}, which its "
@@ -266,10 +305,10 @@ class DensePart:
     def n_bytes(self) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.stored)
 
-    def encode(self, tensor: Tensor) -> list[Tensor]:
+    def encode(self, tensor: Tensor, quantize: Quantize) -> list[Tensor]:
         """The stored tensors, in the order of `stored`, of the source's tensor."""
         if self.packed is not None:
-            return list(quantization.quantize(tensor, self.packed.bits))
+            return list(quantize(tensor, self.packed.bits))
         return [tensor.to(self.stored[0][1]).contiguous()]
 
 

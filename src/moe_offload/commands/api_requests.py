@@ -1,8 +1,8 @@
 """What a client of OpenAI's API may ask for, checked before anything is computed.
 
-A body becomes the one that transformers' handlers are to see: fields that are honoured, each of
-its type and in its range. What asks for nothing (`n` of 1) is left out, what is not served is
-refused by name.
+The body of a request, posted to the server or in a line of a batch file, is left with the fields
+that are honoured, each of its type and in its range. What asks for nothing (`n` of 1) is left out,
+what is not served is refused by name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,23 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_offload.commands.batch_format import IGNORED, NEUTRAL
 from moe_offload.config import LARGEST, LEAST_SEED
 
 _MOST_STOPS: Final = 4  # as OpenAI's
 _LONGEST_STOP: Final = 256
 _LEAST_TEMPERATURE: Final = 1e-3  # above 0; below, a division of scores may overflow
+_IGNORED: Final = ("user", "metadata", "store", "service_tier", "stream_options")
+# Fields that are served only with these values, which ask for nothing.
+_NEUTRAL: Final[dict[str, Any]] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+}
 # Of the settings that `transformers chat` sends as one text, those that are honoured.
 _OF_GENERATION_CONFIG: Final = {
     "temperature": "temperature",
@@ -150,17 +161,25 @@ class Asked:
     stop: tuple[str, ...]
 
 
-def read_body(path: str, data: bytes) -> Asked:
+def read_posted(path: str, data: bytes) -> Asked:
     """The checked request in `data`, posted to one of POSTED_PATHS; else RequestError."""
-    fields = {key: value for key, value in _json_object(data).items() if value is not None}
+    return read_body(path, _json_object(data))
+
+
+def read_body(path: str, given: dict[str, Any]) -> Asked:
+    """The checked request of the JSON object `given`, for one of POSTED_PATHS; else RequestError.
+
+    A message's parts become one text, and its role `developer` `system`.
+    """
+    fields = {key: value for key, value in given.items() if value is not None}
     if "generation_config" in fields:
         fields = _generation_config(fields.pop("generation_config")) | fields
     if "max_completion_tokens" in fields:
         fields["max_tokens"] = fields.pop("max_completion_tokens")
-    for name, nothing in NEUTRAL.items():
-        if name not in ("stream", "tools") and fields.pop(name, nothing) != nothing:
+    for name, nothing in _NEUTRAL.items():
+        if fields.pop(name, nothing) != nothing:
             raise RequestError(f"{name} is served only as {json.dumps(nothing)}", name)
-    for name in IGNORED - {"model"}:
+    for name in _IGNORED:
         fields.pop(name, None)
     try:
         checked = _BODIES[path].model_validate(fields)
@@ -170,7 +189,7 @@ def read_body(path: str, data: bytes) -> Asked:
         raise RequestError(f"{param or 'the request'}: {first['msg']}", param or None) from error
     body = checked.model_dump(exclude_none=True)
     seed, stop = body.pop("seed", None), body.pop("stop", ())
-    if body.pop("tool_choice", None) == "none":
+    if body.pop("tool_choice", None) == "none" or not body.get("tools"):
         body.pop("tools", None)
     if body.get("temperature"):
         body["temperature"] = max(body["temperature"], _LEAST_TEMPERATURE)
@@ -178,6 +197,8 @@ def read_body(path: str, data: bytes) -> Asked:
         _require_content(number, message)
         if message["role"] == "developer":
             message["role"] = "system"
+        if isinstance(message.get("content"), list):
+            message["content"] = "\n".join(part["text"] for part in message["content"])
     return Asked(body, seed, (stop,) if isinstance(stop, str) else tuple(stop))
 
 

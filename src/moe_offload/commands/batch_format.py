@@ -9,30 +9,15 @@ with 500 and the reason, as the API itself would.
 from __future__ import annotations
 
 import time
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
+from moe_offload.commands.api_requests import RequestError, read_body
 from moe_offload.errors import UserError
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 
-_TEXTS: Final[dict[Endpoint, str]] = {
-    "/v1/chat/completions": "messages",
-    "/v1/completions": "prompt",
-}
-IGNORED: Final = {"model", "user", "metadata", "store", "service_tier", "stream_options"}
-# Fields that are served only with these values, which ask for nothing.
-NEUTRAL: Final[dict[str, Any]] = {
-    "n": 1,
-    "best_of": 1,
-    "stream": False,
-    "echo": False,
-    "logprobs": False,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "tools": [],
-    "response_format": {"type": "text"},
-}
+_ENDPOINTS: Final[tuple[Endpoint, ...]] = get_args(Endpoint)
+_OF_THE_SERVER: Final = ("stream", "tools", "chat_template_kwargs")
 _FOR_SAMPLING: Final = ("top_p", "top_k", "min_p")
 _FINISH_REASONS: Final = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -42,55 +27,40 @@ def is_request(line: dict[str, Any]) -> bool:
     return "custom_id" in line or "body" in line
 
 
-def read_request(line: dict[str, Any]) -> tuple[str, Endpoint, dict[str, Any]]:
+def read_request(
+    line: dict[str, Any], run_temperature: float
+) -> tuple[str, Endpoint, dict[str, Any]]:
     """The custom_id, the endpoint, and the body as a line of our own format would have it.
 
-    UserError, to be read after the line's name, for what cannot be served.
+    Where the body's temperature, or else the run's, is 0, its other settings of sampling ask for
+    nothing. UserError, to be read after the line's name, for what cannot be served.
     """
-    name, url, body = line.get("custom_id"), line.get("url"), line.get("body")
+    name, body = line.get("custom_id"), line.get("body")
+    url = next((one for one in _ENDPOINTS if one == line.get("url")), None)
     if not isinstance(name, str) or not name:
         raise UserError(f"has the custom_id {name!r}: expected a text that is not empty")
     if unknown := sorted(line.keys() - {"custom_id", "method", "url", "body"}):
         raise UserError(f"has the unknown field {unknown[0]!r} beside custom_id and body")
     if line.get("method", "POST") != "POST":
         raise UserError(f"has the method {line['method']!r}: expected POST")
-    if url not in _TEXTS:
-        raise UserError(f"has the url {url!r}: expected one of {', '.join(_TEXTS)}")
+    if url is None:
+        raise UserError(f"has the url {line.get('url')!r}: expected one of {', '.join(_ENDPOINTS)}")
     if not isinstance(body, dict):
         raise UserError("has no body: expected an object")
-    fields = {key: value for key, value in body.items() if value is not None}
-    fields = {key: value for key, value in fields.items() if key not in IGNORED}
-    for key, nothing in NEUTRAL.items():
-        if fields.pop(key, nothing) != nothing:
-            raise UserError(f"has {key} {body[key]!r}, which is not served")
-    if "max_completion_tokens" in fields:
-        fields["max_tokens"] = fields.pop("max_completion_tokens")
-    if fields.get("temperature") == 0:  # then they ask for nothing either
+    try:
+        asked = read_body(url, body)
+    except RequestError as error:
+        raise UserError(f"has a body that cannot be served: {error}") from error
+    fields = asked.body | {"seed": asked.seed, "stop": list(asked.stop) or None}
+    fields = {key: value for key, value in fields.items() if value is not None}
+    fields.pop("model", None)
+    if not fields.get("stream"):
+        fields.pop("stream", None)
+    if refused := [key for key in _OF_THE_SERVER if key in fields]:
+        raise UserError(f"has {refused[0]}, which a server serves (serve.py) and a file does not")
+    if fields.get("temperature", run_temperature) == 0:
         fields = {key: value for key, value in fields.items() if key not in _FOR_SAMPLING}
-    if _TEXTS[url] not in fields:
-        raise UserError(f"has no {_TEXTS[url]}, which {url} needs")
-    if isinstance(fields.get("messages"), list):
-        fields["messages"] = [_plain_message(message) for message in fields["messages"]]
     return name, url, fields
-
-
-def _plain_message(message: Any) -> Any:
-    """A message of role and content, a text; what is none is left for others to refuse.
-
-    Its `name` is ignored, as the server ignores it.
-    """
-    if not isinstance(message, dict):
-        return message
-    message = {key: value for key, value in message.items() if key != "name"}
-    if message.get("role") == "developer":
-        message["role"] = "system"
-    content = message.get("content")
-    if isinstance(content, list) and content:
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise UserError("has a message with a part that is not text")
-        message["content"] = "\n".join(part["text"] for part in content)
-    return message
 
 
 def answer_line(

@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from moe_offload.checkpoint.folders import require_prepared
-from moe_offload.commands.arguments import ArgumentParser, a_path, add_flags, chosen, run_command
+from moe_offload.commands.arguments import (
+    ArgumentParser,
+    a_path,
+    add_flags,
+    chosen,
+    importing,
+    require_model,
+    run_command,
+)
 from moe_offload.config import CacheOptions, ModelOptions, require_range
 from moe_offload.machine.terminal import say, show
 
@@ -46,11 +53,12 @@ def _check(arguments: Namespace) -> int:
     cache = chosen(CacheOptions, vars(arguments))
     require_range("--max-tokens", arguments.max_tokens, 1, MOST_TOKENS)
     assert model.model_path is not None  # there are no random weights to check
-    require_prepared(model.model_path)
-    from moe_offload.engine.check import check_engine  # torch: seconds
-    from moe_offload.engine.engine import load_engine, open_prepared
-    from moe_offload.model.generation import context_length, require_fitting
-    from moe_offload.model.tokenization import load_tokenizer
+    require_model(model)
+    with importing():
+        from moe_offload.engine.check import check_engine
+        from moe_offload.engine.engine import load_engine, open_prepared
+        from moe_offload.model.generation import context_length, require_fitting
+        from moe_offload.model.tokenization import load_tokenizer
 
     source = open_prepared(model)
     tokenizer = load_tokenizer(model.model_path, source.config.model_type)

@@ -6,8 +6,9 @@ it is finished; so what was finished is on disk, whatever happens to the worker.
 failed had not finished is given out again, one prompt at a time, and one that fails so on two
 workers is written with its error.
 
-Ray's core is used and not its Data: that hands over results by blocks, when a task has ended, so
-that a worker's end would take finished answers with it, and each batch would wait for its longest.
+Ray's core is used and not its Data, whose unit of failure is a task: what a worker had finished of
+its task would be computed again, and a prompt that kills workers would take the rest of its task
+with it (`benchmarks/ray_data_study.py`).
 """
 
 from __future__ import annotations
@@ -99,15 +100,15 @@ class Place:
     pending: Any = None
     tasks: dict[int, Task] = field(default_factory=dict)
     name: str = ""
-    n_loads: int = 0
 
     @property
     def is_loaded(self) -> bool:
         return bool(self.name)
 
     def load(self) -> None:
-        self.name, self.n_loads = "", self.n_loads + 1
-        self.pending = self.actor.load.remote()
+        """Again where the worker dies of it, which Ray sees to; it waits for one that restarts."""
+        self.name = ""
+        self.pending = self.actor.load.options(max_task_retries=_MOST_LOADS - 1).remote()
 
 
 class Queue:
@@ -195,7 +196,7 @@ def run_on_cluster(
     if answers.n_before:
         lines.append(f"{answers.n_before} prompts were answered before")
     if not config.output.quiet:
-        show("\n".join([*lines, *left_out.notes()]))
+        show("\n".join(lines))
     if status:
         say(f"{status}{run.n_answered} of {len(encoded)} prompts finished; go on with --resume")
         return interruption.exit_code
@@ -264,7 +265,7 @@ class _Run:
     def _take_in(self, place: Place) -> None:
         if not place.is_loaded:
             place.name = self._ray.get(place.pending)
-            place.pending, place.n_loads = None, 0
+            place.pending = None
             return
         try:
             index, facts = self._ray.get(next(place.pending))
@@ -298,8 +299,7 @@ class _Run:
                 self.n_failed += 1
                 self._progress.prompt_done()
         self._queue.put_back(again)
-        is_hopeless = isinstance(getattr(error, "cause", None), UserError)
-        if not was_loaded and (is_hopeless or place.n_loads >= _MOST_LOADS):
+        if not was_loaded:
             self._places.remove(place)
             say(f"a worker is left out: it cannot load the model ({reason})")
             if not self._places:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from moe_offload.commands.prompts import LeftOut, Prompt
+from moe_offload.commands.stop_texts import UpToStop
 from moe_offload.engine.engine import Engine
 from moe_offload.errors import UserError
 from moe_offload.model.generation import Generated, Request, generate, require_fitting, stop_ids
@@ -50,8 +51,8 @@ class Conversation:
         self.record = record
         self.text = ""
         self.shown = ""  # the same as a person sees it, once it is finished
-        self._n_told = 0
         self._detokenizer = StreamingDetokenizer(tokenizer)
+        self._answer = UpToStop(prompt.options.stop)
 
     @property
     def is_finished(self) -> bool:
@@ -59,14 +60,12 @@ class Conversation:
 
     def push(self, token: int) -> str:
         """The text that became certain with `token`; sets the record's `stop` at a stop text."""
-        self._add(self._detokenizer.push(token))
-        return self._told(len(self.text) - self._n_held())
+        return self._add(self._answer.push(self._detokenizer.push(token)))
 
     def finish(self) -> str:
         """What was held back."""
-        if self.record.stop != "stop":
-            self._add(self._detokenizer.finish())
-        return self._told(len(self.text))
+        rest = self._answer.push(self._detokenizer.finish())
+        return self._add(rest + self._answer.finish())
 
     def facts(self) -> dict[str, Any]:
         """The answer as plain JSON values."""
@@ -80,24 +79,10 @@ class Conversation:
             "decode_s": round(sum(record.token_times_s[1:]), 6),
         }
 
-    def _add(self, piece: str) -> None:
+    def _add(self, piece: str) -> str:
         self.text += piece
-        places = [self.text.find(stop, self._n_told) for stop in self.prompt.options.stop]
-        if found := [place for place in places if place >= 0]:
-            self.text = self.text[: min(found)]
+        if self._answer.is_over:
             self.record.stop = "stop"
-
-    def _n_held(self) -> int:
-        """How many characters at the end may be the beginning of a stop text."""
-        stops = self.prompt.options.stop if self.record.stop != "stop" else ()
-        longest = min(max(map(len, stops), default=1) - 1, len(self.text) - self._n_told)
-        held = (
-            n for n in range(longest, 0, -1) if any(s.startswith(self.text[-n:]) for s in stops)
-        )
-        return next(held, 0)
-
-    def _told(self, end: int) -> str:
-        piece, self._n_told = self.text[self._n_told : end], end
         return piece
 
 

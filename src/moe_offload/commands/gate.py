@@ -11,6 +11,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +27,15 @@ from moe_offload.commands.api_requests import (
     POSTED_PATHS,
     Asked,
     RequestError,
+    error_body,
     is_loopback,
-    read_body,
+    read_posted,
 )
 from moe_offload.experts.recorder import Recorder
 
 _HOST: Final = re.compile(r"\[?([^\[\]]*?)\]?(?::\d+)?")  # of a URL: a name or address, a port
+# How transformers' handlers end a stream that failed; text of an answer has no such quotes.
+_STREAM_ERROR: Final = re.compile(rb'data: \{"error": "(.*)"\}\n\n\Z', re.DOTALL)
 _LARGEST_BODY_BYTES: Final = 16 << 20
 # The paths of transformers' app that are served, with the method, and our own.
 _PATHS: Final = {
@@ -40,6 +44,15 @@ _PATHS: Final = {
     "/health": "GET",
     "/metrics": "GET",
 }
+# The recorder's columns of a cache's hits and misses.
+_LOOKUPS: Final = {"gpu": ("hits", "misses"), "host": ("host_hits", "host_misses")}
+# What reads experts, and its column of the recorder.
+_BYTES: Final = (
+    ("cpu", "cpu_bytes"),
+    ("gpu", "gpu_bytes"),
+    ("copy", "fetch_bytes"),
+    ("disk", "disk_bytes"),
+)
 _TTFT_BUCKETS_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 
@@ -68,7 +81,8 @@ TICKET: Final[ContextVar[Ticket]] = ContextVar("ticket")
 class Metrics:
     """What `/metrics` shows. Counted by the computing thread and by the gate."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policies: Mapping[str, str]) -> None:
+        """`policies`: of the caches that there are, `gpu` and `host`."""
         self.tickets: set[Ticket] = set()
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -86,12 +100,13 @@ class Metrics:
             buckets=_TTFT_BUCKETS_S, registry=registry,
         )  # fmt: skip
         self._lookups = Counter(
-            "moe_cache_lookups", "Chosen experts of cached layers, by outcome",
-            ["policy", "outcome"], registry=registry,
+            "moe_cache_lookups", "Experts asked of a cache, the GPU's or the host's, by outcome",
+            ["cache", "policy", "outcome"], registry=registry,
         )  # fmt: skip
-        self._policy = policy
+        self._policies = policies
         self._bytes = Counter(
-            "moe_expert_bytes", "Bytes of experts read by the CPU, read by the GPU, copied to it",
+            "moe_expert_bytes",
+            "Bytes of experts read by the CPU, by the GPU, copied to it, and read from disk",
             ["by"], registry=registry,
         )  # fmt: skip
         for is_computing in (False, True):
@@ -108,11 +123,11 @@ class Metrics:
     def add_layers(self, recorder: Recorder) -> None:
         """What the finished passes of one generation did."""
         layers = recorder.layer_table()
-        for outcome, column in (("hit", "hits"), ("miss", "misses")):
-            self._lookups.labels(self._policy, outcome).inc(
-                int(layers[column][layers["cached"] > 0].sum())
-            )
-        for by, column in (("cpu", "cpu_bytes"), ("gpu", "gpu_bytes"), ("copy", "fetch_bytes")):
+        for cache, policy in self._policies.items():
+            for outcome, column in zip(("hit", "miss"), _LOOKUPS[cache], strict=True):
+                count = int(layers[column].sum())
+                self._lookups.labels(cache, policy, outcome).inc(count)
+        for by, column in _BYTES:
             self._bytes.labels(by).inc(int(layers[column].sum()))
 
 
@@ -152,7 +167,7 @@ class Gate:
                 metrics = generate_latest(self._metrics.registry)
                 await Response(metrics, media_type="text/plain")(scope, receive, send)
             elif scope["path"] in POSTED_PATHS:
-                asked = read_body(scope["path"], await _body_of(request))
+                asked = read_posted(scope["path"], await _body_of(request))
                 wanted = asked.body.get("model", self._name)
                 if wanted != self._name:
                     raise RequestError(
@@ -231,7 +246,7 @@ class Gate:
 
 
 def _ended_as_openai_does(send: Send) -> Send:
-    """A stream that ends well ends with [DONE], which transformers leaves out."""
+    """A stream ends with [DONE], which transformers leaves out, or with an error that is told."""
     is_stream, is_well = False, True
 
     async def ended(message: Message) -> None:
@@ -240,8 +255,11 @@ def _ended_as_openai_does(send: Send) -> Send:
             is_stream = (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]
         elif is_stream:
             body = message.get("body", b"")
-            is_well = is_well and not body.startswith(b'data: {"error"')
-            if is_well and not message.get("more_body", False):
+            if error := _STREAM_ERROR.search(body):
+                is_well = False
+                told = json.dumps(error_body(error[1].decode(), "server_error")).encode()
+                message = {**message, "body": b"%sdata: %s\n\n" % (body[: error.start()], told)}
+            elif is_well and not message.get("more_body", False):
                 message = {**message, "body": body + b"data: [DONE]\n\n"}
         await send(message)
 

@@ -15,12 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_offload import VERSION
-from moe_offload.checkpoint.folders import require_prepared
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.arguments import (
     build_parser,
+    importing,
     make_writable,
     parse_config,
+    require_model,
     run_command,
     started_as,
 )
@@ -49,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Interruption() as interruption:
 
         def work(arguments: Namespace) -> int:
-            if not argv:
-                parser.print_usage(sys.stderr)
             command = [started_as("src/main.py"), *argv]
             try:
                 return _generate(arguments, command, interruption)
@@ -77,7 +76,8 @@ def _generate(arguments: Namespace, command: list[str], interruption: Interrupti
     # help, versions and what is found wrong so far need not wait for them.
     if arguments.show_calibration:
         say("loading, then measuring ...")
-        from moe_offload.commands.measure import show_calibration
+        with importing():
+            from moe_offload.commands.measure import show_calibration
 
         show_calibration(config)
         return 0
@@ -105,7 +105,8 @@ def _generate(arguments: Namespace, command: list[str], interruption: Interrupti
             return code or _left_out_code(left_out)
         if not output.quiet:
             say(f"loading {config.model.model_path or config.model.dummy_shape} ...")
-        from moe_offload.commands.run import run
+        with importing():
+            from moe_offload.commands.run import run
 
         code = run(config, prompts, left_out, answers, paths, command, interruption)
     return code or _left_out_code(left_out)
@@ -129,8 +130,7 @@ def _check_sources(config: Config) -> None:
         raise UserError(
             "--ray needs Ray: pip install -r requirements-ray.txt, or pip install '.[ray]'"
         )
-    if config.model.model_path is not None:
-        require_prepared(config.model.model_path)
+    require_model(config.model)
     if config.model.dummy_shape is not None:
         shape_config(config.model.dummy_shape, config.model.dummy_layers)
     for trace in (config.model.routing_trace, config.cache.trace):

@@ -78,7 +78,8 @@ def show_calibration(config: Config) -> None:
             f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
             f"{source.weight_format}, {_computed_by(engine)}",
             *engine.costs.describe(engine.experts_in_memory),
-            *engine.run_notes(),
+            *engine.notes,
+            *engine.learnt(),
         ]
     print("\n".join(dict.fromkeys(lines)))  # what is in use is a note as well
 

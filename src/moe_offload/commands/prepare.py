@@ -10,9 +10,10 @@ from pathlib import Path
 
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import is_hub_name, require_source
-from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
+from moe_offload.commands.arguments import ArgumentParser, a_path, importing, run_command
 from moe_offload.config import DENSE_FORMATS, PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
+from moe_offload.files import LARGEST_JSON_BYTES, require_regular
 from moe_offload.machine.terminal import say, show
 
 
@@ -85,6 +86,7 @@ def _prepare(arguments: Namespace) -> int:
     options = vars(arguments)
     source, revision = arguments.input_path, options.pop("revision")
     from_hub = is_hub_name(source)
+    _require_calibration(arguments.calibration_text, arguments.expert_dtype)
     if not from_hub:
         require_source(source, arguments.hf)
         if revision is not None:
@@ -97,7 +99,8 @@ def _prepare(arguments: Namespace) -> int:
     try:
         # Here and not at the top: torch and transformers take seconds to load. --help and a wrong
         # path need not wait for them, and Ctrl-C while they load is one line as well.
-        from moe_offload.commands.prepare_model import prepare_model
+        with importing():
+            from moe_offload.commands.prepare_model import prepare_model
 
         if from_hub:
             from moe_offload.checkpoint.hub import download
@@ -112,6 +115,23 @@ def _prepare(arguments: Namespace) -> int:
     with suppress(OSError):  # nobody reads it; prepared is prepared
         show(done)
     return 0
+
+
+def _require_calibration(text: Path | None, expert_dtype: str) -> None:
+    if text is None:
+        return
+    if expert_dtype != "int4":
+        raise UserError(
+            f"--calibration-text rounds int4, found --expert-dtype {expert_dtype}: leave it out, "
+            "or ask for --expert-dtype int4"
+        )
+    if text != Path():
+        try:
+            require_regular(text, LARGEST_JSON_BYTES)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {text}: {error.strerror}; correct --calibration-text"
+            ) from error
 
 
 def _explain(error: OSError, output: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from moe_offload import VERSION
+from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, open_source
@@ -23,9 +24,10 @@ from moe_offload.checkpoint.writer import (
     size_text,
     tidy,
 )
-from moe_offload.config import WeightFormat
+from moe_offload.config import PACKED_FORMATS, WeightFormat
 from moe_offload.errors import UserError
-from moe_offload.files import LARGEST_JSON_BYTES, require_regular
+from moe_offload.kernels.bindings import load_kernels
+from moe_offload.kernels.cpu_quantise import quantiser
 from moe_offload.machine.terminal import byte_bar, say
 from moe_offload.model.sample_text import (
     FEWEST_INPUTS,
@@ -58,7 +60,7 @@ def prepare_model(
     terminal's stderr. UserError for a bad checkpoint or folder; OSError of the disk passes through.
     """
     started_s = time.monotonic()
-    text, digest = _sample(calibration_text, expert_dtype)
+    text, digest = _sample(calibration_text)
     if not debug:
         transformers.logging.set_verbosity_error()
     if dense_dtype == "auto":
@@ -90,19 +92,13 @@ def prepare_model(
     return _summary(manifest, time.monotonic() - started_s)
 
 
-def _sample(path: Path | None, expert_dtype: str) -> tuple[str, str]:
+def _sample(path: Path | None) -> tuple[str, str]:
     """The calibration text and its checksum; two empty texts without one."""
     if path is None:
         return "", ""
-    if expert_dtype != "int4":
-        raise UserError(
-            f"--calibration-text rounds int4, found --expert-dtype {expert_dtype}: leave it out, "
-            "or ask for --expert-dtype int4"
-        )
     if path == Path():
         text = default_text()
     else:
-        require_regular(path, LARGEST_JSON_BYTES)
         text = path.read_text(encoding="utf-8", errors="replace")
     return text, hashlib.sha256(text.encode()).hexdigest()
 
@@ -125,7 +121,7 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
             f"note: the model has no place for {len(source.unused)} tensors of the checkpoint, "
             f"such as {source.unused[0]}; they are left out"
         )
-    preparation = Preparation(source, output, formats)
+    preparation = Preparation(source, output, formats, _quantize(formats))
     if read_record(output).get("key"):
         say("found an interrupted preparation: keeping its finished files")
     created_with = {
@@ -137,6 +133,20 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
         created_with["calibration_text"] = formats.calibration
     with byte_bar("preparing", preparation.total_bytes, leave=True) as advance:
         return preparation.run(created_with, on_bytes=advance)
+
+
+def _quantize(formats: Formats) -> quantization.Quantize:
+    """What makes int8 and int4 here: the C++ kernels, or torch where nothing can be compiled."""
+    rounds_experts = formats.weight_format in PACKED_FORMATS and not formats.exact
+    if not rounds_experts and formats.dense_format not in PACKED_FORMATS:
+        return quantization.quantize
+    try:
+        kernels = load_kernels("native")
+    except UserError as error:
+        say(f"preparing with torch, which takes several times as long: {error}")
+        return quantization.quantize
+    assert kernels is not None
+    return quantiser(kernels)
 
 
 def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats) -> None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 
 from moe_offload.commands.batch_format import Endpoint, is_request, read_request
 from moe_offload.commands.shards import WHOLE, parse_shard
-from moe_offload.config import GenerationOptions, PromptOptions
+from moe_offload.config import GenerationOptions, PromptOptions, flag_of
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say
 
@@ -78,9 +78,9 @@ class LeftOut:
                 say(f"left out: {error}")
 
     def require_some(self, prompts: Sequence[Prompt]) -> None:
-        """UserError, with the first reason, where nothing is left to run."""
+        """UserError where nothing is left to run; why has been said."""
         if not prompts and self.reasons:
-            raise UserError(self.reasons[0])
+            raise UserError(f"no prompt of {self.path} can be answered (left out, see above)")
 
     def notes(self) -> list[str]:
         """Lines for the summary."""
@@ -187,7 +187,7 @@ def _json_prompts(path: Path, generation: GenerationOptions) -> Iterator[Prompt 
             if isinstance(given, str) and repr(given) not in lines_of_ids:
                 custom_id = given
             if is_request(found):
-                given, endpoint, body = read_request(found)
+                given, endpoint, body = read_request(found, generation.temperature)
                 prompt = replace(
                     _json_prompt(body, name, generation),
                     id=given,
@@ -239,7 +239,10 @@ def _own_options(found: dict[str, Any], generation: GenerationOptions) -> Genera
     try:
         return replace(generation, **settings)
     except UserError as error:
-        raise UserError(f"has other settings than can be: {error}") from error
+        reason = str(error)
+        for one in fields(GenerationOptions):  # the line's words, not the command line's
+            reason = reason.replace(flag_of(one).name, one.name)
+        raise UserError(f"has other settings than can be: {reason}") from error
 
 
 def _text(value: object) -> str:

@@ -80,8 +80,6 @@ def run(
             )
             engine.notes.extend(routing.notes)
         if answers is not None and answers.n_before:
-            n_all = answers.n_before + len(prompts)
-            engine.notes.append(f"{answers.n_before} of {n_all} prompts were answered before")
             paths = paths.beside_others()  # the earlier part's reports are of other prompts
         if 1 < config.generation.batch_size < len(prompts) and not can_refill(engine.model):
             engine.notes.append(
@@ -120,7 +118,7 @@ def run(
             interruption.drops_signals = True  # through the engine's close: the run has its outcome
             written = _report(
                 config, engine, recorder, sampler, conversations, left_out, status, paths,
-                command, tokenizer, started_unix_s,
+                command, tokenizer, started_unix_s, 0 if answers is None else answers.n_before,
             )  # fmt: skip
         if answers is not None:
             written.append(answers.path)
@@ -246,23 +244,31 @@ def _report(
     command: Sequence[str],
     tokenizer: Tokenizer,
     started_unix_s: float,
+    n_before: int,
 ) -> list[Path]:
-    """Write the CSVs and run.json, then print the summary; returns the files."""
+    """Write the CSVs and run.json, then print the summary; returns the files.
+
+    The summary has the notes that are new: what was said before the run is in run.json alone.
+    `n_before` prompts were answered by earlier runs.
+    """
+    are_together = min(config.generation.batch_size, len(conversations)) > 1
     summary = summarize(
         recorder,
         seqlens=[one.record.n_prompt_tokens for one in conversations],
         samples=sampler.samples,
         cpu_limit_gbps=engine.cpu_limit_gbps,
-        predicted_step_us=engine.predicted_step_us(recorder),
+        # of one sequence, which a batch's step is not compared with
+        predicted_step_us=None if are_together else engine.predicted_step_us(recorder),
     )
-    notes = engine.run_notes()
+    notes = engine.learnt()
     n_full = sum(one.record.stop == "context" for one in conversations)
     if n_full:
         notes.append(
             f"{n_full} of {len(conversations)} answers end where the model's context is full, "
             "before --max-tokens"
         )
-    notes += left_out.notes()
+    if n_before:
+        notes.append(f"{n_before} prompts were answered before")
     if recorder.enabled:  # else no file has the columns that they speak of
         notes += sampler.notes
     info = RunInfo(
@@ -274,7 +280,7 @@ def _report(
         layout=asdict(engine.source.layouts[0]),
         calibration=None if engine.costs is None else engine.costs.to_json(),
         samples=sampler.samples,
-        notes=notes,
+        notes=[*engine.notes, *left_out.notes(), *notes],
         started_unix_s=started_unix_s,
         status=status,
     )

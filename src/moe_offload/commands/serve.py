@@ -8,9 +8,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 
-from moe_offload.checkpoint.folders import require_prepared
 from moe_offload.commands.api_requests import is_loopback
-from moe_offload.commands.arguments import ArgumentParser, a_text, add_flags, chosen, run_command
+from moe_offload.commands.arguments import (
+    ArgumentParser,
+    a_text,
+    add_flags,
+    chosen,
+    importing,
+    require_model,
+    run_command,
+)
 from moe_offload.config import LARGEST, CacheOptions, ModelOptions, flag_of, require_range
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import Interruption, say
@@ -66,7 +73,7 @@ def _serve(arguments: Namespace) -> int:
             f"--host {arguments.host} lets other machines in: protect the model with --api-key"
         )
     assert model.model_path is not None  # there are no random weights to serve
-    require_prepared(model.model_path)
+    require_model(model)
     if missing := [name for name in _EXTRA if find_spec(name) is None]:
         raise UserError(
             f"expected the packages of requirements-serve.txt, found no {', '.join(missing)}: "
@@ -75,7 +82,8 @@ def _serve(arguments: Namespace) -> int:
     name = arguments.served_model_name or model.model_path.resolve().name
     with _listener(arguments.host, arguments.port) as listener, Interruption():
         say(f"loading {model.model_path} ...")
-        from moe_offload.commands.server import Service, serve  # torch and transformers: seconds
+        with importing():
+            from moe_offload.commands.server import Service, serve
 
         serve(
             listener,

@@ -33,9 +33,11 @@ from transformers.utils import logging
 
 from moe_offload.commands.api_requests import error_body
 from moe_offload.commands.gate import TICKET, ClientGone, Gate, Metrics, Ticket
+from moe_offload.commands.stop_texts import UpToStop
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine, load_engine, open_prepared
 from moe_offload.errors import UserError
+from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
 from moe_offload.machine.terminal import say
 from moe_offload.model.generation import cache_argument, context_length, require_fitting
@@ -43,6 +45,7 @@ from moe_offload.model.prefix import PrefixCache
 from moe_offload.model.tokenization import CheckpointTokenizer
 
 _GRACE_S: Final = 2  # that requests have to end in when the server is stopped
+_STOPPING: Final = "this server is being stopped"
 # Of a checkpoint's generation configuration: one answer, in the KV cache that it is lent.
 _PLAIN: Final = {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": None}
 
@@ -83,7 +86,10 @@ def serve(listener: socket.socket, service: Service) -> None:
         engine.calibrate_for(n_tokens)
         for note in engine.notes:
             say(note)
-        metrics = Metrics(service.cache.policy if engine.accelerator is not None else "none")
+        policies = {"gpu": service.cache.policy} if engine.accelerator is not None else {}
+        if isinstance(engine.store, DiskTier):
+            policies["host"] = service.model.host_policy
+        metrics = Metrics(policies)
         generator = Generator(engine, tokenizer.backend, n_tokens, metrics)
         app = build_app(service.name, engine, tokenizer.backend, generator)
         gate = Gate(
@@ -160,7 +166,7 @@ class Generator:
 
     def _require_client(self, *_: object) -> None:
         if self.is_closed:
-            raise ClientGone
+            raise ClientGone(_STOPPING)
         ticket = TICKET.get(None)
         if ticket is not None:
             ticket.require_client()
@@ -237,7 +243,7 @@ class OneAtATime(GenerateManager):  # type: ignore[misc]
             model, processor, inputs, gen_config, *more, **named
         )
         stop = TICKET.get().asked.stop
-        return (UpToStop(queue, stop) if stop else queue), streamer
+        return (QueueUpToStop(queue, stop) if stop else queue), streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *more: Any, **named: Any
@@ -246,7 +252,8 @@ class OneAtATime(GenerateManager):  # type: ignore[misc]
         text, n_prompt, ids = await super().generate_non_streaming(
             model, processor, inputs, gen_config, *more, **named
         )
-        return cut(text, TICKET.get().asked.stop), n_prompt, ids
+        answer = UpToStop(TICKET.get().asked.stop)
+        return answer.push(text) + answer.finish(), n_prompt, ids
 
     def submit(self, fn: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         return super().submit(copy_context().run, fn, *arguments, **named)
@@ -256,24 +263,13 @@ class OneAtATime(GenerateManager):  # type: ignore[misc]
         return asyncio.shield(super().async_submit(copy_context().run, fn, *arguments, **named))
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
-    """`text` up to the first of the `stop` texts."""
-    places = [place for one in stop if (place := text.find(one)) >= 0]
-    return text[: min(places)] if places else text
-
-
-class UpToStop:
-    """A queue of an answer's pieces that ends before the first of its stop texts.
-
-    What may be the beginning of one is held back until it is known not to be.
-    """
+class QueueUpToStop:
+    """A queue of an answer's pieces that ends before the first of its stop texts."""
 
     def __init__(self, queue: asyncio.Queue[Any], stop: tuple[str, ...]) -> None:
         self._queue = queue
-        self._stop = stop
-        self._held = ""
+        self._answer = UpToStop(stop)
         self._ready: list[Any] = []
-        self._is_cut = False
 
     async def get(self) -> Any:
         while not self._ready:
@@ -286,25 +282,10 @@ class UpToStop:
         return self._ready.pop(0)
 
     def _add(self, item: Any) -> None:
-        if type(item) is not str:  # the end, an error, a part that is no text of the answer
-            self._ready += [self._held, item] if self._held else [item]
-            self._held = ""
-            return
-        if self._is_cut:
-            return
-        text = self._held + item
-        end = len(cut(text, self._stop))
-        self._is_cut = end < len(text)
-        if not self._is_cut:
-            end -= max(_n_begun(text, one) for one in self._stop)
-        self._ready += [text[:end]] if end else []
-        self._held = "" if self._is_cut else text[end:]
-
-
-def _n_begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
-    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
-    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+        is_text = type(item) is str  # else the end, an error, a part that is no text of the answer
+        text = self._answer.push(item) if is_text else self._answer.finish()
+        self._ready += [text] if text else []
+        self._ready += [] if is_text else [item]
 
 
 class _AsAsked:
@@ -412,7 +393,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _gone(_: Request, error: Exception) -> Response:
     """Somebody reads this only where the server is being stopped."""
     del error
-    return JSONResponse(error_body("this server is being stopped", "server_error"), 503)
+    return JSONResponse(error_body(_STOPPING, "server_error"), 503)
 
 
 async def _failed(_: Request, error: Exception) -> Response:

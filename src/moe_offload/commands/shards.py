@@ -29,9 +29,13 @@ def parse_shard(text: str) -> Shard:
 
 def _of_scheduler() -> Shard:
     """Of SkyPilot's jobs and their nodes, else of Slurm's array and the tasks of its `srun`."""
+    # A line of SKYPILOT_NODE_IPS for each node; before its release 0.6 nothing else counts them.
+    n_nodes = str(len(os.environ.get("SKYPILOT_NODE_IPS", "").split()))
     skypilot = (
         _counted(os.environ.get("SKYPILOT_JOB_RANK"), os.environ.get("SKYPILOT_NUM_JOBS")),
-        _counted(os.environ.get("SKYPILOT_NODE_RANK"), os.environ.get("SKYPILOT_NUM_NODES")),
+        _counted(
+            os.environ.get("SKYPILOT_NODE_RANK"), os.environ.get("SKYPILOT_NUM_NODES", n_nodes)
+        ),
     )
     slurm = (
         _of_array(),

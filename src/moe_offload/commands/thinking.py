@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from moe_offload.commands.stop_texts import n_begun
 from moe_offload.model.tokenization import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -44,9 +45,7 @@ class ThinkingView:
                 self._thinks = True
                 shown += self._seen(tag)
             self._rest = self._rest[place + len(tag) :]
-        sizes = range(min(len(self._tag) - 1, len(self._rest)), 0, -1)
-        n_held = next((n for n in sizes if self._tag.startswith(self._rest[-n:])), 0)
-        end = len(self._rest) - n_held
+        end = len(self._rest) - n_begun(self._rest, self._tag)
         shown += self._seen(self._rest[:end])
         self._rest = self._rest[end:]
         return shown

@@ -106,7 +106,7 @@ class Comparison:
         yield (
             f"answers: {self.agreeing} of {self.n_tokens} tokens as transformers' model chooses"
             + (f", {self.tied} more at a tie" if self.tied else "")
-            + f"; logits differ by at most {self.logits:.2%}"
+            + f"; logits differ by {self.logits:.2%} (at most {self.logits_limit:.2%} is rounding)"
         )
         yield f"verdict: {'right' if self.is_right else 'WRONG'}"
 

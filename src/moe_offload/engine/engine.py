@@ -58,6 +58,7 @@ from moe_offload.model.loader import (
     onednn_linears,
     refuse_saving,
 )
+from moe_offload.model.step_graphs import StepGraphs
 from moe_offload.simulation.trace_files import read_trace
 
 _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
@@ -80,6 +81,7 @@ class Engine:
     cpu: CpuExperts
     sites: list[MoeSite]
     kv_bytes: int
+    graphs: StepGraphs | None = None
     costs: MachineCosts | None = None
     emulate_pcie_gbps: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -247,9 +249,9 @@ class Engine:
             missed_us = max(missed_us, n_experts * costs.copy_us(shared=True))
         return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + missed_us)
 
-    def run_notes(self) -> list[str]:
-        """`notes`, and what the accelerator learnt during the run."""
-        lines = list(self.notes)
+    def learnt(self) -> list[str]:
+        """What `notes` did not say yet: lines of the calibration, and of the run."""
+        lines: list[str] = []
         if self.costs is not None:
             lines += self.costs.notes()
         if self.accelerator is not None:
@@ -327,6 +329,8 @@ def load_engine(
         require_fit(source.manifest, model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
+    if device.type == "cuda" and options.cuda_graphs == "auto":
+        kv_bytes *= 2  # a prompt is evaluated beside the memory that recorded steps use
     stored = zip(source.layouts[: source.n_stored_layers], source.n_experts, strict=False)
     budget = make_budget(
         device,
@@ -381,6 +385,10 @@ def load_engine(
             for layer, experts in enumerate(favourites):
                 store.warm(layer, experts)
                 advance(expert_bytes[layer])
+    graphs = None
+    if device.type == "cuda" and options.cuda_graphs == "auto":
+        graphs = StepGraphs(model, dispatcher, device, notes.append)
+        graphs.attach(model)
     dispatcher.attach(model, [site.block for site in sites])
     refuse_saving(model)
     if isinstance(store, DiskTier):
@@ -402,6 +410,7 @@ def load_engine(
         cpu=cpu[0],
         sites=sites,
         kv_bytes=kv_bytes,
+        graphs=graphs,
         notes=notes,
         say=say,
     )

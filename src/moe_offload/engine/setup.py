@@ -23,6 +23,7 @@ from moe_offload.experts.fetcher import make_fetcher
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 from moe_offload.files import require_regular
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.model.decode_modules import chosen_experts, find_router
 from moe_offload.model.loader import ModelSource, MoeSite, PreparedModel
 from moe_offload.simulation.trace_files import read_trace
@@ -128,9 +129,11 @@ def open_experts(
     n_ways: int | None, options: ModelOptions, source: ModelSource, notes: list[str]
 ) -> ExpertStore | DiskTier:
     """Where the experts live; without `n_ways`, all in host memory, which `load_experts` fills."""
+    kernels = load_kernels(options.cpu_kernel, options.cpu_isa, options.cpu_affinity)
     if n_ways is None or not isinstance(source, PreparedModel):
-        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers)
-    tier = DiskTier(source.manifest.moe_layers, n_ways, make_policy(options.host_policy))
+        return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers, kernels)
+    policy = make_policy(options.host_policy)
+    tier = DiskTier(source.manifest.moe_layers, n_ways, policy, kernels)
     if not tier.is_direct:
         notes.append(
             f"the file system of {source.folder} refuses direct reads (O_DIRECT): experts are "

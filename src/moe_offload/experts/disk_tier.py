@@ -9,9 +9,9 @@ while reads of the others are in flight, several at a time.
 
 No expert is evicted while it is computed, copied to the accelerator or read from disk.
 
-In decode the disk may read ahead when a layer needs nothing more from it: what the next layer's
-router chooses, given this layer's input. A miss gives such reads up, and the first steps try
-whether they pay (`plan.Trial`).
+In decode the disk may read ahead, behind all that a layer itself needs: what the next layer's
+router chooses, given this layer's input. What that layer does not ask for is given up, and the
+first steps try whether it pays (`plan.Trial`).
 """
 
 from __future__ import annotations
@@ -19,48 +19,39 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.block_file import BlockFile
 from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.experts.cache import ExpertCache, ReplacementPolicy
+from moe_offload.experts.disk_reads import DiskReads, Read
 from moe_offload.experts.plan import Trial
 from moe_offload.experts.store import DiskCounts, ExpertStore
-from moe_offload.machine.streams import HostStream
+from moe_offload.kernels.bindings import CpuKernels
 
 Router = Callable[[Tensor], Tensor]  # hidden [T, H] -> ids int64 [T, K]
 
-N_READERS: Final = 4  # as many as saturate an NVMe disk with reads of one block each
 _COPY_WAIT_S: Final = 1e-4  # between looks whether a copy has ended that keeps the last way
-
-
-@dataclass(eq=False)
-class _Read:
-    """One block on its way from disk into `slot`; `error` is final once it `is_done`."""
-
-    layer: int
-    expert: int
-    slot: int
-    is_ahead: bool = False  # nobody asked for it yet
-    is_cancelled: bool = False
-    is_done: bool = False
-    error: Exception | None = None
 
 
 class DiskTier:
     """Host memory for `n_ways` experts of each layer, over their files; close it in the end.
 
     Takes an `ExpertStore`'s place. One thread drives it, as it does the model; threads of its own
-    read. `copying` gives the addresses that copies to the accelerator still read from. UserError,
-    from whatever waits for an expert, when its block cannot be read.
+    read, and check what they read with `kernels`. `copying` gives the addresses that copies to the
+    accelerator still read from. UserError, from whatever waits for an expert, when its block cannot
+    be read.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], n_ways: int, policy: ReplacementPolicy) -> None:
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        n_ways: int,
+        policy: ReplacementPolicy,
+        kernels: CpuKernels | None = None,
+    ) -> None:
         self.layouts = tuple(layer.layout for layer in layers)
         self.n_experts = tuple(layer.n_experts for layer in layers)
         self.total_bytes = sum(one.n_experts * one.layout.block_bytes for one in layers)
@@ -74,22 +65,12 @@ class DiskTier:
         self._guess: tuple[int, Sequence[int]] = -1, ()
         self._unused: set[tuple[int, int]] = set()  # read ahead and not asked for yet
         self._addresses = [torch.zeros(n, dtype=torch.int64) for n in self.n_experts]
-        self._reads: dict[int, _Read] = {}  # by slot
+        self._reads: dict[int, Read] = {}  # by slot
         self._failed: dict[tuple[int, int], Exception] = {}
         self._has_ended = threading.Event()  # a read, since somebody looked
-        self._n_started = 0
-        self._busy = threading.Lock()  # guards the next two and `disk.busy_s`
-        self._n_active, self._active_since_s = 0, 0.0
-        self._files: list[BlockFile] = []
-        self._readers = [HostStream(f"expert read {i}") for i in range(N_READERS)]
-        try:
-            for layer in layers:
-                self._files.append(BlockFile(layer))
-                # All memory is had now, not in the middle of an answer.
-                self.memory.blocks(len(self._files) - 1).zero_()
-        except BaseException:
-            self.close()
-            raise
+        self._disk = DiskReads(layers, self._has_ended.set, kernels)
+        for layer in range(self.n_layers):
+            self.memory.blocks(layer).zero_()  # all is had now, not in the middle of an answer
 
     @property
     def n_layers(self) -> int:
@@ -98,7 +79,7 @@ class DiskTier:
     @property
     def is_direct(self) -> bool:
         """Whether reads go past the page cache."""
-        return all(file.is_direct for file in self._files)
+        return self._disk.is_direct
 
     def is_pinned(self, layer: int) -> bool:
         """Whether a GPU copies this layer's blocks without the host's help."""
@@ -143,7 +124,7 @@ class DiskTier:
         return self.routers[layer](hidden)
 
     def read_ahead_later(self, layer: int, experts: Sequence[int]) -> None:
-        """Read these when the layer before `layer` needs nothing more from the disk."""
+        """Read these behind what the layer before `layer` needs."""
         if self.trial is not None and self.trial.is_first:
             self._guess = layer, experts
 
@@ -166,7 +147,7 @@ class DiskTier:
         self._note_use(layer, experts)
         while True:
             all_started = self._start(layer, awaited)
-            if not awaited:
+            if all_started:
                 self._read_ahead(layer + 1)
             group = there if all_started else there[:1]
             yield group
@@ -214,22 +195,18 @@ class DiskTier:
         """After a pass that never ended, such as by a Ctrl-C: no read is under way then."""
         for read in self._reads.values():
             read.is_cancelled = True
-        for reader in self._readers:
-            reader.synchronize()
+            self._disk.start(read)  # an interrupt may have come before: else it is never done
         self._collect()
+        while self._reads:
+            self._has_ended.wait()
+            self._has_ended.clear()
+            self._collect()
         for slot in self.cache.in_flight():  # admitted, and nobody read for it
-            self._reads.pop(slot, None)
             self.cache.cancel(slot)
 
     def close(self) -> None:
         """End all reads and give files and pinned memory back."""
-        for read in self._reads.values():
-            read.is_cancelled = True
-        for reader in self._readers:
-            reader.close(cancel=True)
-        for file in self._files:
-            file.close()
-        self._files.clear()
+        self._disk.close()
         self.memory.close()
 
     def _start(self, layer: int, awaited: Sequence[int]) -> bool:
@@ -244,18 +221,16 @@ class DiskTier:
         slot = self.cache.admit(layer, expert)
         if slot is None:
             return False
-        read = self._reads[slot] = _Read(layer, expert, slot, is_ahead)
         target = self._memory_of(layer, slot)
         self._addresses[layer][expert] = target.data_ptr()
-        reader = self._readers[self._n_started % N_READERS]
-        self._n_started += 1
-        reader.submit(partial(self._carry_out, read, target))
+        read = self._reads[slot] = Read(layer, expert, target, is_ahead)
+        self._disk.start(read)
         return True
 
     def _read_ahead(self, layer: int) -> None:
-        """Start reading what was guessed of `layer` and is not there, if the disk is idle."""
+        """Start reading what was guessed of `layer` and is not there."""
         (of_layer, experts), self._guess = self._guess, (-1, ())
-        if of_layer != layer or self._reads:
+        if of_layer != layer:
             return
         self._protect_copied(layer)
         self.cache.protect(layer, experts)
@@ -272,11 +247,10 @@ class DiskTier:
         asked = {(layer, expert) for expert in experts}
         self.n_ahead_used += len(asked & self._unused)
         self._unused -= asked
-        is_missing = any(self.cache.slot_of(layer, expert) is None for expert in experts)
         for read in self._reads.values():
             if (read.layer, read.expert) in asked:
                 read.is_ahead = False
-            elif read.is_ahead and is_missing:
+            elif read.is_ahead:
                 read.is_cancelled = True
 
     def _protect_copied(self, layer: int) -> None:
@@ -287,36 +261,20 @@ class DiskTier:
                 layer, [e for e, slot in ready if self._memory_of(layer, slot).data_ptr() in copied]
             )
 
-    def _carry_out(self, read: _Read, target: Tensor) -> None:
-        """On a reader's thread."""
-        with self._busy:
-            self._n_active += 1
-            if self._n_active == 1:
-                self._active_since_s = time.perf_counter()
-        try:
-            self._files[read.layer].read(read.expert, target, lambda: read.is_cancelled)
-        except Exception as error:  # told to whoever waits for it
-            read.error = error
-        with self._busy:
-            self._n_active -= 1
-            if self._n_active == 0:
-                self.disk.busy_s += time.perf_counter() - self._active_since_s
-        read.is_done = True
-        self._has_ended.set()
-
     def _collect(self) -> None:
         """Tell the directory which reads have ended since the last call."""
         for slot, read in list(self._reads.items()):
             if read.is_done:
                 del self._reads[slot]
-                if read.error is None:
+                self.disk.busy_s = self._disk.busy_s
+                if read.is_whole:
                     self.cache.mark_ready(slot)
                     self.disk.n_bytes += self.layouts[read.layer].block_bytes
                 else:
                     self.cache.cancel(slot)
                     self._unused.discard((read.layer, read.expert))
                     # Given up, or asked by nobody: whoever asks reads it again.
-                    if not (read.is_cancelled or read.is_ahead):
+                    if read.error is not None and not (read.is_cancelled or read.is_ahead):
                         self._failed[read.layer, read.expert] = read.error
 
     def _wait(self) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import Accelerator
+from moe_offload.experts.device_clock import DeviceClock
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
@@ -30,6 +31,7 @@ from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
 
 _Copying = Callable[[Sequence[int]], None]  # starts the copies of experts in host memory
+_Run = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # `MoeDispatcher.run`
 
 
 class RoutingChoice(Protocol):
@@ -52,7 +54,8 @@ class MoeExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H] from `hidden_states` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K]."""
-        return self.dispatcher.run(self.layer, hidden_states, top_k_index, top_k_weights)
+        call = self.dispatcher.called_by or self.dispatcher.run
+        return call(self.layer, hidden_states, top_k_index, top_k_weights)
 
 
 class MoeDispatcher:
@@ -78,13 +81,13 @@ class MoeDispatcher:
         self.prompt: int | None = None
         self.turn = threading.RLock()  # one pass may call the model again
         self.forced_routing: RoutingChoice | None = None
+        self.called_by: _Run | None = None  # what the model's layers call in the place of `run`
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
         self._is_open = False  # the pass begun last has not ended
         self._device = torch.device("cpu")  # the model's, as a layer sees it
-        # On a GPU, by layer: events where its block begins and where the host has its routing.
-        self._block_events: dict[int, tuple[Any, Any]] = {}
+        self._clock: DeviceClock | None = None  # the GPU's
         self._decode = False
         self._skip_experts = False
         self._token_mask: Tensor | None = None
@@ -106,7 +109,7 @@ class MoeDispatcher:
         @functools.wraps(forward)
         def one_pass(*args: Any, **kwargs: Any) -> Any:
             with self.turn:
-                self._before_pass(args, kwargs)
+                self.begin_pass(args, kwargs)
                 output = forward(*args, **kwargs)
                 self._after_pass()
             return output
@@ -115,12 +118,23 @@ class MoeDispatcher:
         for block in blocks:
             block.register_forward_pre_hook(self._before_block)
         self._device = next((parameter.device for parameter in model.parameters()), self._device)
+        self._clock = DeviceClock(self._device) if self._on_gpu else None
 
     @property
     def _on_gpu(self) -> bool:
         return self._device.type == "cuda"
 
-    def _before_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @contextmanager
+    def experts_called_by(self, call: _Run) -> Iterator[None]:
+        """Inside, the model's layers call `call`, which calls `run`."""
+        self.called_by = call
+        try:
+            yield
+        finally:
+            self.called_by = None
+
+    def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass with these arguments begins, in the place of one that has not ended."""
         if self._is_open:  # an error, a Ctrl-C
             if self.accelerator is not None:
                 self.accelerator.recover()
@@ -154,6 +168,8 @@ class MoeDispatcher:
         self.recorder.begin_pass(phase, n_tokens, prompt, batch)
         if self.accelerator is not None:
             self.accelerator.begin_pass()
+        if self._clock is not None:
+            self._clock.begin_pass()
         self._pass_started_s = self._last_end_s = time.perf_counter()
 
     def _after_pass(self) -> None:
@@ -171,13 +187,8 @@ class MoeDispatcher:
 
     def _before_block(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._block_started_s = time.perf_counter()
-        if self.recorder.enabled and self._on_gpu:
-            cuda: Any = torch.cuda
-            if self._next_layer not in self._block_events:
-                pair = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-                self._block_events[self._next_layer] = pair
-            began, _ = self._block_events[self._next_layer]
-            began.record(cuda.current_stream(self._device))
+        if self._clock is not None:
+            self._clock.begin_block(self._next_layer)
         self._ranges.part(self._next_layer, "router")
 
     @contextmanager
@@ -229,9 +240,9 @@ class MoeDispatcher:
         parts = self.store, self.cpu[layer], self._handoff, accelerator
         step = LayerStep(*parts, layer, hidden, index, weights, guess)
         routed_s = time.perf_counter()
-        block_events = self._block_events.get(layer)
-        if block_events is not None:
-            block_events[1].record(torch.cuda.current_stream(self._device))
+        clock = self._clock
+        if clock is not None:
+            clock.routed(layer)
         self._ranges.part(layer, "plan")
         before = self._counters()
         copy: _Copying | None = None
@@ -263,6 +274,8 @@ class MoeDispatcher:
         step.wait()
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
+        if clock is not None:
+            clock.combined(layer)
         ended_s = time.perf_counter()
         began_s, block_began_s = self._last_end_s, self._block_started_s
         is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
@@ -274,13 +287,21 @@ class MoeDispatcher:
             """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
             block_bytes = self.store.layouts[layer].block_bytes
             fetches = after[1] - before[1]
-            router_us = (routed_s - block_began_s) * 1e6
-            if block_events is not None:  # the host ran ahead: attention ended in the block's time
-                on_device_us = float(block_events[0].elapsed_time(block_events[1])) * 1e3
-                router_us = min(on_device_us, (routed_s - began_s) * 1e6)
             tokens = [token for token in ids if token[0] >= 0]  # the others are padding
             disk = after[2]
             wait_s = disk.wait_s - before[2].wait_s
+            attention_us = (block_began_s - began_s) * 1e6
+            router_us = (routed_s - block_began_s) * 1e6
+            plan_us = (computed_s - routed_s - cpu_s - wait_s) * 1e6
+            copy_wait_us, combine_us = (waited_s - computed_s) * 1e6, (ended_s - waited_s) * 1e6
+            if clock is not None:  # of these the host has only seen the plan
+                spans = clock.spans(layer)
+                attention_us, router_us = spans.attention_us, spans.router_us
+                left_us = max(0.0, spans.experts_us - plan_us - (cpu_s + wait_s) * 1e6)
+                copy_wait_us = min(
+                    clock.stood_still_us(layer, [one for one, _ in launches]), left_us
+                )
+                combine_us = left_us - copy_wait_us
             hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
             n_hits = sum(hits_of_token)
             return LayerEvent(
@@ -291,13 +312,13 @@ class MoeDispatcher:
                 misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
                 fetches=fetches,
                 evictions=after[0] - before[0],
-                attention_us=(routed_s - began_s) * 1e6 - router_us,
+                attention_us=attention_us,
                 router_us=router_us,
-                plan_us=(computed_s - routed_s - cpu_s - wait_s) * 1e6,
+                plan_us=plan_us,
                 cpu_us=cpu_s * 1e6,
                 gpu_us=sum(pending.resolve() for pending, _ in launches),
-                copy_wait_us=(waited_s - computed_s) * 1e6,
-                combine_us=(ended_s - waited_s) * 1e6,
+                copy_wait_us=copy_wait_us,
+                combine_us=combine_us,
                 cpu_bytes=len(plan.cpu) * block_bytes,
                 gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
                 waited_bytes=len(plan.waited) * block_bytes,

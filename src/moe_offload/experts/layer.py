@@ -11,13 +11,14 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.disk_tier import DiskTier
-from moe_offload.experts.slots import PAIRS_FOR_TABLE, Pending
+from moe_offload.experts.slots import PAIRS_FOR_TABLE, GpuExperts, Group, Pending
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 
@@ -65,8 +66,7 @@ class LayerStep:
         if not slots:
             return
         if self.index.numel() > PAIRS_FOR_TABLE:
-            for expert, slot in slots.items():
-                self._launch_expert(expert, slot)
+            self._launch_groups(slots)
             return
         slot_of_pair = [slots.get(expert, -1) for token in self.ids for expert in token]
         assert self.accelerator is not None
@@ -86,7 +86,7 @@ class LayerStep:
             if len(self.hidden) == 1:
                 self.launch({expert: slot})
             else:
-                self._launch_expert(expert, slot)
+                self._launch_groups({expert: slot})
 
     def compute_on_cpu(
         self, experts: Collection[int], others: Tensor | None = None
@@ -142,23 +142,25 @@ class LayerStep:
             on_device = out if on_device is None else on_device + out
         if cpu_out is not None:
             gpu = None if self.accelerator is None else self.accelerator.gpu
-            if gpu is not None and gpu.reads_host and self.handoff.is_mapped:
-                return gpu.add_from_host(on_device, cpu_out, self.hidden)
-            sent = cpu_out.to(self.hidden.device, non_blocking=True)
-            on_device = sent if on_device is None else on_device + sent
+            return self.handoff.add(gpu, on_device, cpu_out, self.hidden)
         if on_device is None:
             return torch.zeros_like(self.hidden)
         return on_device.to(self.hidden.dtype)
 
-    def _launch_expert(self, expert: int, slot: int) -> None:
+    def _launch_groups(self, slots: Mapping[int, int]) -> None:
         """A launch whose cost on this thread does not grow with the number of tokens."""
         accelerator = self.accelerator
         assert accelerator is not None
-        pairs = self._pairs_of_expert[expert]
-        pending = accelerator.gpu.launch_expert(
-            self.hidden, slot, pairs, self.weights, accelerator.fetcher, self._shared_out
+        pairs, first, counts = self._sorted_pairs
+        pending = accelerator.gpu.launch_groups(
+            self.hidden,
+            [Group(slot, first[expert], counts[expert]) for expert, slot in slots.items()],
+            pairs,
+            self.weights,
+            accelerator.fetcher,
+            self._shared_out,
         )
-        self.launches.append((pending, (expert,)))
+        self.launches.append((pending, tuple(slots)))
 
     @cached_property
     def _shared_out(self) -> Tensor:
@@ -166,15 +168,14 @@ class LayerStep:
         return torch.zeros(self.hidden.shape, dtype=torch.float32, device=self.hidden.device)
 
     @cached_property
-    def _pairs_of_expert(self) -> list[Tensor]:
-        """Each expert's pairs, as t * K + k, int64 on the accelerator: slices of one sort.
-
-        Their bounds are known here, so that nothing is sent and nothing waited for.
+    def _sorted_pairs(self) -> tuple[Tensor, list[int], list[int]]:
+        """All pairs by their experts, as t * K + k, int64 on the accelerator; and of each expert
+        where its begin and how many they are, known here: nothing is sent and nothing waited for.
         """
         counts = self.counts()
         n_padding = self.index.numel() - sum(counts)
-        by_expert = torch.argsort(self.index.flatten(), stable=True)
-        return list(by_expert.split([n_padding, *counts])[1:])
+        first = list(accumulate(counts[:-1], initial=n_padding))
+        return torch.argsort(self.index.flatten(), stable=True), first, counts
 
 
 class HostHandoff:
@@ -217,6 +218,18 @@ class HostHandoff:
         if self._result.numel() < size:
             self._result, self.is_mapped = _staging(size, torch.float32)
         return self._result[:size].view(n_tokens, hidden_size)
+
+    def add(
+        self, gpu: GpuExperts | None, on_device: Tensor | None, result: Tensor, like: Tensor
+    ) -> Tensor:
+        """`on_device`, if any, and `result` in the dtype and on the device of `like`, all [T, H].
+
+        A GPU whose kernels can read `result` does so where it lies; else it is sent.
+        """
+        if gpu is not None and gpu.reads_host and self.is_mapped:
+            return gpu.add_from_host(on_device, result, like)
+        sent = result.to(like.device, non_blocking=True)
+        return (sent if on_device is None else on_device + sent).to(like.dtype)
 
 
 def _staging(size: int, dtype: torch.dtype) -> tuple[Tensor, bool]:

@@ -38,15 +38,14 @@ class LayerEvent(NamedTuple):
     `host_hits` and `host_misses` are experts that were in host memory when the layer asked for them
     and those that had to come from disk; both are 0 where all experts are in memory.
 
-    `attention`, `router`, `plan`, `cpu`, `copy_wait` and `combine` are disjoint spans of one clock,
-    in this order; with what a pass spends outside its layers they add up to the pass's duration.
-    So does `disk_wait`, time stood still for the disk between parts of `cpu`. `router` includes the
-    copy of routing and hidden state to the host, `copy_wait` is time stood still for an expert's
-    copy, `combine` ends when the layer's output is ready: it includes what the accelerator still
-    needed after the CPU had finished. `gpu` is the accelerator's own time for the layer's experts,
-    beside the others. On a GPU, whose work the host only launches, its own clock says how much of
-    `attention` and `router` is `router`; a previous layer's sum that it had not finished then
-    counts as `attention`.
+    `attention`, `router`, `plan`, `cpu`, `copy_wait` and `combine` are disjoint spans, in this
+    order; with what a pass spends outside its layers they add up to its duration. So does
+    `disk_wait`, time stood still for the disk between parts of `cpu`. `router` includes the copy of
+    routing and hidden state to the host, `copy_wait` is time stood still for an expert's copy
+    beyond what the CPU's experts hide, `combine` what the accelerator still needed after that, up
+    to the layer's sum. `gpu` is the accelerator's own time for the layer's experts, beside the
+    others. `plan` and `cpu` are by the host's clock. So are the others, unless there is a GPU:
+    then they are by its own, for the host only launches what it does (`device_clock.py`).
 
     `cpu_bytes` and `gpu_bytes` are the expert bytes that each side read (each expert once);
     `waited_bytes` is the part of `gpu_bytes` that was no hit: the layer waited for its copy.

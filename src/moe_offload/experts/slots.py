@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,17 +22,29 @@ from moe_offload.machine.streams import HostEvent, HostStream, is_out_of_memory
 
 if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
     from moe_offload.kernels.triton_experts import TritonExperts
+    from moe_offload.kernels.triton_tiles import TiledExperts
 
 # Above this many tokens per hit expert the weights are better unpacked once for a GEMM than read by
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
 _TOKENS_PER_SLOT_FOR_GEMM = 4
+# From so many tokens on an expert's weights are unpacked once, for cuBLAS; below, what counts is
+# the number of launches, and tiles need two for all of a layer's. Not measured on a GPU.
+_TOKENS_FOR_CUBLAS = 256
 # The most pairs that a launch names one by one; above, they are to be sorted by expert on the
 # device. The grouped kernels' scratch is fp32 for every pair, hit or not.
 PAIRS_FOR_TABLE = 512
 # What computing one expert takes beside the slots: at most the larger matrix of Mixtral's in bf16,
 # unpacked, of 235 MB. Slots that leave less on a GPU are too many.
 _SCRATCH_BYTES = 256 << 20
+
+
+class Group(NamedTuple):
+    """An expert's slot, and which of a layer's sorted pairs are its: `n` from `first` on."""
+
+    slot: int
+    first: int
+    n: int
 
 
 @dataclass
@@ -47,6 +59,11 @@ class Pending:
     end: Any
     out: Tensor | None = None
     error: Exception | None = None
+
+    @property
+    def awaits_copy(self) -> bool:
+        """Whether its stream had to wait for copies that were under way."""
+        return bool(self.copies)
 
     @property
     def copy_failed(self) -> bool:
@@ -106,7 +123,10 @@ class GpuExperts:
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
         self._thread = None if self.device.type == "cuda" else HostStream("emulated accelerator")
-        self._kernels = self._triton_if_it_runs(dtype) if self._thread is None else None
+        self._kernels: TritonExperts | None = None
+        self._tiles: TiledExperts | None = None
+        if self._thread is None:
+            self._use_triton_if_it_runs(dtype)
 
     @property
     def description(self) -> str:
@@ -139,27 +159,29 @@ class GpuExperts:
             lambda: self._forward(hidden, slot_of_pair, top_k_weights, pairs),
         )
 
-    def launch_expert(
+    def launch_groups(
         self,
         hidden: Tensor,
-        slot: int,
+        groups: Sequence[Group],
         pairs: Tensor,
         top_k_weights: Tensor,
         fetcher: ExpertFetcher,
         out: Tensor,
     ) -> Pending:
-        """The same for one expert and many tokens, added to `out`, fp32 [T, H] on the device.
+        """The same for experts with many tokens, added to `out`, fp32 [T, H] on the device.
 
-        The result is `out` itself: several launches share it. `pairs` are the expert's, as
-        t * K + k, int64 [n] on the device: the host touches and sends nothing that grows with the
-        number of tokens.
+        The result is `out` itself: several launches share it. `pairs` are a layer's, as t * K + k,
+        int64 on the device, of which each group is a part: the host touches and sends nothing that
+        grows with the number of tokens, but for a table of a few KiB where there are several
+        groups.
         """
 
         def forward() -> Tensor:
-            self._add_expert(hidden, slot, pairs, top_k_weights, out)
+            self._add_groups(hidden, groups, pairs, top_k_weights, out)
             return out
 
-        return self._start([slot], len(pairs), fetcher, forward)
+        slots = [group.slot for group in groups]
+        return self._start(slots, sum(group.n for group in groups), fetcher, forward)
 
     def _start(
         self, slots: list[int], n_pairs: int, fetcher: ExpertFetcher, forward: Callable[[], Tensor]
@@ -243,9 +265,11 @@ class GpuExperts:
             # One small copy for all slots; what is pageable and small does not hold the host up.
             members = torch.tensor([pair for of_slot in pairs.values() for pair in of_slot])
             members = members.to(hidden.device, non_blocking=True)
-            parts = members.split([len(of_slot) for of_slot in pairs.values()])
-            for slot, part in zip(pairs, parts, strict=True):
-                self._add_expert(hidden, slot, part, top_k_weights, out)
+            groups, first = [], 0
+            for slot, of_slot in pairs.items():
+                groups.append(Group(slot, first, len(of_slot)))
+                first += len(of_slot)
+            self._add_groups(hidden, groups, members, top_k_weights, out)
             return out
         flat_weights = top_k_weights.reshape(-1)
         for slot, members_of_slot in pairs.items():  # decode: nothing to gather, no index to send
@@ -254,6 +278,24 @@ class GpuExperts:
                 weight = weight + flat_weights[pair]
             out += self._expert(slot, hidden).float() * weight
         return out
+
+    def _add_groups(
+        self,
+        hidden: Tensor,
+        groups: Sequence[Group],
+        pairs: Tensor,
+        top_k_weights: Tensor,
+        out: Tensor,
+    ) -> None:
+        n_for_cublas = 0 if self._tiles is None else _TOKENS_FOR_CUBLAS
+        tiled = [group for group in groups if group.n < n_for_cublas]
+        if tiled:
+            assert self._tiles is not None
+            self._tiles.add(hidden, tiled, pairs, top_k_weights, out)
+        for group in groups:
+            if group.n >= n_for_cublas:
+                part = pairs[group.first : group.first + group.n]
+                self._add_expert(hidden, group.slot, part, top_k_weights, out)
 
     def _add_expert(
         self, hidden: Tensor, slot: int, pairs: Tensor, top_k_weights: Tensor, out: Tensor
@@ -288,10 +330,13 @@ class GpuExperts:
             )
         return slots
 
-    def _triton(self) -> TritonExperts:
+    def _use_triton(self) -> None:
         from moe_offload.kernels.triton_experts import TritonExperts
+        from moe_offload.kernels.triton_tiles import TiledExperts, runs_tiles
 
-        return TritonExperts(self.layout, self.activation, self.slots, self.act_module)
+        kernels = TritonExperts(self.layout, self.activation, self.slots, self.act_module)
+        self._kernels = kernels
+        self._tiles = TiledExperts(kernels) if runs_tiles(self.device) else None
 
     def _warm_up_sum(self, dtype: torch.dtype) -> None:
         like = torch.empty(1, self.layout.hidden_size, dtype=dtype, device=self.device)
@@ -303,20 +348,21 @@ class GpuExperts:
             self.add_from_host(on_device, on_host, like)
         torch.cuda.current_stream(self.device).synchronize()  # `on_host` is read until then
 
-    def _triton_if_it_runs(self, dtype: torch.dtype) -> TritonExperts | None:
+    def _use_triton_if_it_runs(self, dtype: torch.dtype) -> None:
         """Compile the kernels now: Triton may lack a compiler, or this GPU, or be absent itself."""
         try:
             with self._as_current_device():
-                triton = self._triton()
-                triton.warm_up(dtype)
+                self._use_triton()
+                for kernels in (self._kernels, self._tiles):
+                    if kernels is not None:
+                        kernels.warm_up(dtype)
                 self._warm_up_sum(dtype)
         except Exception as error:  # whatever it is, torch computes the same
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             self.notices.append(
                 f"Triton kernels cannot run ({first_line}): torch computes the hits, slower"
             )
-            return None
-        return triton
+            self._kernels = self._tiles = None
 
 
 def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from moe_offload.checkpoint.block import BlockLayout
 from moe_offload.checkpoint.prepared import MoeLayer, read_block
 from moe_offload.experts.plan import Trial
+from moe_offload.kernels.bindings import CpuKernels, zlib_crc32
 
-_READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
+READ_THREADS = 4  # as many as saturate an NVMe disk with reads of one block each
 _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 
@@ -47,7 +48,8 @@ class ExpertStore:
 
     With `n_stored`, only so many layers, all of one shape, have memory of their own, and the others
     use it again in turn: a model of random weights is then as deep as the real one in a part of its
-    memory. Bytes that a step reads and copies stay the same.
+    memory. Bytes that a step reads and copies stay the same. `kernels`, where there are any, take
+    the checksums of what is read.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class ExpertStore:
         layouts: Sequence[BlockLayout],
         n_experts: Sequence[int],
         n_stored: int | None = None,
+        kernels: CpuKernels | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self.n_experts = tuple(n_experts)
+        self._crc32 = zlib_crc32 if kernels is None else kernels.crc32
         self.disk = DiskCounts()  # nothing comes from there
         self.trial: Trial | None = None  # and nothing is to be found out about it
         self._registered: dict[int, weakref.finalize[..., Any]] = {}  # by position in _stored
@@ -128,11 +132,11 @@ class ExpertStore:
         file ends early, cannot be read, or does not match its checksum.
         """
         jobs = [
-            (layer, expert, self._blocks[position][expert])
+            (layer, expert, self._blocks[position][expert], self._crc32)
             for position, layer in enumerate(layers)
             for expert in range(layer.n_experts)
         ]
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
             pending = [pool.submit(read_block, *job) for job in jobs]
             try:
                 for job, done in zip(jobs, pending, strict=True):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -27,6 +27,8 @@ from moe_offload.kernels.library import (
     describe,
     isa_code,
     open_library,
+    refused_cpus,
+    require_isa,
     require_threads,
     supported_isas,
 )
@@ -38,6 +40,7 @@ _ERRORS: Final[dict[int, tuple[type[Exception], str]]] = {
     1: (MemoryError, "out of memory for scratch"),
     2: (RuntimeError, "instruction set not supported here"),
     3: (ValueError, "a size, format, number of threads or missing array that cannot be"),
+    4: (OverflowError, "a weight that is no number or too large"),
 }
 
 
@@ -75,6 +78,13 @@ class CpuKernels:
     def attend(self, attention: AttentionArguments, out: Tensor) -> None:
         self.call("attend", attention, out)
 
+    def crc32(self, data: Tensor) -> int:
+        """zlib's CRC-32 of `data`, contiguous uint8 on the CPU; by zlib where that is fastest."""
+        crc = ctypes.c_uint32()
+        if self.library.cpux_crc32(_address(data), data.nbytes, crc) != 0:
+            return zlib_crc32(data)
+        return crc.value
+
     def read_gbps(self, data: Tensor) -> float:
         """Bandwidth of one plain read of `data` (contiguous, much larger than the caches), GB/s."""
         seconds = ctypes.c_double()
@@ -91,10 +101,12 @@ class CpuKernels:
         """Bind worker i to cpus[i], the calling thread to all of them; UserError when refused."""
         numbers = (ctypes.c_int32 * len(cpus))(*cpus)
         if len(cpus) > MOST_THREADS or self.library.cpux_pin_threads(numbers, len(cpus)) != 0:
-            raise UserError(
-                f"expected --cpu-affinity to list CPUs this process may use "
-                f"({_span(sorted(os.sched_getaffinity(0)))}), found {_span(cpus)}"
-            )
+            raise refused_cpus(cpus)
+
+
+def zlib_crc32(data: Tensor) -> int:
+    """The CRC-32 of `data`, contiguous uint8 on the CPU."""
+    return zlib.crc32(data.numpy().data)
 
 
 def _address(tensor: Tensor) -> int:
@@ -127,34 +139,19 @@ def load_kernels(
             raise
         print(f"CPU experts run on torch, several times slower: {error}", file=sys.stderr)
         return None
-    names = supported_isas(library)
-    if isa != "auto" and isa not in names:
-        raise UserError(
-            f"expected --cpu-isa to be auto or one of {', '.join(names)} on this CPU, found {isa!r}"
-        )
-    name = names[-1] if isa == "auto" else isa
+    require_isa(library, isa)
+    name = supported_isas(library)[-1] if isa == "auto" else isa
     kernels = CpuKernels(library, name, isa_code(library, name), n_threads)
     if affinity:
         kernels.pin(affinity)
     return kernels
 
 
-def _span(cpus: Sequence[int]) -> str:
-    """CPU numbers as --cpu-affinity takes them: 0-7,16."""
-    runs: list[list[int]] = []
-    for cpu in cpus:
-        if runs and cpu == runs[-1][1] + 1:
-            runs[-1][1] = cpu
-        else:
-            runs.append([cpu, cpu])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-
-
 def is_plain(x: Tensor) -> bool:
     """Whether the kernels read `x` as it lies: contiguous bf16 on the CPU, no gradient asked."""
     return (
         x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.is_contiguous()
         and not (torch.is_grad_enabled() and x.requires_grad)
     )

@@ -99,7 +99,7 @@ class CpuLinear(nn.Module):
         if (
             self.kernels is None
             or x.dtype not in _FORMAT_OF_DTYPE
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or self._is_for_onednn(x)
         ):
             bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, Final
 
 import psutil
@@ -72,16 +73,28 @@ class MatrixArguments(ctypes.Structure):
     )
 
 
+class WeightsArguments(ctypes.Structure):
+    """`cpux_weights` of api.h."""
+
+    _fields_ = (
+        *_fields(c_void_p, "weight"),
+        *_fields(c_int32, "is_bf16"),
+        *_fields(c_int64, "rows cols row_stride col_stride"),
+    )
+
+
 class AttentionArguments(ctypes.Structure):
     """`cpux_attention` of api.h."""
 
     _fields_ = (
         *_fields(c_int32, "is_bf16"),
-        *_fields(c_int64, "n_batch n_heads n_kv_heads n_keys key_size value_size"),
-        *_fields(c_float, "scale"),
-        *_fields(c_void_p, "query keys values"),
+        *_fields(c_int64, "n_batch n_heads n_kv_heads n_queries n_keys key_size value_size"),
+        *_fields(c_float, "scale softcap"),
+        *_fields(c_void_p, "sinks query keys values"),
+        *_fields(c_int64 * 3, "query_strides"),
         *_fields(c_int64 * 2, "key_strides value_strides"),
         *_fields(c_void_p, "mask"),
+        *_fields(c_int64 * 2, "mask_strides"),
     )
 
 
@@ -116,8 +129,10 @@ _COMPUTING: Final = {
     "activate": (_LAYER, c_void_p, c_void_p, c_int64, c_void_p),
     "add": (_LAYER, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
+    "quantise": (ctypes.POINTER(WeightsArguments), c_int, c_void_p, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
     "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
+    "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
     "route": (
         *(ctypes.POINTER(RouterArguments), c_void_p, c_int64),
         *(c_void_p, c_void_p, c_void_p),
@@ -129,6 +144,7 @@ _COMPUTING: Final = {
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     **{name: (c_int, (c_int, c_int, *rest)) for name, rest in _COMPUTING.items()},
     "count_pairs": (c_int64, (_TOKENS,)),
+    "crc32": (c_int, (c_void_p, c_int64, ctypes.POINTER(c_uint32))),
     "n_isas": (c_int, ()),
     "isa_name": (c_char_p, (c_int,)),
     "isa_supported": (c_int, (c_int,)),
@@ -164,6 +180,35 @@ def supported_isas(library: ctypes.CDLL) -> list[str]:
 def isa_code(library: ctypes.CDLL, name: str) -> int:
     """The number by which the library knows an instruction set."""
     return _isa_names(library).index(name)
+
+
+def require_isa(library: ctypes.CDLL, name: str) -> None:
+    """UserError for an instruction set, or auto, that this CPU or this build does not have."""
+    names = supported_isas(library)
+    if name != "auto" and name not in names:
+        raise UserError(
+            f"expected --cpu-isa to be auto or one of {', '.join(names)} on this CPU, found "
+            f"{name!r}"
+        )
+
+
+def refused_cpus(cpus: Sequence[int]) -> UserError:
+    """The error for CPUs that threads cannot be bound to."""
+    return UserError(
+        f"expected --cpu-affinity to list CPUs this process may use "
+        f"({_span(sorted(os.sched_getaffinity(0)))}), found {_span(cpus)}"
+    )
+
+
+def _span(cpus: Sequence[int]) -> str:
+    """CPU numbers as --cpu-affinity takes them: 0-7,16."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def default_threads() -> int:

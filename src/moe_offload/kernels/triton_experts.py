@@ -56,7 +56,7 @@ def _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS: t
 
 
 @triton.jit
-def _load_scales(scales, at, mask):
+def load_scales(scales, at, mask):
     """fp32; a byte is an exponent (E8M0)."""
     scale = tl.load(scales + at, mask=mask, other=0)
     if scale.dtype == tl.uint8:
@@ -66,7 +66,7 @@ def _load_scales(scales, at, mask):
 
 
 @triton.jit
-def _load_offsets(offsets, at, mask, scale, OWN: tl.constexpr, OFFSET: tl.constexpr):
+def load_offsets(offsets, at, mask, scale, OWN: tl.constexpr, OFFSET: tl.constexpr):
     """What is added to q * scale where a group has a zero or minimum of its own."""
     offset = tl.load(offsets + at, mask=mask, other=0).to(tl.float32)
     if OFFSET == "zero":
@@ -75,7 +75,7 @@ def _load_offsets(offsets, at, mask, scale, OWN: tl.constexpr, OFFSET: tl.conste
 
 
 @triton.jit
-def _level(word, shift: tl.constexpr, CODES: tl.constexpr):
+def level(word, shift, CODES: tl.constexpr):
     """fp32 of the 8 or 4 bits from bit `shift` of each packed word."""
     if CODES == "int8":
         return ((word << (24 - shift)) >> 24).to(tl.float32)
@@ -115,15 +115,15 @@ def _dot_dense(
             at = rows // SCALE_ROWS
             if GROUP > 0:
                 at = at * ((n_columns + GROUP - 1) // GROUP) + start // GROUP
-            scale = _load_scales(scales, at, valid)
-            acc += _decode_fp8(weight) * (value[None, :] * scale[:, None])
+            scale = load_scales(scales, at, valid)
+            acc += decode_fp8(weight) * (value[None, :] * scale[:, None])
         else:
             acc += weight.to(tl.float32) * value[None, :]
     return tl.sum(acc, axis=1)
 
 
 @triton.jit
-def _decode_fp8(byte):
+def decode_fp8(byte):
     """fp32 of e4m3, finite: as float16 its bits lie seven places up, and give 2^-8 of it."""
     bits = byte.to(tl.int16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -156,30 +156,30 @@ def _dot_packed(
         at = (row_block[None, :] * (n_groups * BITS) + w[:, None]) * 16 + lane[None, :]
         word = tl.load(words + at, mask=inside, other=0)
         group = w // BITS
-        at = _scale_place(row_block[None, :], group[:, None], n_groups, GROUP) + lane[None, :]
-        scale = _load_scales(scales, at, inside)
+        at = scale_place(row_block[None, :], group[:, None], n_groups, GROUP) + lane[None, :]
+        scale = load_scales(scales, at, inside)
         first = group * 32 + (w % BITS) * 4
         part = tl.zeros([WORDS, rows.shape[0]], tl.float32)
         total = tl.zeros([WORDS], tl.float32)
         for j in tl.static_range(4):
             column = first + j
             value = tl.load(x + column, mask=column < n_columns, other=0.0).to(tl.float32)
-            part += _level(word, 8 * j, CODES) * value[:, None]
+            part += level(word, 8 * j, CODES) * value[:, None]
             total += value
             if BITS == 4:
                 column += 16
                 value = tl.load(x + column, mask=column < n_columns, other=0.0).to(tl.float32)
-                part += _level(word, 8 * j + 4, CODES) * value[:, None]
+                part += level(word, 8 * j + 4, CODES) * value[:, None]
                 total += value
         acc += part * scale
         if OFFSET != "":
             own: tl.constexpr = 128 if BITS == 8 else 8
-            acc += _load_offsets(offsets, at, inside, scale, own, OFFSET) * total[:, None]
+            acc += load_offsets(offsets, at, inside, scale, own, OFFSET) * total[:, None]
     return tl.sum(acc, axis=0)
 
 
 @triton.jit
-def _scale_place(row_block, group, n_groups, GROUP: tl.constexpr):
+def scale_place(row_block, group, n_groups, GROUP: tl.constexpr):
     """Where the 16 scales of a row block and group of 32 columns start; GROUP 0: one for all."""
     if GROUP == 0:
         return (row_block + group * 0) * 16
@@ -211,7 +211,7 @@ def _dot(
 
 
 @triton.jit
-def _activate(gate, up, alpha, limit, KIND: tl.constexpr, HAS_GATE: tl.constexpr):
+def activate(gate, up, alpha, limit, KIND: tl.constexpr, HAS_GATE: tl.constexpr):
     """`oracle.apply_activation`; comparisons are written so that NaN stays NaN."""
     if KIND == "clamped_swiglu":
         gate = tl.where(gate > limit, limit, gate)
@@ -323,7 +323,7 @@ def first_kernel(
                 tl.store(middle + pair.to(tl.int64) * width + intermediate + row, up, mask=valid)
             tl.store(middle + pair.to(tl.int64) * width + row, gate, mask=valid)
         else:
-            value = _activate(gate, up, alpha, limit, KIND, HAS_GATE)
+            value = activate(gate, up, alpha, limit, KIND, HAS_GATE)
             tl.store(middle + pair.to(tl.int64) * intermediate + row, value, mask=valid)
 
 
@@ -413,18 +413,18 @@ def unpack_kernel(
     at = (row_block * (n_groups * BITS) + w[:, None]) * 16 + lane[None, :]
     word = tl.load(words + at, mask=inside, other=0)
     group = w // BITS
-    at = _scale_place(row_block, group[:, None], n_groups, GROUP) + lane[None, :]
-    scale = _load_scales(scales, at, inside)
+    at = scale_place(row_block, group[:, None], n_groups, GROUP) + lane[None, :]
+    scale = load_scales(scales, at, inside)
     offset = tl.zeros([WORDS, 16], tl.float32)
     if OFFSET != "":
         own: tl.constexpr = 128 if BITS == 8 else 8
-        offset = _load_offsets(offsets, at, inside, scale, own, OFFSET)
+        offset = load_offsets(offsets, at, inside, scale, own, OFFSET)
     row = (row_block * 16 + lane)[None, :].to(tl.int64)
     first = (group * 32 + (w % BITS) * 4)[:, None]
     for j in tl.static_range(4):
         for half in tl.static_range(8 // BITS):
             column = first + j + 16 * half
-            value = _level(word, 8 * j + 4 * half, CODES) * scale + offset
+            value = level(word, 8 * j + 4 * half, CODES) * scale + offset
             mask = (row < n_rows) & (column < n_columns)
             tl.store(out + row * n_columns + column, value.to(out.dtype.element_ty), mask=mask)
 
@@ -447,9 +447,9 @@ def unpack_fp8_kernel(
     at = row // SCALE_ROWS + column * 0
     if GROUP > 0:
         at = at * ((n_columns + GROUP - 1) // GROUP) + column // GROUP
-    scale = _load_scales(scales, at, inside)
+    scale = load_scales(scales, at, inside)
     byte = tl.load(matrix + row * n_columns + column, mask=inside, other=0)
-    value = (_decode_fp8(byte) * scale).to(out.dtype.element_ty)
+    value = (decode_fp8(byte) * scale).to(out.dtype.element_ty)
     tl.store(out + row * n_columns + column, value, mask=inside)
 
 
@@ -488,10 +488,10 @@ class TritonExperts:
         slots: Tensor,
         act_module: ActivationModule | None = None,
     ) -> None:
-        self._layout = layout
-        self._activation = activation
-        self._act_module = act_module
-        self._slots = slots
+        self.layout = layout
+        self.activation = activation
+        self.act_module = act_module
+        self.slots = slots
         facts = WEIGHT_FORMATS[layout.weight_format]
         self._is_tiled = facts.group > 0
         element = {"float8_e4m3fn": "uint8"}.get(facts.dtype, facts.dtype)
@@ -500,17 +500,17 @@ class TritonExperts:
         self._scales = slots.view(getattr(torch, scales.dtype))
         self._offsets_of = slots.view(getattr(torch, scales.offset_dtype))
         self._biases = slots.view(torch.float32)
-        self._constants = format_constants(layout.weight_format, scales)
+        self.constants = format_constants(layout.weight_format, scales)
         # Stands where the kernels expect slots in memory and these are in words.
         self._no_slots = torch.zeros(_PAIRS_IN_WORDS, dtype=torch.int32, device=slots.device)
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Compile every kernel that hidden states of `dtype` will need, by running it once."""
-        layout, device = self._layout, self._slots.device
+        layout, device = self.layout, self.slots.device
         hidden = torch.zeros(2, layout.hidden_size, dtype=dtype, device=device)
         for n_pairs in (1, _PAIRS_IN_WORDS + 1):  # slots in words, slots in memory
             self.grouped(hidden[:1], [-1] * n_pairs, torch.zeros(1, n_pairs, device=device))
-        if len(self._slots):
+        if len(self.slots):
             self.expert(0, hidden)
 
     def grouped(self, hidden: Tensor, slot_of_pair: Sequence[int], weights: Tensor) -> Tensor:
@@ -518,7 +518,7 @@ class TritonExperts:
 
         `slot_of_pair` has T * K entries, -1 for a pair that is left out.
         """
-        layout, activation = self._layout, self._activation
+        layout, activation = self.layout, self.activation
         n_tokens, top_k = weights.shape
         n_pairs, width = n_tokens * top_k, layout.intermediate_size
         raw = activation.kind == "module"
@@ -526,16 +526,16 @@ class TritonExperts:
         in_words, slots = self._slot_arguments(slot_of_pair)
         first_kernel[(n_pairs, triton.cdiv(width, ROWS))](
             hidden.contiguous(),
-            *self._memory(),
+            *self.memory(),
             *slots,
             middle,
             layout.hidden_size,
             width,
             top_k,
-            *self._offsets("gate_up"),
+            *self.offsets("gate_up"),
             activation.alpha,
             activation.limit,
-            **self._constants,
+            **self.constants,
             HAS_GATE=layout.has_gate,
             HAS_BIAS=layout.has_bias,
             KIND=activation.kind,
@@ -545,19 +545,19 @@ class TritonExperts:
         )
         if raw:
             first = middle.to(hidden.dtype)
-            middle = apply_activation(first, activation, layout.has_gate, self._act_module)
+            middle = apply_activation(first, activation, layout.has_gate, self.act_module)
             middle = middle.float().contiguous()
         out = torch.empty(n_tokens, top_k, layout.hidden_size, device=hidden.device)
         second_kernel[(n_pairs, triton.cdiv(layout.hidden_size, ROWS))](
             middle,
-            *self._memory(),
+            *self.memory(),
             *slots,
             weights.float().contiguous(),
             out,
             width,
             layout.hidden_size,
-            *self._offsets("down"),
-            **self._constants,
+            *self.offsets("down"),
+            **self.constants,
             HAS_BIAS=layout.has_bias,
             IN_WORDS=in_words,
             ROWS=ROWS,
@@ -567,23 +567,23 @@ class TritonExperts:
 
     def expert(self, slot: int, x: Tensor) -> Tensor:
         """One expert for many tokens: x [n, H] -> [n, H] in x's dtype, through torch's GEMM."""
-        layout = self._layout
+        layout = self.layout
         first = self._linear(slot, "gate_up", x, layout.first_rows)
-        middle = apply_activation(first, self._activation, layout.has_gate, self._act_module)
+        middle = apply_activation(first, self.activation, layout.has_gate, self.act_module)
         return self._linear(slot, "down", middle.to(x.dtype), layout.hidden_size)
 
     def _linear(self, slot: int, name: MatrixName, x: Tensor, n_rows: int) -> Tensor:
-        block = self._slots[slot]
-        stored = self._layout.field(name).view(block)
+        block = self.slots[slot]
+        stored = self.layout.field(name).view(block)
         bias = None
-        if self._layout.has_bias:
-            bias = self._layout.field(f"{name}_bias").view(block).to(x.dtype)
-        matrix = self._layout.matrix(name)
+        if self.layout.has_bias:
+            bias = self.layout.field(f"{name}_bias").view(block).to(x.dtype)
+        matrix = self.layout.matrix(name)
         if matrix.scales is None:
             return torch.nn.functional.linear(x, stored.to(x.dtype), bias)
         n_columns = x.shape[1]
         weight = torch.empty(n_rows, n_columns, dtype=x.dtype, device=x.device)
-        scale = self._layout.field(f"{name}_scale").view(block)
+        scale = self.layout.field(f"{name}_scale").view(block)
         if not self._is_tiled:
             unpack_fp8_kernel[(triton.cdiv(n_rows, ROWS), triton.cdiv(n_columns, DENSE_COLUMNS))](
                 stored.view(torch.uint8),
@@ -600,7 +600,7 @@ class TritonExperts:
             return torch.nn.functional.linear(x, weight, bias)
         offsets = scale
         if matrix.scales.offset:
-            offsets = self._layout.field(f"{name}_{matrix.scales.offset}").view(block)
+            offsets = self.layout.field(f"{name}_{matrix.scales.offset}").view(block)
         n_words = stored.numel() // (4 * ROWS * stored.shape[0])
         unpack_kernel[(triton.cdiv(n_rows, ROWS), triton.cdiv(n_words, WORDS))](
             stored.view(torch.int32),
@@ -609,7 +609,7 @@ class TritonExperts:
             weight,
             n_rows,
             n_columns,
-            CODES=self._layout.weight_format,
+            CODES=self.layout.weight_format,
             GROUP=matrix.scales.group,
             OFFSET=matrix.scales.offset,
             WORDS=WORDS,
@@ -619,7 +619,7 @@ class TritonExperts:
 
     def _slot_arguments(self, slot_of_pair: Sequence[int]) -> tuple[bool, tuple[Tensor | int, ...]]:
         """Whether the slots are in the words, and the kernels' five arguments that hold them."""
-        if len(slot_of_pair) <= _PAIRS_IN_WORDS and len(self._slots) < (1 << SLOT_BITS) - 1:
+        if len(slot_of_pair) <= _PAIRS_IN_WORDS and len(self.slots) < (1 << SLOT_BITS) - 1:
             words = [_WORD_MARK] * N_SLOT_WORDS
             for pair, slot in enumerate(slot_of_pair):
                 word, place = divmod(pair, SLOTS_PER_WORD)
@@ -627,20 +627,21 @@ class TritonExperts:
             return True, (self._no_slots, *words)
         # At most 2 KiB: CUDA takes so little from pageable memory without holding the host up.
         table = torch.tensor(slot_of_pair, dtype=torch.int32)
-        table = table.to(self._slots.device, non_blocking=True)
+        table = table.to(self.slots.device, non_blocking=True)
         return False, (table, *[_WORD_MARK] * N_SLOT_WORDS)
 
-    def _memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The slots as the kernels read them: matrices, scales, offsets and biases."""
         return self._matrix, self._scales, self._offsets_of, self._biases
 
-    def _offsets(self, name: MatrixName) -> tuple[int, ...]:
+    def offsets(self, name: MatrixName) -> tuple[int, ...]:
         """Words of a block, and where a matrix's arrays start, each in its own elements."""
-        places = {field.name: field.offset_bytes for field in self._layout.fields}
-        ends = ("", "_scale", f"_{self._constants['OFFSET'] or 'none'}", "_bias")
+        places = {field.name: field.offset_bytes for field in self.layout.fields}
+        ends = ("", "_scale", f"_{self.constants['OFFSET'] or 'none'}", "_bias")
         return (
-            self._layout.block_bytes // 4,
+            self.layout.block_bytes // 4,
             *(
                 places.get(f"{name}{end}", 0) // memory.element_size()
-                for end, memory in zip(ends, self._memory(), strict=True)
+                for end, memory in zip(ends, self.memory(), strict=True)
             ),
         )

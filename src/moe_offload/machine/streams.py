@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -49,9 +49,7 @@ class HostStream:
         self._closed = False
         self._work: _Work = queue.SimpleQueue()
         # The thread holds its queue, not the stream: else no stream would ever be given up.
-        self._thread = threading.Thread(target=_run, args=(self._work,), name=name)
-        self._thread.start()
-        weakref.finalize(self, self._work.put, None)
+        (self._thread,) = _started(self, self._work, [name])
 
     def submit(self, work: Callable[[], None]) -> None:
         if self._closed:
@@ -84,6 +82,36 @@ class HostStream:
         while not point.reached.wait(_IDLE_S):
             if self.cancelled.is_set() or _program_is_over():
                 return
+
+
+class HostPool:
+    """A few threads that run submitted work as it comes, which must not raise.
+
+    They end as a `HostStream`'s does.
+    """
+
+    def __init__(self, name: str, n_threads: int) -> None:
+        self._work: _Work = queue.SimpleQueue()
+        self._threads = _started(self, self._work, [f"{name} {i}" for i in range(n_threads)])
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+
+    def close(self) -> None:
+        """Run what was submitted and end the threads."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _started(owner: object, work: _Work, names: Sequence[str]) -> list[threading.Thread]:
+    """A thread of each name that runs `work` until nobody holds `owner` any more."""
+    threads = [threading.Thread(target=_run, args=(work,), name=name) for name in names]
+    for thread in threads:
+        thread.start()
+        weakref.finalize(owner, work.put, None)
+    return threads
 
 
 def _run(queued: _Work) -> None:

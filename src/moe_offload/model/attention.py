@@ -1,14 +1,16 @@
 """Attention functions of our own behind transformers' attention interface: CPU kernels, xformers.
 
-torch's attention for one bf16 query packs all keys for it, which takes ten times as long as reading
-them (`benchmarks/bench_cpu_attention.py`): on the CPU, decode steps go to our kernels and prompts
-stay with torch. On a GPU, xformers' memory-efficient attention may be asked for.
+On the CPU, torch packs all keys for one bf16 query, computes what a mask leaves out, and knows
+neither sinks nor capped scores: there our kernels compute attention, and what each takes shows
+`benchmarks/bench_cpu_attention.py`. On a GPU, xformers' memory-efficient one may be asked for.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,9 @@ from moe_offload.kernels.library import AttentionArguments
 
 XFORMERS = "xformers"
 _MASK_ALIGNMENT = 8  # xformers wants the key dimension of a bias padded to a multiple of this
-# Tensors that transformers hands to every attention function and that change nothing in it. Any
-# other one (sinks, a bias, indices of a sparse attention) leaves the call to torch.
-_WITHOUT_EFFECT = frozenset({"position_ids", "cache_position"})
+# Sinks, and tensors that transformers hands to every attention function and that change nothing in
+# it. Any other one (a bias, indices of a sparse attention) leaves the call to torch.
+_KNOWN_TENSORS = frozenset({"s_aux", "position_ids", "cache_position"})
 
 
 def takes_other_attention(model_class: type[PreTrainedModel]) -> bool:
@@ -33,8 +35,7 @@ def takes_other_attention(model_class: type[PreTrainedModel]) -> bool:
     transformers runs such a model under flash or flex attention as well. One that it runs under
     torch's alone, as DeepSeek-V3.2's sparse attention, masks only under the names that it knows.
     """
-    flash_or_flex = model_class._supports_flash_attn or model_class._supports_flex_attn
-    return bool(model_class._supports_sdpa and flash_or_flex)
+    return bool(model_class._supports_flash_attn or model_class._supports_flex_attn)
 
 
 def register_kernels(kernels: CpuKernels) -> str:
@@ -46,7 +47,7 @@ def register_kernels(kernels: CpuKernels) -> str:
 
 
 class CpuAttention:
-    """transformers' attention function: one new token by the kernels, everything else by torch."""
+    """transformers' attention function: by the kernels, or as the model would without them."""
 
     def __init__(self, kernels: CpuKernels) -> None:
         self.kernels = kernels
@@ -60,15 +61,29 @@ class CpuAttention:
         attention_mask: Tensor | None,
         **extras: Any,
     ) -> tuple[Tensor, None]:
-        """Attention of `query` [B, heads, S, Dk] over `key`, `value` [B, kv_heads, S', Dk or Dv].
+        """Attention of `query` [B, heads, T, Dk] over `key`, `value` [B, kv_heads, S, Dk or Dv].
 
-        Returns [B, S, heads, Dv] and no weights. `attention_mask` is boolean, or None where each
+        Returns [B, T, heads, Dv] and no weights. `attention_mask` is boolean, or None where each
         query sees all keys up to its own.
         """
-        if _served(query, key, value, attention_mask, extras):
-            return self.attend(query, key, value, attention_mask, extras.get("scaling")), None
+        if _served(module, query, key, value, attention_mask, extras):
+            out = self.attend(
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=extras.get("scaling"),
+                softcap=extras.get("softcap"),
+                sinks=extras.get("s_aux"),
+            )
+            return out, None
         if attention_mask is None:
             attention_mask = _causal_at_the_end(query, key)
+        own = _eager_function(module, extras)
+        if own is not None:
+            return own(module, query, key, value, _additive(attention_mask, query), **extras)[
+                0
+            ], None
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extras)
         return output, None
 
@@ -79,32 +94,45 @@ class CpuAttention:
         value: Tensor,
         mask: Tensor | None,
         scaling: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """[B, 1, heads, Dv] for one query per sequence, `query` [B, heads, 1, Dk].
+        """[B, T, heads, Dv] of the last T of S tokens, `query` [B, heads, T, Dk].
 
-        All bf16 or all fp32, on the CPU; sums in fp32. `mask` is boolean [B, 1, 1, S'] or None;
-        a sequence that sees no key gets zeros. `scaling` defaults to Dk ** -0.5.
+        All bf16 or all fp32, on the CPU; sums in fp32. `mask` is boolean [B or 1, 1, T, S], or None
+        where a token sees all keys up to its own; one that sees no key gets zeros. `scaling` is
+        Dk ** -0.5 by default, scores become softcap * tanh(score / softcap), and `sinks` [heads]
+        are scores of a key without a value.
         """
-        n_batch, n_heads, _, key_size = query.shape
-        query, key, value = query.contiguous(), _rows(key), _rows(value)
+        n_batch, n_heads, n_queries, key_size = query.shape
+        query = query if query.stride(3) == 1 else query.contiguous()
+        key, value = _rows(key), _rows(value)
+        mask_strides = (0, 0)
         if mask is not None:
-            mask = mask.expand(n_batch, 1, 1, key.shape[2]).contiguous()
-        out = query.new_empty(n_batch, 1, n_heads, value.shape[3])
+            mask = mask if mask.stride(3) == 1 else mask.contiguous()
+            mask_strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+        sinks = None if sinks is None else sinks.float().contiguous()
+        out = query.new_empty(n_batch, n_queries, n_heads, value.shape[3])
         arguments = AttentionArguments(
             is_bf16=query.dtype == torch.bfloat16,
             n_batch=n_batch,
             n_heads=n_heads,
             n_kv_heads=key.shape[1],
+            n_queries=n_queries,
             n_keys=key.shape[2],
             key_size=key_size,
             value_size=value.shape[3],
             scale=key_size**-0.5 if scaling is None else scaling,
+            softcap=softcap or 0.0,
+            sinks=None if sinks is None else sinks.data_ptr(),
             query=query.data_ptr(),
             keys=key.data_ptr(),
             values=value.data_ptr(),
+            query_strides=query.stride()[:3],
             key_strides=key.stride()[:2],
             value_strides=value.stride()[:2],
             mask=None if mask is None else mask.data_ptr(),
+            mask_strides=mask_strides,
         )
         self.kernels.attend(arguments, out)
         return out
@@ -123,21 +151,46 @@ def _causal_at_the_end(query: Tensor, key: Tensor) -> Tensor | None:
     return ones.tril(n_keys - n_queries)[None, None]
 
 
+def _eager_function(module: nn.Module, extras: dict[str, Any]) -> Callable[..., Any] | None:
+    """The model's own attention, where a call has what torch's would leave out."""
+    if extras.get("s_aux") is None and extras.get("softcap") is None:
+        return None
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return cast("Callable[..., Any] | None", own)
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A boolean mask as one that eager attention adds to scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+
+
 def _served(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extras: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    extras: dict[str, Any],
 ) -> bool:
     """Whether the kernels compute this call."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        is_causal = extras.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        known_mask = n_queries == 1 or (is_causal and n_queries <= n_keys)
+    else:
+        known_mask = mask.dtype == torch.bool and mask.shape[1:] == (1, n_queries, n_keys)
     return (
-        query.shape[2] == 1
+        known_mask
         and query.shape[1] % key.shape[1] == 0
         and query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float32)
         and query.dtype == key.dtype == value.dtype
-        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
         and not extras.get("dropout")
-        and extras.get("softcap") is None
         and not any(
-            isinstance(extra, Tensor) and name not in _WITHOUT_EFFECT
+            isinstance(extra, Tensor) and name not in _KNOWN_TENSORS
             for name, extra in extras.items()
         )
         and not (torch.is_grad_enabled() and query.requires_grad)

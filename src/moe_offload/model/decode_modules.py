@@ -2,14 +2,17 @@
 
 Models differ in where they round, in what a norm adds to its weight, in how a router scores. Rather
 than by name, a module is recognised by running it on probe values: where a form that the kernels
-know gives the same, they compute decode steps in its place. Everything else, every long prompt and
+know gives the same, they compute decode steps in its place. So is the function that rotates queries
+and keys. Everything else, every long prompt and
 every call with something unusual in it stays the module's own.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
+from types import FunctionType, MethodType
 from typing import Any, Final, cast
 
 import torch
@@ -42,9 +45,9 @@ def use_cpu_kernels(
 ) -> None:
     """Route plain bf16 linears of a CPU model, and packed ones, through the expert kernels.
 
-    Subclasses of `nn.Linear` keep the model's own arithmetic. In decode steps attention goes to the
-    kernels as well where the model leaves it to torch, and so do the norms and those of `routers`
-    that are found to compute what the kernels do.
+    Subclasses of `nn.Linear` keep the model's own arithmetic. Attention goes to the kernels as well
+    where the model leaves it to a registered function; so do, in decode steps, the norms and those
+    of `routers` that are found to compute what the kernels do.
     """
     kernels = load_kernels(kernel, isa)
     for module in model.modules():
@@ -52,7 +55,7 @@ def use_cpu_kernels(
             module.kernels = kernels
     if kernels is None:
         return
-    if model.config._attn_implementation == "sdpa" and takes_other_attention(type(model)):
+    if takes_other_attention(type(model)):
         model.set_attn_implementation(register_kernels(kernels))
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
@@ -62,6 +65,7 @@ def use_cpu_kernels(
             norm = probe_norm(module, kernels)
             if norm is not None:
                 module.forward = norm
+            use_rotation(module, kernels)
         for module in routers:
             router = probe_router(module, kernels)
             if router is not None:
@@ -162,6 +166,58 @@ def probe_norm(module: nn.Module, kernels: CpuKernels) -> CpuNorm | None:
         if close and (found == expected).float().mean() >= _NORM_EQUAL_PART:
             return CpuNorm(module, form, epsilon, kernels)
     return None
+
+
+class CpuRotation:
+    """transformers' function of this name: queries and keys [B, heads, S, D], rotated."""
+
+    NAME: Final = "apply_rotary_pos_emb"
+
+    def __init__(self, own: Callable[..., tuple[Tensor, Tensor]], kernels: CpuKernels) -> None:
+        self.own = own
+        self._kernels = kernels
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        angles = q.shape[0], 1, q.shape[3]  # one token of each sequence
+        fits = q.shape[2] == k.shape[2] == 1 and cos.shape == sin.shape == angles
+        if args or kwargs or not fits or not all(map(is_plain, (q, k, cos, sin))):
+            return self.own(q, k, cos, sin, *args, **kwargs)
+        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        self._kernels.call("rotate", x, cos, sin, x.shape[0], x.shape[1], x.shape[3], out)
+        return out
+
+
+@torch.no_grad()
+def use_rotation(module: nn.Module, kernels: CpuKernels) -> None:
+    """Rotate by the kernels in a module whose own forward rotates as they do, bit for bit.
+
+    A function has no place in a module, as a norm has: what is replaced is the meaning of its name,
+    in this one module's forward, whose code stays.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    if not isinstance(forward, FunctionType) or CpuRotation.NAME not in forward.__code__.co_names:
+        return
+    own = forward.__globals__.get(CpuRotation.NAME)
+    if own is None:  # an attribute of the same name
+        return
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 4, 1, 16), (2, 2, 1, 16), (2, 1, 16), (2, 1, 16)
+    probe = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
+    rotation = CpuRotation(own, kernels)
+    expected = answer_to(lambda _: [one.float() for one in own(*probe)], probe[0])
+    if expected is None or not all(map(torch.equal, expected, map(Tensor.float, rotation(*probe)))):
+        return
+    names = forward.__globals__ | {CpuRotation.NAME: rotation}
+    changed = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(changed, module)
 
 
 class CpuRouter:

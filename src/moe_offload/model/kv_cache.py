@@ -7,6 +7,7 @@ a token where it belongs. Other layers (sliding windows, states of recurrent mod
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -59,19 +60,71 @@ def _joined(rows: Tensor, added: Tensor, width: int) -> Tensor:
     return joined
 
 
+@dataclass
+class Extent:
+    """How many tokens the layers of a cache hold that lie in memory of somebody else.
+
+    `is_whole` until one of the layers has left it.
+    """
+
+    n_tokens: int
+    is_whole: bool = True
+
+
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """Keys and values [B, heads, S, D], views of memory that has room for further tokens.
 
     Whatever transformers assigns to `keys` or `values` (a selection of the batch, a crop) is copied
-    before the next token is added, so no memory but the layer's own is written.
+    before the next token is added, so no memory but the layer's own is written. A layer may move
+    into memory that another fills (`move_to`): it leaves it with the first thing that is assigned.
     """
 
     is_initialized: bool
 
     def __init__(self, max_tokens: int) -> None:
+        self._extent: Extent | None = None
         super().__init__()
         self._max_tokens = max_tokens
         self._rooms = _Room(max_tokens), _Room(max_tokens)
+
+    @property
+    def keys(self) -> Tensor:
+        keys: Tensor = self._keys
+        return keys if self._extent is None else keys[:, :, : self._extent.n_tokens]
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._leave()
+        self._keys = keys
+
+    @property
+    def values(self) -> Tensor:
+        values: Tensor = self._values
+        return values if self._extent is None else values[:, :, : self._extent.n_tokens]
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._leave()
+        self._values = values
+
+    def move_to(self, keys: Tensor, values: Tensor, extent: Extent) -> None:
+        """Hold the tokens in `keys` and `values` [B, heads, capacity, D] from now on.
+
+        Whoever writes further ones there counts them in `extent`. What lies behind is zero: it is
+        masked, but a NaN would come through.
+        """
+        for theirs, ours in ((keys, self.keys), (values, self.values)):
+            theirs[:, :, : extent.n_tokens] = ours
+            theirs[:, :, extent.n_tokens :] = 0
+        self._leave()
+        self.release()
+        self._keys, self._values, self._extent = keys, values, extent
+
+    def _leave(self) -> None:
+        if self._extent is not None:
+            keys, values = self.keys, self.values
+            self._extent.is_whole, self._extent = False, None
+            self._keys, self._values = keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -108,6 +161,6 @@ class _Room:
             capacity = max(length, min(length + spare, self._max_tokens))
             self._memory = rows.new_empty(batch, heads, capacity, width)
             self._memory[:, :, :n_held] = held
-        self._memory[:, :, n_held:length] = rows
-        self._given = self._memory[:, :, :length]
+        self._memory.narrow(2, n_held, rows.shape[2]).copy_(rows)
+        self._given = self._memory.narrow(2, 0, length)
         return self._given

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from moe_offload.checkpoint.block import Activation, BlockLayout
-from moe_offload.checkpoint.folders import MANIFEST_NAME
+from moe_offload.checkpoint.folders import MANIFEST_NAME, PREPARE_AGAIN
 from moe_offload.checkpoint.model_config import (
     build_on_meta,
     builder_of,
@@ -32,7 +32,7 @@ from moe_offload.checkpoint.model_config import (
     require_plausible,
     transformers_told,
 )
-from moe_offload.checkpoint.prepared import MODEL_DTYPES, PREPARE_AGAIN, Manifest, iterate_dense
+from moe_offload.checkpoint.prepared import MODEL_DTYPES, Manifest, iterate_dense
 from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
@@ -94,7 +94,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str)
     An architecture without `attention` "sdpa" (gpt-oss's sinks) gets transformers' eager one.
     """
     model_class = builder_of(config)._model_mapping[type(config)]
-    if attention != "sdpa" and not takes_other_attention(model_class):
+    if attention != "sdpa" and not (
+        model_class._supports_sdpa and takes_other_attention(model_class)
+    ):
         raise UserError(
             f"{model_class.__name__} computes its attention itself: use --attention sdpa, which "
             "leaves it to the model"

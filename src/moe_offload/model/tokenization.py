@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from moe_offload.checkpoint.source import COMPANIONS
+from moe_offload.checkpoint.folders import COMPANIONS
 from moe_offload.errors import UserError
 from moe_offload.files import LARGEST_JSON_BYTES, read_json_object, require_regular
 

@@ -63,7 +63,8 @@ class Timeline:
     """The modelled time of one run, and which copies have arrived by then.
 
     Each layer passes in the dispatcher's order: dense work on the GPU; hits launched, copies
-    queued, misses on the CPU, all at once; the layer ends when both sides have. Copies go one at a
+    queued, misses on the CPU, all at once; the layer ends when both sides have, and the CPU's sum
+    has come past a copy that is under way. Copies go one at a
     time in the order they were queued and carry on across layers and tokens. While the CPU
     computes and the bus copies, both are slower by the cost model's shared speeds; the GPU goes on
     at its own.
@@ -151,6 +152,8 @@ class Timeline:
         began_us = self.now_us
         self._pass(cpu_us, self.costs.cpu_shared_factor, self._slowdown)
         self.busy.cpu_us += self.now_us - began_us
+        if cpu_us and self._queue:
+            self._pass(self.costs.sum_wait_us)
         self._pass(began_us + gpu_us - self.now_us)  # what the GPU needs longer
         self.busy.gpu_us += gpu_us
 
@@ -206,11 +209,12 @@ class Replay:
 
     `decode` and `prefill` are hits of the cached layers by token, as the engine's summary counts
     them. `looked_up` counts what decode asks the directory: an expert that several tokens of a
-    pass chose counts once, and `found` of them were there. This is the unit of fetches and of the
-    optimum; for one sequence both units are the same. `fetches` and `evictions` include the
-    warm-up after prompts. `hits_by_layer` has one row for each pass, as the cachehit CSV: hits of
-    each cached layer, where kept. The times are modelled, and how long each part was `busy` in
-    them: 0 without a timeline. What no policy can exceed, `most_hits` in the unit of `found` and
+    pass chose counts once, and `found` of them were there. This is the unit of decode's fetches and
+    of the optimum; for one sequence both units are the same. `fetches` are the engine's copies:
+    with the warm-up after prompts, and with what a prompt copied, computed and did not keep.
+    `hits_by_layer` has one row for each pass, as the cachehit CSV: hits of each cached layer, where
+    kept. The times are modelled, and how long each part was `busy` in them: 0 without a timeline.
+    What no policy can exceed, `most_hits` in the unit of `found` and
     `bound_tokens_per_s`, is computed where it is asked for (`tuning.run_setting`).
     """
 
@@ -263,7 +267,7 @@ def replay(
         if timeline is not None:
             timeline.pass_rest()
         if one.phase == "prefill":
-            row = _replay_prefill(one, cache, quota, timeline, result.prefill)
+            row = _replay_prefill(one, cache, quota, timeline, result)
             result.prefill_us += timeline.now_us - began_us if timeline else 0.0
         else:
             row = _replay_decode(one, cache, quota, timeline, result.decode)
@@ -276,7 +280,7 @@ def replay(
         result.busy = timeline.busy
     result.looked_up = cache.hits + cache.misses
     result.found = cache.hits
-    result.fetches = cache.admissions
+    result.fetches += cache.admissions
     result.evictions = cache.evictions
     return result
 
@@ -313,7 +317,7 @@ def _replay_decode(
 
 
 def _replay_prefill(
-    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, counted: HitCounts
+    one: RoutingPass, cache: ExpertCache, quota: int, timeline: Timeline | None, result: Replay
 ) -> list[int]:
     row: list[int] = []
     for layer, tokens in enumerate(one.ids):
@@ -329,9 +333,10 @@ def _replay_prefill(
             places = {expert: cache.slot_of(layer, expert) for expert in waited}
             in_flight = {expert: slot for expert, slot in places.items() if slot is not None}
         if layer < cache.n_indexes:
-            row.append(_count(counted, tokens, ready))
+            row.append(_count(result.prefill, tokens, ready))
         fetches = cache.warm(layer, tokens, quota, waited)
         quota -= cache.warm_charge(fetches, waited)
+        result.fetches += sum(cache.slot_of(layer, expert) is None for expert in waited)
         if timeline is not None:
             timeline.pass_prefill(plan, counts, fetches, in_flight)
         else:

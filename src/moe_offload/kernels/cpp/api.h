@@ -10,7 +10,13 @@
 
 #define CPUX_EXPORT extern "C" __attribute__((visibility("default")))
 
-enum { CPUX_OK = 0, CPUX_NO_MEMORY = 1, CPUX_UNKNOWN_ISA = 2, CPUX_BAD_ARGUMENT = 3 };
+enum {
+  CPUX_OK = 0,
+  CPUX_NO_MEMORY = 1,
+  CPUX_UNKNOWN_ISA = 2,
+  CPUX_BAD_ARGUMENT = 3,
+  CPUX_OUT_OF_RANGE = 4
+};
 
 // One layer's experts; field offsets are in bytes from a block's start, -1 where there is none.
 struct cpux_layer {
@@ -73,18 +79,33 @@ struct cpux_matrix {
 CPUX_EXPORT int cpux_linear(int isa, int threads, const cpux_matrix* matrix, const void* x,
                             int is_bf16, int64_t n_tokens, void* y);
 
-// Attention of one new token per sequence: out [B, heads, Dv] = softmax(scale q k^T) v over its S
-// keys. Heads share keys in groups of heads / kv_heads; query, keys, values and out are all bf16 or
-// all fp32, sums fp32. A sequence without a key gets zeros.
+// W [rows, cols], bf16 or fp32, strides in elements, to int8 or int4 with `bits` 8 or 4: packed
+// [RB, G, 8 or 4, 16, 4] and float16 scales [RB, G, 16]. The same bytes on every instruction set.
+// CPUX_OUT_OF_RANGE for a weight that is no number or too large for a scale.
+struct cpux_weights {
+  const void* w;
+  int32_t is_bf16;
+  int64_t rows, cols, row_stride, col_stride;
+};
+CPUX_EXPORT int cpux_quantise(int isa, int threads, const cpux_weights* weights, int bits,
+                              uint8_t* packed, uint16_t* scales);
+
+// Attention of the last T of a sequence's S tokens: out [B, T, heads, Dv] = softmax(scale q k^T) v over
+// the keys. Heads share keys in groups of heads / kv_heads; query, keys, values and out are all bf16 or
+// all fp32, sums fp32. A token that sees no key gets zeros. Strides count elements. The same bits for
+// the same arguments and instruction set.
 struct cpux_attention {
   int32_t is_bf16;
-  int64_t n_batch, n_heads, n_kv_heads, n_keys, key_size, value_size;
+  int64_t n_batch, n_heads, n_kv_heads, n_queries, n_keys, key_size, value_size;
   float scale;
-  const void* query;      // [B, heads, Dk]
-  const void* keys;       // [B, kv_heads, S, Dk], rows contiguous
-  const void* values;     // [B, kv_heads, S, Dv], rows contiguous
-  int64_t key_strides[2], value_strides[2];  // elements from one sequence, and one head, to the next
-  const uint8_t* mask;    // [B, S]; 0 leaves a key out; or null
+  float softcap;        // scores become softcap * tanh(score / softcap); 0: they do not
+  const float* sinks;   // [heads] scores of a key without a value, which every token sees; or null
+  const void* query;    // [B, heads, T, Dk]; strides of sequence, head and token
+  const void* keys;     // [B, kv_heads, S, Dk], rows contiguous; strides of sequence and head
+  const void* values;   // [B, kv_heads, S, Dv], the same
+  int64_t query_strides[3], key_strides[2], value_strides[2];
+  const uint8_t* mask;  // [B, T, S], rows contiguous, 1: seen, 0: left out; strides of sequence and token
+  int64_t mask_strides[2];  // null: token t sees the keys up to S - T + t
 };
 CPUX_EXPORT int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out);
 
@@ -98,6 +119,12 @@ struct cpux_norm {
 };
 CPUX_EXPORT int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x,
                               int is_bf16, int64_t n_rows, void* y);
+
+// Rotary embedding of one token per sequence, all bf16: y = x cos + rotate_half(x) sin, each product
+// rounded; x and y [B, heads, width], cos and sin [B, width]. Computed by the calling thread.
+CPUX_EXPORT int cpux_rotate(int isa, int threads, const uint16_t* x, const uint16_t* cos,
+                            const uint16_t* sin, int64_t n_batch, int64_t n_heads, int64_t width,
+                            uint16_t* y);
 
 // A router: logits [T, E] = x @ w^T + bias in x's type, the k largest of their softmax in order, and
 // with `normalise` divided by their sum. scores [T, k], index [T, k].
@@ -118,6 +145,10 @@ CPUX_EXPORT int cpux_isa_supported(int isa);
 
 // Restricts worker threads to cpus[i], one each, and the calling thread to all of `cpus`.
 CPUX_EXPORT int cpux_pin_threads(const int32_t* cpus, int n_cpus);
+
+// zlib's CRC-32 of 64 bytes or a multiple of it; CPUX_UNKNOWN_ISA where the CPU does not multiply
+// without carries, for zlib is as fast there.
+CPUX_EXPORT int cpux_crc32(const void* data, int64_t bytes, uint32_t* crc);
 
 // What the machine can do: seconds to read `bytes` from `data` once, in chunks that the threads
 // take as they come; flop/s of independent multiply-adds in registers, never 0.

@@ -2,21 +2,21 @@
 //
 // The keys of a sequence and head are cut into chunks, so that a long context is shared by all
 // threads: each chunk computes its scores, their exponentials and its part of the weighted sum of
-// values for the heads that share the keys, four at a time while the chunk stays in the second-level
+// values for all heads that share the keys, block by block while a block stays in the first-level
 // cache. A second pass adds the chunks in order, so the result has the same bits whichever thread
 // took which chunk. Sums are fp32.
 #include <algorithm>
 #include <cmath>
 
 #include "entry_points.h"
-#include "product.h"
 #include "team.h"
 
 namespace cpux {
 
 namespace {
 
-constexpr int64_t kChunkKeys = 256;  // 64 KiB of keys of 128 bf16: they stay in the second level
+constexpr int64_t kChunkKeys = 256;
+constexpr int64_t kBlockKeys = 64;  // 16 KiB of 128 bf16: all heads read them from the first level
 
 class Attention {
  public:
@@ -31,11 +31,11 @@ class Attention {
   const cpux_attention& a_;
   const int threads_;
   const int64_t group_, n_chunks_, n_rows_;  // heads that share keys; chunks of keys; B * heads
-  float* query_;    // [B, heads, Dk], scaled
+  float* query_;    // [B, heads, Dk]
   float* largest_;  // [B * heads, chunks]
   float* total_;    // [B * heads, chunks]
   float* partial_;  // [B * heads, chunks, Dv]
-  float** scores_;  // per thread [kMaxDotTokens, kChunkKeys]
+  float** scores_;  // per thread [group, kChunkKeys]
   float** sum_;     // per thread [Dv]
 };
 
@@ -53,11 +53,15 @@ Attention::Attention(const Kernels& kernels, int threads, const cpux_attention& 
       scores_(arena.take<float*>(threads)),
       sum_(arena.take<float*>(threads)) {
   for (int i = 0; i < threads; ++i) {
-    scores_[i] = arena.take<float>(kMaxDotTokens * kChunkKeys);
+    scores_[i] = arena.take<float>(group_ * kChunkKeys);
     sum_[i] = arena.take<float>(a.value_size);
   }
-  kernels.to_float(a.query, a.is_bf16 != 0, n_rows_ * a.key_size, query_);
-  for (int64_t i = 0; i < n_rows_ * a.key_size; ++i) query_[i] *= a.scale;
+  const int64_t element = a.is_bf16 != 0 ? 2 : 4;
+  for (int64_t row = 0; row < n_rows_; ++row) {
+    const int64_t at = row / a.n_heads * a.query_strides[0] + row % a.n_heads * a.query_strides[1];
+    kernels.to_float(static_cast<const char*>(a.query) + at * element, a.is_bf16 != 0, a.key_size,
+                     query_ + row * a.key_size);
+  }
 }
 
 // One chunk of the keys of one sequence and key head, for every head of its group.
@@ -66,7 +70,7 @@ void Attention::chunk(int64_t item, float* scores) {
   const int64_t kv_head = item / n_chunks_ % a_.n_kv_heads;
   const int64_t batch = item / n_chunks_ / a_.n_kv_heads;
   const int64_t first = at * kChunkKeys;
-  const int n_keys = static_cast<int>(std::min(kChunkKeys, a_.n_keys - first));
+  const int64_t n_keys = std::min(kChunkKeys, a_.n_keys - first);
   const int format = a_.is_bf16 != 0 ? kBf16 : kFp32;
   const int64_t element = a_.is_bf16 != 0 ? 2 : 4;
   const char* keys = static_cast<const char*>(a_.keys) +
@@ -75,30 +79,27 @@ void Attention::chunk(int64_t item, float* scores) {
   const char* values = static_cast<const char*>(a_.values) +
                        (batch * a_.value_strides[0] + kv_head * a_.value_strides[1] +
                         first * a_.value_size) * element;
+  const uint8_t* mask =
+      a_.mask == nullptr ? nullptr : a_.mask + batch * a_.mask_strides[0] + first;
+  const int n_heads = static_cast<int>(group_);
   const int64_t first_row = batch * a_.n_heads + kv_head * group_;
-  for (int64_t g = 0; g < group_; g += kMaxDotTokens) {
-    const int n_heads = static_cast<int>(std::min<int64_t>(kMaxDotTokens, group_ - g));
-    const float* query[kMaxDotTokens];
-    const float* weight[kMaxDotTokens];
-    for (int h = 0; h < n_heads; ++h) {
-      query[h] = query_ + (first_row + g + h) * a_.key_size;
-      weight[h] = scores + h * kChunkKeys;
-    }
-    kernels_.dot_rows(keys, format, a_.key_size, n_keys, query, n_heads, scores, kChunkKeys);
-    for (int h = 0; h < n_heads; ++h) {
-      float* x = scores + h * kChunkKeys;
-      if (a_.mask != nullptr)
-        for (int k = 0; k < n_keys; ++k)
-          if (a_.mask[batch * a_.n_keys + first + k] == 0) x[k] = -INFINITY;
-      const int64_t row = (first_row + g + h) * n_chunks_ + at;
-      largest_[row] = kernels_.exponentials(x, n_keys, total_ + row);
-    }
-    float* partial = partial_ + ((first_row + g) * n_chunks_ + at) * a_.value_size;
-    const int64_t stride = n_chunks_ * a_.value_size;
-    for (int h = 0; h < n_heads; ++h)
-      std::fill(partial + h * stride, partial + h * stride + a_.value_size, 0.0f);
-    kernels_.mix_rows(values, format, a_.value_size, n_keys, weight, n_heads, partial, stride);
+  for (int64_t k = 0; k < n_keys; k += kBlockKeys)
+    kernels_.score_keys(keys + k * a_.key_size * element, format, a_.key_size,
+                        static_cast<int>(std::min(kBlockKeys, n_keys - k)),
+                        query_ + first_row * a_.key_size, n_heads, scores + k, kChunkKeys);
+  float* partial = partial_ + (first_row * n_chunks_ + at) * a_.value_size;
+  const int64_t stride = n_chunks_ * a_.value_size;
+  for (int64_t h = 0; h < group_; ++h) {
+    float* x = scores + h * kChunkKeys;
+    kernels_.adjust_scores(x, n_keys, a_.scale, a_.softcap, mask);
+    const int64_t row = (first_row + h) * n_chunks_ + at;
+    largest_[row] = kernels_.exponentials(x, n_keys, -INFINITY, total_ + row);
+    std::fill(partial + h * stride, partial + h * stride + a_.value_size, 0.0f);
   }
+  for (int64_t k = 0; k < n_keys; k += kBlockKeys)
+    kernels_.mix_values(values + k * a_.value_size * element, format, a_.value_size,
+                        static_cast<int>(std::min(kBlockKeys, n_keys - k)), scores + k, kChunkKeys,
+                        n_heads, partial, stride);
 }
 
 // Adds the chunks of one sequence and head.
@@ -106,10 +107,11 @@ void Attention::combine(int64_t row, float* sum, void* out) {
   const float* largest = largest_ + row * n_chunks_;
   const float* total = total_ + row * n_chunks_;
   const float* partial = partial_ + row * n_chunks_ * a_.value_size;
-  float top = -INFINITY;
+  const float sink = a_.sinks == nullptr ? -INFINITY : a_.sinks[row % a_.n_heads];
+  float top = sink;
   for (int64_t c = 0; c < n_chunks_; ++c) top = largest[c] > top ? largest[c] : top;
   std::fill(sum, sum + a_.value_size, 0.0f);
-  float denominator = 0.0f;
+  float denominator = a_.sinks == nullptr ? 0.0f : expf(sink - top);
   for (int64_t c = 0; c < n_chunks_; ++c) {
     if (total[c] == 0.0f) continue;  // every key left out; a NaN is not skipped
     const float factor = largest[c] == top ? 1.0f : expf(largest[c] - top);
@@ -135,8 +137,9 @@ void Attention::run(void* out) {
 
 bool is_valid(const cpux_attention& a) {
   return a.n_batch >= 0 && a.n_heads > 0 && a.n_kv_heads > 0 && a.n_heads % a.n_kv_heads == 0 &&
-         a.n_keys >= 0 && a.key_size > 0 && a.value_size > 0 &&
-         (a.n_batch == 0 || a.query != nullptr) &&
+         a.n_queries >= 0 && a.n_keys >= 0 && a.key_size > 0 && a.value_size > 0 &&
+         (a.mask != nullptr || a.n_queries <= a.n_keys || a.n_queries == 1) &&
+         (a.n_batch * a.n_queries == 0 || a.query != nullptr) &&
          (a.n_batch == 0 || a.n_keys == 0 || (a.keys != nullptr && a.values != nullptr));
 }
 
@@ -145,8 +148,12 @@ bool is_valid(const cpux_attention& a) {
 }  // namespace cpux
 
 int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out) {
-  const bool valid = cpux::is_valid(*attention) && (attention->n_batch == 0 || out != nullptr);
+  const cpux_attention& a = *attention;
+  const bool valid = cpux::is_valid(a) && (a.n_batch * a.n_queries == 0 || out != nullptr);
   return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels& kernels) {
-    cpux::Attention(kernels, threads, *attention, cpux::fresh_arena()).run(out);
+    if (a.n_queries == 1)
+      cpux::Attention(kernels, threads, a, cpux::fresh_arena()).run(out);
+    else
+      cpux::attend_prompt(kernels, threads, a, cpux::fresh_arena(), out);
   });
 }

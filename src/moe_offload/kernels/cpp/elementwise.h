@@ -163,37 +163,14 @@ inline void activate(int kind, float alpha, float limit, const float* gate, cons
   }
 }
 
-// The terms of a softmax: x[i] becomes e^(x[i] - largest), exactly 0 below e^-87. Sums run in
-// kLanes chains, so that every instruction set adds in the same order. NaN stays NaN.
-inline float exponentials(float* x, int64_t n, float* sum) {
-  constexpr int kLanes = 16;
-  float largest[kLanes], total[kLanes] = {};
-  for (float& value : largest) value = -INFINITY;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane)
-      largest[lane] = x[i + lane] > largest[lane] ? x[i + lane] : largest[lane];
-  for (int64_t tail = i; tail < n; ++tail)
-    largest[tail - i] = x[tail] > largest[tail - i] ? x[tail] : largest[tail - i];
-  float top = largest[0];
-  for (int lane = 1; lane < kLanes; ++lane) top = largest[lane] > top ? largest[lane] : top;
-  const float shift = top == -INFINITY ? 0.0f : top;
-  const auto term = [&](float value) {
-    const float e = exp_clamped(value - shift);
-    return value - shift < -87.0f ? 0.0f : e;
-  };
-  for (i = 0; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      x[i + lane] = term(x[i + lane]);
-      total[lane] += x[i + lane];
-    }
-  for (int64_t tail = i; tail < n; ++tail) {
-    x[tail] = term(x[tail]);
-    total[tail - i] += x[tail];
-  }
-  *sum = 0.0f;
-  for (const float value : total) *sum += value;
-  return top;
+// Scores of a query: x[i] *= scale, then cap * tanh(x[i] / cap) where cap > 0, and -infinity where
+// mask[i] is 0, if there is a mask.
+inline void adjust_scores(float* x, int64_t n, float scale, float cap, const uint8_t* mask) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+  if (cap > 0.0f)  // tanh(u) = 1 - 2 / (e^2u + 1)
+    for (int64_t i = 0; i < n; ++i) x[i] = cap - 2.0f * cap / (exp_clamped(2.0f / cap * x[i]) + 1.0f);
+  if (mask != nullptr)
+    for (int64_t i = 0; i < n; ++i) x[i] = mask[i] == 0 ? -INFINITY : x[i];
 }
 
 inline void to_float(const void* src, bool is_bf16, int64_t n, float* dst) {

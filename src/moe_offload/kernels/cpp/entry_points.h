@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace cpux {
 
@@ -33,5 +34,9 @@ bool is_valid_matrix(const cpux_matrix& matrix);
 // cpux_linear for arguments that are valid; throws std::bad_alloc.
 void run_linear(const Kernels& kernels, int threads, const cpux_matrix& matrix, const void* x,
                 bool is_bf16, int64_t n_tokens, void* y);
+
+// cpux_attend for several tokens of each sequence; throws std::bad_alloc. prompt_attention.cpp
+void attend_prompt(const Kernels& kernels, int threads, const cpux_attention& attention,
+                   Arena& arena, void* out);
 
 }  // namespace cpux

@@ -56,12 +56,15 @@ inline void dot_block(const W* w, int64_t cols, const float* const* x, float* y,
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = k + u * V::lanes;
+      typename V::Type wv[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const typename V::Type wv = load_weight<V>(w + r * cols + at);
+      for (int r = 0; r < kRows; ++r) wv[r] = load_weight<V>(w + r * cols + at);
 #pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t)
-          acc[u % kSets][r][t] = V::fma(wv, V::load(x[t] + at), acc[u % kSets][r][t]);
+      for (int t = 0; t < kTokens; ++t) {
+        const typename V::Type xv = V::load(x[t] + at);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+          acc[u % kSets][r][t] = V::fma(wv[r], xv, acc[u % kSets][r][t]);
       }
     }
   }
@@ -116,11 +119,9 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
 }
 
 // fp8: sums of each scale's columns apart. A scale covers whole pairs of vectors, but for the last.
-// widen_fp8 gives 2^-120 of a number. Half of that is made up for in the activations (which may be up
-// to 2^67), so that no sum is subnormal, half in the sums. (In the weights, of which the smallest are
-// subnormal, it halves the speed of a matrix that has many of those: Zen 5.)
-constexpr float kFp8Half = 1152921504606846976.0f;  // 2^60
-
+// widen_fp8 gives 2^-120 of a number: x has half of that made up for (kFp8Half), so that no sum is
+// subnormal, the sums the other half. (In the weights, of which the smallest are subnormal, it halves
+// the speed of a matrix that has many of those: Zen 5.)
 template <class V, int kRows, int kTokens>
 inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float* y, int64_t ldy) {
   constexpr int kPair = 2 * V::lanes;
@@ -130,43 +131,48 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
   const typename V::Type half = V::broadcast(&kFp8Half);
   typename V::Type total[kRows][kTokens];
   float tail[kRows][kTokens] = {};
-  for (int r = 0; r < kRows; ++r)
+  int64_t scale_at[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    scale_at[r] = (row + r) / m.scales.rows * m.scales.per_row(cols);
     for (int t = 0; t < kTokens; ++t) total[r][t] = V::zero();
+  }
   for (int64_t k = 0; k < cols;) {
     const int64_t end = k + m.scales.group < cols ? k + m.scales.group : cols;
-    float scale[kRows];
-    for (int r = 0; r < kRows; ++r) scale[r] = fp8_scale(m, row + r, k);
     typename V::Type acc[kSets][kRows][kTokens];
     for (int s = 0; s < kSets; ++s)
       for (int r = 0; r < kRows; ++r)
         for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
     for (; k + kPair <= end; k += kPair) {
-      const auto load_x = [&](int t, int v) {
-        return V::mul(V::load(x[t] + k + v * V::lanes), half);
-      };
+      typename V::Type wv[kRows][2];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         if (k % 64 < kPair) {  // once a line
           const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
           __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
         }
-        typename V::Type wv[2];
-        V::widen_fp8(w + r * cols + k, wv);
-#pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) {
-          acc[0][r][t] = V::fma(wv[0], load_x(t, 0), acc[0][r][t]);
-          acc[kSets - 1][r][t] = V::fma(wv[1], load_x(t, 1), acc[kSets - 1][r][t]);
-        }
+        V::widen_fp8(w + r * cols + k, wv[r]);
       }
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const typename V::Type xv = V::load(x[t] + k + v * V::lanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            typename V::Type& sum = acc[v % kSets][r][t];
+            sum = V::fma(wv[r][v], xv, sum);
+          }
+        }
     }
     for (int r = 0; r < kRows; ++r) {
+      const float scale = scale_value(m.scales.data, m.scales.type, scale_at[r]++);
       for (int t = 0; t < kTokens; ++t) {
         typename V::Type sum = acc[0][r][t];
         if (kSets == 2) sum = V::add(sum, acc[kSets - 1][r][t]);
-        total[r][t] = V::fma(V::mul(sum, half), V::broadcast(scale + r), total[r][t]);
+        total[r][t] = V::fma(V::mul(sum, half), V::broadcast(&scale), total[r][t]);
         float rest = 0.0f;
         for (int64_t i = k; i < end; ++i) rest += float_of_fp8(w[r * cols + i]) * x[t][i];
-        tail[r][t] += rest * scale[r];
+        tail[r][t] += rest * (1.0f / kFp8Half) * scale;
       }
     }
     k = end;
@@ -181,81 +187,28 @@ inline void fp8_tokens(const Matrix& m, int64_t row, int rows, const float* cons
   int r = 0;
   for (; r + kRows <= rows; r += kRows)
     fp8_block<V, kRows, kTokens>(m, row + r, x, y + r, ldy);
-  if constexpr (kRows > 1) fp8_tokens<V, 1, kTokens>(m, row + r, rows - r, x, y + r, ldy);
+  if constexpr (kRows > 1)
+    if (r < rows) fp8_tokens<V, kRows - 1, kTokens>(m, row + r, rows - r, x, y + r, ldy);
 }
 
+// As many rows at a time as 16 registers hold sums and weights of.
 template <class V>
 inline void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
                     float* y, int64_t ldy) {
   switch (n_tokens) {
-    case 1: return fp8_tokens<V, 4, 1>(m, row, rows, x, y, ldy);
-    case 2: return fp8_tokens<V, 4, 2>(m, row, rows, x, y, ldy);
+    case 1: return fp8_tokens<V, 3, 1>(m, row, rows, x, y, ldy);
+    case 2: return fp8_tokens<V, 3, 2>(m, row, rows, x, y, ldy);
     case 3: return fp8_tokens<V, 3, 3>(m, row, rows, x, y, ldy);
     default: return fp8_tokens<V, 2, 4>(m, row, rows, x, y, ldy);
   }
-}
-
-template <class V, class W, int kTokens, int kVectors>
-inline void mix_columns(const W* w, int64_t cols, int rows, const float* const* weight, float* y,
-                        int64_t ldy) {
-  typename V::Type acc[kTokens][kVectors];
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) acc[t][v] = V::load(y + t * ldy + v * V::lanes);
-  for (int r = 0; r < rows; ++r) {
-    typename V::Type wv[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) wv[v] = load_weight<V>(w + r * cols + v * V::lanes);
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) {
-      const typename V::Type factor = V::broadcast(weight[t] + r);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[t][v] = V::fma(factor, wv[v], acc[t][v]);
-    }
-  }
-  for (int t = 0; t < kTokens; ++t)
-    for (int v = 0; v < kVectors; ++v) V::store(y + t * ldy + v * V::lanes, acc[t][v]);
-}
-
-template <class V, class W, int kTokens>
-inline void mix_tokens(const W* w, int64_t cols, int rows, const float* const* weight, float* y,
-                       int64_t ldy) {
-  constexpr int kVectors = kTokens <= 2 ? 4 : 2;  // whole lines where the registers hold the sums
-  int64_t c = 0;
-  for (; c + kVectors * V::lanes <= cols; c += kVectors * V::lanes)
-    mix_columns<V, W, kTokens, kVectors>(w + c, cols, rows, weight, y + c, ldy);
-  for (; c + V::lanes <= cols; c += V::lanes)
-    mix_columns<V, W, kTokens, 1>(w + c, cols, rows, weight, y + c, ldy);
-  for (; c < cols; ++c)
-    for (int t = 0; t < kTokens; ++t)
-      for (int r = 0; r < rows; ++r)
-        y[t * ldy + c] += weight[t][r] * scalar_weight(w + r * cols + c);
-}
-
-template <class V, class W>
-inline void mix_rows_of(const W* w, int64_t cols, int rows, const float* const* weight,
-                        int n_tokens, float* y, int64_t ldy) {
-  switch (n_tokens) {
-    case 1: return mix_tokens<V, W, 1>(w, cols, rows, weight, y, ldy);
-    case 2: return mix_tokens<V, W, 2>(w, cols, rows, weight, y, ldy);
-    case 3: return mix_tokens<V, W, 3>(w, cols, rows, weight, y, ldy);
-    default: return mix_tokens<V, W, 4>(w, cols, rows, weight, y, ldy);
-  }
-}
-
-template <class V>
-inline void mix_rows(const void* w, int format, int64_t cols, int rows, const float* const* weight,
-                     int n_tokens, float* y, int64_t ldy) {
-  if (format == kBf16)
-    mix_rows_of<V>(static_cast<const uint16_t*>(w), cols, rows, weight, n_tokens, y, ldy);
-  else
-    mix_rows_of<V>(static_cast<const float*>(w), cols, rows, weight, n_tokens, y, ldy);
 }
 
 // Columns [k, k + n) of a row of an fp8 matrix, in fp32.
 template <class V>
 inline void load_fp8_row(const Matrix& m, int64_t row, int64_t k, int64_t n, float* out) {
   const uint8_t* w = m.w + row * m.cols + k;
-  const typename V::Type half = V::broadcast(&kFp8Half);
+  const float factor = kFp8Half * kFp8Half;
+  const typename V::Type factors = V::broadcast(&factor);
   for (int64_t i = 0; i < n;) {
     const int64_t whole = m.scales.group - (k + i) % m.scales.group;
     const int64_t end = i + whole < n ? i + whole : n;
@@ -264,8 +217,7 @@ inline void load_fp8_row(const Matrix& m, int64_t row, int64_t k, int64_t n, flo
       typename V::Type wv[2];
       V::widen_fp8(w + i, wv);
       for (int v = 0; v < 2; ++v)
-        V::store(out + i + v * V::lanes,
-                 V::mul(V::mul(V::mul(wv[v], half), half), V::broadcast(&scale)));
+        V::store(out + i + v * V::lanes, V::mul(V::mul(wv[v], factors), V::broadcast(&scale)));
     }
     for (; i < end; ++i) out[i] = float_of_fp8(w[i]) * scale;
   }

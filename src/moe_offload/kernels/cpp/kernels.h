@@ -50,6 +50,9 @@ constexpr int64_t quant_group_bytes(int format) {
 constexpr int level_offset(int format) {
   return format == kInt8 ? 128 : format == kInt4 ? 8 : 12;
 }
+// What the activations of dot_fp8 are multiplied by, so that its products are no subnormals: 2^60 of
+// them (up to 2^67).
+constexpr float kFp8Half = 1152921504606846976.0f;
 constexpr int64_t scale_bytes(int type) {
   return type == kFp32Scale ? 4 : type == kE8m0Scale ? 1 : 2;
 }
@@ -116,7 +119,8 @@ struct Gemm {
 };
 
 // Activations of products over tiles: int8 in groups of 32 with one fp32 scale, per token, and the
-// sum of the group times minus level_offset, which the integer product may start from.
+// sum of the group times minus level_offset, as the integer product may start from it: an int32, or
+// one int16 for columns 0 and 1 of every four and one for 2 and 3.
 struct QuantFormat {
   int value_bytes;   // bytes per group of 32: 32 (int8) or 64 (int16 pairs)
   int block_tokens;  // tokens that one quant_rows call takes, <= kMaxQuantTokens
@@ -129,14 +133,17 @@ struct Kernels {
   void (*dot_rows)(const void* w, int format, int64_t cols, int rows, const float* const* x,
                    int n_tokens, float* y, int64_t ldy);
 
-  // The same for rows [row, row + rows) of an fp8 matrix.
+  // The same for rows [row, row + rows) of an fp8 matrix; x: the activations times kFp8Half.
   void (*dot_fp8)(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
                   float* y, int64_t ldy);
 
-  // y[t*ldy + c] += sum_r weight[t][r] * w[r, c], t < n_tokens <= kMaxDotTokens, c < cols; formats
-  // as in dot_rows.
-  void (*mix_rows)(const void* w, int format, int64_t cols, int rows, const float* const* weight,
-                   int n_tokens, float* y, int64_t ldy);
+  // Attention of one token for heads that share keys [n_keys, cols] or values; formats as in dot_rows.
+  // y[h*ldy + k] = sum_d keys[k, d] * query[h*cols + d]
+  void (*score_keys)(const void* keys, int format, int64_t cols, int n_keys, const float* query,
+                     int n_heads, float* y, int64_t ldy);
+  // y[h*ldy + d] += sum_k weight[h*ldw + k] * values[k, d]
+  void (*mix_values)(const void* values, int format, int64_t cols, int n_keys, const float* weight,
+                     int64_t ldw, int n_heads, float* y, int64_t ldy);
 
   Gemm gemm;              // fp32 panels, exact widening of bf16
   Gemm gemm_bf16;         // bf16 panels; element_bytes 0 where the instruction is missing
@@ -161,10 +168,16 @@ struct Kernels {
   // out[i] = act(gate[i]) * up[i]; up is null for a gateless expert. out may be gate.
   void (*activate)(int kind, float alpha, float limit, const float* gate, const float* up,
                    int64_t n, float* out);
-  // x[i] = e^(x[i] - largest), 0 for -infinity; returns the largest x[i], and the sum in *sum
-  float (*exponentials)(float* x, int64_t n, float* sum);
+  // x[i] *= scale, then cap * tanh(x[i] / cap) where cap > 0; -infinity where mask[i] is 0 (mask or null)
+  void (*adjust_scores)(float* x, int64_t n, float scale, float cap, const uint8_t* mask);
+  // x[i] = e^(x[i] - top), 0 for -infinity; returns top = max(least, x[i]...), and the sum in *sum
+  float (*exponentials)(float* x, int64_t n, float least, float* sum);
   // out[i] += weight * y[i]
   void (*axpy)(float weight, const float* y, int64_t n, float* out);
+
+  // x [32][16], columns of a tile, to int8 or int4 (`bits` 8 or 4): its packed bytes and 16 float16
+  // scales; false where a weight is out of range.
+  bool (*quantise_tile)(int bits, const float* x, uint8_t* packed, uint16_t* scales);
 
   // What the machine can do with this instruction set, for benchmarks and calibration.
   uint64_t (*read_bytes)(const void* data, int64_t bytes);  // a checksum, so the loads stay

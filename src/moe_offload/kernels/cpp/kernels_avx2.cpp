@@ -1,11 +1,13 @@
 // AVX2 + FMA + F16C.
+#include "scale_search.h"
 #include "vectors_avx2.h"
 
 namespace cpux {
 namespace {
 
 using Avx2Quant =
-    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256>, ByteProductE2m1<Int256>>;
+    Quant<Quant8, PairProduct8<Int256>, ByteProduct4<Int256, Nibbles<Int256>>,
+          ByteProduct4<Int256, E2m1<Int256>>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {
@@ -25,11 +27,19 @@ void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, in
                                                  accumulate, ahead, c);
 }
 
+struct Lanes8 {
+  using Float = __m256;
+  typedef int32_t Int __attribute__((vector_size(32)));
+  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
+};
+
 const Kernels kKernels = {
     "avx2",
     dot_rows<Float8>,
     dot_fp8<Float8>,
-    mix_rows<Float8>,
+    score_keys<Float8>,
+    mix_values<Float8>,
     {4, 1, 8, 16, load_weights_fp32<Float8>, multiply, 4, multiply_narrow},
     {},
     17,
@@ -40,8 +50,10 @@ const Kernels kKernels = {
     to_float,
     to_bf16,
     activate,
-    exponentials,
+    adjust_scores,
+    exponentials<Float8>,
     axpy,
+    quantise_tile<Lanes8>,
     read_bytes<Float8>,
     fma_flops<Float8>,
 };

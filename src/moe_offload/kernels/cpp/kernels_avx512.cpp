@@ -1,12 +1,14 @@
 // AVX-512 F, BW, VL, DQ: the AVX2 kernels twice as wide, except for few tokens on fp32 and bf16
 // weights; the same integer products.
+#include "scale_search.h"
 #include "vectors_avx512.h"
 
 namespace cpux {
 namespace {
 
 using Avx512Quant =
-    Quant<Quant16, PairProduct8<Int512>, ByteProduct4<Int512>, ByteProductE2m1<Int512>>;
+    Quant<Quant16, PairProduct8<Int512>, ByteProduct4<Int512, Nibbles<Int512>>,
+          ByteProduct4<Int512, E2m1<Int512>>>;
 
 void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int width,
               bool accumulate, const Ahead& ahead, float* c) {
@@ -22,11 +24,19 @@ void multiply_narrow(const void* w_panel, int rows, int depth, const void* x, in
                                                    accumulate, ahead, c);
 }
 
+struct Lanes16 {
+  using Float = __m512;
+  typedef int32_t Int __attribute__((vector_size(64)));
+  static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
+};
+
 const Kernels kKernels = {
     "avx512",
     dot_rows<Float8>,  // as fast as memory, and faster than 16 lanes (Zen 4, 4 tokens: 1.2x)
     dot_fp8<Float16>,
-    mix_rows<Float8>,
+    score_keys<Float16>,
+    mix_values<Float16>,
     {4, 1, 16, 64, load_weights_fp32<Float16>, multiply, 8, multiply_narrow},
     {},
     5,
@@ -37,8 +47,10 @@ const Kernels kKernels = {
     to_float,
     to_bf16,
     activate,
-    exponentials,
+    adjust_scores,
+    exponentials<Float16>,
     axpy,
+    quantise_tile<Lanes16>,
     read_bytes<Float16>,
     fma_flops<Float16>,
 };

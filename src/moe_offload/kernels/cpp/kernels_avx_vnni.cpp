@@ -8,7 +8,7 @@ struct DotInt : Int256 {
   static Type dot(Type sum, Type weights, Type x) { return _mm256_dpbusd_avx_epi32(sum, weights, x); }
 };
 using DotQuant = Quant<Quant8, DotProduct8<DotInt>, DotProduct4<DotInt, Nibbles<DotInt>>,
-                       DotProductE2m1<DotInt>>;
+                       DotProduct4<DotInt, E2m1<DotInt>>>;
 
 Kernels with_vnni() {
   Kernels kernels = *avx2_kernels();

@@ -1,5 +1,7 @@
 // The reference: plain loops, one product at a time, that every other variant is tested against.
+#include "attention_kernels.h"
 #include "quant_kernels.h"
+#include "scale_search.h"
 
 namespace cpux {
 namespace {
@@ -20,15 +22,45 @@ void dot_rows(const void* w, int format, int64_t cols, int rows, const float* co
   }
 }
 
-void mix_rows(const void* w, int format, int64_t cols, int rows, const float* const* weight,
-              int n_tokens, float* y, int64_t ldy) {
-  for (int t = 0; t < n_tokens; ++t)
-    for (int r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; ++c)
-        y[t * ldy + c] += weight[t][r] *
-                          (format == kBf16
-                               ? float_of_bf16(static_cast<const uint16_t*>(w)[r * cols + c])
-                               : static_cast<const float*>(w)[r * cols + c]);
+// What a vector of one number is, as far as `exponentials` needs it.
+struct Float1 {
+  using Type = float;
+  static constexpr int lanes = 1;
+  static Type zero() { return 0.0f; }
+  static Type load(const float* p) { return *p; }
+  static void store(float* p, Type v) { *p = v; }
+  static Type broadcast(const float* p) { return *p; }
+  static Type fma(Type a, Type b, Type c) { return a * b + c; }
+  static Type add(Type a, Type b) { return a + b; }
+  static Type max(Type a, Type b) { return a > b ? a : b; }
+  static Type times_power(Type a, Type b) {
+    return float_of_bits(bits_of_float(a) + (bits_of_float(b) << 23));
+  }
+  static Type zero_below(Type x, Type least, Type a) { return x < least ? 0.0f : a; }
+};
+
+float element(const void* data, int format, int64_t at) {
+  return format == kBf16 ? float_of_bf16(static_cast<const uint16_t*>(data)[at])
+                         : static_cast<const float*>(data)[at];
+}
+
+void score_keys(const void* keys, int format, int64_t cols, int n_keys, const float* query,
+                int n_heads, float* y, int64_t ldy) {
+  for (int h = 0; h < n_heads; ++h)
+    for (int k = 0; k < n_keys; ++k) {
+      float sum = 0.0f;
+      for (int64_t d = 0; d < cols; ++d)
+        sum += element(keys, format, k * cols + d) * query[h * cols + d];
+      y[h * ldy + k] = sum;
+    }
+}
+
+void mix_values(const void* values, int format, int64_t cols, int n_keys, const float* weight,
+                int64_t ldw, int n_heads, float* y, int64_t ldy) {
+  for (int h = 0; h < n_heads; ++h)
+    for (int k = 0; k < n_keys; ++k)
+      for (int64_t d = 0; d < cols; ++d)
+        y[h * ldy + d] += weight[h * ldw + k] * element(values, format, k * cols + d);
 }
 
 void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens, float* y,
@@ -38,7 +70,7 @@ void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int 
     for (int t = 0; t < n_tokens; ++t) {
       float sum = 0.0f;
       for (int64_t k = 0; k < m.cols; ++k)
-        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * x[t][k];
+        sum += float_of_fp8(w[k]) * fp8_scale(m, row + r, k) * (x[t][k] * (1.0f / kFp8Half));
       y[t * ldy + r] = sum;
     }
   }
@@ -117,11 +149,20 @@ double fma_flops(int64_t iterations, float* sink) {
   return 16.0 * static_cast<double>(iterations);
 }
 
+// What every CPU has: SSE2, NEON.
+struct Lanes4 {
+  typedef float Float __attribute__((vector_size(16)));
+  typedef int32_t Int __attribute__((vector_size(16)));
+  static Float larger(Float a, Float b) { return a > b ? a : b; }
+  static Float smaller(Float a, Float b) { return a < b ? a : b; }
+};
+
 const Kernels kKernels = {
     "scalar",
     dot_rows,
     dot_fp8,
-    mix_rows,
+    score_keys,
+    mix_values,
     {4, 1, 8, 16, load_weights, multiply, 0, nullptr},
     {},
     0,
@@ -131,8 +172,10 @@ const Kernels kKernels = {
     to_float,
     to_bf16,
     activate,
-    exponentials,
+    adjust_scores,
+    exponentials<Float1>,
     axpy,
+    quantise_tile<Lanes4>,
     read_bytes,
     fma_flops,
 };

@@ -78,6 +78,7 @@ class Chunk {
   // Every Chunk::allocate_* runs on the calling thread, before the team starts.
   void allocate_inputs();
   void allocate_middle();
+  void allocate_rows(const Activations& a);
   void add_gathers(Expert& e, const Activations& a);
 
   // The experts' inputs, by a team, in the returned number of stages, or by the calling thread.
@@ -168,13 +169,20 @@ void Chunk::allocate_inputs() {
       continue;
     }
     e.x = allocate(kernels_, form, layer_.weight_format, e.n_pairs, h, arena_);
-    if (form == Form::kDot) {
+    if (form == Form::kDot && layer_.weight_format != kFp8) {
       for (int64_t p = 0; p < e.n_pairs; ++p)
         e.x.rows[p] = x_ + (e.pairs[p].token - t0_) * h;
       continue;
     }
+    if (form == Form::kDot) allocate_rows(e.x);
     add_gathers(e, e.x);
   }
+}
+
+// kDot: rows of its own.
+void Chunk::allocate_rows(const Activations& a) {
+  float* rows = arena_.take<float>(a.n * a.cols);
+  for (int64_t t = 0; t < a.n; ++t) a.rows[t] = rows + t * a.cols;
 }
 
 // One item for each panel, or token, of what is to be gathered for an expert.
@@ -187,10 +195,7 @@ void Chunk::allocate_middle() {
   for (Expert& e : groups_) {
     e.middle = allocate(kernels_, form_of(e), layer_.weight_format, e.n_pairs,
                          layer_.intermediate_size, arena_);
-    if (e.middle.form != Form::kDot) continue;
-    float* rows = arena_.take<float>(e.n_pairs * layer_.intermediate_size);
-    for (int64_t p = 0; p < e.n_pairs; ++p)
-      e.middle.rows[p] = rows + p * layer_.intermediate_size;
+    if (e.middle.form == Form::kDot) allocate_rows(e.middle);
   }
 }
 
@@ -217,10 +222,12 @@ void Chunk::gather(const Item& item) {
   const Expert& e = *item.expert;
   if (quantised_)
     return copy_quantised(kernels_, e.x, item.index, x_token_[e.pairs[item.index].token - t0_]);
+  const auto row = [&](int64_t t) { return x_ + (e.pairs[t].token - t0_) * layer_.hidden_size; };
+  if (e.x.form == Form::kDot)
+    return store_row(e.x, item.index, 0, layer_.hidden_size, row(item.index));
   const Panel panel = panel_of(kernels_, e.x, item.index);
   const float* rows[kMaxPanelTokens];
-  for (int64_t t = 0; t < panel.tokens; ++t)
-    rows[t] = x_ + (e.pairs[panel.first + t].token - t0_) * layer_.hidden_size;
+  for (int64_t t = 0; t < panel.tokens; ++t) rows[t] = row(panel.first + t);
   pack_panel(kernels_, e.x, item.index, rows);
 }
 
@@ -249,10 +256,12 @@ void Chunk::store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offse
   if (!is_panels(e.middle.form)) {
     for (int64_t t = 0; t < e.n_pairs; ++t) {
       const int64_t at = t * s.stride;
-      const bool dot = e.middle.form == Form::kDot;
-      float* out = dot ? const_cast<float*>(e.middle.rows[t]) + i0 : s.c + at + gate_offset;
+      float* out = s.c + at + gate_offset;
       activate(at + gate_offset, at + up_offset, rows, out);
-      if (!dot) quantise(kernels_, e.middle, t, i0, rows, out);
+      if (e.middle.form == Form::kDot)
+        store_row(e.middle, t, i0, rows, out);
+      else
+        quantise(kernels_, e.middle, t, i0, rows, out);
     }
     return;
   }
@@ -283,7 +292,7 @@ void Chunk::gather_middle(const Item& item, const float* middle) {
   const int64_t width = layer_.intermediate_size;
   const float* base = middle + e.first_pair * width;
   if (e.middle.form == Form::kDot) {
-    e.middle.rows[item.index] = base + item.index * width;
+    store_row(e.middle, item.index, 0, width, base + item.index * width);
   } else if (e.middle.form == Form::kQuantised) {
     quantise(kernels_, e.middle, item.index, 0, width, base + item.index * width);
   } else {
@@ -335,11 +344,8 @@ void Chunk::first(float* first) {
 
 void Chunk::second(const float* middle, float* out) {
   gathers_ = arena_.take<Item>(groups_.n_pairs);
-  for (Expert& e : groups_) {
-    e.middle = allocate(kernels_, form_of(e), layer_.weight_format, e.n_pairs,
-                        layer_.intermediate_size, arena_);
-    add_gathers(e, e.middle);
-  }
+  allocate_middle();
+  for (Expert& e : groups_) add_gathers(e, e.middle);
   Team team(threads_);
   team.run([&](int thread) {
     team.share(0, n_gathers_, [&](int64_t i) { gather_middle(gathers_[i], middle); });

@@ -225,6 +225,12 @@ Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index) {
   return {first, wide, round_up(wide, gemm.lanes)};
 }
 
+void store_row(const Activations& a, int64_t t, int64_t from, int64_t count, const float* x) {
+  float* row = const_cast<float*>(a.rows[t]) + from;
+  const float factor = a.format == kFp8 ? kFp8Half : 1.0f;
+  for (int64_t i = 0; i < count; ++i) row[i] = x[i] * factor;
+}
+
 void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
                 const float* const* x) {
   const Gemm& gemm = gemm_of(kernels, a.form);

@@ -56,6 +56,8 @@ const Gemm& gemm_of(const Kernels& kernels, Form form);
 int64_t n_panels(const Kernels& kernels, const Activations& a);
 Panel panel_of(const Kernels& kernels, const Activations& a, int64_t index);
 
+// kDot: writes columns [from, from + count) of token t into a row of ours, as the product wants them.
+void store_row(const Activations& a, int64_t t, int64_t from, int64_t count, const float* x);
 // kPanels: packs panel `index` from the fp32 rows of its tokens, x[0..tokens).
 void pack_panel(const Kernels& kernels, const Activations& a, int64_t index,
                 const float* const* x);

@@ -31,7 +31,8 @@ inline void keep(V& sum) {
 //   kLines                lines (of 64 bytes) of weights in a group
 //   Weights, prepare(const uint8_t*)                     one vector of a line, unpacked
 //   add(Sum, Weights, const uint8_t* x, int line)        x: the token's group of activations
-//   first(const int32_t* start), finish(Sum, const int32_t* start) -> int32 per row
+//   first(const int32_t* start), finish(Sum) -> int32 per row
+//   whole(int32_t start)  minus level_offset times the sum of the group's activations
 //   kValueBytes, quantise(x, valid, values, scale, start)   a group of activations, as add reads it
 // One vector of scales from number `at` of the row block's 16s on; kPlain: float16.
 template <class Q, int kFormat, bool kPlain>
@@ -99,12 +100,12 @@ inline void quant_block(const uint8_t* w, const BlockScales& w_scales, int64_t g
       for (int t = 0; t < kTokens; ++t) {
         const typename Q::Float scale = Q::mul(ws, Q::broadcast(scales + g * kTokens + t));
         total[t][v] =
-            Q::fma(Q::to_float(P::finish(sum[t][v], start + t)), scale, total[t][v]);
+            Q::fma(Q::to_float(P::finish(sum[t][v])), scale, total[t][v]);
       }
       if (!kPlain && w_scales.offsets != nullptr) {
         const typename Q::Float offset = load_offsets<Q, kFormat>(w_scales, at, ws);
         for (int t = 0; t < kTokens; ++t) {
-          const float x_sum = static_cast<float>(start[t]) * (-1.0f / level_offset(kFormat)) *
+          const float x_sum = static_cast<float>(P::whole(start[t])) * (-1.0f / level_offset(kFormat)) *
                               scales[g * kTokens + t];
           total[t][v] = Q::fma(offset, Q::broadcast(&x_sum), total[t][v]);
         }
@@ -191,13 +192,6 @@ inline void quantize_bytes(const float* x, int valid, int32_t offset, void* valu
   *start = -offset * sum;
 }
 
-// The same for E2M1 weights as whole numbers, twice what they stand for.
-inline void quantize_for_e2m1(const float* x, int valid, void* values, float* scale,
-                              int32_t* start) {
-  quantize_bytes(x, valid, level_offset(kMxfp4), values, scale, start);
-  *scale *= 0.5f;
-}
-
 // 16-bit pairs, columns 0 2 1 3 of every four: the weights' even and odd bytes widen in place.
 inline void quantize_pairs(const float* x, int valid, void* values, float* scale, int32_t* start) {
   int32_t levels[kGroup];
@@ -239,7 +233,8 @@ struct PairProduct8 {
       keep(sum[v]);
     }
   }
-  static Sum finish(Sum sum, const int32_t*) { return sum; }
+  static Sum finish(Sum sum) { return sum; }
+  static int32_t whole(int32_t start) { return start; }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
     quantize_pairs(x, valid, values, scale, start);
   }
@@ -248,6 +243,8 @@ struct PairProduct8 {
 // Both nibbles of a line of int4, as q + 8.
 template <class I>
 struct Nibbles {
+  static constexpr int kOffset = level_offset(kInt4);
+  static constexpr float kUnit = 1.0f;  // what one level stands for
   typename I::Type low, high;
   static Nibbles of(const uint8_t* p) {
     const auto mask = I::broadcast8(15);
@@ -259,6 +256,8 @@ struct Nibbles {
 // The same of E2M1, as 12 plus twice what a code stands for: 0 to 24.
 template <class I>
 struct E2m1 {
+  static constexpr int kOffset = level_offset(kMxfp4);
+  static constexpr float kUnit = 0.5f;
   typename I::Type low, high;
   static E2m1 of(const uint8_t* p) {
     alignas(16) static constexpr uint8_t kTable[16] = {12, 13, 14, 15, 16, 18, 20, 24,
@@ -269,15 +268,17 @@ struct E2m1 {
   }
 };
 
-// int4 does use it: 8 products of 15 * 127 * 2 stay below 2^15.
-template <class I>
+// int4 and mxfp4 do use it, in sixteen bits throughout: of two columns in four a row's group sums to
+// at most 16 * 12 * 127, which fits, whatever overflows on the way there. So the sum starts from minus
+// the offset times the sum of the activations of those columns, two such halves to a start.
+template <class I, class Codes>
 struct ByteProduct4 {
   using Sum = typename I::Type;  // int16 per row, twice
-  using Weights = Nibbles<I>;
+  using Weights = Codes;
   static constexpr int kLines = 4;
   static constexpr int kValueBytes = 32;
   static Weights prepare(const uint8_t* p) { return Weights::of(p); }
-  static Sum first(const int32_t*) { return I::zero(); }
+  static Sum first(const int32_t* start) { return I::broadcast32(*start); }
   template <int kVectors>
   static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
     const auto low = I::broadcast4(x + line * 4);
@@ -288,41 +289,17 @@ struct ByteProduct4 {
       keep(sum[v]);
     }
   }
-  static Sum finish(Sum sum, const int32_t* start) {
-    return I::add32(I::multiply_add16(sum, I::broadcast16(1)), I::broadcast32(*start));
+  static typename I::Type finish(Sum sum) { return I::multiply_add16(sum, I::broadcast16(1)); }
+  static int32_t whole(int32_t start) {
+    return static_cast<int16_t>(start) + static_cast<int16_t>(start >> 16);
   }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_bytes(x, valid, level_offset(kInt4), values, scale, start);
-  }
-};
-
-// Of E2M1 so only 4: 8 products of 24 * 127 * 2 do not.
-template <class I>
-struct ByteProductE2m1 {
-  struct Sum {
-    typename I::Type narrow, wide;  // int16 per row, twice, of the last lines; int32 per row
-  };
-  using Weights = E2m1<I>;
-  static constexpr int kLines = 4;
-  static constexpr int kValueBytes = 32;
-  static Weights prepare(const uint8_t* p) { return Weights::of(p); }
-  static Sum first(const int32_t* start) { return {I::zero(), I::broadcast32(*start)}; }
-  template <int kVectors>
-  static void add(Sum* sum, const Weights* w, const uint8_t* x, int line) {
-    const auto low = I::broadcast4(x + line * 4);
-    const auto high = I::broadcast4(x + line * 4 + 16);
-    for (int v = 0; v < kVectors; ++v) {
-      sum[v].narrow = I::add16(sum[v].narrow, I::multiply_add8(w[v].low, low));
-      sum[v].narrow = I::add16(sum[v].narrow, I::multiply_add8(w[v].high, high));
-      keep(sum[v].narrow);
-      if (line == 1) sum[v] = {I::zero(), finish(sum[v], nullptr)};
-    }
-  }
-  static typename I::Type finish(const Sum& sum, const int32_t*) {
-    return I::add32(sum.wide, I::multiply_add16(sum.narrow, I::broadcast16(1)));
-  }
-  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_for_e2m1(x, valid, values, scale, start);
+    quantize_bytes(x, valid, Codes::kOffset, values, scale, start);
+    const int8_t* level = static_cast<const int8_t*>(values);
+    int32_t first = 0;
+    for (int i = 0; i < kGroup; ++i) first -= i % 4 < 2 ? Codes::kOffset * level[i] : 0;
+    *start = static_cast<int32_t>(static_cast<uint32_t>(*start - first) << 16) | (first & 0xffff);
+    *scale *= Codes::kUnit;
   }
 };
 
@@ -342,7 +319,8 @@ struct DotProduct8 {
     const auto values = I::broadcast4(x + line * 4);
     for (int v = 0; v < kVectors; ++v) sum[v] = I::dot(sum[v], w[v], values);
   }
-  static Sum finish(Sum sum, const int32_t*) { return sum; }
+  static Sum finish(Sum sum) { return sum; }
+  static int32_t whole(int32_t start) { return start; }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
     quantize_bytes(x, valid, level_offset(kInt8), values, scale, start);
   }
@@ -365,16 +343,11 @@ struct DotProduct4 {
       sum[v] = I::dot(sum[v], w[v].high, high);
     }
   }
-  static Sum finish(Sum sum, const int32_t*) { return sum; }
+  static Sum finish(Sum sum) { return sum; }
+  static int32_t whole(int32_t start) { return start; }
   static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_bytes(x, valid, level_offset(kInt4), values, scale, start);
-  }
-};
-
-template <class I>
-struct DotProductE2m1 : DotProduct4<I, E2m1<I>> {
-  static void quantise(const float* x, int valid, void* values, float* scale, int32_t* start) {
-    quantize_for_e2m1(x, valid, values, scale, start);
+    quantize_bytes(x, valid, Codes::kOffset, values, scale, start);
+    *scale *= Codes::kUnit;
   }
 };
 

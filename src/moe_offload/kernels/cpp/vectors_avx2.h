@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "attention_kernels.h"
 #include "float_kernels.h"
 #include "quant_kernels.h"
 
@@ -12,6 +13,7 @@ namespace {
 struct Float8 {
   using Type = __m256;
   static constexpr int lanes = 8;
+  static constexpr int registers = 16;
   static Type zero() { return _mm256_setzero_ps(); }
   static Type load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Type v) { _mm256_storeu_ps(p, v); }
@@ -23,20 +25,35 @@ struct Float8 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  static void sum4(Type a, Type b, Type c, Type d, float* out) {
+    const Type sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
   static Type widen(const uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
   static Type mul(Type a, Type b) { return _mm256_mul_ps(a, b); }
+  static Type max(Type a, Type b) { return _mm256_max_ps(a, b); }
+  static Type times_power(Type a, Type b) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(b), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
+  }
+  static Type zero_below(Type x, Type least, Type a) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), a);
+  }
   // In fp32 e4m3 has the same bits, twenty places up, and 2^-120 of the value: its smallest numbers
-  // are subnormal, which only a caller that turns them off loses.
+  // are subnormal, which only a caller that turns them off loses. Two numbers share 32 bits, one of
+  // each vector, until their signs are spread.
   static void widen_fp8(const uint8_t* p, Type* out) {
+    const __m256i apart = _mm256_setr_epi8(-1, 0, -1, 8, -1, 1, -1, 9, -1, 2, -1, 10, -1, 3, -1, 11,
+                                           -1, 4, -1, 12, -1, 5, -1, 13, -1, 6, -1, 14, -1, 7, -1, 15);
     const __m256i mask = _mm256_set1_epi32(static_cast<int>(0x87f00000u));
-    for (int i = 0; i < 2; ++i) {
-      const __m256i w =
-          _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * lanes)));
-      out[i] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(w, 20), mask));
-    }
+    const __m256i bytes =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i both = _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, apart), 4);
+    out[0] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(both, 16), mask));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(both, mask));
   }
 };
 

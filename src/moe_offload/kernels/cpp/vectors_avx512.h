@@ -13,6 +13,7 @@ namespace {
 struct Float16 {
   using Type = __m512;
   static constexpr int lanes = 16;
+  static constexpr int registers = 32;
   static Type zero() { return _mm512_setzero_ps(); }
   static Type load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Type v) { _mm512_storeu_ps(p, v); }
@@ -20,11 +21,29 @@ struct Float16 {
   static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
   static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(Type v) { return _mm512_reduce_add_ps(v); }
+  static void sum4(Type a, Type b, Type c, Type d, float* out) {
+    // halves of a and b, and of c and d; then quarters of each in a quarter of its own
+    const Type ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const Type cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    Type sums = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    sums = add(sums, _mm512_permute_ps(sums, 0x4e));
+    sums = add(sums, _mm512_permute_ps(sums, 0xb1));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, sums)));
+  }
   static Type widen(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
   static Type mul(Type a, Type b) { return _mm512_mul_ps(a, b); }
+  static Type max(Type a, Type b) { return _mm512_max_ps(a, b); }
+  static Type times_power(Type a, Type b) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(b), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), exponent));
+  }
+  static Type zero_below(Type x, Type least, Type a) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), a);
+  }
   static void widen_fp8(const uint8_t* p, Type* out) {  // as in Float8
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x87f00000u));
     for (int i = 0; i < 2; ++i) {

@@ -1,0 +1,370 @@
+"""Decode steps on a GPU whose launches between two layers' experts are one CUDA graph each.
+
+Between two calls of experts a layer's norms, attention and router are some fifty launches, which
+Python and the driver need longer for than a GPU for the work. What they launch depends on nothing
+but the batch's size and the room for keys, so it is recorded once and replayed: a graph reads the
+tokens, their positions, the mask and the place of the new key from tensors that stay where they
+are, and hands over and takes back the experts' part in such tensors too. The experts run as ever,
+between two graphs.
+
+The first step with a new shape is a rehearsal: eager, from the static tensors, with an error where
+the host would wait for the device, as no graph can. The second is recorded, segment by segment, as
+transformers' own code runs. Models whose steps cannot be recorded stay eager, and a note says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from moe_offload.experts.dispatcher import MoeDispatcher
+from moe_offload.model.generation import cache_argument
+from moe_offload.model.kv_cache import Extent, RoomyLayer, make_cache
+
+_FEWEST_KEYS: Final = 512
+_SPARE_KEYS: Final = 128  # at least, where keys are given room: so many steps need no other graph
+_KNOWN: Final = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+)
+
+
+def why_eager(model: PreTrainedModel) -> str | None:
+    """What keeps a model's decode steps from being recorded; None where nothing is known to."""
+    if not model._supports_default_dynamic_cache() or not all(
+        type(layer) is RoomyLayer for layer in make_cache(model.config, 1).layers
+    ):
+        return "not all of its layers keep the keys of all tokens"
+    if model.config._attn_implementation != "sdpa":
+        return f"its attention is {model.config._attn_implementation}"
+    return None
+
+
+class StepGraphs:
+    """Serves `model`'s decode steps by graphs from `attach` on; everything else stays eager.
+
+    One shape at a time, under the inference mode. Drive it inside the dispatcher's passes: attach
+    it before the dispatcher. `say` hears once why steps stay eager. While `enabled` is false, all
+    do.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dispatcher: MoeDispatcher,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self.enabled = True
+        self._is_refused = False
+        self.replayed = 0  # steps
+        self._dispatcher = dispatcher
+        self._device = device
+        self._say = say
+        self._cache_name = cache_argument(model)
+        self._recorded: _Recorded | None = None
+        self._eager: Callable[..., Any]
+        if (reason := why_eager(model)) is not None:
+            self._give_up(reason)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Let `model` take its decode steps through here."""
+        self._eager = model.forward
+
+        @functools.wraps(self._eager)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        model.forward = forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args or not self._is_served(kwargs):
+            return self._eager(*args, **kwargs)
+        cache, ids = kwargs[self._cache_name], kwargs["input_ids"]
+        n_held = cache.get_seq_length()
+        options = {"use_cache": True, "logits_to_keep": kwargs.get("logits_to_keep", 0)}
+        if self._recorded is None or not self._recorded.fits(len(ids), n_held, options):
+            self._recorded = None  # its memory is free for the next one's
+            self._recorded = _Recorded(len(ids), n_held, options, self._device, self._cache_name)
+        recorded = self._recorded
+        try:
+            recorded.set_inputs(cache, n_held, kwargs)
+            if not recorded.is_complete:
+                recorded.record(self._eager, self._dispatcher)
+            else:
+                recorded.replay(self._dispatcher)
+                self.replayed += 1
+            recorded.extent.n_tokens += 1
+        except NotRecordedError as error:
+            self._recorded = None
+            self._give_up(str(error))
+            self._dispatcher.begin_pass(args, kwargs)
+            return self._eager(*args, **kwargs)
+        except BaseException:
+            self._recorded = None  # nobody knows how far it came
+            raise
+        return recorded.output(cache)
+
+    def _is_served(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a pass is a decode step of a kind that is recorded."""
+        cache, ids = kwargs.get(self._cache_name), kwargs.get("input_ids")
+        return (
+            self.enabled
+            and not self._is_refused
+            and torch.is_inference_mode_enabled()
+            and kwargs.keys() <= {*_KNOWN, self._cache_name}
+            and isinstance(ids, Tensor)
+            and ids.shape[1] == 1
+            and isinstance(kwargs.get("position_ids"), Tensor)
+            and kwargs.get("use_cache", True) is True
+            and isinstance(cache, DynamicCache)
+            and all(type(layer) is RoomyLayer and layer.is_initialized for layer in cache.layers)
+            and cache.get_seq_length() > 0
+        )
+
+    def _give_up(self, reason: str) -> None:
+        self._is_refused = True
+        self._say(f"decode steps are not recorded as CUDA graphs: {reason}")
+
+
+class NotRecordedError(Exception):
+    """A step does what no graph can."""
+
+
+class _StaticLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """All the room for keys and values, [B, heads, capacity, D]; a token goes to `place`, [1]."""
+
+    def __init__(self, like: RoomyLayer, capacity: int, place: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = (
+            held.new_empty(held.shape[0], held.shape[1], capacity, held.shape[3])
+            for held in (like.keys, like.values)
+        )
+        self.is_initialized = True
+        self._place = place
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self._place, key_states)
+        self.values.index_copy_(2, self._place, value_states)
+        return self.keys, self.values
+
+
+@dataclass(frozen=True)
+class _ExpertsCall:
+    """What lies between two graphs: the router's tensors, and the one for the experts' sum."""
+
+    layer: int
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    out: Tensor
+
+    def run(self, dispatcher: MoeDispatcher) -> None:
+        self.out.copy_(dispatcher.run(self.layer, self.hidden, self.index, self.weights))
+
+
+class _Recorded:
+    """The graphs of one batch size, and all that they read and write, which stays where it is."""
+
+    def __init__(
+        self,
+        batch: int,
+        n_held: int,
+        options: dict[str, Any],
+        device: torch.device,
+        cache_name: str,
+    ) -> None:
+        self.options = options
+        self.capacity = _capacity(n_held)
+        self.extent = Extent(0, is_whole=False)
+        self._device = device
+        self._cache_name = cache_name
+        self._cache = DynamicCache()
+        self._owner: Callable[[], Any] = lambda: None
+        self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._positions = torch.zeros_like(self._ids)
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._mask = torch.zeros(batch, 1, 1, self.capacity, dtype=torch.bool, device=device)
+        # One for the rehearsal and the recording: cuBLAS keeps its workspace by stream.
+        self._stream = torch.cuda.Stream(device)
+        self._rehearsed = False
+        self._segments: list[tuple[Callable[[], None], _ExpertsCall]] = []
+        self._last: Callable[[], None] | None = None
+        self._output: Any = None
+
+    @property
+    def is_complete(self) -> bool:
+        return self._last is not None
+
+    def fits(self, batch: int, n_held: int, options: dict[str, Any]) -> bool:
+        """Whether these graphs serve a step behind `n_held` tokens without reading far too much."""
+        too_large = self.capacity >= 4 * _capacity(n_held)
+        return (
+            batch == len(self._ids)
+            and n_held < self.capacity
+            and not too_large
+            and options == self.options
+        )
+
+    def set_inputs(self, cache: DynamicCache, n_held: int, kwargs: dict[str, Any]) -> None:
+        """Put the step's inputs where the graphs read them; `cache`'s keys, unless there."""
+        if self._owner() is not cache or not self.extent.is_whole:
+            try:
+                self._take_in(cache, n_held)
+            except RuntimeError as error:  # there is no room
+                raise NotRecordedError(_first_line(error)) from error
+        mask = kwargs.get("attention_mask")
+        seen = self._mask[..., : n_held + 1]
+        if mask is None:
+            seen.fill_(True)
+        else:
+            seen.copy_(mask[:, None, None])
+        self._ids.copy_(kwargs["input_ids"])
+        self._positions.copy_(kwargs["position_ids"])
+        self._place.fill_(n_held)
+
+    def _take_in(self, cache: DynamicCache, n_held: int) -> None:
+        """Let `cache` lie in the memory of these graphs; another that does gets its own again."""
+        owner = self._owner()
+        if owner is not None and owner is not cache:
+            for layer in owner.layers:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        self.extent = Extent(n_held)
+        self._owner = weakref.ref(cache)
+        for number, layer in enumerate(cache.layers):
+            if number == len(self._cache.layers):
+                self._cache.layers.append(_StaticLayer(layer, self.capacity, self._place))
+            static = self._cache.layers[number]
+            layer.move_to(static.keys, static.values, self.extent)
+        self._mask.zero_()
+
+    def replay(self, dispatcher: MoeDispatcher) -> None:
+        """The step whose inputs are set."""
+        for replay, call in self._segments:
+            replay()
+            call.run(dispatcher)
+        assert self._last is not None
+        self._last()
+
+    def record(self, eager: Callable[..., Any], dispatcher: MoeDispatcher) -> None:
+        """The same by the model's own code: a rehearsal first, and the next time for good."""
+        recorder = _CudaRecorder(self._device) if self._rehearsed else _Rehearsal()
+        segments: list[tuple[Callable[[], None], _ExpertsCall]] = []
+
+        def between(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            replay = recorder.end()
+            replay()
+            call = _ExpertsCall(layer, hidden, index, weights, torch.empty_like(hidden))
+            call.run(dispatcher)
+            segments.append((replay, call))
+            recorder.begin()
+            return call.out
+
+        with _working_in(self._stream, self._device), dispatcher.experts_called_by(between):
+            try:
+                recorder.begin()
+                self._output = eager(
+                    input_ids=self._ids,
+                    attention_mask=self._mask,
+                    position_ids=self._positions,
+                    **{self._cache_name: self._cache},
+                    **self.options,
+                )
+                last = recorder.end()
+                last()
+            except RuntimeError as error:
+                if not recorder.is_open:  # the experts' own
+                    raise
+                raise NotRecordedError(_first_line(error)) from error
+            finally:
+                recorder.abandon()
+        if self._rehearsed:
+            self._segments, self._last = segments, last
+        self._rehearsed = True
+
+    def output(self, cache: DynamicCache) -> Any:
+        """The step's, which the next one does not change."""
+        values = dict(self._output)
+        values["logits"] = self._output.logits.clone()
+        values[self._cache_name] = cache
+        return type(self._output)(**values)
+
+
+class _Rehearsal:
+    """Runs eagerly, with an error where the host would wait."""
+
+    is_open = False
+
+    def begin(self) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        self.is_open = True
+
+    def end(self) -> Callable[[], None]:
+        self.abandon()
+        return lambda: None
+
+    def abandon(self) -> None:
+        if self.is_open:
+            torch.cuda.set_sync_debug_mode("default")
+            self.is_open = False
+
+
+class _CudaRecorder:
+    """Records one graph after another; all use one pool of memory, as they run one by one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._graph is not None
+
+    def begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads of the program may use the device meanwhile.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> Callable[[], None]:
+        self._graph.capture_end()
+        replay: Callable[[], None] = self._graph.replay
+        self._graph = None
+        return replay
+
+    def abandon(self) -> None:
+        """End a recording that failed."""
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            with suppress(RuntimeError):  # CUDA says again that it failed
+                graph.capture_end()
+
+
+@contextmanager
+def _working_in(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
+    """Inside, work goes to `stream`, as recording wants, in order with the current one's."""
+    before = torch.cuda.current_stream(device)
+    stream.wait_stream(before)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _capacity(n_held: int) -> int:
+    """Room for keys, so that graphs read at most twice as many as there are, or few."""
+    needed = max(_FEWEST_KEYS, n_held + _SPARE_KEYS)
+    return 1 << (needed - 1).bit_length()

@@ -1,0 +1,225 @@
+"""Recorded decode steps on a pretended GPU, whose graphs are acted out on host tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from against_transformers import greedy, prepared
+from host_graph import HostGraph
+from pretended_gpu import pretended_gpu
+from tiny_models import CONFIGS, build_model, write_hub
+
+from moe_offload.checkpoint.prepared import read_manifest
+from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
+from moe_offload.engine import probes
+from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.experts.recorder import Recorder
+from moe_offload.model import step_graphs
+from moe_offload.model.generation import Request, cache_argument, generate
+from moe_offload.model.kv_cache import make_cache
+from moe_offload.model.loader import PreparedModel
+
+FIRST, SECOND = [5, 17, 40, 8, 22, 71], [9, 33, 12]
+N_TOKENS = 8
+
+
+@pytest.fixture(autouse=True)
+def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_STEP_BUDGET_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _folder("mixtral", tmp_path_factory.mktemp("step-graphs"))
+
+
+def _folder(name: str, root: Path) -> Path:
+    write_hub(build_model(CONFIGS[name]()), root / name)
+    return prepared(root / name, root / f"{name}-fp32", "--hf", "--expert-dtype", "fp32")
+
+
+def load(folder: Path, device: str = "cuda", **options: Any) -> Engine:
+    return load_engine(
+        PreparedModel(read_manifest(folder)),
+        ModelOptions(folder, device=device, **options),
+        CacheOptions(n_indexes=2, n_ways=2, policy="LRU"),
+        Recorder(),
+    )
+
+
+def on_cpu(folder: Path, *batches: list[list[int]]) -> list[list[list[int]]]:
+    with load(folder, "cpu") as engine:
+        return [greedy(engine.model, batch, N_TOKENS) for batch in batches]
+
+
+def graph_notes(engine: Engine) -> list[str]:
+    return [note for note in engine.notes if "CUDA graphs" in note]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_replayed_steps_give_the_same_text(name, tmp_path, monkeypatch):
+    """Of several prompts and batches: each has its own positions, mask and keys."""
+    folder = _folder(name, tmp_path)
+    batches = [FIRST], [SECOND], [FIRST, SECOND], [FIRST]
+    expected = on_cpu(folder, *batches)
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        assert [greedy(engine.model, batch, N_TOKENS) for batch in batches] == expected
+        # Each batch size is rehearsed and recorded once; one sequence, after two, once more.
+        n_steps = N_TOKENS - 1
+        assert engine.graphs.replayed == 4 * n_steps - 3 * 2
+        assert graph_notes(engine) == []
+        recorder = engine.dispatcher.recorder
+        passes = recorder.pass_table()
+        assert len(recorder.layer_table()) == len(passes) * engine.store.n_layers
+        assert passes["decode"].sum() == 4 * n_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("phimoe", "the host would wait"), ("gpt_oss", "keep the keys of all tokens")],
+)
+def test_what_cannot_be_recorded_stays_eager_and_a_note_says_why(
+    name, reason, tmp_path, monkeypatch
+):
+    """Phi-3.5-MoE asks how long the text is: found in a rehearsal, which is not counted."""
+    folder = _folder(name, tmp_path)
+    expected = on_cpu(folder, [FIRST], [SECOND])
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        assert [greedy(engine.model, [text], N_TOKENS) for text in (FIRST, SECOND)] == expected
+        (note,) = graph_notes(engine)
+        assert reason in note
+        assert engine.graphs.replayed == 0
+        recorder = engine.dispatcher.recorder
+        assert len(recorder.layer_table()) == 2 * N_TOKENS * engine.store.n_layers
+
+
+def test_a_text_outgrows_its_graphs_and_they_are_recorded_anew(folder, monkeypatch):
+    monkeypatch.setattr(step_graphs, "_FEWEST_KEYS", 8)
+    monkeypatch.setattr(step_graphs, "_SPARE_KEYS", 4)
+    n_tokens = 30
+    with load(folder, "cpu") as engine:
+        expected = greedy(engine.model, [FIRST], n_tokens)
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        assert greedy(engine.model, [FIRST], n_tokens) == expected
+        # 16 keys serve the steps behind 6 to 15 tokens, 32 those behind 16 to 31, then 64.
+        assert engine.graphs.replayed == 29 - 3 * 2
+
+
+def test_prompts_take_turns_in_a_batch(folder, monkeypatch):
+    """Rows come, go and are aligned anew: what was recorded has to follow the cache."""
+    texts = [FIRST, SECOND, [7, 7, 50, 3], FIRST[::-1]]
+
+    def answers(device: str) -> list[list[int]]:
+        requests = [
+            Request(number, ids, GenerationOptions(max_tokens=5 + 3 * number))
+            for number, ids in enumerate(texts)
+        ]
+        with load(folder, device) as engine:
+            found = {one.prompt: one.ids for one, _ in generate(engine.model, requests, 2)}
+            assert device == "cpu" or engine.graphs.replayed > 5
+        return [found[number] for number in range(len(texts))]
+
+    expected = answers("cpu")
+    with pretended_gpu(monkeypatch):
+        assert answers("cuda") == expected
+
+
+def test_conversations_in_turn_keep_their_keys(folder, monkeypatch):
+    """Both lie where the graphs read in turn, whose memory the other's steps write."""
+
+    def turns(device: str) -> list[list[int]]:
+        with load(folder, device) as engine, torch.inference_mode():
+            name = cache_argument(engine.model)
+            caches = [make_cache(engine.model.config, 100) for _ in range(2)]
+            texts = [list(FIRST), list(SECOND)]
+            for number in (0, 1, 0, 1, 0):
+                text, cache = texts[number], caches[number]
+                for step in range(5):
+                    n_held = cache.get_seq_length()
+                    ids = torch.tensor([text[n_held:]], device=engine.device)
+                    places = torch.arange(n_held, len(text), device=engine.device)[None]
+                    output = engine.model(
+                        input_ids=ids, position_ids=places, use_cache=True, **{name: cache}
+                    )
+                    text.append(int(output.logits[0, -1].argmax()))
+                    if step == 4 and number == 0:  # another wording of the last two tokens
+                        cache.crop(-2)
+                        text[-3:] = [11, 12, 13]
+            assert device == "cpu" or engine.graphs.replayed > 8
+        return texts
+
+    expected = turns("cpu")
+    with pretended_gpu(monkeypatch):
+        assert turns("cuda") == expected
+
+
+def test_an_answers_scores_are_not_written_by_the_next_step(folder, monkeypatch):
+    with pretended_gpu(monkeypatch), load(folder) as engine, torch.inference_mode():
+        name, outputs = cache_argument(engine.model), []
+        cache = make_cache(engine.model.config, 100)
+        for n_held, ids in enumerate(([5], [6], [7], [8], [9])):
+            output = engine.model(
+                input_ids=torch.tensor([ids], device=engine.device),
+                position_ids=torch.tensor([[n_held]], device=engine.device),
+                use_cache=True, **{name: cache},
+            )  # fmt: skip
+            outputs.append((output.logits, output.logits.clone()))
+            assert output[name] is cache
+        assert engine.graphs.replayed == 2
+        assert all(torch.equal(kept, then) for kept, then in outputs)
+
+
+def test_an_error_of_the_experts_is_raised_and_ends_no_recording(folder, monkeypatch):
+    expected = on_cpu(folder, [SECOND])
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        run, calls = engine.dispatcher.run, []
+
+        def fails_once(layer, *routing):
+            calls.append(layer)
+            if len(calls) == 6:  # behind a prompt and a rehearsal: in what is to be recorded
+                raise RuntimeError("the experts failed")
+            return run(layer, *routing)
+
+        engine.dispatcher.run = fails_once
+        with pytest.raises(RuntimeError, match="the experts failed"):
+            greedy(engine.model, [FIRST], N_TOKENS)
+        assert graph_notes(engine) == []
+        assert [greedy(engine.model, [SECOND], N_TOKENS)] == expected
+        assert engine.graphs.replayed == N_TOKENS - 3
+
+
+def test_graphs_are_off_when_asked_and_where_there_is_no_gpu(folder, monkeypatch):
+    with load(folder, "cpu") as engine:
+        assert engine.graphs is None
+        kv_bytes = engine.kv_bytes
+    with pretended_gpu(monkeypatch):
+        with load(folder, cuda_graphs="off") as engine:
+            assert engine.graphs is None and engine.kv_bytes == kv_bytes
+        with load(folder) as engine:  # a prompt's keys beside those that graphs read
+            assert engine.kv_bytes == 2 * kv_bytes
+
+
+def test_what_is_no_tensor_is_stale_in_an_acted_graph():
+    """What these tests rest on: the acted graph is as strict as CUDA's."""
+    place, step, out = torch.zeros(1), 1, torch.zeros(1)
+    graph = HostGraph()
+    graph.capture_begin()
+    total = place + step
+    out.add_(total)
+    graph.capture_end()
+    assert total.isnan() and out == 0
+    place.fill_(5)
+    step = 7
+    graph.replay()
+    assert (total, out) == (6, 6)
+    graph.replay()
+    assert (total, out) == (6, 12)
+    with pytest.raises(RuntimeError, match="capturing"):
+        HostGraph().capture_begin()
+        try:
+            place.item()
+        finally:
+            torch.utils._python_dispatch._pop_mode()
