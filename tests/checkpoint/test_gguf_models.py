@@ -110,6 +110,16 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     assert_same_model(with_stored_weights(model, stored), folder)
 
 
+@pytest.mark.parametrize("kind", [Type.F16, Type.BF16], ids=lambda kind: kind.name)
+def test_files_that_are_not_quantised(kind: Type, tmp_path: Path) -> None:
+    model = tiny_models.build_model(CONFIGS["qwen3_moe"]())
+    stored = write_gguf(model, tmp_path / "model.gguf", kind)
+    folder = prepared(tmp_path / "model.gguf", tmp_path / "prepared", "--expert-dtype", "fp32")
+    assert_same_model(with_stored_weights(model, stored), folder)
+    folder = prepared(tmp_path / "model.gguf", tmp_path / "small")
+    assert read_manifest(folder).weight_format == "bf16"
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_the_experts_of_other_times(name: str, tmp_path: Path) -> None:
     """Files of before February 2024 have a tensor for each expert, some of 2026 one for two."""

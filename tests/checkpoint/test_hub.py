@@ -133,6 +133,30 @@ def test_offline_for_real(
     assert not (tmp_path / "out").exists()
 
 
+def test_offline_with_what_was_downloaded_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library finds a branch's commit, whose files are links, in its cache alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = tiny_models.build_model(tiny_models.mixtral())
+    plain = tiny_models.write_hub(model, tmp_path / "plain", "20KB")
+    stored = tmp_path / "cache" / "models--someone--tiny"
+    for folder in ("refs", "blobs", f"snapshots/{COMMIT}"):
+        (stored / folder).mkdir(parents=True)
+    (stored / "refs" / "v2").write_text(COMMIT)
+    for number, path in enumerate(sorted(plain.iterdir())):
+        path.rename(stored / "blobs" / str(number))
+        (stored / "snapshots" / COMMIT / path.name).symlink_to(f"../../blobs/{number}")
+    assert run("--hf", "--revision", "v2") == 0
+    verify(read_manifest(tmp_path / "out"))
+    next((stored / "snapshots" / COMMIT).glob("model-00002*")).unlink()
+    capsys.readouterr()
+    assert run("--hf", "--revision", "v2", "--force") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_flags_that_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

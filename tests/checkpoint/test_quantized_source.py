@@ -131,6 +131,32 @@ def test_stacked_fp8_experts() -> None:
         assert torch.equal(found.read_rows(2, 3), (codes.float() * spread)[2:]), shape
 
 
+def test_columns_in_the_order_of_another_matrix() -> None:
+    """Groups that a `g_idx` names: GPTQ's second format, and compressed-tensors with zeros."""
+    weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(9))
+    for version in (1, 2):
+        stored, numbers = gptq(version, False, True)(weight)
+        form = {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
+        config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, **form}
+        found = read({f"x.{end}": part for end, part in stored.items()}, config, "x.weight")
+        assert torch.equal(found.read(), numbers)
+    arguments = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    config, write = quantised_checkpoints.by_compressed_tensors(
+        "pack-quantized", **arguments, symmetric=False, actorder="group"
+    )
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(10))
+    stored, numbers = write(weight[:, order].contiguous())
+    back = order.argsort()  # columns as they were, each with its group's number
+    codes = torch.stack([stored["weight_packed"] >> (4 * n) & 15 for n in range(8)], -1).flatten(1)
+    packed = sum(codes[:, back].long()[:, n::8] << (4 * n) for n in range(8))
+    stored |= {
+        "weight_packed": torch.as_tensor(packed).to(torch.int32),
+        "weight_g_idx": (torch.arange(96) // 32)[back].int(),
+    }
+    found = read({f"x.{end}": part for end, part in stored.items()}, config, "x.weight")
+    assert torch.equal(found.read(), numbers[:, back])
+
+
 @pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq", "auto_round:auto_awq"])
 def test_auto_round_packs_as_others_do(packing: str) -> None:
     """With 8 bits in a layer of a model of 4: `extra_config` would say so, its tensors do."""
