@@ -59,8 +59,9 @@ def main() -> None:
             model = ModelOptions(None, dummy_shape="mixtral-8x7b")
             config = Config(model, CacheOptions(), options, PromptOptions("none"), output)
             kind = ray.remote(Worker).options(num_cpus=0)
-            places = [Place(n, kind.remote()) for n in range(arguments.n_workers)]
-            ray.get([place.actor.load.remote() for place in places])
+            actors = [kind.remote() for _ in range(arguments.n_workers)]
+            ray.get([actor.load.remote() for actor in actors])
+            places = [Place(n, kind.remote, actor) for n, actor in enumerate(actors)]
             with Answers(Path(folder) / str(number), config) as answers:
                 run = _Run(ray, config, encoded, answers, places)
                 started_s = time.perf_counter()

@@ -1,12 +1,12 @@
 """A model larger than the memory allowed: this tool, and llama.cpp's mmap, under one limit.
 
-    PYTHONPATH=src python3 benchmarks/bench_memory_limit.py PREPARED --limit-gb 2.4 \\
-        [--gguf MODEL.gguf --peer PATH/TO/llama-bench ...]
+    PYTHONPATH=src python3 -m benchmarks.bench_memory_limit --work-dir DIR --limit-gb 2.4 \\
+        [--peer PATH/TO/llama-bench ...]
 
-Each run is a process in a cgroup of its own, which counts its memory and its share of the page
-cache: Linux, as root. A prompt of 512 tokens and 64 decoded tokens, the programs in turns; nothing
-of a model is in the page cache when a run begins. Ours chooses by itself what host memory holds.
-MODEL.gguf is what PREPARED was made from.
+The same random model for all, a few layers of Qwen3-30B-A3B's shape in int8. Each run is a process
+in a cgroup of its own, which counts its memory and its share of the page cache: Linux, as root. A
+prompt of 512 tokens and some decoded ones, the programs in turns; nothing of a model is in the page
+cache when a run begins. Ours chooses by itself what host memory holds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.llama_bench import Peer, find_peer
+from benchmarks.side_by_side import write_models
 
 CGROUPS = Path("/sys/fs/cgroup")
 SAMPLE_S = 0.05
@@ -99,8 +102,8 @@ def forget(files: Sequence[Path]) -> None:
         os.close(file)
 
 
-def ours(arguments: argparse.Namespace) -> Speeds:
-    command = [sys.executable, __file__, str(arguments.prepared), "--inside"]
+def ours(prepared: Path, arguments: argparse.Namespace) -> Speeds:
+    command = [sys.executable, "-m", "benchmarks.bench_memory_limit", "--inside", str(prepared)]
     command += ["--prompt", str(arguments.prompt), "--decode", str(arguments.decode)]
     with limited(arguments.limit_gb) as cgroup:
         printed = cgroup.run(command)
@@ -110,12 +113,10 @@ def ours(arguments: argparse.Namespace) -> Speeds:
         return Speeds(*json.loads(last), *(n_bytes / 1e9 for n_bytes in cgroup.most))
 
 
-def peers(path: Path, arguments: argparse.Namespace) -> Speeds:
+def theirs(peer: Peer, model: Path, arguments: argparse.Namespace) -> Speeds:
     """By llama-bench, whose kernels must not repack: a copy of the weights has no room."""
-    flags = subprocess.run([path, "--help"], capture_output=True, text=True)
-    is_ik = "--run-time-repack" in flags.stdout + flags.stderr
-    mapped = ["-mmp", "1", "-rtr", "0"] if is_ik else ["-lm", "mmap", "--repack", "0"]
-    command = [str(path), "-m", str(arguments.gguf), "-t", str(THREADS), "-r", "1", "-fa", "1"]
+    mapped = ["-mmp", "1", "-rtr", "0"] if peer.is_ik else ["-lm", "mmap", "--repack", "0"]
+    command = [str(peer.path), "-m", str(model), "-t", str(THREADS), "-r", "1", "-fa", "1"]
     command += ["-p", str(arguments.prompt), "-n", str(arguments.decode), "-o", "json", *mapped]
     with limited(arguments.limit_gb) as cgroup:
         printed = cgroup.run(command)
@@ -135,7 +136,7 @@ def inside(arguments: argparse.Namespace) -> None:
     from moe_offload.engine.engine import load_engine, open_prepared
     from moe_offload.model.generation import generate_batch
 
-    options = ModelOptions(arguments.prepared, device="cpu")
+    options = ModelOptions(arguments.inside, device="cpu")
     n_tokens = arguments.prompt + arguments.decode
 
     def times_s(n_prompt: int, n_decoded: int) -> list[float]:
@@ -154,33 +155,39 @@ def inside(arguments: argparse.Namespace) -> None:
         times_s(16, 2)  # as llama-bench, which warms up
         prompt_s = times_s(arguments.prompt, 0)[0]
         decode_s = sum(times_s(1, arguments.decode)[1:])
-        print(*engine.run_notes(), sep="\n")
+        print(*engine.notes, *engine.learnt(), sep="\n")
         print(json.dumps([arguments.prompt / prompt_s, arguments.decode / decode_s]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prepared", type=Path)
+    parser.add_argument("--work-dir", type=Path, help="where the model is kept")
+    parser.add_argument("--layers", type=int, default=8, help="of the model; 0.76 GB each")
     parser.add_argument("--limit-gb", type=float, default=2.4)
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--peer", type=Path, action="append", default=[])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", type=Path, action="append", default=[], metavar="PATH")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.inside:
+    if arguments.inside is not None:
         inside(arguments)
         return
-    files = [*arguments.prepared.glob("*.safetensors"), *([arguments.gguf] * bool(arguments.gguf))]
+    if arguments.work_dir is None:
+        parser.error("--work-dir is needed")
+    peers = [find_peer(path) for path in arguments.peer]
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    depths = (arguments.layers, arguments.layers)
+    made = write_models(arguments.work_dir, "qwen3-30b-a3b", depths, "int8", bool(peers))
+    (model, _), prepared = made
     found: dict[str, list[Speeds]] = {}
     for _ in range(arguments.rounds):
-        for path in [None, *arguments.peer]:
-            forget(files)
-            name = "ours" if path is None else str(path)
-            one = ours(arguments) if path is None else peers(path, arguments)
+        for peer in [None, *peers]:
+            forget([model, *prepared.glob("*.safetensors")])
+            name = "ours" if peer is None else peer.name
+            one = ours(prepared, arguments) if peer is None else theirs(peer, model, arguments)
             found.setdefault(name, []).append(one)
             print(
                 f"  {name}: prompt {one.prompt:.1f}, decode {one.decode:.2f} tokens/s; at most "
@@ -189,10 +196,10 @@ def main() -> None:
                 flush=True,
             )
     mine = found.pop("ours")
-    for name, theirs in found.items():
+    for name, others in found.items():
         for what in ("prompt", "decode"):
             ratios = sorted(
-                getattr(a, what) / getattr(b, what) for a, b in zip(mine, theirs, strict=True)
+                getattr(a, what) / getattr(b, what) for a, b in zip(mine, others, strict=True)
             )
             print(
                 f"{what}: {statistics.median(ratios):.2f} times as fast as {name} "

@@ -4,7 +4,7 @@
 
 Per budget, in turns: one text's decode, and plain direct reads of as many random experts by as many
 threads, the better of two sizes. Then decode steps with all experts in memory, plainly and through
-the tier, in turns.
+the tier, in turns. With --predict: the simulator's tokens/s beside those measured.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ from moe_offload.experts.cache import make_policy
 from moe_offload.experts.disk_reads import N_READERS
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.plan import TRIAL_STEPS
+from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.bindings import load_kernels
 from moe_offload.model.generation import generate_batch
 from moe_offload.model.loader import PreparedModel
+from moe_offload.report.files import recorded_routing
+from moe_offload.simulation.tiers import replay_tiers
+from moe_offload.simulation.traces import Routing, Trace
 
 ROUNDS = 5
 PROMPT = list(range(20, 36))
@@ -125,12 +129,52 @@ def against_disk(folder: Path, gb: float, n_tokens: int) -> None:
     )
 
 
+def predicted(folder: Path, gb: float, n_tokens: int) -> None:
+    """Decode steps of a run from empty memory on, and what the simulator says of its routing.
+
+    The costs are the mean of those measured before and after each text. Nothing is read ahead.
+    """
+    with opened(folder, gb) as engine:
+        tier = engine.store
+        assert isinstance(tier, DiskTier)
+        tier.trial = None
+        recorder = Recorder()
+        costs = []
+        for _ in range(ROUNDS):
+            engine.calibrate(again=True)
+            assert engine.costs is not None
+            costs.append(engine.costs.model)
+            engine.dispatcher.recorder = recorder
+            decode(engine, n_tokens)
+            engine.dispatcher.recorder = NullRecorder()
+        passes = recorder.pass_table()
+        measured_s = float(passes["duration_s"][passes["decode"]].sum())
+        n_steps = int(passes["decode"].sum())
+        experts = tier.n_experts[0]
+        info, routing = recorded_routing(recorder, engine.source.name, experts, synthetic=False)
+        ways = [len(tier.memory.blocks(layer)) for layer in range(tier.n_layers)]
+        trace = Trace(info, Routing(routing))
+        replays = [replay_tiers(trace, ways, "LFRU", one) for one in costs]
+        predicted_s = statistics.mean(one.decode_us for one in replays) / 1e6
+        disks = [one.disk for one in costs if one.disk is not None]
+    layers = recorder.layer_table()
+    layers = layers[passes["decode"][layers["pass_index"]]]
+    asked = int(layers["host_hits"].sum() + layers["host_misses"].sum())
+    print(
+        f"{gb:g} GB: predicted {n_steps / predicted_s:.2f} tokens/s, measured "
+        f"{n_steps / measured_s:.2f}: {100 * (measured_s / predicted_s - 1):+.0f}%; hits "
+        f"{replays[0].hit_percent:.1f}% predicted, {100 * layers['host_hits'].sum() / asked:.1f}%; "
+        f"disk {min(one.gbps for one in disks):.2f} to "
+        f"{max(one.gbps for one in disks):.2f} GB/s"
+    )
+
+
 def cost_in_memory(folder: Path, n_tokens: int) -> None:
     with opened(folder, None) as engine:
         store, source = engine.store, engine.source
         assert isinstance(source, PreparedModel)
         policy, kernels = make_policy("LFRU"), load_kernels()
-        tier = DiskTier(source.manifest.moe_layers, store.n_experts[0], policy, kernels)
+        tier = DiskTier(source.manifest.moe_layers, store.n_experts, policy, kernels)
         for layer, n in enumerate(store.n_experts):
             tier.warm(layer, list(range(n)))
         medians: dict[str, list[float]] = {"plain": [], "tier": []}
@@ -154,7 +198,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--host-memory-gb", type=float, nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--predict", action="store_true", help="the simulator's speeds beside")
     arguments = parser.parse_args()
+    if arguments.predict:
+        for gb in arguments.host_memory_gb:
+            with torch.inference_mode():
+                predicted(arguments.folder, gb, arguments.tokens)
+        return
     tasks: list[Callable[[], None]] = [
         lambda gb=gb: against_disk(arguments.folder, gb, arguments.tokens)
         for gb in arguments.host_memory_gb

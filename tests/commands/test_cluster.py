@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,10 @@ class WorkerError(Exception):
         self.cause = cause
 
 
+class WorkerDiedError(WorkerError):
+    """Its process, or its machine."""
+
+
 @dataclass(eq=False)
 class Ref:
     """What Ray will know later."""
@@ -47,27 +52,26 @@ class Ref:
 
 @dataclass(eq=False)
 class Actor:
-    """Answers one prompt at a time; dies with those of `deadly`, and where no load is good."""
+    """Answers one prompt at a time; dies with those of `deadly`, and at its first `n_bad_loads`."""
 
     deadly: Sequence[int] = ()
-    load_error: Exception | None = None
-    n_tries: list[int] = field(default_factory=list)  # that Ray is to make of each load
+    wrong: Sequence[int] = ()  # those that raise, and leave it alive
+    n_starts: int = 0
+    n_bad_loads: int = 0
+    load_error: Exception = field(default_factory=WorkerError)
     given: list[list[int]] = field(default_factory=list)
 
     @property
     def load(self) -> Any:
-        def options(max_task_retries: int) -> Any:
-            self.n_tries.append(1 + max_task_retries)
-            return SimpleNamespace(remote=lambda: Ref(self._load))
-
-        return SimpleNamespace(options=options)
+        return SimpleNamespace(remote=lambda: Ref(self._load))
 
     @property
     def answer(self) -> Any:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._answer))
 
     def _load(self) -> str:
-        if self.load_error is not None:
+        self.n_bad_loads -= 1
+        if self.n_bad_loads >= 0:
             raise self.load_error
         return "machine"
 
@@ -77,16 +81,24 @@ class Actor:
 
             def value(index: int = prompt.index) -> tuple[int, dict[str, Any]]:
                 if index in self.deadly:
-                    raise WorkerError
+                    raise WorkerDiedError
+                if index in self.wrong:
+                    raise WorkerError(ValueError("no"))
                 return index, FACTS
 
             yield Ref(value)
 
 
+def started(actor: Actor) -> Actor:
+    actor.n_starts += 1
+    return actor
+
+
 RAY = SimpleNamespace(
     wait=lambda pending, timeout: (pending, []),
     get=lambda ref: ref.value(),
-    exceptions=SimpleNamespace(RayError=WorkerError),
+    kill=lambda actor: None,
+    exceptions=SimpleNamespace(RayError=WorkerError, RayActorError=WorkerDiedError),
 )
 
 
@@ -100,7 +112,7 @@ def driven(
         PromptOptions("text"), OutputOptions(responses_jsonl=path, quiet=True),
     )  # fmt: skip
     prompts = [Prompt(n, f"prompt {n}", config.generation) for n in range(n_prompts)]
-    places = [Place(number, actor) for number, actor in enumerate(actors)]
+    places = [Place(number, partial(started, actor)) for number, actor in enumerate(actors)]
     with Answers(path, config) as answers:
         run = _Run(RAY, config, [(one, [1]) for one in prompts], answers, places)
         run.work()
@@ -126,7 +138,7 @@ def test_what_kills_workers_is_found_and_written_and_the_others_are_answered(
     run, lines = driven(tmp_path, actors)
     assert sorted(lines) == list(range(8))
     assert [index for index, line in lines.items() if "error" in line] == [1]
-    assert lines[1]["error"] == "WorkerError: last line"
+    assert lines[1]["error"] == "WorkerDiedError: last line"
     assert (run.n_answered, run.n_failed) == (7, 1)
     tries = [sum(1 in given for given in actor.given) for actor in actors]
     assert tries == [1, 1], "on each worker once, the second time alone"
@@ -142,18 +154,26 @@ def test_the_only_worker_has_two_tries(tmp_path: Path) -> None:
     assert sorted(lines) == [0, 1, 2]
 
 
+def test_a_worker_that_died_is_another_one_and_one_that_raised_is_kept(tmp_path: Path) -> None:
+    actors = [Actor(deadly=[0]), Actor(wrong=[7])]
+    _, lines = driven(tmp_path, actors, 8)
+    assert sorted(lines) == list(range(8))
+    assert (actors[0].n_starts > 1) == any(0 in given for given in actors[0].given)
+    assert actors[1].n_starts == 1
+
+
 def test_a_worker_that_cannot_load_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, error in (("died", WorkerError()), ("said", WorkerError(UserError("too small")))):
-        bad = Actor(load_error=error)
-        (folder := tmp_path / name).mkdir()
-        run, _ = driven(folder, [bad, Actor()])
+    for error, n_loads in ((WorkerError(), 3), (WorkerError(UserError("too small")), 1)):
+        bad = Actor(n_bad_loads=99, load_error=error)
+        (folder := tmp_path / str(n_loads)).mkdir()
+        run, _ = driven(folder, [bad, Actor(n_bad_loads=2)])
         assert run.n_answered == 8
-        assert bad.n_tries == [3]
+        assert 99 - bad.n_bad_loads == n_loads
         assert "cannot load the model" in capsys.readouterr().err
     with pytest.raises(UserError, match="no worker could load the model: UserError: too small"):
-        driven(tmp_path, [Actor(load_error=error)])
+        driven(tmp_path, [Actor(n_bad_loads=99, load_error=WorkerError(UserError("too small")))])
 
 
 def test_a_suspect_waits_for_a_worker_that_it_has_not_failed_on() -> None:

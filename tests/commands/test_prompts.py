@@ -78,7 +78,7 @@ def test_lines_of_json_bring_their_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"prompt": "half', "is not JSON"),
+        ('{"prompt": "half', "is not JSON (Unterminated string starting at, character 12)"),
         ("[" * 100_000, "is not JSON"),
         ("[1]", "is list, expected an object"),
         ({}, "needs a prompt or messages"),

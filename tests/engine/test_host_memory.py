@@ -163,3 +163,32 @@ def test_a_file_of_other_counts_is_a_sentence(
         counts.write_text(text)
     with pytest.raises(UserError, match=message):
         open_engine(folder, 2, warm_start=counts)
+
+
+def test_the_calibration_and_the_prediction_know_the_disk(folder: Path) -> None:
+    engine, recorder = open_engine(folder, 2)
+    with engine:
+        engine.calibrate(again=True)
+        assert engine.costs is not None
+        disk = engine.costs.model.disk
+        assert disk is not None
+        assert f"disk: {disk.gbps:.2f} GB/s of experts" in "\n".join(engine.costs.describe())
+        greedy(engine.model, [PROMPTS[0]], N_TOKENS)
+        predicted_us = engine.predicted_step_us(recorder)
+        assert predicted_us is not None
+        misses = int(recorder.layer_table()["host_misses"][2:].sum())  # without the prompt
+        block_bytes = engine.source.layouts[0].block_bytes
+        n_steps = N_TOKENS - 1
+        assert misses > 0
+        assert predicted_us * n_steps > misses * block_bytes / disk.gbps / 1e3
+
+
+def test_what_is_left_of_a_budget_holds_more_of_the_first_layers(folder: Path) -> None:
+    engine, _ = open_engine(folder, 3)  # and a half: one more of the first of two layers
+    with engine:
+        assert isinstance(engine.store, DiskTier)
+        assert [len(engine.store.memory.blocks(layer)) for layer in range(2)] == [4, 3]
+        assert any("holds 3 to 4 of 8 experts of each layer" in note for note in engine.notes)
+        texts = greedy(engine.model, PROMPTS, N_TOKENS)
+        assert [len(engine.store.cache.ready(layer)) for layer in range(2)] == [4, 3]
+    assert texts == answers(folder, None, "LFRU", {}, 2).texts

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, DiskCost, SideCost
 
 # Round numbers: a copy takes 10 + 1000 us alone and 10 + 2000 us beside the CPU.
 COST = CostModel(
@@ -103,6 +103,17 @@ def test_a_gpu_goes_on_at_its_own_pace_beside_the_cpu_and_copies():
     assert COST.decode_layer_us(1, 1, copying=True) == 70 + 720 * COST.cpu_shared_factor
     assert COST.decode_layer_us(20, 1, copying=True) == 70 + max(15 + 20 * 51, 720 * 1.5)
     assert COST.decode_layer_us(30, 1, copying=True) == 70 + 15 + 30 * 51
+
+
+def test_a_layer_ends_when_what_was_read_last_is_computed():
+    disk = DiskCost(gbps=COST.block_bytes / 1e6, latency_us=50)  # 1000 us for a block
+    cost = replace(COST, disk=disk)
+    assert disk.us(0) == 0
+    assert cost.decode_layer_us(0, 2, copying=False, n_reads=0) == 70 + 1420
+    assert cost.decode_layer_us(0, 2, copying=False, n_reads=2) == 70 + 50 + 2000 + 720
+    assert cost.decode_layer_us(0, 20, copying=False, n_reads=1) == 70 + COST.cpu.us(20, 20)
+    with pytest.raises(ValueError, match="a disk that no machine has"):
+        DiskCost(0.0, 1.0)
 
 
 def test_sharing_slows_both_sides_only_while_both_run():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -21,6 +22,7 @@ from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.checkpoint.safetensors_file import plan_header, write_file
 from moe_offload.errors import UserError
 from moe_offload.experts.cache import make_policy
+from moe_offload.experts.disk_reads import N_READERS, Read
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.fetcher import HostFetcher
 from moe_offload.kernels.bindings import load_kernels
@@ -63,7 +65,8 @@ def open_tier(layers: list[MoeLayer]) -> Iterator[Callable[..., DiskTier]]:
     opened = []
 
     def open_one(n_ways: int, policy: str = "LRU", of: list[MoeLayer] | None = None) -> DiskTier:
-        opened.append(DiskTier(of or layers, n_ways, make_policy(policy), load_kernels()))
+        used = of or layers
+        opened.append(DiskTier(used, [n_ways] * len(used), make_policy(policy), load_kernels()))
         return opened[-1]
 
     yield open_one
@@ -253,11 +256,55 @@ def test_an_interrupt_while_reads_are_in_flight_leaves_all_in_order(open_tier, m
     assert sorted(computed(tier, 0, [0, 1, 2, 3])) == [0, 1, 2, 3]
 
 
+def test_an_interrupt_at_any_moment_leaves_all_in_order(open_tier):
+    tier, chosen, is_sent = open_tier(2, "LFRU"), random.Random(5), threading.Event()
+    gate, may_come, n_interrupts = threading.Lock(), threading.Event(), 0
+
+    def drive() -> None:
+        nonlocal n_interrupts
+        for _ in range(150):
+            layer, experts = chosen.randrange(N_LAYERS), chosen.sample(range(N_EXPERTS), 4)
+            try:
+                may_come.set()
+                computed(tier, layer, experts)
+                with gate:
+                    may_come.clear()
+                while is_sent.is_set():  # it comes any moment
+                    time.sleep(1e-4)
+            except KeyboardInterrupt:
+                n_interrupts += 1
+                may_come.clear()
+                is_sent.clear()
+                tier.recover()
+                assert not tier.cache.in_flight()
+
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            drive()
+        except BaseException as error:
+            failed.append(error)
+
+    driver = threading.Thread(target=run)
+    driver.start()
+    while driver.is_alive():
+        time.sleep(chosen.random() / 500)
+        with gate:
+            if may_come.is_set() and not is_sent.is_set():
+                is_sent.set()
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(driver.ident), ctypes.py_object(KeyboardInterrupt)
+                )
+    assert not failed
+    assert n_interrupts > 10
+
+
 def test_closing_gives_reads_up(layers, monkeypatch):
     """What is under way ends with its piece, and what waits behind it is not begun."""
     began = []
     with_reads(monkeypatch, lambda *_: (began.append(1), time.sleep(0.02)))
-    tier = DiskTier(layers, N_EXPERTS, make_policy("LRU"))
+    tier = DiskTier(layers, [N_EXPERTS] * N_LAYERS, make_policy("LRU"))
     began.clear()
     next(tier.arriving(0, list(range(N_EXPERTS))))
     next(tier.arriving(1, list(range(N_EXPERTS))))
@@ -318,3 +365,40 @@ def test_a_miss_gives_up_what_is_read_ahead(open_tier, monkeypatch):
         assert sorted(computed(tier, 1, [3, 5])) == [3, 5]
     assert all(read.is_cancelled for read in ahead)
     assert sorted(computed(tier, 1, [0, 1])) == [0, 1]
+
+
+def test_the_disk_is_measured_beside_what_memory_holds(open_tier):
+    tier = open_tier(2)
+    computed(tier, 0, [4, 5])
+    before = tier.disk.n_bytes
+    disk = tier.measured(lambda: None)
+    assert disk.gbps > 0 <= disk.latency_us
+    assert tier.disk.n_bytes == before
+    assert computed(tier, 0, [4, 5]) == [4, 5]
+    assert tier.disk.misses == 2
+
+
+def test_what_is_asked_for_goes_before_what_is_read_ahead_in_a_full_queue(open_tier, monkeypatch):
+    tier, may_read = open_tier(N_EXPERTS), threading.Event()
+    begun: list[int] = []  # the places in the file
+
+    def note(_file: int, _buffers: Any, place: int) -> None:
+        begun.append(place)
+        may_read.wait()
+
+    with_reads(monkeypatch, note)
+    reads = [Read(0, expert, tier.memory.block(0, expert), expert < 5) for expert in range(6)]
+    tier._disk.start(reads[0])
+    until(lambda: len(begun) == N_READERS)  # all threads are busy
+    for read in reads[1:]:
+        tier._disk.start(read)
+    reads[4].is_ahead = False  # now somebody asks
+    reads[3].is_cancelled = True
+    tier._disk.start(reads[2])  # once more, as after an interrupt
+    may_read.set()
+    until(lambda: all(read.is_done for read in reads))
+    assert [read.is_whole for read in reads] == [True, True, True, False, True, True]
+    experts = [(place - min(begun)) // LAYOUT.block_bytes for place in begun]
+    assert 3 not in experts
+    assert experts.index(5) < experts.index(1) and experts.index(4) < experts.index(1)
+    assert sorted(experts) == sorted([0, 1, 2, 4, 5] * 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_offload.machine.streams import HostEvent, HostStream
+from moe_offload.machine.streams import HostEvent, HostPool, HostStream
 
 
 @pytest.fixture
@@ -143,6 +143,25 @@ def test_a_stream_that_nobody_holds_any_more_ends_its_thread():
     started = set(threading.enumerate()) - before
     assert len(started) == 2
     del stream, other
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_a_pool_runs_all_that_was_submitted_on_all_its_threads():
+    before = set(threading.enumerate())
+    pool, together, ran = HostPool("few", 3), threading.Barrier(3), []
+    for _ in range(3):
+        pool.submit(together.wait)  # none would end alone
+    for n in range(20):
+        pool.submit(lambda n=n: ran.append(n))
+    pool.close()
+    assert sorted(ran) == list(range(20))
+    forgotten = HostPool("forgotten", 2)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+    del forgotten
     gc.collect()
     for thread in started:
         thread.join(timeout=20)

@@ -12,14 +12,14 @@ from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands import simulate
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import load_engine
-from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, DiskCost, SideCost
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.loader import PreparedModel
 from moe_offload.report.files import recorded_routing
-from moe_offload.simulation.machine_file import Disk
 from moe_offload.simulation.tiers import bound_tokens_per_s, replay_tiers
 from moe_offload.simulation.traces import Routing, RoutingPass, Trace, TraceInfo
+from moe_offload.simulation.tuning import tune
 
 COSTS = CostModel(
     cpu=SideCost(0, 100, 0),
@@ -31,8 +31,8 @@ COSTS = CostModel(
     block_bytes=1_000_000,
     dense_us_per_layer=50,
     step_us=7,
+    disk=DiskCost(gbps=1.0, latency_us=20),  # 1000 us for a block
 )
-DISK = Disk(gbps=1.0, latency_us=20)  # 1000 us for a block
 
 
 def made(*tokens: tuple[int, ...]) -> Trace:
@@ -42,7 +42,7 @@ def made(*tokens: tuple[int, ...]) -> Trace:
 
 
 def test_times_by_hand() -> None:
-    result = replay_tiers(made((0, 1), (0, 1), (0, 2), (1, 2)), 2, "LRU", COSTS, DISK)
+    result = replay_tiers(made((0, 1), (0, 1), (0, 2), (1, 2)), [2], "LRU", COSTS)
     assert (result.hits, result.misses) == (4, 4)
     in_memory, one_read, two_reads = 200, 1020 + 100, 2020 + 100
     experts_us = [two_reads, in_memory, one_read, one_read]
@@ -54,7 +54,7 @@ def test_times_by_hand() -> None:
 def test_slots_of_a_gpu_take_their_hits_from_host_memory() -> None:
     trace = made(*[(0, 1)] * 5)
     result = replay_tiers(
-        trace, 2, "LRU", COSTS, DISK, CacheOptions(n_indexes=1, n_ways=2, policy="LRU")
+        trace, [2], "LRU", COSTS, CacheOptions(n_indexes=1, n_ways=2, policy="LRU")
     )
     assert (result.gpu_hits, result.hits, result.misses) == (8, 0, 2)
     assert result.decode_us == 5 * 57 + 2120 + 4 * 20
@@ -62,18 +62,18 @@ def test_slots_of_a_gpu_take_their_hits_from_host_memory() -> None:
 
 def test_a_slot_is_for_the_expert_that_arrives_first() -> None:
     slot = CacheOptions(n_indexes=1, n_ways=1, policy="LRU", quota=1)
-    in_the_files_order = replay_tiers(made((1, 0), (0, 2)), 2, "LRU", COSTS, DISK, slot)
+    in_the_files_order = replay_tiers(made((1, 0), (0, 2)), [2], "LRU", COSTS, slot)
     assert in_the_files_order.gpu_hits == 1
     behind_what_is_there = made((3, 2), (2, 3), (0, 3), (3, 1))  # 2 has the slot, 3 is in memory
-    assert replay_tiers(behind_what_is_there, 2, "LRU", COSTS, DISK, slot).gpu_hits == 2
+    assert replay_tiers(behind_what_is_there, [2], "LRU", COSTS, slot).gpu_hits == 2
 
 
 def test_no_policy_beats_the_bound() -> None:
     trace = made(*[(t % 4, (t * t + 1) % 4) for t in range(1, 40, 2)])
     for n_ways in (1, 2, 3, 4):
-        best = bound_tokens_per_s(trace, n_ways, COSTS, DISK)
+        best = bound_tokens_per_s(trace, n_ways, COSTS)
         for policy in ("FIFO", "LRU", "LFU", "LFRU", "RANDOM"):
-            assert replay_tiers(trace, n_ways, policy, COSTS, DISK).tokens_per_s <= best
+            assert replay_tiers(trace, [n_ways], policy, COSTS).tokens_per_s <= best
 
 
 def test_the_engine_has_the_same_hits(tmp_path: Path) -> None:
@@ -83,13 +83,14 @@ def test_the_engine_has_the_same_hits(tmp_path: Path) -> None:
     each_bytes = sum(layout.block_bytes for layout in model.layouts)
     for n_ways, policy in ((4, "LRU"), (5, "LFRU"), (6, "FIFO")):
         recorder, gb = Recorder(), (n_ways + 0.5) * each_bytes / 1e9
+        ways = [n_ways + 1, n_ways]  # what is left holds one more of the first layer
         options = ModelOptions(folder, device="cpu", host_memory_gb=gb, host_policy=policy)
         with load_engine(model, options, CacheOptions(), recorder) as engine:
             assert isinstance(engine.store, DiskTier)
             engine.store.trial = None  # the simulator does not read ahead
-            greedy(engine.model, [[5]], 24)
+            greedy(engine.model, [[5, 17, 40, 8, 22, 71, 3, 90]], 24)
         info, passes = recorded_routing(recorder, "m", 8, synthetic=False)
-        result = replay_tiers(Trace(info, Routing(passes)), n_ways, policy, COSTS, DISK)
+        result = replay_tiers(Trace(info, Routing(passes)), ways, policy, COSTS)
         layers = recorder.layer_table()[2:]  # without the prompt
         assert result.misses > 0
         assert (result.hits, result.misses) == (
@@ -114,3 +115,22 @@ def test_the_command_answers_and_says_what_it_lacks(capsys: pytest.CaptureFixtur
     ):
         assert simulate.main(lacking) == 2
         assert message in capsys.readouterr().err
+
+
+def test_tuning_over_a_disk_replays_both_memories(capsys: pytest.CaptureFixture[str]) -> None:
+    trace = made(*[(t % 4, (t * t + 1) % 4) for t in range(1, 40, 2)])
+    points = tune(trace, 2 * COSTS.block_bytes, {"bf16": COSTS}, host_bytes=2 * COSTS.block_bytes)
+    assert {point.host_ways for point in points} == {2}
+    for one in points:
+        gpu = CacheOptions(one.n_indexes, one.n_ways, policy=one.policy)
+        assert one.tokens_per_s == replay_tiers(trace, [2], "LFRU", COSTS, gpu).tokens_per_s
+    assert tune(trace, 0, {"bf16": COSTS}, host_bytes=COSTS.block_bytes - 1) == []
+    hardware = str(Path(__file__).parents[2] / "hardware" / "rtx4090.yaml")
+    command = ["--model", "olmoe-1b-7b", "--hardware", hardware, "--tune", "--disk-gbps", "7"]
+    command += ["--expert-dtype", "bf16", "--memory-gb", "1", "--host-memory-gb"]
+    assert simulate.main([*command, "4"]) == 0
+    out = capsys.readouterr().out
+    assert "format  host   N    M policy" in out
+    assert "bf16      19" in out
+    assert simulate.main([*command, "0.1"]) == 2
+    assert "at least one expert of each layer, found 0.1" in capsys.readouterr().err

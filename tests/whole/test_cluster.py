@@ -44,12 +44,12 @@ def cluster() -> Iterator[Cluster]:
     patch.undo()
 
 
-def worker_processes(cluster: Cluster) -> list[psutil.Process]:
-    """The processes of our workers; Ray calls them by the class."""
+def worker_processes(cluster: Cluster, does: str = "") -> list[psutil.Process]:
+    """The processes of our workers; Ray calls them by the class, and by what they do."""
     nodes = [cluster.head_node, *cluster.worker_nodes]
     raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
     children = [child for pid in raylets for child in psutil.Process(pid).children(recursive=True)]
-    return [one for one in children if " ".join(one.cmdline()).startswith("ray::Worker")]
+    return [one for one in children if " ".join(one.cmdline()).startswith(f"ray::Worker{does}")]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_neither_a_ctrl_c_nor_a_killed_worker_costs_an_answer_or_changes_one(
     assert not worker_processes(cluster), "workers end with the run"
 
     before = answers.read_text()
-    killer = when_answered(answers, 3, lambda: worker_processes(cluster)[0].kill())
+    killer = when_answered(answers, 3, lambda: worker_processes(cluster, ".answer")[0].kill())
     code, found = run(model, many, *flags, "--resume")
     killer.join()
     assert code == 0

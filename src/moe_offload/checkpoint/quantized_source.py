@@ -540,8 +540,24 @@ class _Weight:
 
     def _values(self, index: int) -> Tensor:
         codes = self.layout.form.codes(self._read("codes", index), self.bits)
-        values = codes.contiguous().float().sub_(self._spread(self._zeros(index), index))
-        return values.mul_(self._spread(self._scales(index), index)).to(self.dtype)
+        values = codes.contiguous().float()
+        blocks, zeros = self._beside(values, self._zeros(index), index)
+        blocks.sub_(zeros)
+        blocks, scales = self._beside(values, self._scales(index), index)
+        blocks.mul_(scales)
+        return values.to(self.dtype)
+
+    def _beside(self, values: Tensor, per_block: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """A view of `values` and one value for each block that broadcasts over it.
+
+        Where all blocks are whole nothing is spread, which would take five times as long.
+        """
+        (rows, columns), whole = self.block, self._n_blocks(self.block)
+        is_whole = self.shape == (whole[0] * rows, whole[1] * columns)
+        if per_block.numel() == 1 or not is_whole or self._groups(index) is not None:
+            return values, self._spread(per_block, index)
+        blocks = values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        return blocks, per_block[:, None, :, None]
 
     def _units_by_block(self, index: int) -> Tensor:
         """What values are whole multiples of; of fp8, the scale. e2m1 has halves."""

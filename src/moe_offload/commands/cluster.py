@@ -19,9 +19,10 @@ import signal
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Final
@@ -92,23 +93,27 @@ class Task:
 class Place:
     """A worker as the driver sees it: it loads, or it answers `tasks`, or it is idle.
 
-    `pending` is what Ray will tell of it next, None when it is idle.
+    `start` gives a new worker, wherever there is room. `pending` is what Ray will tell of this one
+    next, None when it is idle.
     """
 
     number: int
-    actor: Any
+    start: Callable[[], Any]
+    actor: Any = None
     pending: Any = None
     tasks: dict[int, Task] = field(default_factory=dict)
     name: str = ""
+    n_loads: int = 0
 
     @property
     def is_loaded(self) -> bool:
         return bool(self.name)
 
     def load(self) -> None:
-        """Again where the worker dies of it, which Ray sees to; it waits for one that restarts."""
-        self.name = ""
-        self.pending = self.actor.load.options(max_task_retries=_MOST_LOADS - 1).remote()
+        if self.actor is None:
+            self.actor = self.start()
+        self.name, self.n_loads = "", self.n_loads + 1
+        self.pending = self.actor.load.remote()
 
 
 class Queue:
@@ -177,9 +182,9 @@ def run_on_cluster(
             needed_bytes,
             config.model.device,
         )
-        # a worker is started again wherever there is room; what it had is given out here
-        kind = ray.remote(Worker).options(**resources, max_restarts=-1, max_task_retries=0)
-        places = [Place(n, kind.remote(config, context_tokens)) for n in range(n_machines)]
+        kind = ray.remote(Worker).options(**resources)
+        start = partial(kind.remote, config, context_tokens)
+        places = [Place(n, start) for n in range(n_machines)]
         if not config.output.quiet:
             say(f"loading {source.name} on {n_machines} machine{'s'[: n_machines > 1]} ...")
         run = _Run(ray, config, encoded, answers, places)
@@ -265,7 +270,7 @@ class _Run:
     def _take_in(self, place: Place) -> None:
         if not place.is_loaded:
             place.name = self._ray.get(place.pending)
-            place.pending = None
+            place.pending, place.n_loads = None, 0
             return
         try:
             index, facts = self._ray.get(next(place.pending))
@@ -299,7 +304,13 @@ class _Run:
                 self.n_failed += 1
                 self._progress.prompt_done()
         self._queue.put_back(again)
-        if not was_loaded:
+        if isinstance(error, self._ray.exceptions.RayActorError):
+            # Another is started: Ray's own restart refuses calls until it is there. A worker that
+            # has only raised lives, and has its model.
+            self._ray.kill(place.actor)
+            place.actor = None
+        is_hopeless = isinstance(getattr(error, "cause", None), UserError)
+        if not was_loaded and (is_hopeless or place.n_loads >= _MOST_LOADS):
             self._places.remove(place)
             say(f"a worker is left out: it cannot load the model ({reason})")
             if not self._places:
@@ -316,7 +327,8 @@ class _Run:
     def close(self) -> None:
         self._progress.close()
         for place in self._places:
-            self._ray.kill(place.actor)
+            if place.actor is not None:
+                self._ray.kill(place.actor)
 
     def summary(self, seconds: float) -> list[str]:
         n_tokens = self._n_tokens.total()

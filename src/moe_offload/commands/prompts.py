@@ -208,6 +208,8 @@ def _json_object(line: str) -> dict[str, Any]:
     """The object of a line; UserError, to be read after the line's name, for what is none."""
     try:
         found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"is not JSON ({error.msg}, character {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON ({error})") from error
     if not isinstance(found, dict):

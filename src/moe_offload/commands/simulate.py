@@ -18,6 +18,7 @@ from moe_offload.commands.arguments import (
 )
 from moe_offload.config import FAST_FORMATS, LARGEST, CacheOptions, ModelOptions, require_range
 from moe_offload.errors import UserError, plain
+from moe_offload.experts.cache import ways_within
 from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.machine_file import Disk, Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
@@ -178,7 +179,7 @@ def _simulate(options: argparse.Namespace) -> None:
         # mxfp4 is for models that come in it: rounded to it, others answer worst (docs/FORMATS.md).
         sensible = tuple(name for name in FAST_FORMATS if name != "mxfp4")
         formats = sensible if options.expert_dtype is None else (options.expert_dtype,)
-        _tune(trace, on, options.memory_gb, formats)
+        _tune(trace, on, options, formats)
     elif "host_memory_gb" in options:
         _tiers(trace, on, options)
     elif options.sweep:
@@ -264,11 +265,15 @@ def _one_setting(
         _print_times(result, on)
 
 
-def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
-    """What host memory of --host-memory-gb over a disk gives."""
-    if on is None:
-        raise UserError("--host-memory-gb needs --hardware and --model: give a file of hardware/")
-    gbps, latency_us, disk = options.disk_gbps, options.disk_latency_us, on.machine.disk
+def _host_gb(options: argparse.Namespace) -> float:
+    host_gb: float = options.host_memory_gb
+    require_range("--host-memory-gb", host_gb, 0, LARGEST, above=0)
+    return host_gb
+
+
+def _disk(machine: Machine, options: argparse.Namespace) -> Disk:
+    """The hardware file's, or what flags say; UserError where neither does."""
+    gbps, latency_us, disk = options.disk_gbps, options.disk_latency_us, machine.disk
     if gbps is not None or disk is None:
         if gbps is None:
             raise UserError(
@@ -280,23 +285,30 @@ def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
     if latency_us is not None:
         require_range("--disk-latency-us", latency_us, 0, 1e9)
         disk = replace(disk, latency_us=latency_us)
+    return disk
+
+
+def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
+    """What host memory of --host-memory-gb over a disk gives."""
+    if on is None:
+        raise UserError("--host-memory-gb needs --hardware and --model: give a file of hardware/")
     given = vars(options)
-    host_gb, costs = given["host_memory_gb"], on.costs
-    require_range("--host-memory-gb", host_gb, 0, LARGEST, above=0)
+    host_gb, disk = _host_gb(options), _disk(on.machine, options)
+    costs = replace(on.costs, disk=disk)
     policy = given.get("host_policy", "LFRU")
-    n_ways = min(int(host_gb * 1e9 / (trace.n_layers * costs.block_bytes)), trace.n_experts)
-    if n_ways < 1:
-        least_gb = trace.n_layers * costs.block_bytes / 1e9
+    sizes = [costs.block_bytes] * trace.n_layers
+    ways = ways_within(int(host_gb * 1e9), sizes, [trace.n_experts] * trace.n_layers)
+    if not min(ways):
         raise UserError(
-            f"expected --host-memory-gb for at least one expert of each layer, {least_gb:.3g} GB, "
-            f"found {host_gb:g}"
+            f"expected --host-memory-gb for at least one expert of each layer, "
+            f"{sum(sizes) / 1e9:.3g} GB, found {host_gb:g}"
         )
     cache = chosen(CacheOptions, {name: given[name] for name in _CACHE_FLAGS if name in given})
     on.require_memory(cache)
-    result = replay_tiers(trace, n_ways, policy, costs, disk, cache)
+    result = replay_tiers(trace, ways, policy, costs, cache)
     all_gb = trace.n_layers * trace.n_experts * costs.block_bytes / 1e9
     print(
-        f"host memory: {host_gb:g} GB for {all_gb:.1f} GB of experts: {n_ways} of "
+        f"host memory: {host_gb:g} GB for {all_gb:.1f} GB of experts: {min(ways)} of "
         f"{trace.n_experts} of each layer, {policy}; disk: {disk.gbps:g} GB/s, "
         f"{disk.latency_us:g} us"
     )
@@ -308,7 +320,7 @@ def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
         + (f"; {result.gpu_hits / n_tokens:.1f} a token hit on the GPU" if cache.n_slots else "")
     )
     if not cache.n_slots:
-        best = most_hits(trace.passes, trace.n_layers, n_ways)
+        best = most_hits(trace.passes, trace.n_layers, max(ways))
         print(f"Belady's optimum, with bypass: {100 * best / trace.n_chosen:.1f}%")
     step_ms, waited_ms = (us / 1e3 / n_tokens for us in (result.decode_us, result.waited_us))
     print(f"predicted on {on.machine.name}, {on.machine.cpu.cores} cores:")
@@ -317,7 +329,7 @@ def _tiers(trace: Trace, on: _Host | None, options: argparse.Namespace) -> None:
         f"{waited_ms:.1f} ms of it waiting for the disk"
     )
     if not cache.n_slots:
-        bound = bound_tokens_per_s(trace, n_ways, costs, disk)
+        bound = bound_tokens_per_s(trace, max(ways), costs)
         print(f"  bound (perfect prediction, full overlap): {bound:.2f} tokens/s")
     print(f"  {on.limit()}")
 
@@ -401,7 +413,8 @@ def _sweep(trace: Trace, on: _Host | None, output_dir: Path) -> None:
     print(f"{len(rows)} settings: wrote {', '.join(map(str, paths))}")
 
 
-def _tune(trace: Trace, on: _Host, memory_gb: float | None, formats: Sequence[str]) -> None:
+def _tune(trace: Trace, on: _Host, options: argparse.Namespace, formats: Sequence[str]) -> None:
+    memory_gb = options.memory_gb
     memory_bytes, machine = on.cache_bytes, on.machine
     if memory_bytes < 0:
         raise UserError(
@@ -412,18 +425,28 @@ def _tune(trace: Trace, on: _Host, memory_gb: float | None, formats: Sequence[st
         require_range("--memory-gb", memory_gb, 0, memory_bytes / 1e9)
         memory_bytes = memory_gb * 1e9
     costs = {name: machine.cost_model(on.shape, name) for name in formats}
+    host_bytes = None
+    if "host_memory_gb" in options:
+        host_bytes, disk = int(_host_gb(options) * 1e9), _disk(machine, options)
+        costs = {name: replace(one, disk=disk) for name, one in costs.items()}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )
-    print(f"{'format':<7}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
-    points = tune(trace, int(memory_bytes), costs)
+    points = tune(trace, int(memory_bytes), costs, host_bytes)
+    if not points:
+        raise UserError(
+            f"expected --host-memory-gb for at least one expert of each layer, found "
+            f"{options.host_memory_gb:g}"
+        )
+    print(f"{'format':<7}{'host':>5}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
     for point in points:
         mark = "  *" if point.on_front else ""
         print(
-            f"{point.weight_format:<7}{point.n_indexes:>4}{point.n_ways:>5} {point.policy:<7}"
-            f"{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
+            f"{point.weight_format:<7}{point.host_ways:>5}{point.n_indexes:>4}{point.n_ways:>5} "
+            f"{point.policy:<7}{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
         )
     print(on.limit())
+    print("host: experts of each layer in host memory, the others are on disk; GB: of GPU slots")
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"

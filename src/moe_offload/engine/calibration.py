@@ -48,6 +48,7 @@ from moe_offload.engine.timing import (
 )
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
@@ -127,6 +128,11 @@ class MachineCosts:
             ]
         else:
             lines.append("accelerator and copies: not measured, this run has no accelerator")
+        if costs.disk is not None:
+            lines.append(
+                f"disk: {costs.disk.gbps:.2f} GB/s of experts, checked; one alone "
+                f"{_time(costs.disk.us(costs.block_bytes))}"
+            )
         return [*lines, f"while measuring: {self.steadiness}"]
 
 
@@ -146,7 +152,8 @@ class Calibration:
     `decode_step` runs one decode step with every expert left out, for the cost of the rest;
     `blocks` are its MoE layers' modules, which it passes in turn; `dense` describes the weights
     that are no expert's. Without `gpu` its costs and the copies' are infinite: nothing is ever sent
-    there. `linears` are one layer's that oneDNN may compute.
+    there. `linears` are one layer's that oneDNN may compute; `disk` has the experts that outgrow
+    `store`.
     """
 
     store: ExpertStore
@@ -158,6 +165,7 @@ class Calibration:
     dense: str
     linears: Sequence[CpuLinear] = ()
     emulate_pcie_gbps: float | None = None
+    disk: DiskTier | None = None
 
     def costs(self, hardware: Hardware, again: bool = False) -> MachineCosts:
         """This machine's costs, from disk where they are known; `again` measures anew.
@@ -197,6 +205,7 @@ class Calibration:
             "dtype": str(self.dtype),
             "dense": self.dense,
             "emulate_pcie_gbps": self.emulate_pcie_gbps,
+            "disk": None if self.disk is None else self.disk.device,
             # Another version's is another.
             "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
         }
@@ -229,6 +238,8 @@ class Calibration:
             with copier(self.store, self.gpu, self.emulate_pcie_gbps) as copy_bytes:
                 model = calibrate_copy(model, copy_bytes, two_experts)
             model = replace(model, sum_wait_us=sum_wait_us(self.store, self.gpu, self.dtype))
+        if self.disk is not None:
+            model = replace(model, disk=self.disk.measured(two_experts))
         read_gbps = plain_read_gbps(self.store, self.cpu)
         watch.burst()
         return MachineCosts(model, read_gbps, watch.result())
@@ -302,9 +313,8 @@ def predicted_step_us(recorder: Recorder, costs: CostModel) -> float | None:
     gpu, waited, cpu = (
         layers[name] // costs.block_bytes for name in ("gpu_bytes", "waited_bytes", "cpu_bytes")
     )
-    columns = (gpu - waited, cpu, layers["fetches"] > 0, waited)
+    columns = (gpu - waited, cpu, layers["fetches"] > 0, waited, layers["host_misses"])
     total_us = 0.0  # the few different layers, each as often as it came
     for layer, n in Counter(zip(*(c.tolist() for c in columns), strict=True)).items():
-        n_gpu, n_cpu, copying, n_waited = layer
-        total_us += n * costs.decode_layer_us(n_gpu, n_cpu, copying, n_waited=n_waited)
+        total_us += n * costs.decode_layer_us(*layer)
     return total_us / int(decode.sum()) + costs.step_us

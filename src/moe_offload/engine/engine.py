@@ -115,7 +115,9 @@ class Engine:
                 costs = self._measured(gpu)
             del gpu  # its slots are free memory again
             free_bytes = free_slot_bytes(self.device, self.kv_bytes)
-            options = chosen_cache(options, self.source, free_bytes, costs.model, self.notes)
+            options = chosen_cache(
+                options, self.source, self.store, free_bytes, costs.model, self.notes
+            )
         if options.wants_accelerator:
             gpu = self._slots(options.n_slots + N_STAGING_SLOTS)
             costs = self._measured(gpu)
@@ -159,6 +161,7 @@ class Engine:
             dense=f"{self.source.dense_format} {self.source.dense_bytes}",
             linears=distinct_linears(onednn_linears(self.model)),
             emulate_pcie_gbps=self.emulate_pcie_gbps,
+            disk=self.store if isinstance(self.store, DiskTier) else None,
         )
         self.costs = calibration.costs(read_hardware(gpu_uuid=self.gpu_uuid), again)
         found = (self.costs.onednn_experts, self.costs.onednn_dense)
@@ -169,13 +172,11 @@ class Engine:
     def _alone(self) -> CostModel | None:
         """The costs that tell what a step takes on a quiet machine.
 
-        None without any; where the accelerator is emulated, for it is for trying the mechanism and
-        computes on the cores whose costs are known without it; and where a step waits for a disk.
+        None without any, and where the accelerator is emulated, for it is for trying the mechanism
+        and computes on the cores whose costs are known without it.
         """
         is_emulated = self.accelerator is not None and self.device.type == "cpu"
-        if self.costs is None or is_emulated or isinstance(self.store, DiskTier):
-            return None
-        return self.costs.model
+        return None if self.costs is None or is_emulated else self.costs.model
 
     def predicted_step_us(self, recorder: Recorder) -> float | None:
         """What the costs predict for the mean decode step that was recorded.
@@ -247,6 +248,7 @@ class Engine:
         missed_us = costs.cpu.us(n_experts, n_pairs)
         if self.accelerator is not None:
             missed_us = max(missed_us, n_experts * costs.copy_us(shared=True))
+        missed_us = costs.with_reads_us(missed_us, n_experts)
         return costs.step_us + self.store.n_layers * (costs.dense_us_per_layer + missed_us)
 
     def learnt(self) -> list[str]:
@@ -339,9 +341,10 @@ def load_engine(
         kv_bytes=kv_bytes,
         slot_bytes=(n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes if n_slots else 0,
     )
-    n_ways = host_ways(options, source, budget, notes)
-    if n_ways is not None:
-        budget = budget.with_experts(n_ways * sum(layout.block_bytes for layout in source.layouts))
+    ways = host_ways(options, source, budget, notes)
+    if ways is not None:
+        held = zip(ways, source.layouts, strict=True)
+        budget = budget.with_experts(sum(n * layout.block_bytes for n, layout in held))
     if say is not None:
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
@@ -349,9 +352,9 @@ def load_engine(
     favourites: list[list[int]] = []
     if options.warm_start is not None:
         favourites = read_favourites(options.warm_start, source.n_experts)
-        if n_ways is None:
+        if ways is None:
             notes.append("all experts are in host memory: --warm-start has nothing to choose")
-    store = open_experts(n_ways, options, source, notes)
+    store = open_experts(ways, options, source, notes)
     cpu = [
         CpuExperts(
             source.layouts[site.layer],
@@ -372,8 +375,8 @@ def load_engine(
         # transformers' mark: Qwen3-Omni's own initialisation would ask for the experts' parameters
         block._is_hf_initialized = True
     expert_bytes = [
-        min(len(experts), n_ways or 0) * layout.block_bytes
-        for experts, layout in zip(favourites, source.layouts, strict=False)
+        min(len(experts), n) * layout.block_bytes
+        for experts, layout, n in zip(favourites, source.layouts, ways or (), strict=False)
     ]
     if isinstance(store, ExpertStore):
         expert_bytes = [store.total_bytes]

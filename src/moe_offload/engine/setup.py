@@ -16,7 +16,7 @@ from moe_offload.config import CacheOptions, ModelOptions, flag_of
 from moe_offload.engine.memory import Budget
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.cache import ExpertCache, make_policy
+from moe_offload.experts.cache import ExpertCache, make_policy, ways_within
 from moe_offload.experts.costs import CostModel
 from moe_offload.experts.disk_tier import DiskTier, Router
 from moe_offload.experts.fetcher import make_fetcher
@@ -63,7 +63,7 @@ def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> 
 
 def host_ways(
     options: ModelOptions, source: ModelSource, budget: Budget, notes: list[str]
-) -> int | None:
+) -> list[int] | None:
     """How many experts of each layer host memory holds; None where all have room and may have it.
 
     UserError where not even one has. Random weights are on no disk, so they have no other place.
@@ -74,23 +74,25 @@ def host_ways(
     asked = options.host_memory_gb
     if asked is not None:
         room_bytes = int(asked * 1e9)
-    each_bytes = sum(layout.block_bytes for layout in source.layouts)
-    n_ways, n_experts = room_bytes // each_bytes, max(source.n_experts)
-    if source.manifest.expert_bytes <= room_bytes or n_ways >= n_experts:
+    if source.manifest.expert_bytes <= room_bytes:
         return None
-    if n_ways < 1:
+    block_bytes = [layout.block_bytes for layout in source.layouts]
+    ways, n_experts = ways_within(room_bytes, block_bytes, source.n_experts), max(source.n_experts)
+    if not min(ways):
         if asked is None:  # the budget says what is missing, and what would help
             return None
         raise UserError(
             f"expected room for at least one expert of each layer in --host-memory-gb {asked:g}: "
-            f"with this model that is {each_bytes / 1e9:.3g} GB or more"
+            f"with this model that is {sum(block_bytes) / 1e9:.3g} GB or more"
         )
     why = "" if asked is not None else f", for {room_bytes / 1e9:.1f} GB are free for them"
+    least, most = min(ways), max(ways)
+    span = f"{least}" if least == most else f"{least} to {most}"
     notes.append(
-        f"host memory holds {n_ways} of {n_experts} experts of each layer"
+        f"host memory holds {span} of {n_experts} experts of each layer"
         f"{why}; the others are read from disk when they are needed"
     )
-    return n_ways
+    return ways
 
 
 def read_favourites(path: Path, n_experts: Sequence[int]) -> list[list[int]]:
@@ -126,14 +128,14 @@ def read_favourites(path: Path, n_experts: Sequence[int]) -> list[list[int]]:
 
 
 def open_experts(
-    n_ways: int | None, options: ModelOptions, source: ModelSource, notes: list[str]
+    ways: list[int] | None, options: ModelOptions, source: ModelSource, notes: list[str]
 ) -> ExpertStore | DiskTier:
-    """Where the experts live; without `n_ways`, all in host memory, which `load_experts` fills."""
+    """Where the experts live; without `ways`, all in host memory, which `load_experts` fills."""
     kernels = load_kernels(options.cpu_kernel, options.cpu_isa, options.cpu_affinity)
-    if n_ways is None or not isinstance(source, PreparedModel):
+    if ways is None or not isinstance(source, PreparedModel):
         return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers, kernels)
     policy = make_policy(options.host_policy)
-    tier = DiskTier(source.manifest.moe_layers, n_ways, policy, kernels)
+    tier = DiskTier(source.manifest.moe_layers, ways, policy, kernels)
     if not tier.is_direct:
         notes.append(
             f"the file system of {source.folder} refuses direct reads (O_DIRECT): experts are "
@@ -143,7 +145,12 @@ def open_experts(
 
 
 def chosen_cache(
-    options: CacheOptions, source: ModelSource, free_bytes: int, costs: CostModel, notes: list[str]
+    options: CacheOptions,
+    source: ModelSource,
+    store: ExpertStore | DiskTier,
+    free_bytes: int,
+    costs: CostModel,
+    notes: list[str],
 ) -> CacheOptions:
     """`--cache-auto`: N, M and policy for `free_bytes` of slots, by this machine's speeds.
 
@@ -159,6 +166,7 @@ def chosen_cache(
         experts_per_token(source.config) or 2,
         costs,
         None if options.trace is None else read_trace(options.trace),
+        store.memory.n_experts if isinstance(store, DiskTier) else None,
     )
     chosen = replace(
         options,

@@ -163,17 +163,28 @@ class ExpertCache:
     Counters, all since construction: `hits` and `misses` of `lookup` on cached layers,
     `admissions` (copies begun) and `evictions` (ready experts that gave up their place).
 
-    With `n_slots`, where memory has no room for all, the last index has fewer ways.
+    With `n_slots`, where memory has no room for all, the last index has fewer ways; with `ways`
+    each index has its own number, at most M.
     """
 
     def __init__(
-        self, n_indexes: int, n_ways: int, policy: ReplacementPolicy, n_slots: int | None = None
+        self,
+        n_indexes: int,
+        n_ways: int,
+        policy: ReplacementPolicy,
+        n_slots: int | None = None,
+        ways: Sequence[int] | None = None,
     ) -> None:
         assert n_indexes >= 0 and n_ways >= 0, (n_indexes, n_ways)
         self.n_indexes = n_indexes if n_ways else 0
         self.n_ways = n_ways
         self.n_slots = self.n_indexes * n_ways if n_slots is None else n_slots
         assert 0 <= self.n_indexes * n_ways - self.n_slots < max(1, n_ways), n_slots
+        if ways is None:
+            firsts = range(0, self.n_indexes * n_ways, n_ways or 1)
+            ways = [min(n_ways, self.n_slots - first) for first in firsts]
+        assert len(ways) == self.n_indexes and all(0 <= n <= n_ways for n in ways), ways
+        self._ways = tuple(ways)  # of each index
         self.policy = policy
         policy.start(self.n_indexes, n_ways)
         self._slots: list[dict[int, int]] = [{} for _ in range(self.n_indexes)]  # expert -> slot
@@ -223,7 +234,7 @@ class ExpertCache:
         if expert in slot_of:
             return None
         first = layer * self.n_ways
-        end = min(first + self.n_ways, self.n_slots)
+        end = first + self._ways[layer]
         if len(slot_of) < end - first:
             slot = self._state.find(_EMPTY, first, end)
         else:
@@ -313,7 +324,7 @@ class ExpertCache:
         if layer >= self.n_indexes:
             return []
         slot_of = self._slots[layer]
-        n_ways = min(self.n_ways, self.n_slots - layer * self.n_ways)
+        n_ways = self._ways[layer]
         wanted: dict[int, None] = {}
         for expert in chain.from_iterable(reversed(ids)):
             if len(wanted) == n_ways:
@@ -361,6 +372,21 @@ class ExpertCache:
     def in_flight(self) -> list[int]:
         """Return the slots that await their copies."""
         return [slot for slot, state in enumerate(self._state) if state == _IN_FLIGHT]
+
+
+def ways_within(room_bytes: int, block_bytes: Sequence[int], n_experts: Sequence[int]) -> list[int]:
+    """How many experts of each layer `room_bytes` hold: as many of each, at most all of them.
+
+    What is left then holds one more of the first layers.
+    """
+    each = room_bytes // sum(block_bytes)
+    ways = [min(each, n) for n in n_experts]
+    left_bytes = room_bytes - sum(n * size for n, size in zip(ways, block_bytes, strict=True))
+    for layer, size in enumerate(block_bytes):
+        if ways[layer] < n_experts[layer] and size <= left_bytes:
+            ways[layer] += 1
+            left_bytes -= size
+    return ways
 
 
 @dataclass

@@ -57,6 +57,22 @@ class SideCost:
 
 
 @dataclass(frozen=True)
+class DiskCost:
+    """What reads of whole experts reach, several in flight, and how long the first one takes."""
+
+    gbps: float
+    latency_us: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.gbps < float("inf") and 0 <= self.latency_us < _NO_TIME_US):
+            raise ValueError(f"a disk that no machine has: {self}")
+
+    def us(self, n_bytes: float) -> float:
+        """Return the time to read so many bytes, in us."""
+        return self.latency_us + n_bytes / self.gbps / 1e3 if n_bytes else 0.0
+
+
+@dataclass(frozen=True)
 class CostModel:
     """The measured costs of one machine for one model's experts.
 
@@ -69,7 +85,8 @@ class CostModel:
     `sum_wait_us` is how much later the CPU's sum is on the GPU while a copy is under way.
 
     `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
-    another way to compute it is faster from there on; None where there is none.
+    another way to compute it is faster from there on; None where there is none. `disk` is known
+    where experts outgrow host memory.
     """
 
     cpu: SideCost
@@ -83,6 +100,7 @@ class CostModel:
     cpu_many: SideCost | None = None
     cpu_many_tokens: int = 0
     step_us: float = 0.0
+    disk: DiskCost | None = None
     sum_wait_us: float = 0.0
 
     def __post_init__(self) -> None:
@@ -123,6 +141,15 @@ class CostModel:
         gbps = self.copy_gbps_shared if shared else self.copy_gbps
         return self.copy_call_us + self.block_bytes / gbps / 1e3
 
+    def with_reads_us(self, experts_us: float, n_reads: int) -> float:
+        """Return what a layer's experts take, us, where `n_reads` of them come from disk.
+
+        `experts_us` is what they take from memory. Each is computed as it arrives: the last, alone.
+        """
+        if not n_reads or self.disk is None:
+            return experts_us
+        return max(experts_us, self.disk.us(n_reads * self.block_bytes) + self.cpu.us(1, 1))
+
     def overlap_us(self, cpu_us: float, n_copies: float) -> tuple[float, float]:
         """Return when CPU work and copies that begin together each end, in us.
 
@@ -139,12 +166,13 @@ class CostModel:
         return slow_us, slow_us + left * self.copy_us(shared=False)
 
     def decode_layer_us(
-        self, n_hits: int, n_misses: int, copying: bool, n_waited: int = 0
+        self, n_hits: int, n_misses: int, copying: bool, n_waited: int = 0, n_reads: int = 0
     ) -> float:
         """Return one decode layer in us: hits on the GPU while the CPU computes the misses.
 
         `copying`: background copies keep the bus busy all the while. `n_waited` further misses
-        are computed on the GPU, each by a call of its own once its copy is there.
+        are computed on the GPU, each by a call of its own once its copy is there. `n_reads` of all
+        misses come from disk first.
         """
         cpu_us, copies_us = self.cpu.us(n_misses, n_misses), 0.0
         gpu_us = self.gpu.us(n_hits, n_hits) + n_waited * self.gpu.us(1, 1)
@@ -155,7 +183,8 @@ class CostModel:
             cpu_us *= self.cpu_shared_factor
         if n_misses and (copying or n_waited):
             cpu_us += self.sum_wait_us
-        return self.dense_us_per_layer + max(cpu_us, gpu_us, copies_us)
+        experts_us = max(cpu_us, gpu_us, copies_us)
+        return self.dense_us_per_layer + self.with_reads_us(experts_us, n_reads)
 
     def split(
         self, held: Mapping[int, int], missed: Mapping[int, int], backlog_us: float = 0.0

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from statistics import median
 from typing import Final
 
 from torch import Tensor
 
 from moe_offload.checkpoint.block_file import BlockFile
 from moe_offload.checkpoint.prepared import MoeLayer
+from moe_offload.experts.costs import DiskCost
+from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.bindings import CpuKernels, zlib_crc32
 from moe_offload.machine.streams import HostPool
 
+_SCRATCH_BYTES: Final = 64 << 20  # that a measurement reads into
+_MEASURED_S: Final = 0.3
+_MEASURED_ROUNDS: Final = 6
 N_READERS: Final = 4  # as many as saturate an NVMe disk with reads of a megabyte or more
 
 
@@ -57,22 +63,24 @@ class Read:
 class DiskReads:
     """Reads blocks of the layers' files on threads of its own; close it in the end.
 
-    `told` is called, on any thread, when a read is done; `kernels` take the checksums, where there
-    are any. `busy_s` is how long at least one piece was being read. UserError when a file cannot be
-    opened.
+    `has_ended` is set, on any thread, when a read is done; `kernels` take the checksums, where
+    there are any. `busy_s` is how long at least one piece was being read. UserError when a file
+    cannot be opened.
     """
 
     def __init__(
         self,
         layers: Sequence[MoeLayer],
-        told: Callable[[], None],
+        has_ended: threading.Event,
         kernels: CpuKernels | None = None,
     ) -> None:
         self._crc32 = zlib_crc32 if kernels is None else kernels.crc32
         self.busy_s = 0.0
-        self._told = told
+        self._layers = tuple(layers)
+        self._has_ended = has_ended
         self._is_closed = False
         self._lock = threading.Lock()  # never held by the thread that drives the model
+        self._started: deque[Read] = deque()  # nobody has seen them yet
         self._open: list[Read] = []  # with pieces that are not begun
         self._n_active, self._active_since_s = 0, 0.0
         self._files: list[BlockFile] = []
@@ -90,11 +98,50 @@ class DiskReads:
         return all(file.is_direct for file in self._files)
 
     def start(self, read: Read) -> None:
-        """Start a read, unless it has been.
+        """Start a read; of one that has been started, nothing but its end is made sure of."""
+        self._started.append(read)
+        self._readers.submit(self._carry_out_next)
 
-        One step, so that an interrupt leaves nothing half begun.
+    def measured(self, compute: Callable[[], None]) -> DiskCost:
+        """What reads of other blocks each time cost, one alone and several at once.
+
+        Each behind a call of `compute`, for in a decode step the disk has rested meanwhile.
         """
-        self._readers.submit(partial(self._begin, read))
+        layout, n_experts = self._layers[0].layout, self._layers[0].n_experts
+        alike = [n for n, layer in enumerate(self._layers) if layer.layout == layout]
+        block_bytes = layout.block_bytes
+        most = max(1, min(N_READERS, _SCRATCH_BYTES // block_bytes, n_experts))
+        scratch = ExpertStore([layout], [most])
+        scratch.blocks(0).zero_()
+        seconds: dict[int, list[float]] = {1: [], most: []}
+        turn, end_s = 0, time.perf_counter() + _MEASURED_S
+        while turn < _MEASURED_ROUNDS or time.perf_counter() < end_s:
+            for n, times_s in seconds.items():
+                turn += 1
+                compute()
+                began_s = time.perf_counter()
+                self._read_all(alike[turn % len(alike)], turn * most, scratch, n)
+                times_s.append(time.perf_counter() - began_s)
+        one_s, most_s = (median(seconds[n]) for n in (1, most))
+        # Where several are no slower than one, such as of tiny experts, there is no speed to tell.
+        each_s = (most_s - one_s) / (most - 1) if most_s > one_s else max(most_s / most, 1e-9)
+        return DiskCost(block_bytes / each_s / 1e9, max(0.0, 1e6 * (one_s - each_s)))
+
+    def _read_all(self, layer: int, first: int, scratch: ExpertStore, n: int) -> None:
+        """`n` experts of a layer from `first` on, at once; UserError as for any."""
+        n_experts = self._layers[layer].n_experts
+        reads = [
+            Read(layer, (first + place) % n_experts, scratch.block(0, place), is_ahead=False)
+            for place in range(n)
+        ]
+        for read in reads:
+            self.start(read)
+        while not all(read.is_done for read in reads):
+            self._has_ended.wait()
+            self._has_ended.clear()
+        for read in reads:
+            if read.error is not None:
+                raise read.error
 
     def close(self) -> None:
         """End when the pieces under way have; the others are given up, and the files closed."""
@@ -104,20 +151,22 @@ class DiskReads:
             file.close()
         self._files.clear()
 
-    def _begin(self, read: Read) -> None:
-        """On a reader's thread: make pieces of it, and carry one of all out."""
-        with self._lock:
-            if read.checksums:
-                return
-            read.checksums = [None for _ in self._files[read.layer].pieces]
-            self._open.append(read)
-        for _ in read.checksums[1:]:
-            self._readers.submit(self._carry_out_next)
-        self._carry_out_next()
+    def _open_started(self) -> None:
+        """With the lock: make pieces of what was started, each to be carried out by a thread."""
+        while self._started:
+            read = self._started.popleft()
+            if not read.checksums:
+                read.checksums = [None for _ in self._files[read.layer].pieces]
+                self._open.append(read)
+                for _ in read.checksums[1:]:
+                    self._readers.submit(self._carry_out_next)
 
     def _carry_out_next(self) -> None:
         """On a reader's thread: the first piece of what has waited longest and is asked for."""
         with self._lock:
+            self._open_started()
+            if not self._open:
+                return
             read = min(self._open, key=lambda one: one.is_optional)
             piece = read.n_begun
             read.n_begun += 1
@@ -135,7 +184,7 @@ class DiskReads:
             if read.is_whole:
                 self._check(read)
             read.is_done = True
-            self._told()
+            self._has_ended.set()
 
     def _read(self, read: Read, piece: int) -> None:
         file = self._files[read.layer]

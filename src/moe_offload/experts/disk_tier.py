@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moe_offload.checkpoint.prepared import MoeLayer
 from moe_offload.experts.cache import ExpertCache, ReplacementPolicy
+from moe_offload.experts.costs import DiskCost
 from moe_offload.experts.disk_reads import DiskReads, Read
 from moe_offload.experts.plan import Trial
 from moe_offload.experts.store import DiskCounts, ExpertStore
@@ -37,7 +38,7 @@ _COPY_WAIT_S: Final = 1e-4  # between looks whether a copy has ended that keeps 
 
 
 class DiskTier:
-    """Host memory for `n_ways` experts of each layer, over their files; close it in the end.
+    """Host memory for `ways` experts of each layer, over their files; close it in the end.
 
     Takes an `ExpertStore`'s place. One thread drives it, as it does the model; threads of its own
     read, and check what they read with `kernels`. `copying` gives the addresses that copies to the
@@ -48,15 +49,15 @@ class DiskTier:
     def __init__(
         self,
         layers: Sequence[MoeLayer],
-        n_ways: int,
+        ways: Sequence[int],
         policy: ReplacementPolicy,
         kernels: CpuKernels | None = None,
     ) -> None:
         self.layouts = tuple(layer.layout for layer in layers)
         self.n_experts = tuple(layer.n_experts for layer in layers)
         self.total_bytes = sum(one.n_experts * one.layout.block_bytes for one in layers)
-        self.memory = ExpertStore(self.layouts, [min(n_ways, n) for n in self.n_experts])
-        self.cache = ExpertCache(len(layers), n_ways, policy)
+        self.memory = ExpertStore(self.layouts, ways)
+        self.cache = ExpertCache(len(layers), max(ways), policy, ways=ways)
         self.disk = DiskCounts()
         self.copying: Callable[[], Collection[int]] = tuple
         self.routers: Sequence[Router] = ()  # of all layers, where the tier may read ahead
@@ -68,7 +69,8 @@ class DiskTier:
         self._reads: dict[int, Read] = {}  # by slot
         self._failed: dict[tuple[int, int], Exception] = {}
         self._has_ended = threading.Event()  # a read, since somebody looked
-        self._disk = DiskReads(layers, self._has_ended.set, kernels)
+        self.device = layers[0].file.stat().st_dev  # the number of the disk
+        self._disk = DiskReads(layers, self._has_ended, kernels)
         for layer in range(self.n_layers):
             self.memory.blocks(layer).zero_()  # all is had now, not in the middle of an answer
 
@@ -173,11 +175,15 @@ class DiskTier:
 
         To the policy each has then been used twice, the most wanted last.
         """
-        wanted = experts[: self.cache.n_ways]
+        wanted = experts[: len(self.memory.blocks(layer))]
         for _ in self.arriving(layer, wanted):
             pass
         self.cache.lookup(layer, wanted[::-1])
         self.cache.end_step(layer)
+
+    def measured(self, compute: Callable[[], None]) -> DiskCost:
+        """What reads of experts cost, one alone and several in flight: `DiskReads.measured`."""
+        return self._disk.measured(compute)
 
     def notes(self) -> list[str]:
         """What was learnt during the run, as lines for the summary."""

@@ -81,10 +81,10 @@ class CpuAttention:
             attention_mask = _causal_at_the_end(query, key)
         own = _eager_function(module, extras)
         if own is not None:
-            return own(module, query, key, value, _additive(attention_mask, query), **extras)[
-                0
-            ], None
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extras)
+            attention_mask = _additive(attention_mask, query)
+            output, _ = own(module, query, key, value, attention_mask, **extras)
+        else:
+            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **extras)
         return output, None
 
     def attend(

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from moe_offload.errors import UserError
-from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, DiskCost, SideCost
 from moe_offload.files import from_json, require_regular, write_atomically
 from moe_offload.simulation.replay import Busy
 from moe_offload.simulation.shapes import ModelShape
@@ -89,15 +89,8 @@ class Gpu(_Part):
 
 
 @dataclass(frozen=True)
-class Disk(_Part):
-    """What reads of whole experts reach, several in flight, and how long the first one takes."""
-
-    gbps: float
-    latency_us: float
-
-    def us(self, n_bytes: float) -> float:
-        """Return the time to read so many bytes, in us."""
-        return self.latency_us + n_bytes / self.gbps / 1e3
+class Disk(_Part, DiskCost):
+    """As in a hardware file."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +145,7 @@ class Machine(_Part):
             block_bytes=block_bytes,
             dense_us_per_layer=self.layer_us + 2e-3 * shape.dense_weights_per_layer / gpu.gbps,
             step_us=self.step_us,
+            disk=self.disk,
             sum_wait_us=bus.sum_wait_us,
         )
 

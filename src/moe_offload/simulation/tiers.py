@@ -9,13 +9,13 @@ optimum's misses, known in advance, and a step that waits for nothing but the bu
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from moe_offload.config import CacheOptions
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel
-from moe_offload.simulation.machine_file import Disk
 from moe_offload.simulation.replay import bound_us, most_hits
 from moe_offload.simulation.traces import Trace, distinct_experts
 
@@ -47,17 +47,17 @@ class TierReplay:
 
 def replay_tiers(
     trace: Trace,
-    n_ways: int,
+    ways: Sequence[int],
     policy: str,
     costs: CostModel,
-    disk: Disk,
     gpu: CacheOptions | None = None,
 ) -> TierReplay:
-    """Run `trace` with `n_ways` experts of each layer in host memory, all empty at first.
+    """Run `trace` with `ways` experts of each layer in host memory, all empty at first.
 
-    `policy` is host memory's, by name; `gpu` the cache above it.
+    `policy` is host memory's, by name; `gpu` the cache above it; `costs` know the disk.
     """
-    host = ExpertCache(trace.n_layers, n_ways, make_policy(policy))
+    assert costs.disk is not None
+    host = ExpertCache(trace.n_layers, max(ways), make_policy(policy), ways=ways)
     gpu = gpu or CacheOptions()
     cache = ExpertCache(gpu.n_indexes, gpu.n_ways, make_policy(gpu.policy))
     result = TierReplay()
@@ -79,15 +79,13 @@ def replay_tiers(
                 cpu_us *= costs.cpu_shared_factor if fetches else 1.0
             gpu_us = costs.gpu.us_of([counts[e] for e in experts if e not in asked])
             without_us = max(cpu_us, gpu_us)
-            disk_us = disk.us(len(missed) * costs.block_bytes) if missed else 0.0
-            last_us = costs.cpu.us(1, 1) if missed else 0.0
-            experts_us = max(without_us, disk_us + last_us)
+            experts_us = costs.with_reads_us(without_us, len(missed))
             pass_us += costs.dense_us_per_layer + experts_us
             if is_decode:
                 result.gpu_hits += len(experts) - len(asked)
                 result.hits += len(asked) - len(missed)
                 result.misses += len(missed)
-                result.disk_us += disk_us
+                result.disk_us += costs.disk.us(len(missed) * costs.block_bytes)
                 result.waited_us += experts_us - without_us
         if is_decode:
             result.decode_us += pass_us
@@ -98,28 +96,37 @@ def replay_tiers(
 
 
 def ask_host(host: ExpertCache, layer: int, experts: list[int]) -> list[int]:
-    """Ask for a layer's experts as the engine does, in the file's order; those missed."""
+    """Ask for a layer's experts as `DiskTier.arriving` does; those missed, in the file's order.
+
+    Where the misses wait for ways, experts that are there give theirs up one at a time. Reads end
+    in the order of their start, none before all that was there has been computed.
+    """
     slots = host.lookup(layer, experts)
-    missed = sorted(e for e, slot in zip(experts, slots, strict=True) if slot < 0)
-    for expert in missed:
-        slot = host.admit(layer, expert)
-        if slot is None:  # those before it have been computed
-            host.end_step(layer)
-            slot = host.admit(layer, expert)
-        assert slot is not None
-        host.mark_ready(slot)
-    host.end_step(layer)
+    there = [expert for expert, slot in zip(experts, slots, strict=True) if slot >= 0]
+    missed = sorted(set(experts).difference(there))
+    waiting, reading = list(missed), list[int]()
+    while there or waiting or reading:
+        while waiting and (slot := host.admit(layer, waiting[0])) is not None:
+            waiting.pop(0)
+            reading.append(slot)
+        del there[: 1 if waiting else len(there)]
+        host.end_step(layer)
+        if not there and reading:
+            host.mark_ready(reading.pop(0))
+            there.append(missed[len(missed) - len(waiting) - len(reading) - 1])
+        host.protect(layer, there)
     return missed
 
 
-def bound_tokens_per_s(trace: Trace, n_ways: int, costs: CostModel, disk: Disk) -> float:
+def bound_tokens_per_s(trace: Trace, n_ways: int, costs: CostModel) -> float:
     """The most that any policy and any prediction reach without GPU slots, tokens/s.
 
     The disk reads what even the optimum misses and never rests; CPU and bus share all experts as
     they like; the longer of the two is what a token takes.
     """
+    assert costs.disk is not None
     n_passes = sum(one.phase == "decode" for one in trace.passes)
     missed = trace.n_chosen - most_hits(trace.passes, trace.n_layers, n_ways)
     compute_us = n_passes * bound_us(costs, trace.n_layers, 0, trace.n_chosen / n_passes)
-    disk_us = missed * costs.block_bytes / disk.gbps / 1e3
+    disk_us = missed * costs.block_bytes / costs.disk.gbps / 1e3
     return trace.passes.n_decoded / max(compute_us, disk_us) * 1e6

@@ -14,10 +14,11 @@ from functools import partial
 
 from moe_offload.config import CacheOptions
 from moe_offload.errors import UserError
-from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
+from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy, ways_within
 from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.replay import Replay, Timeline, bound_us, most_hits, replay
-from moe_offload.simulation.traces import RoutingPass, Trace
+from moe_offload.simulation.tiers import replay_tiers
+from moe_offload.simulation.traces import Routing, RoutingPass, Trace
 from moe_offload.simulation.workload import typical_workload
 
 
@@ -121,6 +122,7 @@ def _doubling(limit: int, count: int) -> list[int]:
 SEARCH_TOKENS = 64
 PROMPT_TOKENS = 16
 OTHER_POLICIES = ("FIFO", "LFRU", "LFU")  # tried after LRU; earlier ones win ties
+HOST_POLICY = "LFRU"  # of host memory over a disk, which is the default there
 WORTHWHILE = 1.005  # less gain than this is noise of the routing
 BUDGETS = 6
 _Timed = tuple[float, CacheOptions]  # tokens/s of a cache
@@ -141,11 +143,13 @@ class CacheChoice:
 class TunedSetting(CacheChoice):
     """One point of a tuning: the fastest cache in one expert format, and its memory.
 
-    `on_front`: nothing found is at least as fast in less memory.
+    Host memory holds `host_ways` experts of each layer or more. `on_front`: nothing found is at
+    least as fast in less memory.
     """
 
     weight_format: str
     cache_bytes: int
+    host_ways: int
     on_front: bool = False
 
 
@@ -156,12 +160,14 @@ def choose_cache(
     top_k: int,
     costs: CostModel,
     trace: Trace | None = None,
+    ways: Sequence[int] | None = None,
 ) -> CacheChoice:
     """Choose N, M and policy for `free_bytes` of GPU memory.
 
     Every way to spend the slots is tried, from many indexes of few ways to few of many, on the
     first tokens of `trace`, or without one on synthetic routing of this shape. 0 x 0 when nothing
-    fits or no cache beats the CPU alone. Takes a second or two. Raises UserError for a trace of
+    fits or no cache beats the CPU alone. With `ways` host memory holds so many experts of each
+    layer, over the disk that `costs` know. Takes a second or two. Raises UserError for a trace of
     another shape.
     """
     if trace is None:
@@ -177,8 +183,11 @@ def choose_cache(
     else:
         source = f"the trace of {trace.info.model}"
     passes = first_tokens(trace, SEARCH_TOKENS)
+    first = Trace(trace.info, Routing(passes))
 
     def timed(setting: CacheOptions) -> _Timed:
+        if ways is not None:
+            return replay_tiers(first, ways, HOST_POLICY, costs, setting).tokens_per_s, setting
         cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
         return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s, setting
 
@@ -210,20 +219,37 @@ def choose_cache(
 
 
 def tune(
-    trace: Trace, memory_bytes: int, costs_of_format: dict[str, CostModel]
+    trace: Trace,
+    memory_bytes: int,
+    costs_of_format: dict[str, CostModel],
+    host_bytes: int | None = None,
 ) -> list[TunedSetting]:
     """Find the fastest cache of each expert format at several budgets up to `memory_bytes`.
 
-    Returns the points by memory, with the Pareto front of speed against memory marked.
+    Host memory has `host_bytes` for experts, or room for all. A format of which that does not hold
+    an expert of each layer is left out. Returns the points by memory, with the Pareto front of
+    speed against memory marked.
     """
     points: dict[TunedSetting, None] = {}  # a set in its order
     shape = trace.n_layers, trace.n_experts, trace.info.top_k
     for weight_format, costs in costs_of_format.items():
+        n_layers, n_experts, _ = shape
+        ways = [n_experts] * n_layers
+        if host_bytes is not None:
+            ways = ways_within(host_bytes, [costs.block_bytes] * n_layers, ways)
+        if not min(ways):
+            continue
+        over_disk = ways if min(ways) < n_experts else None
         for step in range(BUDGETS + 1):
-            choice = choose_cache(memory_bytes * step // BUDGETS, *shape, costs, trace)
+            choice = choose_cache(memory_bytes * step // BUDGETS, *shape, costs, trace, over_disk)
             n_bytes = choice.n_indexes * choice.n_ways * costs.block_bytes
             points[
-                TunedSetting(**vars(choice), weight_format=weight_format, cache_bytes=n_bytes)
+                TunedSetting(
+                    **vars(choice),
+                    weight_format=weight_format,
+                    cache_bytes=n_bytes,
+                    host_ways=min(ways),
+                )
             ] = None
     fastest = 0.0
     marked = []

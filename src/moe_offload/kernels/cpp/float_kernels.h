@@ -26,8 +26,8 @@ inline float scalar_weight(const uint16_t* w) { return float_of_bf16(*w); }
 // push out the activations, which every row reads again (Zen 4, AVX2: 26 against 34 GB/s).
 //   one token, activations in half of the first level: one row after another, 6 KiB ahead
 //   one token, longer rows: two rows at a time, so that a load of x serves both
-//   more tokens: four or three rows at a time, as many as 16 registers hold sums of; a weight is
-//   widened once for all tokens of a call (4 tokens, 3 rows at a time instead of 2: 0.85x the time)
+//   more tokens: four or three rows at a time, as many as 16 registers hold sums and weights of; a
+//   weight is widened once for all tokens of a call, a token's vector loaded once for all rows
 // Several rows at a time prefetch the next ones. Distances that are multiples of 4 KiB fall on the
 // cache sets in use and are slower.
 constexpr int64_t kStreamAheadBytes = 6144;
@@ -104,7 +104,7 @@ inline void dot_rows_of(const W* w, int64_t cols, int rows, const float* const* 
         return dot_tokens<V, W, 1, 1>(w, cols, rows, x, y, ldy);
       return dot_tokens<V, W, 2, 1>(w, cols, rows, x, y, ldy);
     case 2: return dot_tokens<V, W, 4, 2>(w, cols, rows, x, y, ldy);
-    case 3: return dot_tokens<V, W, 4, 3>(w, cols, rows, x, y, ldy);
+    case 3: return dot_tokens<V, W, 3, 3>(w, cols, rows, x, y, ldy);
     default: return dot_tokens<V, W, 3, 4>(w, cols, rows, x, y, ldy);
   }
 }
@@ -124,7 +124,7 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
 // the speed of a matrix that has many of those: Zen 5.)
 template <class V, int kRows, int kTokens>
 inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float* y, int64_t ldy) {
-  constexpr int kPair = 2 * V::lanes;
+  constexpr int kPair = 2 * V::lanes, kLine = 64;
   constexpr int kSets = kTokens == 1 ? 2 : 1;  // chains of additions
   const int64_t cols = m.cols, ahead = kRows * cols;
   const uint8_t* w = m.w + row * cols;
@@ -136,46 +136,53 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
     scale_at[r] = (row + r) / m.scales.rows * m.scales.per_row(cols);
     for (int t = 0; t < kTokens; ++t) total[r][t] = V::zero();
   }
-  for (int64_t k = 0; k < cols;) {
+  for (int64_t k = 0, group = 0; k < cols; ++group) {
     const int64_t end = k + m.scales.group < cols ? k + m.scales.group : cols;
     typename V::Type acc[kSets][kRows][kTokens];
     for (int s = 0; s < kSets; ++s)
       for (int r = 0; r < kRows; ++r)
         for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
-    for (; k + kPair <= end; k += kPair) {
+    const auto add_pair = [&](int64_t at) {
       typename V::Type wv[kRows][2];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        if (k % 64 < kPair) {  // once a line
-          const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
-          __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
-        }
-        V::widen_fp8(w + r * cols + k, wv[r]);
-      }
+      for (int r = 0; r < kRows; ++r) V::widen_fp8(w + r * cols + at, wv[r]);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-          const typename V::Type xv = V::load(x[t] + k + v * V::lanes);
+          const typename V::Type xv = V::load(x[t] + at + v * V::lanes);
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             typename V::Type& sum = acc[v % kSets][r][t];
             sum = V::fma(wv[r][v], xv, sum);
           }
         }
+    };
+    for (; k + kLine <= end; k += kLine) {
+      for (int r = 0; r < kRows; ++r) {
+        const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
+        __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
+      }
+#pragma GCC unroll 4
+      for (int at = 0; at < kLine; at += kPair) add_pair(k + at);
     }
+    for (; k + kPair <= end; k += kPair) add_pair(k);
+    float scale[kRows];
     for (int r = 0; r < kRows; ++r) {
-      const float scale = scale_value(m.scales.data, m.scales.type, scale_at[r]++);
+      const bool same = r > 0 && scale_at[r] == scale_at[r - 1];
+      scale[r] = same ? scale[r - 1]
+                      : scale_value(m.scales.data, m.scales.type, scale_at[r] + group);
+      const typename V::Type factor = V::broadcast(scale + r);
       for (int t = 0; t < kTokens; ++t) {
         typename V::Type sum = acc[0][r][t];
         if (kSets == 2) sum = V::add(sum, acc[kSets - 1][r][t]);
-        total[r][t] = V::fma(V::mul(sum, half), V::broadcast(&scale), total[r][t]);
-        float rest = 0.0f;
-        for (int64_t i = k; i < end; ++i) rest += float_of_fp8(w[r * cols + i]) * x[t][i];
-        tail[r][t] += rest * (1.0f / kFp8Half) * scale;
+        total[r][t] = V::fma(V::mul(sum, half), factor, total[r][t]);
       }
     }
-    k = end;
+    for (; k < end; ++k)  // fewer than a pair
+      for (int r = 0; r < kRows; ++r)
+        for (int t = 0; t < kTokens; ++t)
+          tail[r][t] += float_of_fp8(w[r * cols + k]) * (x[t][k] * (1.0f / kFp8Half)) * scale[r];
   }
   for (int r = 0; r < kRows; ++r)
     for (int t = 0; t < kTokens; ++t) y[t * ldy + r] = V::sum(total[r][t]) + tail[r][t];

@@ -93,6 +93,7 @@ class Chunk {
                     const Scratch& s);
   void down_tile(int64_t tile, const Scratch& s, float* out);
 
+  float* x_row(int64_t token) const { return x_ + (token - t0_) * layer_.hidden_size; }
   int64_t tiles(int64_t rows) const { return (rows + tile_ - 1) / tile_; }
 
   const Kernels& kernels_;
@@ -171,7 +172,7 @@ void Chunk::allocate_inputs() {
     e.x = allocate(kernels_, form, layer_.weight_format, e.n_pairs, h, arena_);
     if (form == Form::kDot && layer_.weight_format != kFp8) {
       for (int64_t p = 0; p < e.n_pairs; ++p)
-        e.x.rows[p] = x_ + (e.pairs[p].token - t0_) * h;
+        e.x.rows[p] = x_row(e.pairs[p].token);
       continue;
     }
     if (form == Form::kDot) allocate_rows(e.x);
@@ -203,8 +204,8 @@ void Chunk::convert_token(int64_t t) {
   const int64_t h = layer_.hidden_size;
   const char* source = static_cast<const char*>(tokens_.hidden) +
                        (t0_ + t) * h * (tokens_.hidden_is_bf16 != 0 ? 2 : 4);
-  kernels_.to_float(source, tokens_.hidden_is_bf16 != 0, h, x_ + t * h);
-  if (quantised_) quantise(kernels_, x_token_[t], 0, 0, h, x_ + t * h);
+  kernels_.to_float(source, tokens_.hidden_is_bf16 != 0, h, x_row(t0_ + t));
+  if (quantised_) quantise(kernels_, x_token_[t], 0, 0, h, x_row(t0_ + t));
 }
 
 int Chunk::prepare(Team& team) {
@@ -222,7 +223,7 @@ void Chunk::gather(const Item& item) {
   const Expert& e = *item.expert;
   if (quantised_)
     return copy_quantised(kernels_, e.x, item.index, x_token_[e.pairs[item.index].token - t0_]);
-  const auto row = [&](int64_t t) { return x_ + (e.pairs[t].token - t0_) * layer_.hidden_size; };
+  const auto row = [&](int64_t t) { return x_row(e.pairs[t].token); };
   if (e.x.form == Form::kDot)
     return store_row(e.x, item.index, 0, layer_.hidden_size, row(item.index));
   const Panel panel = panel_of(kernels_, e.x, item.index);

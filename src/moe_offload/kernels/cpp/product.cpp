@@ -175,7 +175,10 @@ void add_bias(const Kernels& kernels, const Matrix& m, const Activations& a, int
 Form choose_form(const Kernels& kernels, int format, int64_t n_tokens, bool exact_fp32) {
   if (format == kMxfp4 && exact_fp32) return Form::kPanels;
   if (is_tiled(format)) return Form::kQuantised;
-  if (kernels.gemm_min_tokens == 0 || n_tokens < kernels.gemm_min_tokens) return Form::kDot;
+  // fp8 takes more steps to widen: once for all tokens where that is cheaper than by three calls.
+  const int least = format == kFp8 ? std::min(kernels.gemm_min_tokens, 2 * kMaxDotTokens + 1)
+                                   : kernels.gemm_min_tokens;
+  if (kernels.gemm_min_tokens == 0 || n_tokens < least) return Form::kDot;
   if (format != kFp32 && kernels.gemm_bf16.element_bytes != 0 && !exact_fp32)
     return Form::kBf16Panels;
   return Form::kPanels;

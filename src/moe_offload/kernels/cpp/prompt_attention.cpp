@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "elementwise.h"
 #include "entry_points.h"
 #include "team.h"
 

@@ -44,7 +44,7 @@ struct Float16 {
   static Type zero_below(Type x, Type least, Type a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), a);
   }
-  static void widen_fp8(const uint8_t* p, Type* out) {  // as in Float8
+  static void widen_fp8(const uint8_t* p, Type* out) {  // as Float8, by shifts
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x87f00000u));
     for (int i = 0; i < 2; ++i) {
       const __m512i w =
