@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ class Spread:
 
     @staticmethod
     def of(values: Iterable[float]) -> Spread:
-        each = list(values)
+        each = list(values) or [math.nan]  # every round was disturbed
         return Spread(median(each), min(each), max(each))
 
 
@@ -119,17 +120,24 @@ class Row:
         if self.work in measured.gaps_us:
             self.gap_us.append(measured.gaps_us[self.work])
 
-    def full_s(self, timed: Iterable[Timed]) -> list[float]:
-        return [one.full_s(self.depths, self.n_layers) for one in timed]
+    @property
+    def steady(self) -> list[int]:
+        """The rounds that count: in the others a program took less for the deeper model, so that
+        something else must have run."""
+        rounds = zip(self.ours, *self.peers.values(), strict=True)
+        return [n for n, each in enumerate(rounds) if all(t.deep_s > t.shallow_s for t in each)]
 
-    def speed(self, timed: Iterable[Timed]) -> Spread:
+    def full_s(self, timed: Sequence[Timed]) -> list[float]:
+        return [timed[n].full_s(self.depths, self.n_layers) for n in self.steady]
+
+    def speed(self, timed: Sequence[Timed]) -> Spread:
         """Tokens/s at full depth."""
         return Spread.of(self.work.tokens / seconds for seconds in self.full_s(timed))
 
-    def layer_ms(self, timed: Iterable[Timed]) -> Spread:
+    def layer_ms(self, timed: Sequence[Timed]) -> Spread:
         """One layer, all tokens of a prompt or one decoded token."""
         calls = DECODED if self.work.kind == "decode" else 1
-        return Spread.of(1e3 * one.layer_s(self.depths) / calls for one in timed)
+        return Spread.of(1e3 * timed[n].layer_s(self.depths) / calls for n in self.steady)
 
     def ratios(self) -> dict[str, Spread]:
         """How many times as fast as each peer at full depth."""
@@ -145,7 +153,8 @@ class Row:
         ours = self.full_s(self.ours)
         if not self.limit_s:
             return None
-        return Spread.of(100 * a / b for a, b in zip(self.limit_s, ours, strict=True))
+        limits = [self.limit_s[n] for n in self.steady]
+        return Spread.of(100 * a / b for a, b in zip(limits, ours, strict=True))
 
     def line(self) -> str:
         text = (
@@ -158,6 +167,8 @@ class Row:
             text += f", {limit.median:3.0f}% of limit"
         if self.gap_us:
             text += f", {median(self.gap_us):.0f} us of a layer between kernels"
+        if len(self.steady) < len(self.ours):
+            text += f", {len(self.ours) - len(self.steady)} disturbed rounds left out"
         for name, ratio in self.ratios().items():
             theirs = self.peers[name]
             text += (

@@ -41,12 +41,13 @@ def _folder(name: str, root: Path) -> Path:
     return prepared(root / name, root / f"{name}-fp32", "--hf", "--expert-dtype", "fp32")
 
 
-def load(folder: Path, device: str = "cuda", **options: Any) -> Engine:
+def load(folder: Path, device: str = "cuda", say: Any = None, **options: Any) -> Engine:
     return load_engine(
         PreparedModel(read_manifest(folder)),
         ModelOptions(folder, device=device, **options),
         CacheOptions(n_indexes=2, n_ways=2, policy="LRU"),
         Recorder(),
+        say=say,
     )
 
 
@@ -87,13 +88,29 @@ def test_what_cannot_be_recorded_stays_eager_and_a_note_says_why(
     """Phi-3.5-MoE asks how long the text is: found in a rehearsal, which is not counted."""
     folder = _folder(name, tmp_path)
     expected = on_cpu(folder, [FIRST], [SECOND])
-    with pretended_gpu(monkeypatch), load(folder) as engine:
+    said: list[str] = []
+    with pretended_gpu(monkeypatch), load(folder, say=said.append) as engine:
+        at_loading = graph_notes(engine)
         assert [greedy(engine.model, [text], N_TOKENS) for text in (FIRST, SECOND)] == expected
         (note,) = graph_notes(engine)
         assert reason in note
+        assert at_loading == [note] or note in said  # when notes have been printed
         assert engine.graphs.replayed == 0
         recorder = engine.dispatcher.recorder
         assert len(recorder.layer_table()) == 2 * N_TOKENS * engine.store.n_layers
+
+
+def test_what_only_static_keys_break_stays_eager(folder, monkeypatch):
+    def update(*_: Any, **__: Any) -> None:
+        raise TypeError("no such keyword")
+
+    expected = on_cpu(folder, [FIRST])
+    monkeypatch.setattr(step_graphs._StaticLayer, "update", update)
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected
+        assert graph_notes(engine) == [
+            "decode steps are not recorded as CUDA graphs: no such keyword"
+        ]
 
 
 def test_a_text_outgrows_its_graphs_and_they_are_recorded_anew(folder, monkeypatch):

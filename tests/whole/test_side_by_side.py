@@ -128,6 +128,16 @@ def test_ratios_are_of_full_depth_and_within_rounds() -> None:
     assert "2.00x [1.00, 2.00]" in row.line()
 
 
+def test_a_disturbed_round_does_not_count() -> None:
+    row = Row("m", "int4", DECODE, (1, 2), 2)
+    row.ours = [Timed(1.0, 2.0), Timed(1.0, 2.0)]
+    row.peers = {"peer": [Timed(5.0, 4.0), Timed(1.0, 3.0)]}
+    row.limit_s = [1.0, 1.0]
+    assert row.steady == [1]
+    assert row.ratios()["peer"].median == 1.5
+    assert "1 disturbed rounds left out" in row.line()
+
+
 def test_the_time_between_kernels_is_each_layers() -> None:
     """By hand, in seconds: two gaps of 1 and 2 in the second layer, one of 4 in the third."""
     step = [("norm", 0, 1), ("run", 5, 6), ("norm", 7, 8), ("run", 10, 11), ("run", 15, 16)]

@@ -58,7 +58,7 @@ from moe_offload.model.loader import (
     onednn_linears,
     refuse_saving,
 )
-from moe_offload.model.step_graphs import StepGraphs
+from moe_offload.model.step_graphs import StepGraphs, why_eager
 from moe_offload.simulation.trace_files import read_trace
 
 _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
@@ -231,9 +231,13 @@ class Engine:
         self.dispatcher.prompt = prompts[0]
         line = self._busy.look(lambda: self._step_alone_us(len(prompts)))
         if line is not None:
-            self.notes.append(line)
-            if self.say is not None:
-                self.say(line)
+            self.tell(line)
+
+    def tell(self, line: str) -> None:
+        """A note that comes when those of loading have been read: said at once as well."""
+        self.notes.append(line)
+        if self.say is not None:
+            self.say(line)
 
     def _step_alone_us(self, n_sequences: int) -> float | None:
         """At most what a decode step of short sequences takes: every expert missed.
@@ -331,7 +335,8 @@ def load_engine(
         require_fit(source.manifest, model)
     sites = find_moe_sites(model, source.experts_paths)
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)
-    if device.type == "cuda" and options.cuda_graphs == "auto":
+    wants_graphs = device.type == "cuda" and options.cuda_graphs == "auto"
+    if wants_graphs and why_eager(model) is None:
         kv_bytes *= 2  # a prompt is evaluated beside the memory that recorded steps use
     stored = zip(source.layouts[: source.n_stored_layers], source.n_experts, strict=False)
     budget = make_budget(
@@ -389,7 +394,7 @@ def load_engine(
                 store.warm(layer, experts)
                 advance(expert_bytes[layer])
     graphs = None
-    if device.type == "cuda" and options.cuda_graphs == "auto":
+    if wants_graphs:
         graphs = StepGraphs(model, dispatcher, device, notes.append)
         graphs.attach(model)
     dispatcher.attach(model, [site.block for site in sites])
@@ -417,6 +422,8 @@ def load_engine(
         notes=notes,
         say=say,
     )
+    if graphs is not None:
+        graphs.say = engine.tell
     engine.use_cache(cache)
     return engine
 

@@ -84,7 +84,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
     def __init__(self, max_tokens: int) -> None:
         self._extent: Extent | None = None
         super().__init__()
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._rooms = _Room(max_tokens), _Room(max_tokens)
 
     @property
@@ -141,7 +141,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
 
     def release(self) -> None:
         """Give up the memory of the keys and values that were here before the present ones."""
-        self._rooms = _Room(self._max_tokens), _Room(self._max_tokens)
+        self._rooms = _Room(self.max_tokens), _Room(self.max_tokens)
 
 
 class _Room:

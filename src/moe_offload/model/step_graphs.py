@@ -68,8 +68,9 @@ class StepGraphs:
         self.replayed = 0  # steps
         self._dispatcher = dispatcher
         self._device = device
-        self._say = say
+        self.say = say
         self._cache_name = cache_argument(model)
+        self._known = {*_KNOWN, self._cache_name}
         self._recorded: _Recorded | None = None
         self._eager: Callable[..., Any]
         if (reason := why_eager(model)) is not None:
@@ -93,7 +94,8 @@ class StepGraphs:
         options = {"use_cache": True, "logits_to_keep": kwargs.get("logits_to_keep", 0)}
         if self._recorded is None or not self._recorded.fits(len(ids), n_held, options):
             self._recorded = None  # its memory is free for the next one's
-            self._recorded = _Recorded(len(ids), n_held, options, self._device, self._cache_name)
+            capacity = _capacity(n_held, cache.layers[0].max_tokens)
+            self._recorded = _Recorded(len(ids), capacity, options, self._device, self._cache_name)
         recorded = self._recorded
         try:
             recorded.set_inputs(cache, n_held, kwargs)
@@ -120,10 +122,11 @@ class StepGraphs:
             self.enabled
             and not self._is_refused
             and torch.is_inference_mode_enabled()
-            and kwargs.keys() <= {*_KNOWN, self._cache_name}
+            and kwargs.keys() <= self._known
             and isinstance(ids, Tensor)
             and ids.shape[1] == 1
             and isinstance(kwargs.get("position_ids"), Tensor)
+            and (kwargs.get("attention_mask") is None or kwargs["attention_mask"].dim() == 2)
             and kwargs.get("use_cache", True) is True
             and isinstance(cache, DynamicCache)
             and all(type(layer) is RoomyLayer and layer.is_initialized for layer in cache.layers)
@@ -132,7 +135,7 @@ class StepGraphs:
 
     def _give_up(self, reason: str) -> None:
         self._is_refused = True
-        self._say(f"decode steps are not recorded as CUDA graphs: {reason}")
+        self.say(f"decode steps are not recorded as CUDA graphs: {reason}")
 
 
 class NotRecordedError(Exception):
@@ -179,13 +182,13 @@ class _Recorded:
     def __init__(
         self,
         batch: int,
-        n_held: int,
+        capacity: int,
         options: dict[str, Any],
         device: torch.device,
         cache_name: str,
     ) -> None:
         self.options = options
-        self.capacity = _capacity(n_held)
+        self.capacity = capacity
         self.extent = Extent(0, is_whole=False)
         self._device = device
         self._cache_name = cache_name
@@ -282,7 +285,7 @@ class _Recorded:
                 )
                 last = recorder.end()
                 last()
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, the model's own way may do without
                 if not recorder.is_open:  # the experts' own
                     raise
                 raise NotRecordedError(_first_line(error)) from error
@@ -355,16 +358,19 @@ def _working_in(stream: torch.cuda.Stream, device: torch.device) -> Iterator[Non
     """Inside, work goes to `stream`, as recording wants, in order with the current one's."""
     before = torch.cuda.current_stream(device)
     stream.wait_stream(before)
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        yield
-    before.wait_stream(stream)
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield
+    finally:
+        before.wait_stream(stream)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _capacity(n_held: int) -> int:
-    """Room for keys, so that graphs read at most twice as many as there are, or few."""
+def _capacity(n_held: int, max_tokens: int | None = None) -> int:
+    """Room for keys: at most twice as many as there are, or few; not beyond `max_tokens`."""
     needed = max(_FEWEST_KEYS, n_held + _SPARE_KEYS)
-    return 1 << (needed - 1).bit_length()
+    capacity = 1 << (needed - 1).bit_length()
+    return capacity if max_tokens is None or max_tokens <= n_held else min(capacity, max_tokens)

@@ -50,9 +50,9 @@ constexpr int64_t quant_group_bytes(int format) {
 constexpr int level_offset(int format) {
   return format == kInt8 ? 128 : format == kInt4 ? 8 : 12;
 }
-// What the activations of dot_fp8 are multiplied by, so that its products are no subnormals: 2^60 of
-// them (up to 2^67).
+// What the activations of dot_fp8 (up to 2^67) are multiplied by: 2^60, so that no product is subnormal.
 constexpr float kFp8Half = 1152921504606846976.0f;
+
 constexpr int64_t scale_bytes(int type) {
   return type == kFp32Scale ? 4 : type == kE8m0Scale ? 1 : 2;
 }
