@@ -113,6 +113,62 @@ def test_what_only_static_keys_break_stays_eager(folder, monkeypatch):
         ]
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"), [(step_graphs, "_Recorded"), (step_graphs._Recorded, "_take_in")]
+)
+def test_without_room_for_what_graphs_read_steps_stay_eager(owner, name, folder, monkeypatch):
+    """For their inputs, or for the keys."""
+
+    def none_left(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    expected = on_cpu(folder, [FIRST])
+    monkeypatch.setattr(owner, name, none_left)
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected
+        assert graph_notes(engine) == [
+            "decode steps are not recorded as CUDA graphs: CUDA out of memory"
+        ]
+
+
+@pytest.mark.parametrize("error", [step_graphs.NotRecordedError, KeyboardInterrupt])
+def test_what_follows_a_failed_recording_waits_for_its_work(error, monkeypatch):
+    """It was launched on another stream, and the memory it uses is free for the next."""
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            waits.append((self.name, other.name))
+
+    with pretended_gpu(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("before"))
+        device = torch.device("cuda", 0)
+        with pytest.raises(error), step_graphs._working_in(Stream("recorded"), device):
+            raise error
+    assert waits == [("recorded", "before"), ("before", "recorded")]
+
+
+def test_graphs_take_no_more_room_for_keys_than_was_reserved(folder, monkeypatch):
+    """A cache's own, once more; a text beyond it is no business of theirs."""
+    room = 10
+    with pretended_gpu(monkeypatch), load(folder) as engine, torch.inference_mode():
+        name, cache = cache_argument(engine.model), make_cache(engine.model.config, room)
+        for n_held in range(room + 3):
+            engine.model(
+                input_ids=torch.tensor([[5]], device=engine.device),
+                position_ids=torch.tensor([[n_held]], device=engine.device),
+                use_cache=True, **{name: cache},
+            )  # fmt: skip
+            if n_held == room - 1:
+                assert engine.graphs._recorded.capacity == room
+        assert cache.get_seq_length() == room + 3
+        assert engine.graphs.replayed == room - 1 - 2  # a prompt, a rehearsal and a recording
+        assert graph_notes(engine) == []
+
+
 def test_a_text_outgrows_its_graphs_and_they_are_recorded_anew(folder, monkeypatch):
     monkeypatch.setattr(step_graphs, "_FEWEST_KEYS", 8)
     monkeypatch.setattr(step_graphs, "_SPARE_KEYS", 4)
@@ -177,13 +233,22 @@ def test_an_answers_scores_are_not_written_by_the_next_step(folder, monkeypatch)
     with pretended_gpu(monkeypatch), load(folder) as engine, torch.inference_mode():
         name, outputs = cache_argument(engine.model), []
         cache = make_cache(engine.model.config, 100)
+        eager = engine.graphs._eager
+
+        def with_routers(**inputs: Any) -> Any:
+            output = eager(**inputs)
+            output.aux_loss, output.router_logits = output.logits.sum(), (2 * output.logits,)
+            return output
+
+        engine.graphs._eager = with_routers
         for n_held, ids in enumerate(([5], [6], [7], [8], [9])):
             output = engine.model(
                 input_ids=torch.tensor([ids], device=engine.device),
                 position_ids=torch.tensor([[n_held]], device=engine.device),
                 use_cache=True, **{name: cache},
             )  # fmt: skip
-            outputs.append((output.logits, output.logits.clone()))
+            scores = output.logits, output.aux_loss, *output.router_logits
+            outputs += [(one, one.clone()) for one in scores]
             assert output[name] is cache
         assert engine.graphs.replayed == 2
         assert all(torch.equal(kept, then) for kept, then in outputs)

@@ -89,15 +89,10 @@ class StepGraphs:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if args or not self._is_served(kwargs):
             return self._eager(*args, **kwargs)
-        cache, ids = kwargs[self._cache_name], kwargs["input_ids"]
+        cache = kwargs[self._cache_name]
         n_held = cache.get_seq_length()
-        options = {"use_cache": True, "logits_to_keep": kwargs.get("logits_to_keep", 0)}
-        if self._recorded is None or not self._recorded.fits(len(ids), n_held, options):
-            self._recorded = None  # its memory is free for the next one's
-            capacity = _capacity(n_held, cache.layers[0].max_tokens)
-            self._recorded = _Recorded(len(ids), capacity, options, self._device, self._cache_name)
-        recorded = self._recorded
         try:
+            recorded = self._recorded_for(cache, n_held, kwargs)
             recorded.set_inputs(cache, n_held, kwargs)
             if not recorded.is_complete:
                 recorded.record(self._eager, self._dispatcher)
@@ -115,6 +110,17 @@ class StepGraphs:
             raise
         return recorded.output(cache)
 
+    def _recorded_for(self, cache: DynamicCache, n_held: int, kwargs: dict[str, Any]) -> _Recorded:
+        """The graphs for a step behind `n_held` tokens: those that are there, or empty ones."""
+        batch = len(kwargs["input_ids"])
+        options = {"use_cache": True, "logits_to_keep": kwargs.get("logits_to_keep", 0)}
+        if self._recorded is None or not self._recorded.fits(batch, n_held, options):
+            self._recorded = None  # its memory is free for the next one's
+            capacity = min(_capacity(n_held), cache.layers[0].max_tokens)
+            with _needing_room():
+                self._recorded = _Recorded(batch, capacity, options, self._device, self._cache_name)
+        return self._recorded
+
     def _is_served(self, kwargs: dict[str, Any]) -> bool:
         """Whether a pass is a decode step of a kind that is recorded."""
         cache, ids = kwargs.get(self._cache_name), kwargs.get("input_ids")
@@ -130,7 +136,7 @@ class StepGraphs:
             and kwargs.get("use_cache", True) is True
             and isinstance(cache, DynamicCache)
             and all(type(layer) is RoomyLayer and layer.is_initialized for layer in cache.layers)
-            and cache.get_seq_length() > 0
+            and 0 < cache.get_seq_length() < cache.layers[0].max_tokens
         )
 
     def _give_up(self, reason: str) -> None:
@@ -222,10 +228,8 @@ class _Recorded:
     def set_inputs(self, cache: DynamicCache, n_held: int, kwargs: dict[str, Any]) -> None:
         """Put the step's inputs where the graphs read them; `cache`'s keys, unless there."""
         if self._owner() is not cache or not self.extent.is_whole:
-            try:
+            with _needing_room():
                 self._take_in(cache, n_held)
-            except RuntimeError as error:  # there is no room
-                raise NotRecordedError(_first_line(error)) from error
         mask = kwargs.get("attention_mask")
         seen = self._mask[..., : n_held + 1]
         if mask is None:
@@ -297,8 +301,7 @@ class _Recorded:
 
     def output(self, cache: DynamicCache) -> Any:
         """The step's, which the next one does not change."""
-        values = dict(self._output)
-        values["logits"] = self._output.logits.clone()
+        values = {name: _cloned(value) for name, value in self._output.items()}
         values[self._cache_name] = cache
         return type(self._output)(**values)
 
@@ -365,12 +368,27 @@ def _working_in(stream: torch.cuda.Stream, device: torch.device) -> Iterator[Non
         before.wait_stream(stream)
 
 
+@contextmanager
+def _needing_room() -> Iterator[None]:
+    """Inside, the device's memory may be too little for what is to be recorded."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise NotRecordedError(_first_line(error)) from error
+
+
+def _cloned(value: Any) -> Any:
+    """`value` with tensors of its own: it is one, or a tuple of some."""
+    if isinstance(value, tuple):
+        return tuple(map(_cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _capacity(n_held: int, max_tokens: int | None = None) -> int:
-    """Room for keys: at most twice as many as there are, or few; not beyond `max_tokens`."""
+def _capacity(n_held: int) -> int:
+    """Room for keys: at most twice as many as there are, or few."""
     needed = max(_FEWEST_KEYS, n_held + _SPARE_KEYS)
-    capacity = 1 << (needed - 1).bit_length()
-    return capacity if max_tokens is None or max_tokens <= n_held else min(capacity, max_tokens)
+    return 1 << (needed - 1).bit_length()
