@@ -133,9 +133,9 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
 
 def set_up(engine: Engine, setting: Setting) -> None:
     """Serve misses as `setting` says; what is changed lasts as long as its slots do."""
-    engine.use_cache(setting.cache)
     if engine.graphs is not None:
         engine.graphs.enabled = setting.graphs
+    engine.use_cache(setting.cache)  # with the costs of steps such as the setting's
     if engine.accelerator is None:
         return
     gpu = engine.accelerator.gpu

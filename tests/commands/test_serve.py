@@ -24,11 +24,18 @@ import openai
 import psutil
 import pytest
 import transformers
+from against_transformers import greedy as own_greedy
 from chat_model import write_chat_model
+from pretended_gpu import pretended_gpu
 
+from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands import generate, serve
-from moe_offload.commands.gate import Metrics
+from moe_offload.commands.gate import ClientGone, Metrics
+from moe_offload.commands.server import Generator
+from moe_offload.config import CacheOptions, ModelOptions
+from moe_offload.engine.engine import load_engine
 from moe_offload.experts.recorder import LayerEvent, Recorder
+from moe_offload.model.loader import PreparedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 6000
@@ -221,6 +228,31 @@ def test_a_seed_repeats_a_sample(served: Served) -> None:
         return str(done.choices[0].text)
 
     assert sample(1) == sample(1) != sample(2)
+
+
+def test_a_replayed_step_leaves_the_model_within_one_layer(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pretended GPU: no hook of the model's is called while graphs replay a step."""
+    options = ModelOptions(model, device="cuda")
+    with (
+        pretended_gpu(monkeypatch),
+        load_engine(PreparedModel(read_manifest(model)), options, CacheOptions()) as engine,
+    ):
+        assert engine.graphs is not None
+        generator = Generator(engine, None, 100, Metrics({}))
+        layers: list[int] = []
+
+        def end() -> None:
+            layers.append(len(layers))
+            if engine.graphs.replayed == 2:
+                generator.close()
+
+        engine.dispatcher.on_layer.insert(0, end)
+        with pytest.raises(ClientGone):
+            own_greedy(engine.model, [[5, 17, 40]], 20)
+        n_whole = 5  # a prompt, a rehearsal, a recording and two replays
+        assert len(layers) == n_whole * engine.store.n_layers + 1
 
 
 MALFORMED: list[tuple[str, Any, str | None]] = [

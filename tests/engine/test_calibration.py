@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_offload.checkpoint.block import block_layout
 from moe_offload.engine import calibration, probes
@@ -54,15 +55,15 @@ def test_the_head_is_a_steps_and_not_a_layers(
     n_layers: int, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a modelled clock where every third step is disturbed: a mean would see it."""
-    blocks = [nn.Identity() for _ in range(n_layers)]
+    dispatcher: Any = SimpleNamespace(store=SimpleNamespace(n_layers=n_layers), on_layer=[])
     now_s, steps = 0.0, 0
 
     def step() -> None:
         nonlocal now_s, steps
         steps += 1
         slow = 10 if steps % 3 == 0 else 1
-        for block in blocks:
-            block(torch.zeros(1))
+        for _ in range(n_layers):
+            dispatcher.on_layer[0]()
             now_s += 30e-6 * slow
         now_s += 1000e-6 * slow
 
@@ -72,8 +73,8 @@ def test_the_head_is_a_steps_and_not_a_layers(
 
     monkeypatch.setattr("moe_offload.engine.probes.time.perf_counter", lambda: now_s)
     monkeypatch.setattr(probes, "_STEP_BUDGET_S", 0.0)
-    assert dense_costs(step, blocks, experts) == pytest.approx(expected)
-    assert not any(block._forward_pre_hooks for block in blocks)
+    assert dense_costs(step, dispatcher, experts) == pytest.approx(expected)
+    assert dispatcher.on_layer == []
 
 
 def test_a_calls_operands_are_at_hand(store: ExpertStore) -> None:
@@ -171,7 +172,7 @@ def quick(
     found = itertools.count(1.0)
     monkeypatch.setattr(Calibration, "_measure", lambda _: measured(next(found)))
     cpu: Any = Cpu()
-    yield Calibration(store, cpu, None, lambda: None, [], torch.float32, "none")
+    yield Calibration(store, cpu, None, lambda: None, None, torch.float32, "none")
 
 
 def kept_file() -> Path:

@@ -14,7 +14,10 @@ from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
+from moe_offload.engine import engine as engine_module
 from moe_offload.engine import probes
+from moe_offload.engine.calibration import Calibration
+from moe_offload.engine.check import check_engine
 from moe_offload.engine.engine import Engine, load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model import step_graphs
@@ -271,6 +274,86 @@ def test_an_error_of_the_experts_is_raised_and_ends_no_recording(folder, monkeyp
         assert graph_notes(engine) == []
         assert [greedy(engine.model, [SECOND], N_TOKENS)] == expected
         assert engine.graphs.replayed == N_TOKENS - 3
+
+
+def test_a_calibration_times_replayed_steps_and_keeps_none_of_them(folder, monkeypatch):
+    """And leaves no mark of them: a layer's spans are those of the text's own graphs."""
+    expected = on_cpu(folder, [FIRST])
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        for _ in range(6):
+            engine.decode_step()
+        assert engine.graphs.replayed == 6 - 3  # a prompt, a rehearsal, a recording
+        layers = []
+        engine.dispatcher.on_layer.append(lambda: layers.append(engine.dispatcher._next_layer))
+        engine.decode_step()
+        assert layers == list(range(engine.store.n_layers))
+        assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected
+        engine.calibrate(again=True)
+        assert engine.graphs.replayed == 0 and engine.graphs._recorded is None
+        assert graph_notes(engine) == []
+
+
+def test_a_calibrations_text_begins_anew_where_it_is_full(folder, monkeypatch):
+    monkeypatch.setattr(engine_module, "_STEPS_TOKENS", 5)
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        for _ in range(12):
+            engine.decode_step()
+        assert engine.graphs.replayed == 12 - 3 - 2  # three prompts
+
+
+def test_costs_with_and_without_graphs_are_kept_apart(folder, monkeypatch):
+    shapes: list[dict[str, Any]] = []
+    costs = Calibration.costs
+
+    def noted(self: Calibration, *args: Any) -> Any:
+        shapes.append(self._shape())
+        return costs(self, *args)
+
+    monkeypatch.setattr(Calibration, "costs", noted)
+    with pretended_gpu(monkeypatch):
+        for setting in ("auto", "off"):
+            load(folder, cuda_graphs=setting).close()
+    assert [shape.pop("cuda_graphs") for shape in shapes] == [True, False]
+    assert shapes[0] == shapes[1]
+
+
+def test_transformers_own_generate_is_served_and_goes_on_with_a_text(folder, monkeypatch):
+    """It keeps no gradients, in another mode than graphs write in: what they wrote it may read."""
+
+    def turns(device: str) -> list[int]:
+        with load(folder, device) as engine:
+            cache = {cache_argument(engine.model): make_cache(engine.model.config, 60)}
+            text = list(FIRST)
+            for _ in range(3):
+                ids = torch.tensor([text], device=engine.device)
+                made = engine.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+                    eos_token_id=None, pad_token_id=0, **cache,
+                )  # fmt: skip
+                text = [*made[0].tolist(), *SECOND]
+            assert device == "cpu" or engine.graphs.replayed == 3 * 5 - 2
+        return text
+
+    expected = turns("cpu")
+    with pretended_gpu(monkeypatch):
+        assert turns("cuda") == expected
+
+
+def test_the_check_is_of_replayed_steps(folder, monkeypatch):
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        found = check_engine(engine, [FIRST, SECOND], N_TOKENS)
+        assert found.is_right, list(found.lines())
+        n_steps = 2 * (N_TOKENS - 1)
+        line = f"CUDA graphs: {n_steps - 2} of {n_steps} decode steps were replayed"
+        assert line in found.lines()
+        run = engine.dispatcher.run
+
+        def wrong_if_replayed(*routing: Any) -> Any:
+            return run(*routing) * (1 + (engine.graphs.replayed > n_steps))
+
+        engine.dispatcher.run = wrong_if_replayed
+        found = check_engine(engine, [FIRST, SECOND], N_TOKENS)
+        assert [one.layer for one in found.wrong_layers] == list(range(engine.store.n_layers))
 
 
 def test_graphs_are_off_when_asked_and_where_there_is_no_gpu(folder, monkeypatch):

@@ -157,14 +157,13 @@ class Generator:
         self._prefixes = PrefixCache(engine.model, n_tokens)
         self._cache_name = cache_argument(engine.model)
         self._generate = engine.model.generate
-        for site in engine.sites:
-            site.block.register_forward_pre_hook(self._require_client)
+        engine.dispatcher.on_layer.append(self._require_client)
 
     def close(self) -> None:
         """Leave the model within one layer, and never enter it again."""
         self.is_closed = True
 
-    def _require_client(self, *_: object) -> None:
+    def _require_client(self) -> None:
         if self.is_closed:
             raise ClientGone(_STOPPING)
         ticket = TICKET.get(None)

@@ -25,7 +25,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from moe_offload.engine.probes import (
     Crossover,
@@ -49,6 +48,7 @@ from moe_offload.engine.timing import (
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.disk_tier import DiskTier
+from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.recorder import Recorder
 from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
@@ -150,19 +150,20 @@ class Calibration:
     """What is measured of one loaded model, and which machine's and model's costs it gives.
 
     `decode_step` runs one decode step with every expert left out, for the cost of the rest;
-    `blocks` are its MoE layers' modules, which it passes in turn; `dense` describes the weights
-    that are no expert's. Without `gpu` its costs and the copies' are infinite: nothing is ever sent
-    there. `linears` are one layer's that oneDNN may compute; `disk` has the experts that outgrow
-    `store`.
+    `dispatcher` is what it passes layer by layer; `dense` describes the weights that are no
+    expert's; `cuda_graphs` says whether graphs serve the step. Without `gpu` its costs and the
+    copies' are infinite: nothing is ever sent there. `linears` are one layer's that oneDNN may
+    compute; `disk` has the experts that outgrow `store`.
     """
 
     store: ExpertStore
     cpu: CpuExperts
     gpu: GpuExperts | None
     decode_step: Callable[[], None]
-    blocks: Sequence[nn.Module]
+    dispatcher: MoeDispatcher
     dtype: torch.dtype
     dense: str
+    cuda_graphs: bool = False
     linears: Sequence[CpuLinear] = ()
     emulate_pcie_gbps: float | None = None
     disk: DiskTier | None = None
@@ -204,6 +205,7 @@ class Calibration:
             "threads": torch.get_num_threads(),
             "dtype": str(self.dtype),
             "dense": self.dense,
+            "cuda_graphs": self.cuda_graphs,
             "emulate_pcie_gbps": self.emulate_pcie_gbps,
             "disk": None if self.disk is None else self.disk.device,
             # Another version's is another.
@@ -219,7 +221,7 @@ class Calibration:
         calls = [counts for counts in SIDE_CALLS if len(counts) <= self.store.n_experts[0]]
         cpu_cost = calibrate_side(run_cpu, calls)
         watch.burst()
-        layer_us, step_us = dense_costs(self.decode_step, self.blocks, two_experts)
+        layer_us, step_us = dense_costs(self.decode_step, self.dispatcher, two_experts)
         model = CostModel(
             cpu=cpu_cost,
             gpu=SideCost(0.0, inf, 0.0),

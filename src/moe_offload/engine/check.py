@@ -10,6 +10,7 @@ logits. A layer that differs is asked again with one expert at a time, which nam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,10 @@ from moe_offload.checkpoint.prepared import Manifest, MoeLayer, read_block
 from moe_offload.checkpoint.source import open_source
 from moe_offload.engine.engine import Engine
 from moe_offload.errors import UserError
+from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.kernels.oracle import experts_forward
+from moe_offload.model.generation import cache_argument
+from moe_offload.model.kv_cache import make_cache
 from moe_offload.model.loader import (
     ExpertsFunction,
     MoeSite,
@@ -78,6 +82,8 @@ class Comparison:
     tied: int = 0
     unlike_source: list[tuple[int, int]] | None = None
     why_not_compared: str = "the source is not there"
+    n_steps: int = 0
+    replayed: int | None = None  # of the steps, by CUDA graphs; None where those are not in use
     wrong_layers: list[WrongLayer] = field(default_factory=list)
 
     @property
@@ -93,6 +99,8 @@ class Comparison:
             found = _some([f"layer {layer} expert {one}" for layer, one in self.unlike_source])
             right = f"{self.n_experts} experts as the source gives them"
             yield f"weights: {f'WRONG, not what the source gives: {found}' if found else right}"
+        if self.replayed is not None:
+            yield f"CUDA graphs: {self.replayed} of {self.n_steps} decode steps were replayed"
         yield (
             f"layers: outputs of {self.n_layers} layers differ from plain fp32 by at most "
             f"{self.largest:.2%} (limit {self.layer_limit:.2%})"
@@ -116,10 +124,31 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-# What transformers calls an experts module's inputs.
-_INPUTS: Final = ("hidden_states", "top_k_index", "top_k_weights")
 # A layer's calls by the engine: hidden [T, H], ids [T, K], weights [T, K], output [T, H].
 _Calls = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
+
+@contextmanager
+def _kept_calls(dispatcher: MoeDispatcher, n_layers: int) -> Iterator[list[_Calls]]:
+    """Each layer's calls inside, on the host: of the dispatcher, as graphs call no module."""
+    calls: list[_Calls] = [[] for _ in range(n_layers)]
+    run = dispatcher.run
+
+    def keep(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        inputs = _copied(hidden), _copied(index), _copied(weights)
+        out = run(layer, hidden, index, weights)
+        calls[layer].append((*inputs, _copied(out)))
+        return out
+
+    dispatcher.run = keep  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        del dispatcher.run
 
 
 @torch.inference_mode()
@@ -134,45 +163,32 @@ def check_engine(
     prepared = engine.source
     assert isinstance(prepared, PreparedModel)
     manifest = prepared.manifest
-    calls: list[_Calls] = [[] for _ in engine.sites]
-
-    def keep(
-        kept: _Calls,
-        _: nn.Module,
-        inputs: tuple[Tensor, ...],
-        named: dict[str, Tensor],
-        output: Tensor,
-    ) -> None:
-        tensors = *inputs, *(named[name] for name in _INPUTS[len(inputs) :]), output
-        kept.append(tuple(one.detach().to("cpu", copy=True) for one in tensors))  # type: ignore[arg-type]
-
-    hooks = [
-        engine.model.get_submodule(site.experts_path).register_forward_hook(
-            partial(keep, kept), with_kwargs=True
-        )
-        for site, kept in zip(engine.sites, calls, strict=True)
-    ]
     # The checkpoint's penalties and suppressed tokens would choose others than the logits do.
     suggested = engine.model.generation_config
     engine.model.generation_config = GenerationConfig(
         eos_token_id=suggested.eos_token_id, pad_token_id=suggested.pad_token_id
     )
     texts, ours = [], []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=engine.device)
-        made: Any = engine.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        texts.append(made.sequences[0].cpu())
-        ours.append(torch.cat(made.logits).float().cpu())
+    room = max(map(len, prompts)) + new_tokens  # the same for all: the same graphs serve them
+    settings: dict[str, Any] = {}
+    n_replayed = 0 if engine.graphs is None else engine.graphs.replayed
+    with _kept_calls(engine.dispatcher, len(engine.sites)) as calls:
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=engine.device)
+            if engine.model._supports_default_dynamic_cache():
+                settings[cache_argument(engine.model)] = make_cache(engine.model.config, room)
+            made: Any = engine.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                **settings,
+            )
+            texts.append(made.sequences[0].cpu())
+            ours.append(torch.cat(made.logits).float().cpu())
     engine.model.generation_config = suggested
-    for hook in hooks:
-        hook.remove()
     n_layers, unit = len(calls), 2.0 ** (-24 if prepared.dtype == torch.float32 else -9)
     result = Comparison(
         n_layers=n_layers,
@@ -180,6 +196,8 @@ def check_engine(
         layer_limit=LAYER_LIMITS[manifest.weight_format],
         # Some six roundings a layer, and four times their sum: a rounding may tip a router.
         logits_limit=4 * (6 * n_layers) ** 0.5 * max(unit, 1e-5),
+        n_steps=sum(len(logits) - 1 for logits in ours),
+        replayed=None if engine.graphs is None else engine.graphs.replayed - n_replayed,
     )
     theirs = _Reference(engine, manifest, calls, result, source).logits(texts)
     for prompt, chosen, found, expected in zip(prompts, texts, ours, theirs, strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moe_offload.checkpoint.fit import require_fit
 from moe_offload.checkpoint.model_config import experts_per_token
@@ -47,6 +47,8 @@ from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.terminal import byte_bar
 from moe_offload.model.attention import XFORMERS, register_xformers
 from moe_offload.model.decode_modules import find_router, use_cpu_kernels
+from moe_offload.model.generation import cache_argument
+from moe_offload.model.kv_cache import make_cache
 from moe_offload.model.loader import (
     ModelSource,
     MoeSite,
@@ -62,6 +64,7 @@ from moe_offload.model.step_graphs import StepGraphs, why_eager
 from moe_offload.simulation.trace_files import read_trace
 
 _DEFAULT_CONTEXT_TOKENS = 4096  # for the memory check when no prompt is known yet
+_STEPS_TOKENS = 128  # of the text whose steps a calibration times
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Engine:
     emulate_pcie_gbps: float | None = None
     notes: list[str] = field(default_factory=list)
     say: Callable[[str], None] | None = None
+    _steps_cache: DynamicCache | None = None  # of `decode_step`
     _busy: BusyWatch = field(default_factory=BusyWatch)
 
     @property
@@ -156,14 +160,20 @@ class Engine:
             self.cpu,
             gpu,
             self.decode_step,
-            [site.block for site in self.sites],
+            self.dispatcher,
             self.source.dtype,
             dense=f"{self.source.dense_format} {self.source.dense_bytes}",
+            cuda_graphs=self.graphs is not None and self.graphs.is_on,
             linears=distinct_linears(onednn_linears(self.model)),
             emulate_pcie_gbps=self.emulate_pcie_gbps,
             disk=self.store if isinstance(self.store, DiskTier) else None,
         )
-        self.costs = calibration.costs(read_hardware(gpu_uuid=self.gpu_uuid), again)
+        try:
+            self.costs = calibration.costs(read_hardware(gpu_uuid=self.gpu_uuid), again)
+        finally:
+            self._steps_cache = None
+            if self.graphs is not None:
+                self.graphs.forget()
         found = (self.costs.onednn_experts, self.costs.onednn_dense)
         self.use_onednn(*(None if one is None else one.from_tokens for one in found))
         return self.costs
@@ -202,14 +212,31 @@ class Engine:
     def decode_step(self) -> None:
         """One decode step with every expert left out: what all the rest costs.
 
+        A run's step, which graphs serve where they serve those; the first of a text is its prompt.
         Forced routing stays where it is: it is the run's.
         """
         routing, self.dispatcher.forced_routing = self.dispatcher.forced_routing, None
         try:
             with self.dispatcher.experts_left_out(), torch.inference_mode():
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+                self.model(**self._step_inputs())
         finally:
             self.dispatcher.forced_routing = routing
+
+    def _step_inputs(self) -> dict[str, Any]:
+        """The next token of a text, which begins anew where it is full."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        if not self.model._supports_default_dynamic_cache():
+            return {"input_ids": ids}
+        cache = self._steps_cache
+        if cache is None or cache.get_seq_length() == _STEPS_TOKENS:
+            cache = self._steps_cache = make_cache(self.model.config, _STEPS_TOKENS)
+        return {
+            "input_ids": ids,
+            "position_ids": torch.full_like(ids, cache.get_seq_length()),
+            "use_cache": True,
+            "logits_to_keep": 1,
+            cache_argument(self.model): cache,
+        }
 
     @property
     def experts_in_memory(self) -> bool:

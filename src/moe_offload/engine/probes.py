@@ -8,16 +8,17 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_offload.engine.timing import Counts, medians_in_turn_us
 from moe_offload.errors import UserError
+from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.fetcher import ExpertFetcher, make_fetcher
 from moe_offload.experts.layer import HostHandoff
 from moe_offload.experts.slots import GpuExperts
@@ -29,6 +30,7 @@ CROSSOVER_TOKENS = (256, 64, 16)
 _CROSSOVER_MARGIN = 0.05
 _BF16_FLAGS = frozenset(["avx512_bf16", "amx_bf16"])
 _STEP_BUDGET_S = 0.3
+_FIRST_STEPS = 3  # unlike those to come: a prompt; on a GPU a rehearsal and a recording of graphs
 _READ_BYTES = 1 << 29  # twice the largest last-level cache met so far
 _READS = 5
 _SUMS = 10
@@ -171,25 +173,27 @@ def sum_wait_us(store: ExpertStore, gpu: GpuExperts, dtype: torch.dtype) -> floa
 
 def dense_costs(
     decode_step: Callable[[], None],
-    blocks: Sequence[nn.Module],
+    dispatcher: MoeDispatcher,
     experts: Callable[[], None],
 ) -> tuple[float, float]:
     """(us a layer, us a step beside its layers) of decode steps without their experts.
 
-    A layer is what lies between the starts of two MoE `blocks`; with one block alone, the whole
+    A layer is what lies between the starts of two layers' experts; with one layer alone, the whole
     step. Medians of steps behind some `experts` that have emptied the caches: what runs between
     the experts of a real step finds neither its weights nor its code there.
     """
     starts_s: list[float] = []
-    handles = [
-        block.register_forward_pre_hook(lambda *_: starts_s.append(time.perf_counter()))
-        for block in blocks
-    ]
     layers_us: list[float] = []
     steps_us: list[float] = []
-    n = len(blocks)
+    n = dispatcher.store.n_layers
+
+    def starts() -> None:
+        starts_s.append(time.perf_counter())
+
+    dispatcher.on_layer.append(starts)
     try:
-        decode_step()
+        for _ in range(_FIRST_STEPS):
+            decode_step()
         began_s = time.perf_counter()
         while len(steps_us) < 5 or time.perf_counter() < began_s + _STEP_BUDGET_S:
             experts()
@@ -200,8 +204,7 @@ def dense_costs(
             first_s, last_s = starts_s[0], starts_s[-1]
             layers_us.append(1e6 * (last_s - first_s) / (n - 1) if n > 1 else steps_us[-1])
     finally:
-        for handle in handles:
-            handle.remove()
+        dispatcher.on_layer.remove(starts)
     layer_us = statistics.median(layers_us)
     return layer_us, max(0.0, statistics.median(steps_us) - n * layer_us)
 

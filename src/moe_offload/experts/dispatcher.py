@@ -64,7 +64,8 @@ class MoeDispatcher:
     Without an accelerator every expert is computed on the CPU. `prompt` numbers the prompt (the
     first of a batch) that recorded passes belong to; where nobody sets it, sequences are numbered
     as they begin. `forced_routing` replaces the routers. Whoever uses the slots or changes what
-    passes do holds `turn`.
+    passes do holds `turn`. Each of `on_layer` is called before a layer's experts are, and may
+    raise: where graphs replay the rest of a step, no hook of the model's is called.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class MoeDispatcher:
         self.turn = threading.RLock()  # one pass may call the model again
         self.forced_routing: RoutingChoice | None = None
         self.called_by: _Run | None = None  # what the model's layers call in the place of `run`
+        self.on_layer: list[Callable[[], None]] = []
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
         self._handoff = HostHandoff()
@@ -209,11 +211,14 @@ class MoeDispatcher:
         `hidden` [T, H], `index` [T, K] and `weights` [T, K] are the router's. Padding tokens of a
         batch are left out: their rows are zero. UserError where the accelerator has no room left.
         """
+        for look in self.on_layer:
+            look()
         self._device = hidden.device
         if self.forced_routing is not None:
             index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
             self._handoff.to_host(index.long(), weights.float(), hidden)
+            self._next_layer = layer + 1  # what is recorded as a graph meanwhile marks the layers
             return torch.zeros_like(hidden)
         if self._token_mask is not None:
             index = index.masked_fill(~self._token_mask[:, None], -1)

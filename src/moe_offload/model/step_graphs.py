@@ -33,7 +33,7 @@ from moe_offload.model.kv_cache import Extent, RoomyLayer, make_cache
 _FEWEST_KEYS: Final = 512
 _SPARE_KEYS: Final = 128  # at least, where keys are given room: so many steps need no other graph
 _KNOWN: Final = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}
 )
 
 
@@ -51,9 +51,9 @@ def why_eager(model: PreTrainedModel) -> str | None:
 class StepGraphs:
     """Serves `model`'s decode steps by graphs from `attach` on; everything else stays eager.
 
-    One shape at a time, under the inference mode. Drive it inside the dispatcher's passes: attach
-    it before the dispatcher. `say` hears once why steps stay eager. While `enabled` is false, all
-    do.
+    One shape at a time, where no gradients are kept. Drive it inside the dispatcher's passes:
+    attach it before the dispatcher. `say` hears once why steps stay eager. While `enabled` is
+    false, all do.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StepGraphs:
     ) -> None:
         self.enabled = True
         self._is_refused = False
-        self.replayed = 0  # steps
+        self.replayed = 0  # steps, since `forget`
         self._dispatcher = dispatcher
         self._device = device
         self.say = say
@@ -86,19 +86,31 @@ class StepGraphs:
 
         model.forward = forward
 
+    @property
+    def is_on(self) -> bool:
+        """Whether steps are served, as far as is known."""
+        return self.enabled and not self._is_refused
+
+    def forget(self) -> None:
+        """Give back the memory of what is recorded."""
+        self._recorded = None
+        self.replayed = 0
+        torch.cuda.empty_cache()
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if args or not self._is_served(kwargs):
             return self._eager(*args, **kwargs)
         cache = kwargs[self._cache_name]
         n_held = cache.get_seq_length()
         try:
-            recorded = self._recorded_for(cache, n_held, kwargs)
-            recorded.set_inputs(cache, n_held, kwargs)
-            if not recorded.is_complete:
-                recorded.record(self._eager, self._dispatcher)
-            else:
-                recorded.replay(self._dispatcher)
-                self.replayed += 1
+            with torch.inference_mode():  # what graphs write is of this mode, whatever the caller's
+                recorded = self._recorded_for(cache, n_held, kwargs)
+                recorded.set_inputs(cache, n_held, kwargs)
+                if not recorded.is_complete:
+                    recorded.record(self._eager, self._dispatcher)
+                else:
+                    recorded.replay(self._dispatcher)
+                    self.replayed += 1
             recorded.extent.n_tokens += 1
         except NotRecordedError as error:
             self._recorded = None
@@ -125,15 +137,15 @@ class StepGraphs:
         """Whether a pass is a decode step of a kind that is recorded."""
         cache, ids = kwargs.get(self._cache_name), kwargs.get("input_ids")
         return (
-            self.enabled
-            and not self._is_refused
-            and torch.is_inference_mode_enabled()
+            self.is_on
+            and not torch.is_grad_enabled()
             and kwargs.keys() <= self._known
             and isinstance(ids, Tensor)
             and ids.shape[1] == 1
             and isinstance(kwargs.get("position_ids"), Tensor)
             and (kwargs.get("attention_mask") is None or kwargs["attention_mask"].dim() == 2)
             and kwargs.get("use_cache", True) is True
+            and kwargs.get("return_dict", True) is True
             and isinstance(cache, DynamicCache)
             and all(type(layer) is RoomyLayer and layer.is_initialized for layer in cache.layers)
             and 0 < cache.get_seq_length() < cache.layers[0].max_tokens
