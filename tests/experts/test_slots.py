@@ -352,6 +352,35 @@ def test_torch_takes_over_where_triton_cannot_run(rig, monkeypatch, absent):
         gpu._kernels.warm_up()
 
 
+def test_what_fails_in_the_kernels_for_prompts_is_theirs_alone(rig, monkeypatch):
+    class Works:
+        def __init__(self, *_):
+            pass
+
+        def warm_up(self, *_): ...
+
+    class TooLarge(Works):
+        def warm_up(self, *_):
+            raise RuntimeError("out of resource: shared memory\nRequired: 120000")
+
+    for name, module in (
+        ("triton_experts", types.SimpleNamespace(TritonExperts=Works)),
+        (
+            "triton_tiles",
+            types.SimpleNamespace(TiledExperts=TooLarge, runs_tiles=lambda device: True),
+        ),
+    ):
+        monkeypatch.setitem(sys.modules, f"moe_offload.kernels.{name}", module)
+    gpu = rig(SMALL).gpu
+    monkeypatch.setattr(gpu, "_warm_up_sum", lambda dtype: None)
+    gpu._use_triton_if_it_runs(torch.bfloat16)
+    assert isinstance(gpu._kernels, Works) and gpu._tiles is None
+    assert gpu.notices == [
+        "Triton's kernels for prompts cannot run (out of resource: shared memory): their experts "
+        "are computed one by one, slower"
+    ]
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,7 @@ def run(case: Case) -> dict[str, object]:
         case.act_module(),
     )
     gpu._use_triton()
+    gpu._use_tiles()
     gpu.slots.copy_(blocks)
     fetcher = HostFetcher(gpu.slots)
     hidden, slots, weights = case.routing()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
 # weight); not measured on a GPU.
 _TOKENS_PER_SLOT_FOR_GEMM = 4
 # From so many tokens on an expert's weights are unpacked once, for cuBLAS; below, what counts is
-# the number of launches, and tiles need two for all of a layer's. Not measured on a GPU.
+# the number of launches, and tiles need three for all of a layer's. Not measured on a GPU.
 _TOKENS_FOR_CUBLAS = 256
 # The most pairs that a launch names one by one; above, they are to be sorted by expert on the
 # device. The grouped kernels' scratch is fp32 for every pair, hit or not.
@@ -332,11 +332,14 @@ class GpuExperts:
 
     def _use_triton(self) -> None:
         from moe_offload.kernels.triton_experts import TritonExperts
+
+        self._kernels = TritonExperts(self.layout, self.activation, self.slots, self.act_module)
+
+    def _use_tiles(self) -> None:
         from moe_offload.kernels.triton_tiles import TiledExperts, runs_tiles
 
-        kernels = TritonExperts(self.layout, self.activation, self.slots, self.act_module)
-        self._kernels = kernels
-        self._tiles = TiledExperts(kernels) if runs_tiles(self.device) else None
+        assert self._kernels is not None
+        self._tiles = TiledExperts(self._kernels) if runs_tiles(self.device) else None
 
     def _warm_up_sum(self, dtype: torch.dtype) -> None:
         like = torch.empty(1, self.layout.hidden_size, dtype=dtype, device=self.device)
@@ -353,16 +356,30 @@ class GpuExperts:
         try:
             with self._as_current_device():
                 self._use_triton()
-                for kernels in (self._kernels, self._tiles):
-                    if kernels is not None:
-                        kernels.warm_up(dtype)
+                assert self._kernels is not None
+                self._kernels.warm_up(dtype)
                 self._warm_up_sum(dtype)
         except Exception as error:  # whatever it is, torch computes the same
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
             self.notices.append(
-                f"Triton kernels cannot run ({first_line}): torch computes the hits, slower"
+                f"Triton kernels cannot run ({_first_line(error)}): torch computes the hits, slower"
             )
-            self._kernels = self._tiles = None
+            self._kernels = None
+            return
+        try:
+            with self._as_current_device():
+                self._use_tiles()
+                if self._tiles is not None:
+                    self._tiles.warm_up(dtype)
+        except Exception as error:  # the other kernels and cuBLAS do without
+            self.notices.append(
+                f"Triton's kernels for prompts cannot run ({_first_line(error)}): their experts "
+                "are computed one by one, slower"
+            )
+            self._tiles = None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _allocate_bytes(n_slots: int, block_bytes: int, device: torch.device) -> Tensor:
