@@ -182,7 +182,7 @@ def test_triton_kernels_are_given_the_gpus_tensors_and_decode_sends_it_nothing(
 
     for name in ("first_kernel", "second_kernel", "unpack_kernel"):
         monkeypatch.setattr(triton_experts, name, StandIn(getattr(triton_experts, name)))
-    for name in ("first_tiles_kernel", "second_tiles_kernel"):
+    for name in ("first_tiles_kernel", "second_tiles_kernel", "add_pairs_kernel"):
         monkeypatch.setattr(triton_tiles, name, StandIn(getattr(triton_tiles, name)))
     combine = StandIn(triton_combine.combine_kernel)
     monkeypatch.setattr(triton_combine, "combine_kernel", combine)
@@ -193,7 +193,7 @@ def test_triton_kernels_are_given_the_gpus_tensors_and_decode_sends_it_nothing(
     unpacking = {"unpack_kernel"} if weight_format == "int4" else set()
     assert launched == unpacking | {
         "first_kernel", "second_kernel", "first_tiles_kernel", "second_tiles_kernel",
-        "combine_kernel",
+        "add_pairs_kernel", "combine_kernel",
     }  # fmt: skip
 
 

@@ -53,13 +53,31 @@ SECOND = {**SHARED, "middle": "*fp32", "weights": "*fp32", "out": "*fp32", "hidd
 UNPACK = {"offsets": "*u8", "out": "*bf16", "n_columns": "i32"}
 TILES = {
     **{name: kind for name, kind in SHARED.items() if not name.startswith("slot")},
-    **dict.fromkeys(("slot", "first", "n_tokens", "top_k"), "i32"),
+    **dict.fromkeys(("slot", "first", "n_tokens"), "i32"),
     "pairs": "*i64",
     "tiles": "*i32",
     "middle": "*bf16",
 }
-FIRST_TILES = {**TILES, "x": "*bf16", "intermediate": "i32", "alpha": "fp32", "limit": "fp32"}
-SECOND_TILES = {**TILES, "weights": "*fp32", "out": "*fp32", "hidden_size": "i32"}
+FIRST_TILES = {
+    **TILES,
+    **dict.fromkeys(("intermediate", "top_k"), "i32"),
+    "x": "*bf16",
+    "alpha": "fp32",
+    "limit": "fp32",
+}
+SECOND_TILES = {
+    **TILES,
+    "weights": "*fp32",
+    "out": "*fp32",
+    "row_of_pair": "*i32",
+    "hidden_size": "i32",
+}
+ADD_PAIRS = {
+    **dict.fromkeys(("hidden_size", "top_k"), "i32"),
+    "each": "*fp32",
+    "row_of_pair": "*i32",
+    "out": "*fp32",
+}
 UNALIGNED = (*triton_experts.VARYING, *triton_tiles.VARYING, "alpha", "limit")
 
 
@@ -106,6 +124,9 @@ def kernels(
             if name in ("bf16", "int4-zero"):  # the product is the first's
                 second = {**SECOND_TILES, **own}
                 yield f"second-tiles-{name}", triton_tiles.second_tiles_kernel, second, tile
+            if name == "bf16":
+                sizes: dict[str, object] = {"COLUMNS": triton_tiles.SUM_COLUMNS}
+                yield "add-pairs", triton_tiles.add_pairs_kernel, ADD_PAIRS, sizes
         if WEIGHT_FORMATS[weight_format].group:
             unpack = {
                 **{key: constants[key] for key in ("CODES", "GROUP", "OFFSET")},
@@ -167,6 +188,7 @@ def report(capabilities: Iterable[int]) -> Iterator[dict[str, object]]:
                 "widest_load_bytes": widest_load(binary.asm["ptx"]),
                 "stack_bytes": stack_bytes(binary.asm["cubin"]),
                 "shared_bytes": binary.metadata.shared,
+                "is_atomic": re.search(r"\b(atom|red)\.", binary.asm["ptx"]) is not None,
                 "uses_tensor_cores": "mma" in binary.asm["ptx"],
             }
 

@@ -6,6 +6,7 @@ Skipped where Triton is not installed; `experts/test_slots.py` runs the kernels 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -103,6 +104,11 @@ def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled):
     assert [name for name in narrow if "tiles" not in name] == []
 
 
+def test_no_sum_depends_on_which_program_comes_first(compiled):
+    """A prompt gives the same bits each time."""
+    assert [row["kernel"] for row in compiled if row["is_atomic"]] == []
+
+
 def test_tiles_use_the_tensor_cores(compiled):
     rows = [row for row in compiled if "tiles" in row["kernel"] and row["capability"] >= 80]
     assert rows and all(row["uses_tensor_cores"] for row in rows)
@@ -150,7 +156,7 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
     variants: set = set()
     for module, names in (
         (triton_experts, ("first_kernel", "second_kernel", "unpack_kernel", "unpack_fp8_kernel")),
-        (triton_tiles, ("first_tiles_kernel", "second_tiles_kernel")),
+        (triton_tiles, ("first_tiles_kernel", "second_tiles_kernel", "add_pairs_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Launches(getattr(module, name), variants))
@@ -179,6 +185,38 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
         tiles.add(hidden, groups, pairs, weights, out)
     assert variants == compiled
     assert n_launches > len(compiled)
+
+
+def test_what_pairs_give_before_it_is_added_up_takes_bounded_memory(monkeypatch):
+    from moe_offload.kernels import triton_experts, triton_tiles
+
+    n_rows: list[int] = []
+
+    class Noting(Launches):
+        def __getitem__(self, grid):
+            def launch(*values, **_) -> None:
+                named = dict(zip(self.kernel.arg_names, values, strict=False))
+                if "each" in named:
+                    n_rows.append(len(named["each"]))
+
+            return launch
+
+    for name in ("first_tiles_kernel", "second_tiles_kernel", "add_pairs_kernel"):
+        monkeypatch.setattr(triton_tiles, name, Noting(getattr(triton_tiles, name), set()))
+    monkeypatch.setattr(triton_tiles, "_PAIRS_BYTES", 4 * 64 * 100)
+    case = Case("bf16", 64, 48, n_experts=5)
+    blocks = random_blocks(case.layout(), case.n_experts)
+    tiles = triton_tiles.TiledExperts(
+        triton_experts.TritonExperts(case.layout(), case.activation(), blocks)
+    )
+    starts = (0, 60, 100, 110, 260)  # the fourth alone is more than fits
+    groups = [
+        (slot, first, end - first)
+        for slot, (first, end) in enumerate(itertools.pairwise((*starts, 270)))
+    ]
+    hidden, weights = torch.randn(135, 64), torch.rand(135, 2)
+    tiles.add(hidden, groups, torch.arange(270), weights, torch.zeros(135, 64))
+    assert n_rows == [100, 10, 150, 10]
 
 
 def test_in_decode_the_slots_are_not_sent():

@@ -1,9 +1,10 @@
-"""Experts with many tokens, by Triton from slot memory: all of a prompt's hits in two launches.
+"""Experts with many tokens, by Triton from slot memory: all of a prompt's hits in three launches.
 
 A program multiplies up to 64 tokens of one expert with 64 rows of its matrix, on tensor cores with
 sums in fp32. The first kernel gives the activation of `gate_up` in the model's dtype, the second
-adds rows of `down`, with the routing weight, to the layer's sum. Tokens come sorted by expert, and
-a table says which tile is whose; one expert alone needs no table, so nothing is sent for it. Packed
+rows of `down` for each pair, with the routing weight, and the third adds a token's pairs to the
+layer's sum, in the order of its choice: the same each time. Tokens come sorted by expert, and a
+table says which tile is whose; one expert alone needs no table, so nothing is sent for it. Packed
 weights stay packed in memory: the bits of a word go to as many products, each with the columns that
 they belong to.
 
@@ -38,6 +39,8 @@ ROWS: Final = 64
 COLUMNS: Final = 64  # per step of a row-major matrix
 WORDS: Final = 32  # per step of a packed one: 128 or 256 columns
 N_WARPS: Final = 8  # of a program
+SUM_COLUMNS: Final = 1024  # of a program that adds up pairs
+_PAIRS_BYTES: Final = 64 << 20  # at most, of what pairs give before it is added up: groups at once
 LEAST_CAPABILITY: Final = 80  # Ampere: from there on tensor cores multiply bf16
 Groups = Sequence[tuple[int, int, int]]  # a slot, its first place among sorted pairs, how many
 # What changes from call to call: no variant is compiled for it.
@@ -248,10 +251,10 @@ def second_tiles_kernel(
     offsets,
     biases,
     weights,  # fp32 [T * K]
-    out,  # fp32 [T, H], added to
+    out,  # fp32 [rows, H]
+    row_of_pair,  # int32 [T * K], which row a pair's is
     n_columns,  # I
     hidden_size,
-    top_k,
     block_words,
     matrix_offset,
     scale_offset,
@@ -300,8 +303,31 @@ def second_tiles_kernel(
         value += tl.load(biases + row, mask=valid, other=0.0)[None, :]
     pair = tl.load(pairs + place, mask=there, other=0)
     value *= tl.load(weights + pair, mask=there, other=0.0)[:, None]
-    at = (pair // top_k)[:, None] * hidden_size + row[None, :]
-    tl.atomic_add(out + at, value, mask=there[:, None] & valid[None, :], sem="relaxed")
+    at = in_row[:, None] * hidden_size + row[None, :]
+    tl.store(out + at, value, mask=there[:, None] & valid[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(row_of_pair + pair, in_row.to(tl.int32), mask=there)
+
+
+@triton.jit(do_not_specialize=("top_k",))
+def add_pairs_kernel(
+    each,  # fp32 [rows, H]
+    row_of_pair,  # int32 [T * K], -1 where a pair has none
+    out,  # fp32 [T, H], added to
+    hidden_size,
+    top_k,
+    COLUMNS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < hidden_size
+    total = tl.zeros([COLUMNS], tl.float32)
+    for choice in range(top_k):
+        row = tl.load(row_of_pair + token * top_k + choice).to(tl.int64)
+        if row >= 0:
+            total += tl.load(each + row * hidden_size + column, mask=inside, other=0.0)
+    at = out + token * hidden_size + column
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
 def tile_constants(constants: Mapping[str, object]) -> dict[str, Any]:
@@ -356,15 +382,29 @@ class TiledExperts:
         A group is a slot, and which of `pairs` are its: from which on, and how many.
         `hidden` is [T, H], `weights` [T, K] and `pairs` int64, all on the slots' device.
         """
+        most = _PAIRS_BYTES // (4 * self._experts.layout.hidden_size)
+        part: list[tuple[int, int, int]] = []
+        for group in groups:
+            if part and sum(n for _, _, n in (*part, group)) > most:
+                self._add(hidden, part, pairs, weights, out)
+                part = []
+            part.append(group)
+        self._add(hidden, part, pairs, weights, out)
+
+    def _add(
+        self, hidden: Tensor, groups: Groups, pairs: Tensor, weights: Tensor, out: Tensor
+    ) -> None:
         experts = self._experts
         layout, activation = experts.layout, experts.activation
         width, hidden_size = layout.intermediate_size, layout.hidden_size
         n_tiles, which = self._tiles(groups)
         raw = activation.kind == "module"
+        n_rows = sum(n for _, _, n in groups)
         middle = torch.empty(
-            sum(n for _, _, n in groups), layout.first_rows if raw else width,
-            dtype=hidden.dtype, device=hidden.device,
-        )  # fmt: skip
+            n_rows, layout.first_rows if raw else width, dtype=hidden.dtype, device=hidden.device
+        )
+        each = torch.empty(n_rows, hidden_size, device=hidden.device)
+        row_of_pair = torch.full(weights.shape, -1, dtype=torch.int32, device=hidden.device)
         shared = {
             **self._constants,
             "HAS_BIAS": layout.has_bias,
@@ -397,12 +437,21 @@ class TiledExperts:
             *which,
             *experts.memory(),
             weights.float().contiguous(),
-            out,
+            each,
+            row_of_pair,
             width,
             hidden_size,
-            weights.shape[1],
             *experts.offsets("down"),
             **shared,
+        )
+        add_pairs_kernel[(len(out), triton.cdiv(hidden_size, SUM_COLUMNS))](
+            each,
+            row_of_pair,
+            out,
+            hidden_size,
+            weights.shape[1],
+            COLUMNS=SUM_COLUMNS,
+            enable_fp_fusion=True,
         )
 
     def _tiles(self, groups: Groups) -> tuple[int, tuple[Tensor | int, ...]]:
