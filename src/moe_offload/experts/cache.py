@@ -154,6 +154,11 @@ def make_policy(name: str, seed: int = 0) -> ReplacementPolicy:
     return Random(seed) if policy is Random else policy()
 
 
+def policy_name(policy: ReplacementPolicy) -> str:
+    """Return the command-line name of a policy that `make_policy` made."""
+    return next(name for name, kind in POLICIES.items() if type(policy) is kind)
+
+
 _EMPTY, _IN_FLIGHT, _READY = range(3)
 
 
