@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import pytest
@@ -354,10 +355,12 @@ def test_attention_keeps_its_decorators(name: str) -> None:
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 1, model.config.hidden_size).bfloat16()
     angles = model.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.int64))
+    names = list(inspect.signature(attention.forward).parameters)
     for is_served in (False, True):
         if is_served:
             use_rotation(attention, NATIVE)
         assert ("forward" in vars(attention)) == is_served
+        assert list(inspect.signature(attention.forward).parameters) == names
         for argument in {cache_argument(model), "past_key_values"}:
             cache = DynamicCache(config=model.config)
             attention(hidden, position_embeddings=angles, attention_mask=None, **{argument: cache})

@@ -161,7 +161,7 @@ class DiskReads:
             if not read.checksums:
                 read.checksums = [None for _ in self._files[read.layer].pieces]
                 self._open.append(read)
-                # Each once, whoever called: a read whose start was interrupted has no call yet.
+                # All of them: where `start` was interrupted, this call is another read's.
                 for _ in read.checksums:
                     self._readers.submit(self._carry_out_next)
 

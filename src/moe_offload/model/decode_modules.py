@@ -10,6 +10,7 @@ every call with something unusual in it stays the module's own.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import CellType, FunctionType, MethodType
@@ -227,7 +228,7 @@ def _with_name(function: object, name: str, value: object) -> FunctionType | Non
     if not isinstance(function, FunctionType):
         return None
     names, closure = function.__globals__, function.__closure__
-    inner = getattr(function, "__wrapped__", None)
+    inner, changed = getattr(function, "__wrapped__", None), None
     if inner is None:
         names = names | {name: value}
     else:
@@ -240,6 +241,8 @@ def _with_name(function: object, name: str, value: object) -> FunctionType | Non
         function.__code__, names, function.__name__, function.__defaults__, closure
     )
     copied.__kwdefaults__ = function.__kwdefaults__
+    if changed is not None:
+        functools.update_wrapper(copied, changed)  # its signature
     return copied
 
 
