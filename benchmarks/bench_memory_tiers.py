@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +52,8 @@ def plain_gbps(source: PreparedModel, n_reads: int) -> float:
     layers = source.manifest.moe_layers
     files = [os.open(layer.file, os.O_RDONLY | os.O_DIRECT) for layer in layers]
     block_bytes = layers[0].layout.block_bytes
-    pieces = BlockFile(layers[0]).pieces
+    with closing(BlockFile(layers[0])) as file:
+        pieces = file.pieces
     chosen = random.Random(0)
     places = [(chosen.randrange(len(layers)), chosen.randrange(layers[0].n_experts))
               for _ in range(n_reads)]  # fmt: skip
@@ -72,8 +73,8 @@ def plain_gbps(source: PreparedModel, n_reads: int) -> float:
         with ThreadPoolExecutor(N_READERS) as pool:
             list(pool.map(partial(read, jobs), range(N_READERS)))
         reached.append(n_reads * block_bytes / (time.perf_counter() - began_s) / 1e9)
-    for file in files:
-        os.close(file)
+    for descriptor in files:
+        os.close(descriptor)
     return max(reached)
 
 

@@ -23,6 +23,7 @@ from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.model.loader import PreparedModel
+from moe_offload.simulation.tuning import CacheChoice
 from moe_offload.simulation.workload import even_workload
 
 
@@ -88,6 +89,22 @@ def test_the_line_chooses_the_same_cache_again(
         assert again == expected
     with load(folder, again) as engine:
         assert engine.describe() == found
+
+
+def test_over_a_disk_the_run_s_own_policy_of_host_memory_is_simulated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def choose(*arguments: object) -> CacheChoice:
+        asked.append(arguments[-2:])
+        return CacheChoice(0, 0, "LRU", 1.0, "made up")
+
+    monkeypatch.setattr(setup, "choose_cache", choose)
+    options = ModelOptions(folder, device="cpu", host_memory_gb=0.0001, host_policy="RANDOM")
+    source = PreparedModel(read_manifest(folder))
+    with load_engine(source, options, CacheOptions(auto=True, memory_gb=0.0001)) as engine:
+        assert asked == [(engine.store.memory.n_experts, "RANDOM")]
 
 
 def test_not_one_slot_is_a_sentence() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -256,60 +257,80 @@ def test_an_interrupt_while_reads_are_in_flight_leaves_all_in_order(open_tier, m
     assert sorted(computed(tier, 0, [0, 1, 2, 3])) == [0, 1, 2, 3]
 
 
-def test_an_interrupt_at_any_moment_leaves_all_in_order(open_tier):
-    tier, chosen, is_sent = open_tier(2, "LFRU"), random.Random(5), threading.Event()
-    gate, may_come, n_interrupts = threading.Lock(), threading.Event(), 0
+class Interruption:
+    """While it is entered: a Ctrl-C at the `at`-th line of the product's that this thread runs."""
 
-    def drive() -> None:
-        nonlocal n_interrupts
-        for _ in range(150):
-            layer, experts = chosen.randrange(N_LAYERS), chosen.sample(range(N_EXPERTS), 4)
-            try:
-                may_come.set()
-                computed(tier, layer, experts)
-                with gate:
-                    may_come.clear()
-                while is_sent.is_set():  # it comes any moment
-                    time.sleep(1e-4)
-            except KeyboardInterrupt:
-                n_interrupts += 1
-                may_come.clear()
-                is_sent.clear()
-                tier.recover()
-                assert not tier.cache.in_flight()
+    PACKAGE = str(Path(block_file.__file__).parents[1])
 
-    failed: list[BaseException] = []
+    def __init__(self, at: float = float("inf")) -> None:
+        self.at, self.n_lines = at, 0
 
-    def run() -> None:
+    def __enter__(self) -> Interruption:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(self.PACKAGE):
+            return None
+        self.n_lines += event == "line"
+        if self.n_lines == self.at and event == "line":
+            raise KeyboardInterrupt
+        return self._trace
+
+
+def test_an_interrupt_at_any_line_leaves_all_in_order(open_tier):
+    tier, chosen = open_tier(2, "LFRU"), random.Random(5)
+    with Interruption() as counted:
+        computed(tier, 0, list(range(4)))
+    n_interrupts = 0
+    for _ in range(150):
+        layer, experts = chosen.randrange(N_LAYERS), chosen.sample(range(N_EXPERTS), 4)
         try:
-            drive()
-        except BaseException as error:
-            failed.append(error)
+            with Interruption(chosen.randrange(1, counted.n_lines)):
+                computed(tier, layer, experts)
+        except KeyboardInterrupt:
+            n_interrupts += 1
+            tier.recover()
+            assert not tier.cache.in_flight()
+        assert sorted(computed(tier, layer, experts)) == sorted(experts)
+    assert n_interrupts > 10  # of the others most ended before their line came
 
-    driver = threading.Thread(target=run)
-    driver.start()
-    while driver.is_alive():
-        time.sleep(chosen.random() / 500)
-        with gate:
-            if may_come.is_set() and not is_sent.is_set():
-                is_sent.set()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(driver.ident), ctypes.py_object(KeyboardInterrupt)
-                )
-    assert not failed
-    assert n_interrupts > 10
+
+def test_a_measurement_that_is_interrupted_leaves_no_read_waiting(open_tier, monkeypatch):
+    tier = open_tier(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tier._disk._readers, "submit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tier.measured(lambda: None)
+    assert sorted(computed(tier, 0, [0, 1, 2])) == [0, 1, 2]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_closing_gives_reads_up(layers, monkeypatch):
     """What is under way ends with its piece, and what waits behind it is not begun."""
-    began = []
-    with_reads(monkeypatch, lambda *_: (began.append(1), time.sleep(0.02)))
     tier = DiskTier(layers, [N_EXPERTS] * N_LAYERS, make_policy("LRU"))
-    began.clear()
+    began, may_end = [], threading.Event()
+    with_reads(monkeypatch, lambda *_: (began.append(1), may_end.wait()))
     next(tier.arriving(0, list(range(N_EXPERTS))))
     next(tier.arriving(1, list(range(N_EXPERTS))))
+    until(lambda: len(began) == N_READERS)
+
+    def end_once_closing() -> None:
+        until(lambda: tier._disk._is_closed)
+        may_end.set()
+
+    ending = threading.Thread(target=end_once_closing)
+    ending.start()
     tier.close()
-    assert len(began) < 2 * N_EXPERTS
+    ending.join()
+    assert len(began) == N_READERS
     assert not any(thread.is_alive() for thread in tier._disk._readers._threads)
 
 
@@ -321,9 +342,14 @@ def test_where_direct_reads_are_refused_the_bytes_are_the_same(open_tier, monkey
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return opened(path, flags, *more)
 
+    def no_advice(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
     monkeypatch.setattr(block_file.os, "open", refuse)
     tier = open_tier(2)
     assert not tier.is_direct
+    assert sorted(computed(tier, 0, [0, 1, 2, 3])) == [0, 1, 2, 3]
+    monkeypatch.setattr(block_file.os, "posix_fadvise", no_advice)
     assert sorted(computed(tier, 0, [0, 1, 2, 3])) == [0, 1, 2, 3]
 
 
@@ -370,10 +396,10 @@ def test_a_miss_gives_up_what_is_read_ahead(open_tier, monkeypatch):
 def test_the_disk_is_measured_beside_what_memory_holds(open_tier):
     tier = open_tier(2)
     computed(tier, 0, [4, 5])
-    before = tier.disk.n_bytes
+    before = tier.disk.n_bytes, tier._disk.busy_s
     disk = tier.measured(lambda: None)
     assert disk.gbps > 0 <= disk.latency_us
-    assert tier.disk.n_bytes == before
+    assert (tier.disk.n_bytes, tier._disk.busy_s) == before
     assert computed(tier, 0, [4, 5]) == [4, 5]
     assert tier.disk.misses == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import pytest
@@ -345,6 +346,32 @@ def test_a_models_attention_rotates_as_before(name: str, is_served: bool) -> Non
             for model, cache in zip((plain, changed), caches, strict=True)
         ]
         assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_attention_keeps_its_decorators(name: str) -> None:
+    """By which it takes the cache in an older argument's name as well."""
+    model = build_model(CONFIGS[name](), dtype=torch.bfloat16)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(1, 1, model.config.hidden_size).bfloat16()
+    angles = model.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.int64))
+    names = list(inspect.signature(attention.forward).parameters)
+    for is_served in (False, True):
+        if is_served:
+            use_rotation(attention, NATIVE)
+        assert ("forward" in vars(attention)) == is_served
+        assert list(inspect.signature(attention.forward).parameters) == names
+        for argument in {cache_argument(model), "past_key_values"}:
+            cache = DynamicCache(config=model.config)
+            attention(hidden, position_embeddings=angles, attention_mask=None, **{argument: cache})
+            assert cache.get_seq_length() == 1, (is_served, argument)
+
+
+def test_a_forward_that_somebody_replaced_stays() -> None:
+    attention = build_model(CONFIGS["mixtral"](), dtype=torch.bfloat16).model.layers[0].self_attn
+    attention.forward = replaced = lambda hidden: hidden
+    use_rotation(attention, NATIVE)
+    assert attention.forward is replaced
 
 
 @pytest.mark.parametrize(("kernel", "isa"), [("torch", "auto"), ("native", "scalar")])

@@ -62,3 +62,28 @@ def test_models_that_cannot_forget_evaluate_all(name: str) -> None:
     for n_held, text, alone in answers(name, [FIRST, [*FIRST, 40, 41]]):
         assert n_held == 0
         assert text == alone
+
+
+def test_rotary_factors_that_are_the_same_for_every_length_are_lent() -> None:
+    """A GGUF file's own divisors, which `longrope` expresses; another scale would not be."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 1.0,
+        "short_factor": [1.0, 1.05, 1.1, 1.2],
+        "long_factor": [1.0, 1.05, 1.1, 1.2],
+        "original_max_position_embeddings": 8,
+    }
+    for more, n_expected in (({}, len(FIRST) + 5), ({"short_mscale": 1.0, "long_mscale": 1.1}, 0)):
+        model = build_model(CONFIGS["mixtral"](rope_parameters=rope | more, head_dim=8))
+        prefixes = PrefixCache(model, 64)
+        ids = torch.tensor([FIRST])
+        cache, _ = prefixes.take(FIRST)
+        text = model.generate(ids, **SETTINGS, **{cache_argument(model): cache})[0].tolist()
+        prefixes.keep(cache, text)
+        goes_on = [*text, 40, 41]
+        cache, n_held = prefixes.take(goes_on)
+        assert n_held == n_expected
+        ids, lent = torch.tensor([goes_on]), {cache_argument(model): cache}
+        with_it = model.generate(ids, **SETTINGS, **lent)
+        assert torch.equal(with_it, model.generate(ids, **SETTINGS))

@@ -119,11 +119,13 @@ def test_the_command_answers_and_says_what_it_lacks(capsys: pytest.CaptureFixtur
 
 def test_tuning_over_a_disk_replays_both_memories(capsys: pytest.CaptureFixture[str]) -> None:
     trace = made(*[(t % 4, (t * t + 1) % 4) for t in range(1, 40, 2)])
-    points = tune(trace, 2 * COSTS.block_bytes, {"bf16": COSTS}, host_bytes=2 * COSTS.block_bytes)
-    assert {point.host_ways for point in points} == {2}
-    for one in points:
-        gpu = CacheOptions(one.n_indexes, one.n_ways, policy=one.policy)
-        assert one.tokens_per_s == replay_tiers(trace, [2], "LFRU", COSTS, gpu).tokens_per_s
+    for policy in ("LFRU", "FIFO"):
+        room = 2 * COSTS.block_bytes
+        points = tune(trace, room, {"bf16": COSTS}, host_bytes=room, host_policy=policy)
+        assert {point.host_ways for point in points} == {2}
+        for one in points:
+            gpu = CacheOptions(one.n_indexes, one.n_ways, policy=one.policy)
+            assert one.tokens_per_s == replay_tiers(trace, [2], policy, COSTS, gpu).tokens_per_s
     assert tune(trace, 0, {"bf16": COSTS}, host_bytes=COSTS.block_bytes - 1) == []
     hardware = str(Path(__file__).parents[2] / "hardware" / "rtx4090.yaml")
     command = ["--model", "olmoe-1b-7b", "--hardware", hardware, "--tune", "--disk-gbps", "7"]
@@ -134,3 +136,9 @@ def test_tuning_over_a_disk_replays_both_memories(capsys: pytest.CaptureFixture[
     assert "bf16      19" in out
     assert simulate.main([*command, "0.1"]) == 2
     assert "at least one expert of each layer, found 0.1" in capsys.readouterr().err
+    command.remove("--disk-gbps")
+    command.remove("7")
+    assert simulate.main([*command, "4"]) == 2
+    assert "--host-memory-gb needs the disk's speed" in capsys.readouterr().err
+    assert simulate.main([*command, "13"]) == 0  # all of 12.9 GB fits: no disk is asked
+    assert "bf16      64" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from torch import Tensor
@@ -66,7 +67,8 @@ class BlockFile:
             position += n_bytes
         if not self.is_direct and hasattr(os, "posix_fadvise"):
             n_bytes = piece.stop - piece.start
-            os.posix_fadvise(self._file, start + piece.start, n_bytes, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice: some file systems know none
+                os.posix_fadvise(self._file, start + piece.start, n_bytes, os.POSIX_FADV_DONTNEED)
 
     def check(self, expert: int, checksums: Sequence[int]) -> None:
         """UserError where `checksums`, the CRC-32 of each piece, do not make the manifest's."""

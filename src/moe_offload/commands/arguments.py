@@ -119,8 +119,7 @@ def require_model(options: ModelOptions) -> None:
 def importing() -> Iterator[None]:
     """Inside, torch and transformers load without Python's looking for cycles meanwhile.
 
-    Imports make a million objects and no garbage: 3.0 seconds rather than 3.9 to load both, on two
-    cores of an AMD EPYC.
+    Imports make a million objects and no garbage: to look for it is time lost.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

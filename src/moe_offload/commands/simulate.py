@@ -427,12 +427,16 @@ def _tune(trace: Trace, on: _Host, options: argparse.Namespace, formats: Sequenc
     costs = {name: machine.cost_model(on.shape, name) for name in formats}
     host_bytes = None
     if "host_memory_gb" in options:
-        host_bytes, disk = int(_host_gb(options) * 1e9), _disk(machine, options)
-        costs = {name: replace(one, disk=disk) for name, one in costs.items()}
+        host_bytes = int(_host_gb(options) * 1e9)
+        largest = max(one.block_bytes for one in costs.values())
+        if host_bytes < trace.n_layers * trace.n_experts * largest:
+            disk = _disk(machine, options)
+            costs = {name: replace(one, disk=disk) for name, one in costs.items()}
     print(
         f"on {machine.name}, {machine.cpu.cores} cores; up to {memory_bytes / 1e9:.1f} GB of slots"
     )
-    points = tune(trace, int(memory_bytes), costs, host_bytes)
+    host_policy = vars(options).get("host_policy", "LFRU")
+    points = tune(trace, int(memory_bytes), costs, host_bytes, host_policy)
     if not points:
         raise UserError(
             f"expected --host-memory-gb for at least one expert of each layer, found "

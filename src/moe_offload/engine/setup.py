@@ -16,7 +16,7 @@ from moe_offload.config import CacheOptions, ModelOptions, flag_of
 from moe_offload.engine.memory import Budget
 from moe_offload.errors import UserError
 from moe_offload.experts.accelerator import N_STAGING_SLOTS, Accelerator
-from moe_offload.experts.cache import ExpertCache, make_policy, ways_within
+from moe_offload.experts.cache import ExpertCache, make_policy, policy_name, ways_within
 from moe_offload.experts.costs import CostModel
 from moe_offload.experts.disk_tier import DiskTier, Router
 from moe_offload.experts.fetcher import make_fetcher
@@ -159,6 +159,9 @@ def chosen_cache(
     block_bytes = source.layouts[0].block_bytes
     if options.memory_gb is not None:
         free_bytes = min(free_bytes, int(options.memory_gb * 1e9))
+    ways, host_policy = None, "LFRU"
+    if isinstance(store, DiskTier):
+        ways, host_policy = store.memory.n_experts, policy_name(store.cache.policy)
     choice = choose_cache(
         max(0, free_bytes - N_STAGING_SLOTS * block_bytes),
         len(source.layouts),
@@ -166,7 +169,8 @@ def chosen_cache(
         experts_per_token(source.config) or 2,
         costs,
         None if options.trace is None else read_trace(options.trace),
-        store.memory.n_experts if isinstance(store, DiskTier) else None,
+        ways,
+        host_policy,
     )
     chosen = replace(
         options,

@@ -154,6 +154,11 @@ def make_policy(name: str, seed: int = 0) -> ReplacementPolicy:
     return Random(seed) if policy is Random else policy()
 
 
+def policy_name(policy: ReplacementPolicy) -> str:
+    """Return the command-line name of a policy that `make_policy` made."""
+    return next(name for name, kind in POLICIES.items() if type(policy) is kind)
+
+
 _EMPTY, _IN_FLIGHT, _READY = range(3)
 
 
@@ -245,11 +250,13 @@ class ExpertCache:
             if not candidates:
                 return None
             slot = self.policy.victim(candidates) if len(candidates) > 1 else candidates[0]
+        # In this order, so that `cancel` makes good whatever an interrupt leaves half done.
+        self._state[slot] = _IN_FLIGHT
+        if slot_of.get(self._expert[slot]) == slot:
             del slot_of[self._expert[slot]]
             self.evictions += 1
-        slot_of[expert] = slot
         self._expert[slot] = expert
-        self._state[slot] = _IN_FLIGHT
+        slot_of[expert] = slot
         self.admissions += 1
         self.policy.filled(slot, expert)
         return slot
@@ -262,7 +269,9 @@ class ExpertCache:
     def cancel(self, slot: int) -> None:
         """The copy into the in-flight `slot` failed: the slot is empty again."""
         assert self._state[slot] == _IN_FLIGHT, slot
-        del self._slots[slot // self.n_ways][self._expert[slot]]
+        slot_of = self._slots[slot // self.n_ways]
+        if slot_of.get(self._expert[slot]) == slot:  # else its admission was interrupted
+            del slot_of[self._expert[slot]]
         self._state[slot] = _EMPTY
 
     def end_step(self, layer: int) -> None:

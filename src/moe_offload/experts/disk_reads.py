@@ -106,7 +106,9 @@ class DiskReads:
         """What reads of other blocks each time cost, one alone and several at once.
 
         Each behind a call of `compute`, for in a decode step the disk has rested meanwhile.
+        `busy_s` leaves them out.
         """
+        busy_s = self.busy_s
         layout, n_experts = self._layers[0].layout, self._layers[0].n_experts
         alike = [n for n, layer in enumerate(self._layers) if layer.layout == layout]
         block_bytes = layout.block_bytes
@@ -122,6 +124,7 @@ class DiskReads:
                 began_s = time.perf_counter()
                 self._read_all(alike[turn % len(alike)], turn * most, scratch, n)
                 times_s.append(time.perf_counter() - began_s)
+        self.busy_s = busy_s
         one_s, most_s = (median(seconds[n]) for n in (1, most))
         # Where several are no slower than one, such as of tiny experts, there is no speed to tell.
         each_s = (most_s - one_s) / (most - 1) if most_s > one_s else max(most_s / most, 1e-9)
@@ -158,7 +161,8 @@ class DiskReads:
             if not read.checksums:
                 read.checksums = [None for _ in self._files[read.layer].pieces]
                 self._open.append(read)
-                for _ in read.checksums[1:]:
+                # All of them: where `start` was interrupted, this call is another read's.
+                for _ in read.checksums:
                     self._readers.submit(self._carry_out_next)
 
     def _carry_out_next(self) -> None:

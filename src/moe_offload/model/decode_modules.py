@@ -10,9 +10,10 @@ every call with something unusual in it stays the module's own.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Final, cast
 
 import torch
@@ -197,10 +198,12 @@ def use_rotation(module: nn.Module, kernels: CpuKernels) -> None:
     """Rotate by the kernels in a module whose own forward rotates as they do, bit for bit.
 
     A function has no place in a module, as a norm has: what is replaced is the meaning of its name,
-    in this one module's forward, whose code stays.
+    in this one module's forward, whose code and decorators stay.
     """
     forward = inspect.unwrap(type(module).forward)
-    if not isinstance(forward, FunctionType) or CpuRotation.NAME not in forward.__code__.co_names:
+    if "forward" in vars(module) or not isinstance(forward, FunctionType):
+        return
+    if CpuRotation.NAME not in forward.__code__.co_names:
         return
     own = forward.__globals__.get(CpuRotation.NAME)
     if own is None:  # an attribute of the same name
@@ -212,12 +215,35 @@ def use_rotation(module: nn.Module, kernels: CpuKernels) -> None:
     expected = answer_to(lambda _: [one.float() for one in own(*probe)], probe[0])
     if expected is None or not all(map(torch.equal, expected, map(Tensor.float, rotation(*probe)))):
         return
-    names = forward.__globals__ | {CpuRotation.NAME: rotation}
-    changed = FunctionType(
-        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    changed = _with_name(type(module).forward, CpuRotation.NAME, rotation)
+    if changed is not None:
+        module.forward = MethodType(changed, module)
+
+
+def _with_name(function: object, name: str, value: object) -> FunctionType | None:
+    """A copy of a function, and of what decorates it, in whose code a global `name` is `value`.
+
+    None where a decorator keeps what it decorates elsewhere than in a variable of its own.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    names, closure = function.__globals__, function.__closure__
+    inner, changed = getattr(function, "__wrapped__", None), None
+    if inner is None:
+        names = names | {name: value}
+    else:
+        changed = _with_name(inner, name, value)
+        decorated = CellType(inner)  # cells are equal where what they hold is; empty ones too
+        if changed is None or closure is None or decorated not in closure:
+            return None
+        closure = tuple(CellType(changed) if cell == decorated else cell for cell in closure)
+    copied = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, closure
     )
-    changed.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = MethodType(changed, module)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    if changed is not None:
+        functools.update_wrapper(copied, changed)  # its signature
+    return copied
 
 
 class CpuRouter:

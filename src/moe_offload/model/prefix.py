@@ -11,6 +11,7 @@ from moe_offload.model.kv_cache import RoomyLayer, make_cache
 
 # Kinds of rotary embedding by which a token's keys do not depend on how long its text becomes.
 _STEADY_ROPES: Final = ("default", "linear", "llama3", "yarn", "proportional")
+_LENGTH_NUMBERS: Final = ("factor", "mscale")
 
 
 class PrefixCache:
@@ -52,9 +53,16 @@ class PrefixCache:
 
 def _can_crop(model: PreTrainedModel, cache: Any) -> bool:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]
-    steady = all(kind is None or kind in _STEADY_ROPES for kind in kinds)
-    return steady and all(type(layer) is RoomyLayer for layer in cache.layers)
+    ropes = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
+    return all(map(_is_steady, ropes)) and all(type(one) is RoomyLayer for one in cache.layers)
+
+
+def _is_steady(rope: dict[str, Any]) -> bool:
+    kind = rope.get("rope_type")
+    if kind == "longrope":  # one set of numbers for short texts, one for long ones
+        pairs = [(rope.get(f"short_{name}"), rope.get(f"long_{name}")) for name in _LENGTH_NUMBERS]
+        return all(short == long for short, long in pairs)
+    return kind is None or kind in _STEADY_ROPES
 
 
 def _n_common(first: Sequence[int], second: Sequence[int]) -> int:

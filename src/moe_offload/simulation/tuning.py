@@ -122,7 +122,6 @@ def _doubling(limit: int, count: int) -> list[int]:
 SEARCH_TOKENS = 64
 PROMPT_TOKENS = 16
 OTHER_POLICIES = ("FIFO", "LFRU", "LFU")  # tried after LRU; earlier ones win ties
-HOST_POLICY = "LFRU"  # of host memory over a disk, which is the default there
 WORTHWHILE = 1.005  # less gain than this is noise of the routing
 BUDGETS = 6
 _Timed = tuple[float, CacheOptions]  # tokens/s of a cache
@@ -161,14 +160,15 @@ def choose_cache(
     costs: CostModel,
     trace: Trace | None = None,
     ways: Sequence[int] | None = None,
+    host_policy: str = "LFRU",
 ) -> CacheChoice:
     """Choose N, M and policy for `free_bytes` of GPU memory.
 
     Every way to spend the slots is tried, from many indexes of few ways to few of many, on the
     first tokens of `trace`, or without one on synthetic routing of this shape. 0 x 0 when nothing
     fits or no cache beats the CPU alone. With `ways` host memory holds so many experts of each
-    layer, over the disk that `costs` know. Takes a second or two. Raises UserError for a trace of
-    another shape.
+    layer, by `host_policy`, over the disk that `costs` know. Takes a second or two. Raises
+    UserError for a trace of another shape.
     """
     if trace is None:
         source = "synthetic routing of this shape"
@@ -187,7 +187,7 @@ def choose_cache(
 
     def timed(setting: CacheOptions) -> _Timed:
         if ways is not None:
-            return replay_tiers(first, ways, HOST_POLICY, costs, setting).tokens_per_s, setting
+            return replay_tiers(first, ways, host_policy, costs, setting).tokens_per_s, setting
         cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
         return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s, setting
 
@@ -223,12 +223,13 @@ def tune(
     memory_bytes: int,
     costs_of_format: dict[str, CostModel],
     host_bytes: int | None = None,
+    host_policy: str = "LFRU",
 ) -> list[TunedSetting]:
     """Find the fastest cache of each expert format at several budgets up to `memory_bytes`.
 
-    Host memory has `host_bytes` for experts, or room for all. A format of which that does not hold
-    an expert of each layer is left out. Returns the points by memory, with the Pareto front of
-    speed against memory marked.
+    Host memory has `host_bytes` for experts, kept by `host_policy`, or room for all. A format of
+    which that does not hold an expert of each layer is left out. Returns the points by memory, with
+    the Pareto front of speed against memory marked.
     """
     points: dict[TunedSetting, None] = {}  # a set in its order
     shape = trace.n_layers, trace.n_experts, trace.info.top_k
@@ -241,7 +242,8 @@ def tune(
             continue
         over_disk = ways if min(ways) < n_experts else None
         for step in range(BUDGETS + 1):
-            choice = choose_cache(memory_bytes * step // BUDGETS, *shape, costs, trace, over_disk)
+            budget = memory_bytes * step // BUDGETS
+            choice = choose_cache(budget, *shape, costs, trace, over_disk, host_policy)
             n_bytes = choice.n_indexes * choice.n_ways * costs.block_bytes
             points[
                 TunedSetting(
