@@ -509,7 +509,7 @@ class TestCuda:
             before = slots[0].clone()
             torch.cuda._sleep(2_000_000)  # about a millisecond: the next copy has time to do harm
             seen.append((value, before, slots[0].clone()))
-            fetcher.mark_released([0], stream)
+            fetcher.mark_released([0], stream.record_event())
         torch.cuda.synchronize()
         for value, before, after in seen:
             assert (before == value).all()
@@ -526,7 +526,7 @@ class TestCuda:
             fetcher.wait_ready([0], stream)
             torch.cuda._sleep(20_000_000)
             after.append(slots[0].clone())
-            fetcher.mark_released([0], stream)
+            fetcher.mark_released([0], stream.record_event())
         torch.cuda.synchronize()
         assert any(
             (seen != value.to("cuda")).any() for seen, value in zip(after, source, strict=True)

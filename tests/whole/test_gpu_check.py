@@ -300,7 +300,7 @@ def test_a_row_is_printed_with_its_own_notes_only(capsys):
     costs = replace(OneStep(True).costs, steadiness=Steadiness(0.9, 0.0))
     values = dict.fromkeys((one.name for one in fields(Row)), 0)
     (note,) = costs.notes()
-    values["prompts_tokens_per_s"] = {512: 300.0}
+    values |= {"prompts_tokens_per_s": {512: 300.0}, "parts_ms": {"cpu": 12.0}}
     print_row(Row(**values | {"notes": [note, "4 of 8 cache slots fit"]}))
     assert "varied" in note
     out = capsys.readouterr().out
