@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from benchmarks.gpu_models import Setting
 from moe_offload.config import GenerationOptions
 from moe_offload.engine.calibration import UNSTEADY
 from moe_offload.engine.engine import Engine
+from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.experts.slots import Pending
 from moe_offload.kernels.oracle import experts_forward
@@ -33,9 +34,10 @@ _PROMPTS_SHARE = 3  # of a setting's time for decoding: four settings have promp
 LEAST_STEPS = 4
 CHECKED_STEPS = 6  # two of them may be to record graphs
 _CHECKED_LAYERS = 4  # the last of those that are watched: torch's bf16 is slow on some CPUs
-# Relative norms. Of the logits: the sides round bf16 differently, and a CPU's integer products
-# round activations to 8 bits, which a GPU does not (32 layers of Mixtral, int4: 0.063 on an H100).
-LOGIT_TOLERANCE = {"bf16": 0.05, "int8": 0.05, "int4": 0.1, "mxfp4": 0.1, "fp8": 0.05}
+# Relative norms. Of the logits: the sides round bf16 differently. int4's is wider: an H100 gave
+# 0.063 in 32 layers of Mixtral, 2.2 times bf16's, as layers differ by 3 times bf16's, within their
+# own limit; the CPU's integer products round activations to 8 bits, a GPU does not.
+LOGIT_TOLERANCE = {"bf16": 0.05, "int8": 0.05, "int4": 0.08, "mxfp4": 0.05, "fp8": 0.05}
 # Of one layer's output.
 LAYER_TOLERANCE = {"bf16": 0.02, "int8": 0.03, "int4": 0.05, "mxfp4": 0.05, "fp8": 0.03}
 
@@ -117,6 +119,16 @@ Sample = tuple[int, Tensor, Tensor, Tensor, Tensor]
 
 
 @contextmanager
+def _calling(dispatcher: MoeDispatcher, run: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, a layer's experts are called by `run`."""
+    dispatcher.run = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del dispatcher.run  # type: ignore[method-assign]
+
+
+@contextmanager
 def watched(engine: Engine) -> Iterator[list[Sample]]:
     """Inside, the first and the last MoE layer of each decode step are kept."""
     dispatcher, samples = engine.dispatcher, []
@@ -130,11 +142,8 @@ def watched(engine: Engine) -> Iterator[list[Sample]]:
             samples.append((layer, hidden.cpu(), index.cpu(), weights.cpu(), out.cpu()))
         return out
 
-    dispatcher.run = watching  # type: ignore[method-assign]
-    try:
+    with _calling(dispatcher, watching):
         yield samples
-    finally:
-        del dispatcher.run  # type: ignore[method-assign]
 
 
 def set_up(engine: Engine, setting: Setting) -> None:
@@ -172,11 +181,8 @@ def timed_between(engine: Engine) -> Iterator[list[float]]:
         ended_s = time.perf_counter()
         return out
 
-    dispatcher.run = timed  # type: ignore[method-assign]
-    try:
+    with _calling(dispatcher, timed):
         yield between_us
-    finally:
-        del dispatcher.run  # type: ignore[method-assign]
 
 
 def hits_slowed(recorder: Recorder) -> float | None:
