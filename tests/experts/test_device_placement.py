@@ -222,7 +222,7 @@ def test_a_gpus_time_is_told_by_its_own_clock(
         wait_ready = ExpertFetcher.wait_ready
         monkeypatch.setattr(ExpertFetcher, "wait_ready", taking(11, wait_ready))
         monkeypatch.setattr(GpuExperts, "_expert", taking(5, GpuExperts._expert))
-        monkeypatch.setattr(LayerStep, "combine", taking(70, LayerStep.combine))
+        monkeypatch.setattr(LayerStep, "_sum", taking(70, LayerStep._sum))
         with load_engine(
             PreparedModel(read_manifest(folder)),
             ModelOptions(folder, device="cuda", cuda_graphs=graphs),

@@ -10,6 +10,7 @@ import torch
 from against_transformers import greedy, prepared
 from host_graph import HostGraph
 from pretended_gpu import pretended_gpu
+from pretended_kernels import PretendedKernels, pretend_kernels
 from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
@@ -20,6 +21,7 @@ from moe_offload.engine.calibration import Calibration
 from moe_offload.engine.check import check_engine
 from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine
+from moe_offload.experts.recorded import RecordedStep
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model import step_graphs
 from moe_offload.model.generation import Request, cache_argument, generate
@@ -45,11 +47,13 @@ def _folder(name: str, root: Path) -> Path:
     return prepared(root / name, root / f"{name}-fp32", "--hf", "--expert-dtype", "fp32")
 
 
-def load(folder: Path, device: str = "cuda", say: Any = None, **options: Any) -> Engine:
+def load(
+    folder: Path, device: str = "cuda", say: Any = None, cache: Any = None, **options: Any
+) -> Engine:
     return load_engine(
         PreparedModel(read_manifest(folder)),
         ModelOptions(folder, device=device, **options),
-        CacheOptions(n_indexes=2, n_ways=2, policy="LRU"),
+        CacheOptions(**{"n_indexes": 2, "n_ways": 2, "policy": "LRU"} | (cache or {})),
         Recorder(),
         say=say,
     )
@@ -58,6 +62,19 @@ def load(folder: Path, device: str = "cuda", say: Any = None, **options: Any) ->
 def on_cpu(folder: Path, *batches: list[list[int]]) -> list[list[list[int]]]:
     with load(folder, "cpu") as engine:
         return [greedy(engine.model, batch, N_TOKENS) for batch in batches]
+
+
+def steps(engine: Engine, text: list[int], n: int) -> None:
+    """`n` steps behind a prompt, each from a token of its own."""
+    name, cache = cache_argument(engine.model), make_cache(engine.model.config, 100)
+    for step in range(n + 1):
+        ids = text if step == 0 else [(7 * step) % 90]
+        n_held = cache.get_seq_length()
+        engine.model(
+            input_ids=torch.tensor([ids], device=engine.device),
+            position_ids=torch.arange(n_held, n_held + len(ids), device=engine.device)[None],
+            use_cache=True, **{name: cache},
+        )  # fmt: skip
 
 
 def graph_notes(engine: Engine) -> list[str]:
@@ -80,6 +97,145 @@ def test_replayed_steps_give_the_same_text(name, tmp_path, monkeypatch):
         passes = recorder.pass_table()
         assert len(recorder.layer_table()) == len(passes) * engine.store.n_layers
         assert passes["decode"].sum() == 4 * n_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("deepseek_v3", {"n_indexes": 0, "n_ways": 0}),
+        ("mixtral", {"n_ways": 1, "miss_policy": "fetch"}),
+        ("mixtral", {"n_indexes": 1}),
+    ],
+)
+def test_recorded_experts_do_what_others_do(name, options, tmp_path, monkeypatch):
+    """The same text, hits, copies and bytes: with misses, without, waited for, not cached."""
+    folder = _folder(name, tmp_path)
+    batches = [FIRST], [SECOND], [FIRST, SECOND], [FIRST]
+    expected = on_cpu(folder, *batches)
+    tables = []
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        for is_recorded in (True, False):
+            with load(folder, cache=options) as engine:
+                engine.graphs.records_experts = is_recorded
+                assert [greedy(engine.model, batch, N_TOKENS) for batch in batches] == expected
+                assert (engine.graphs._recorded.memory is not None) == is_recorded
+                assert engine.graphs.replayed > 2 * N_TOKENS
+                assert graph_notes(engine) == []
+                assert engine.dispatcher.recorded is None
+                table = engine.dispatcher.recorder.layer_table()
+                counted = [n for n in table.dtype.names if not n.endswith("_us")]
+                tables.append(table[counted])
+                assert (table["gpu_us"] > 0).any() == (engine.accelerator is not None)
+    assert (tables[0] == tables[1]).all()
+    assert options.get("n_ways") == 0 or tables[0]["hits"].sum() > 0
+
+
+def test_a_replayed_step_sends_nothing_but_experts_and_waits_once_a_layer(folder, monkeypatch):
+    """And starts no copy into a slot that hits may still be computed from."""
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        with load(folder) as engine:
+            accelerator, dispatcher = engine.accelerator, engine.dispatcher
+            run, replay, fetch = dispatcher.run, accelerator.gpu.replay, accelerator.fetcher.fetch
+            reading: set[int] = set()
+            n_fetched = n_hit = 0
+
+            def watched(*call: Any) -> Any:
+                if dispatcher.recorded is None:  # the prompt, the rehearsal
+                    return run(*call)
+                seen.clear()
+                out = run(*call)
+                assert (seen.waits, seen.to_host) == (["stream"], [])
+                others = [n for n in seen.to_gpu if n != engine.store.layouts[0].block_bytes]
+                assert others == []
+                return out
+
+            def noted(*call: Any) -> Any:
+                nonlocal n_hit
+                reading.update(dispatcher.recorded.memory.slots.tolist())
+                n_hit += 1
+                return replay(*call)
+
+            def waited(step: RecordedStep) -> None:
+                begin(step)
+                reading.clear()  # the stream has been waited for
+
+            def checked(slot: int, source: torch.Tensor) -> None:
+                nonlocal n_fetched
+                assert slot not in reading
+                n_fetched += 1
+                fetch(slot, source)
+
+            begin = RecordedStep.begin
+            monkeypatch.setattr(RecordedStep, "begin", waited)
+            monkeypatch.setattr(accelerator.gpu, "replay", noted)
+            monkeypatch.setattr(accelerator.fetcher, "fetch", checked)
+            before = engine.graphs.replayed
+            dispatcher.run = watched
+            with torch.inference_mode():
+                steps(engine, SECOND, 40)
+            assert engine.graphs.replayed - before > 30
+            assert n_hit > 10 and n_fetched > 10
+
+
+def test_recorded_experts_follow_a_forced_routing(folder, monkeypatch):
+    class Forced:
+        def begin_pass(self, decode: bool, n_tokens: int) -> None:
+            self.n = 0 if not hasattr(self, "n") else self.n + 1
+
+        def choose(self, layer: int, index: Any, weights: Any) -> tuple[Any, Any]:
+            ids = (torch.arange(index.numel()) + layer + self.n).reshape(index.shape) % 4
+            return ids.to(index.device), torch.full_like(weights, 0.25)
+
+    def text(device: str) -> list[list[int]]:
+        with load(folder, device) as engine:
+            engine.dispatcher.forced_routing = Forced()
+            found = greedy(engine.model, [FIRST], 2 * N_TOKENS)
+            if device == "cuda":
+                assert engine.graphs._recorded.memory is not None
+                assert engine.graphs.replayed == 2 * N_TOKENS - 3
+            return found
+
+    expected = text("cpu")
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        assert text("cuda") == expected
+
+
+def test_experts_that_cannot_be_recorded_are_launched_between_graphs(folder, monkeypatch):
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such node")
+
+    expected = on_cpu(folder, [FIRST], [SECOND])
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        monkeypatch.setattr(PretendedKernels, "grouped_by", refused)
+        with load(folder) as engine:
+            texts = [greedy(engine.model, [text], N_TOKENS) for text in (FIRST, SECOND)]
+            assert texts == expected
+            assert graph_notes(engine) == ["experts are not recorded as CUDA graphs: no such node"]
+            assert engine.graphs._recorded.memory is None
+            assert engine.graphs.replayed > N_TOKENS
+
+
+def test_another_cache_is_served_by_graphs_of_its_own(folder, monkeypatch):
+    """The old ones read slots that are gone."""
+    expected = on_cpu(folder, [FIRST], [FIRST])
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        with load(folder) as engine:
+            texts = [greedy(engine.model, [FIRST], N_TOKENS)]
+            engine.use_cache(CacheOptions(n_indexes=2, n_ways=1, policy="FIFO"))
+            texts.append(greedy(engine.model, [FIRST], N_TOKENS))
+            assert texts == expected
+            slots = engine.accelerator.gpu.slots
+            engine.use_cache(CacheOptions())
+            del slots
+            assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected[:1]
+            assert engine.graphs.replayed > 0
 
 
 @pytest.mark.parametrize(

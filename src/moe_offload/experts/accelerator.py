@@ -163,15 +163,16 @@ class Accelerator:
         self.fetch(layer, expert, slot)
         return slot
 
+    def guesses(self, layer: int) -> bool:
+        """Whether what `layer` will choose is guessed, to fetch it ahead: where it is cached."""
+        return layer < min(len(self.routers), self.cache.n_indexes)
+
     def guess(self, layer: int, hidden: Tensor) -> Tensor | None:
         """The experts that `layer` is expected to choose, int64 [T, K] on hidden's device.
 
-        `hidden` [T, H] is the previous layer's input. None when fetching ahead is off, or `layer`
-        is not cached.
+        `hidden` [T, H] is the previous layer's input. None where there is no guessing.
         """
-        if layer >= min(len(self.routers), self.cache.n_indexes):
-            return None
-        return self.routers[layer](hidden)
+        return self.routers[layer](hidden) if self.guesses(layer) else None
 
     def fetch_ahead(self, layer: int, guessed: Sequence[int]) -> None:
         """Start copying the `guessed` experts of `layer`.

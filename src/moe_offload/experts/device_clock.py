@@ -13,22 +13,16 @@ from typing import Any
 
 import torch
 
-from moe_offload.experts.slots import Pending
-
-
-def _event() -> Any:
-    cuda: Any = torch.cuda
-    # external: recorded inside a CUDA graph, it is recorded again by every replay.
-    return cuda.Event(enable_timing=True, external=True)
+from moe_offload.experts.slots import Pending, replayed_event
 
 
 @dataclass
 class _Marks:
     """One layer's events, the same in every pass."""
 
-    block: Any = field(default_factory=_event)
-    routed: Any = field(default_factory=_event)
-    combined: Any = field(default_factory=_event)
+    block: Any = field(default_factory=replayed_event)
+    routed: Any = field(default_factory=replayed_event)
+    combined: Any = field(default_factory=replayed_event)
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._began = _event()
+        self._began = replayed_event()
         self._marks: dict[int, _Marks] = {}
 
     def begin_pass(self) -> None:

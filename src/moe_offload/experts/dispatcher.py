@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +23,12 @@ from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.device_clock import DeviceClock
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.layer import HostHandoff, LayerStep
+from moe_offload.experts.layer_record import Counters, LayerRecord
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
-from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
-from moe_offload.experts.store import DiskCounts, ExpertStore
+from moe_offload.experts.recorded import RecordedStep, StepMemory
+from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Phase, Recorder
+from moe_offload.experts.slots import TOKENS_PER_SLOT_FOR_GEMM
+from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.streams import is_out_of_memory
 
@@ -83,6 +85,7 @@ class MoeDispatcher:
         self.turn = threading.RLock()  # one pass may call the model again
         self.forced_routing: RoutingChoice | None = None
         self.called_by: _Run | None = None  # what the model's layers call in the place of `run`
+        self.recorded: RecordedStep | None = None  # serves the layer that `run` is called for
         self.on_layer: list[Callable[[], None]] = []
         self.cpu = cpu
         self._ranges = ranges or NvtxRanges(enabled=False)
@@ -214,16 +217,21 @@ class MoeDispatcher:
         for look in self.on_layer:
             look()
         self._device = hidden.device
-        if self.forced_routing is not None:
-            index, weights = self.forced_routing.choose(layer, index, weights)
         if self._skip_experts:
-            self._handoff.to_host(index.long(), weights.float(), hidden)
             self._next_layer = layer + 1  # what is recorded as a graph meanwhile marks the layers
+            if self.recorded is not None:
+                self.recorded.begin()
+                return self.recorded.combine(None)
+            self._handoff.to_host(index.long(), weights.float(), hidden)
             return torch.zeros_like(hidden)
-        if self._token_mask is not None:
-            index = index.masked_fill(~self._token_mask[:, None], -1)
         try:
-            return self._compute(layer, hidden, index, weights)
+            step = self.recorded or self._handed_over(layer, hidden, index, weights)
+            if isinstance(step, RecordedStep):
+                step.begin()
+                if self.forced_routing is not None:
+                    routing = step.host_index, step.host_weights
+                    step.force(*self.forced_routing.choose(layer, *routing))
+            return self._compute(layer, step)
         except RuntimeError as error:
             if self.accelerator is None or not is_out_of_memory(error):
                 raise
@@ -234,20 +242,45 @@ class MoeDispatcher:
                 "a smaller batch or a shorter prompt"
             ) from error
 
-    def _compute(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def records_experts(self, n_tokens: int) -> bool:
+        """Whether decode steps of `n_tokens` can be served by a `RecordedStep` of each layer.
+
+        Where nothing is guessed ahead, what computes the hits can be recorded, and few tokens.
+        """
         accelerator = self.accelerator
+        is_guessing = isinstance(self.store, DiskTier) and self.store.routers
+        if n_tokens > TOKENS_PER_SLOT_FOR_GEMM or is_guessing:
+            return False
+        return accelerator is None or (accelerator.gpu.reads_host and not accelerator.routers)
+
+    def recorded_step(
+        self, memory: StepMemory, layer: int, hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> RecordedStep:
+        """The layer's, whose routing comes from the graph that is being recorded."""
+        parts = self.store, self.cpu[layer], memory, self.accelerator
+        return RecordedStep(*parts, layer, hidden, index, weights, self._clock)
+
+    def _handed_over(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> LayerStep:
+        """The layer's call, whose routing and hidden state have come to the host."""
+        if self.forced_routing is not None:
+            index, weights = self.forced_routing.choose(layer, index, weights)
+        if self._token_mask is not None:
+            index = index.masked_fill(~self._token_mask[:, None], -1)
         guess = None
-        if accelerator is not None and self._decode:
-            guess = accelerator.guess(layer + 1, hidden)
-        fetches_ahead = guess is not None
-        if guess is None and isinstance(self.store, DiskTier) and self._decode:
-            guess = self.store.guess(layer + 1, hidden)
-        parts = self.store, self.cpu[layer], self._handoff, accelerator
-        step = LayerStep(*parts, layer, hidden, index, weights, guess)
+        if self._decode:
+            if self.accelerator is not None:
+                guess = self.accelerator.guess(layer + 1, hidden)
+            if guess is None and isinstance(self.store, DiskTier):
+                guess = self.store.guess(layer + 1, hidden)
+        parts = self.store, self.cpu[layer], self._handoff, self.accelerator
+        return LayerStep(*parts, layer, hidden, index, weights, guess, self._clock)
+
+    def _compute(self, layer: int, step: LayerStep) -> Tensor:
+        accelerator = self.accelerator
+        fetches_ahead = (
+            accelerator is not None and step.has_guess and accelerator.guesses(layer + 1)
+        )
         routed_s = time.perf_counter()
-        clock = self._clock
-        if clock is not None:
-            clock.routed(layer)
         self._ranges.part(layer, "plan")
         before = self._counters()
         copy: _Copying | None = None
@@ -257,7 +290,7 @@ class MoeDispatcher:
             plan, copy = self._start_decode(accelerator, step)
         else:
             plan, copy = self._start_prefill(accelerator, step)
-        if guess is not None and isinstance(self.store, DiskTier):
+        if step.has_guess and isinstance(self.store, DiskTier):
             self.store.read_ahead_later(layer + 1, step.guessed)
         cpu_out, cpu_s = None, 0.0
         missed = (*plan.waited, *plan.cpu)
@@ -279,76 +312,40 @@ class MoeDispatcher:
         step.wait()
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
-        if clock is not None:
-            clock.combined(layer)
         ended_s = time.perf_counter()
-        began_s, block_began_s = self._last_end_s, self._block_started_s
-        is_cached = accelerator is not None and layer < accelerator.cache.n_indexes
-        after = self._counters()
-        ids, launches = step.ids, step.launches
-        waited = () if self._decode else plan.waited
-
-        def event() -> LayerEvent:
-            """Asked when the pass has ended, so it holds no tensor: `step` is not for it."""
-            block_bytes = self.store.layouts[layer].block_bytes
-            fetches = after[1] - before[1]
-            tokens = [token for token in ids if token[0] >= 0]  # the others are padding
-            disk = after[2]
-            wait_s = disk.wait_s - before[2].wait_s
-            attention_us = (block_began_s - began_s) * 1e6
-            router_us = (routed_s - block_began_s) * 1e6
-            plan_us = (computed_s - routed_s - cpu_s - wait_s) * 1e6
-            copy_wait_us, combine_us = (waited_s - computed_s) * 1e6, (ended_s - waited_s) * 1e6
-            if clock is not None:  # of these the host has only seen the plan
-                spans = clock.spans(layer)
-                attention_us, router_us = spans.attention_us, spans.router_us
-                left_us = max(0.0, spans.experts_us - plan_us - (cpu_s + wait_s) * 1e6)
-                copy_wait_us = min(
-                    clock.stood_still_us(layer, [one for one, _ in launches]), left_us
-                )
-                combine_us = left_us - copy_wait_us
-            hits_of_token = [sum(e in plan.hits for e in token) for token in tokens]
-            n_hits = sum(hits_of_token)
-            return LayerEvent(
-                layer=layer,
-                ids=tokens,
-                n_hits_of_token=hits_of_token if is_cached else None,
-                hits=n_hits if is_cached else 0,
-                misses=sum(map(len, tokens)) - n_hits if is_cached else 0,
-                fetches=fetches,
-                evictions=after[0] - before[0],
-                attention_us=attention_us,
-                router_us=router_us,
-                plan_us=plan_us,
-                cpu_us=cpu_s * 1e6,
-                gpu_us=sum(pending.resolve() for pending, _ in launches),
-                copy_wait_us=copy_wait_us,
-                combine_us=combine_us,
-                cpu_bytes=len(plan.cpu) * block_bytes,
-                gpu_bytes=(len(plan.hits) + len(plan.waited)) * block_bytes,
-                waited_bytes=len(plan.waited) * block_bytes,
-                fetch_bytes=fetches * block_bytes,
-                waited=waited,
-                host_hits=disk.hits - before[2].hits,
-                host_misses=disk.misses - before[2].misses,
-                disk_wait_us=wait_s * 1e6,
-                disk_bytes=disk.n_bytes - before[2].n_bytes,
-            )
-
         if self.recorder.enabled:
-            self.recorder.at_end(event)
+            record = LayerRecord(
+                layer,
+                self.store.layouts[layer].block_bytes,
+                step.ids,
+                plan,
+                self._decode,
+                accelerator is not None and layer < accelerator.cache.n_indexes,
+                step.launches,
+                self._clock,
+                before,
+                self._counters(),
+                self._last_end_s,
+                self._block_started_s,
+                routed_s,
+                computed_s,
+                waited_s,
+                ended_s,
+                cpu_s,
+            )
+            self.recorder.at_end(record.event)
         self._last_end_s = ended_s
         self._next_layer = layer + 1
         is_last = self._next_layer == self.store.n_layers
         self._ranges.part(self._next_layer, "head" if is_last else "attention")
         return output
 
-    def _counters(self) -> tuple[int, int, DiskCounts]:
-        """The evictions, the copies begun and the disk's counts so far."""
-        copies = 0, 0
-        if self.accelerator is not None:
-            copies = self.accelerator.cache.evictions, self.accelerator.fetcher.begun
-        return *copies, replace(self.store.disk)
+    def _counters(self) -> Counters:
+        accelerator, disk = self.accelerator, self.store.disk
+        fetches = evictions = 0
+        if accelerator is not None:
+            fetches, evictions = accelerator.fetcher.begun, accelerator.cache.evictions
+        return Counters(fetches, evictions, disk.hits, disk.misses, disk.wait_s, disk.n_bytes)
 
     def _start_decode(self, accelerator: Accelerator, step: LayerStep) -> tuple[Plan, _Copying]:
         """Plan a decode step's layer and launch its hits.
@@ -363,8 +360,8 @@ class MoeDispatcher:
         )
         with self._ranges.layer(step.layer, "launch"):
             step.launch(plan.hits)
-        accelerator.prefetch.observe(step.layer, plan.hits, counts)
-
+        if accelerator.routers:
+            accelerator.prefetch.observe(step.layer, plan.hits, counts)
         share_left = accelerator.share(step.layer)
 
         def copy(group: Sequence[int]) -> None:
@@ -404,8 +401,12 @@ class MoeDispatcher:
         return plan, copy
 
 
-def _counts(pairs: list[list[int]]) -> dict[int, int]:
+def _counts(ids: list[list[int]]) -> dict[int, int]:
     """Tokens of each chosen expert, in order of first choice; padding (-1) left out."""
-    counts = Counter(expert for token in pairs for expert in token)
+    if len(ids) == 1:  # of decode steps nearly all, and counting takes several times as long
+        each = dict.fromkeys(ids[0], 1)
+        if len(each) == len(ids[0]) and -1 not in each:
+            return each
+    counts = Counter(expert for token in ids for expert in token)
     counts.pop(-1, None)
     return counts

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.experts.accelerator import Accelerator
+from moe_offload.experts.device_clock import DeviceClock
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.slots import PAIRS_FOR_TABLE, GpuExperts, Group, Pending
 from moe_offload.experts.store import ExpertStore
@@ -30,7 +31,7 @@ class LayerStep:
     `hidden` [T, H], `index` [T, K] and `weights` [T, K] are where the model runs, the `host_*` are
     their copies, and `ids` is the index as a list: -1 where a token is padding. `guess` [T, K] are
     experts that the next layer is expected to choose; `guessed` lists them. What a step launches
-    stays in `launches`, with the experts it computes.
+    stays in `launches`. A GPU's `clock` is told when the routing is there, and the layer's sum.
     """
 
     store: ExpertStore | DiskTier
@@ -41,18 +42,23 @@ class LayerStep:
     hidden: Tensor
     index: Tensor
     weights: Tensor
-    guess: InitVar[Tensor | None]
+    guess: InitVar[Tensor | None] = None
+    clock: DeviceClock | None = None
 
     def __post_init__(self, guess: Tensor | None) -> None:
         self.index = self.index.long()
         self.weights = self.weights.float()
+        self.has_guess = guess is not None
         guesses = [] if guess is None else [guess]
         self.host_index, *host_guesses, self.host_weights, self.host_hidden = self.handoff.to_host(
             self.index, *guesses, self.weights, self.hidden
         )
+        if self.clock is not None:
+            self.clock.routed(self.layer)
         self.ids: list[list[int]] = self.host_index.tolist()
         self.guessed = list(dict.fromkeys(e for g in host_guesses for e in g.flatten().tolist()))
-        self.launches: list[tuple[Pending, tuple[int, ...]]] = []
+        self.launches: list[Pending] = []
+        self._awaited: list[tuple[Pending, tuple[int, ...]]] = []  # with the experts of each
         self._outs: list[Tensor] = []
         self._failed: list[int] = []
 
@@ -67,13 +73,16 @@ class LayerStep:
             return
         if self.index.numel() > PAIRS_FOR_TABLE:
             self._launch_groups(slots)
-            return
+        else:
+            self._launch_pairs(slots)
+
+    def _launch_pairs(self, slots: Mapping[int, int]) -> None:
         slot_of_pair = [slots.get(expert, -1) for token in self.ids for expert in token]
         assert self.accelerator is not None
         pending = self.accelerator.gpu.launch(
             self.hidden, slot_of_pair, self.weights, self.accelerator.fetcher
         )
-        self.launches.append((pending, tuple(slots)))
+        self._note(pending, slots)
 
     def launch_waited(self, experts: Iterable[int], keep: Collection[int] | None = None) -> None:
         """Copy and compute each expert, one launch each, so that a copy hides the previous one.
@@ -84,7 +93,7 @@ class LayerStep:
         for expert in experts:
             slot = self.accelerator.slot_for_waited(self.layer, expert, keep)
             if len(self.hidden) == 1:
-                self.launch({expert: slot})
+                self._launch_pairs({expert: slot})
             else:
                 self._launch_groups({expert: slot})
 
@@ -117,7 +126,7 @@ class LayerStep:
 
     def wait(self) -> None:
         """Wait for the emulated accelerator; on a GPU the stream does, and the host runs on."""
-        for pending, experts in self.launches:
+        for pending, experts in self._awaited:
             try:
                 out = pending.result()
             except Exception as error:
@@ -134,9 +143,20 @@ class LayerStep:
 
         Experts whose copy failed are computed on the CPU here.
         """
+        output = self._sum(self._with_failed(cpu_out))
+        if self.clock is not None:
+            self.clock.combined(self.layer)
+        return output
+
+    def _with_failed(self, cpu_out: Tensor | None) -> Tensor | None:
+        """`cpu_out`, to which the experts whose copy failed have been added."""
         if self._failed:
             for group in self.store.arriving(self.layer, tuple(dict.fromkeys(self._failed))):
                 cpu_out = self.compute_on_cpu(group, cpu_out)
+        return cpu_out
+
+    def _sum(self, cpu_out: Tensor | None) -> Tensor:
+        """Both sides' sums, [T, H] in hidden's dtype."""
         on_device = None
         for out in self._outs:
             on_device = out if on_device is None else on_device + out
@@ -160,7 +180,11 @@ class LayerStep:
             accelerator.fetcher,
             self._shared_out,
         )
-        self.launches.append((pending, tuple(slots)))
+        self._note(pending, slots)
+
+    def _note(self, pending: Pending, experts: Iterable[int]) -> None:
+        self.launches.append(pending)
+        self._awaited.append((pending, tuple(experts)))
 
     @cached_property
     def _shared_out(self) -> Tensor:
@@ -199,12 +223,17 @@ class HostHandoff:
         """
         if parts[0].device.type == "cpu":
             return [part.contiguous() for part in parts]
+        hosts = self.send(*parts)
+        torch.cuda.current_stream(parts[0].device).synchronize()
+        return hosts
+
+    def send(self, *parts: Tensor) -> list[Tensor]:
+        """`parts` of a GPU as they will be on the host once the current stream has come so far."""
         joined = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
         if self._inbox.numel() < joined.numel():
-            self._inbox, _ = _staging(joined.numel(), torch.uint8)
+            self._inbox, _ = staging(joined.numel(), torch.uint8)
         inbox = self._inbox[: joined.numel()]
         inbox.copy_(joined, non_blocking=True)
-        torch.cuda.current_stream(parts[0].device).synchronize()
         hosts = inbox.split([part.nbytes for part in parts])
         return [
             host.view(part.dtype).view(part.shape) for host, part in zip(hosts, parts, strict=True)
@@ -216,7 +245,7 @@ class HostHandoff:
             return torch.empty(n_tokens, hidden_size)
         size = n_tokens * hidden_size
         if self._result.numel() < size:
-            self._result, self.is_mapped = _staging(size, torch.float32)
+            self._result, self.is_mapped = staging(size, torch.float32)
         return self._result[:size].view(n_tokens, hidden_size)
 
     def add(
@@ -232,7 +261,7 @@ class HostHandoff:
         return (sent if on_device is None else on_device + sent).to(like.dtype)
 
 
-def _staging(size: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def staging(size: int, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """Memory, and whether it is pinned; where the system refuses to lock more, it is pageable.
 
     Copies from there hold the host up until they are staged, and are slower, not wrong.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
 # Above this many tokens per hit expert the weights are better unpacked once for a GEMM than read by
 # one vector product per token. Derived from the bytes each way moves (int4: 0.6 against 4.6 per
 # weight); not measured on a GPU.
-_TOKENS_PER_SLOT_FOR_GEMM = 4
+TOKENS_PER_SLOT_FOR_GEMM = 4
 # From so many tokens on an expert's weights are unpacked once, for cuBLAS; below, what counts is
 # the number of launches, and tiles need three for all of a layer's. Not measured on a GPU.
 _TOKENS_FOR_CUBLAS = 256
@@ -90,6 +90,12 @@ class Pending:
         """Microseconds from the start of the work to its end; waits for the end."""
         self.end.synchronize()
         return float(self.start.elapsed_time(self.end)) * 1e3
+
+
+def replayed_event() -> Any:
+    """An event with a time that, recorded inside a CUDA graph, every replay records again."""
+    cuda: Any = torch.cuda
+    return cuda.Event(enable_timing=True, external=True)
 
 
 class GpuExperts:
@@ -214,7 +220,7 @@ class GpuExperts:
 
     @property
     def reads_host(self) -> bool:
-        """Whether `add_from_host` can be called."""
+        """Whether what reads the host's memory can be called."""
         return self._kernels is not None and self.device.type == "cuda"
 
     def add_from_host(self, on_device: Tensor | None, on_host: Tensor, like: Tensor) -> Tensor:
@@ -226,6 +232,35 @@ class GpuExperts:
 
         with self._as_current_device():
             return add_from_host(on_device, on_host, like)
+
+    def record_hits(self, hidden: Tensor, slot_of_pair: Tensor, top_k_weights: Tensor) -> Pending:
+        """As `launch`, into a graph that the current stream records; what waits is the caller's.
+
+        `slot_of_pair` int32 [T * K] is pinned and read by each replay, of at most
+        `TOKENS_PER_SLOT_FOR_GEMM` tokens. The launch's `out` stays its own: `result` is not for it.
+        """
+        assert self._kernels is not None
+        stream = torch.cuda.current_stream(self.device)
+        pending = Pending([], replayed_event(), replayed_event())
+        with self._as_current_device():
+            pending.start.record(stream)
+            pending.out = self._kernels.grouped_by(hidden, slot_of_pair, top_k_weights)
+            pending.end.record(stream)
+        return pending
+
+    def record_sum(
+        self, on_device: Tensor, on_host: Tensor, present: Tensor, like: Tensor
+    ) -> Tensor:
+        """As `add_from_host`, of the parts that `present`, pinned int32 [2], says there are."""
+        from moe_offload.kernels.triton_combine import add_present
+
+        with self._as_current_device():
+            return add_present(on_device, on_host, present, like)
+
+    def replay(self, graph: Callable[[], None], launch: Pending) -> Pending:
+        """Start a recorded launch by its graph's replay, in the current stream."""
+        graph()
+        return launch
 
     def synchronize(self) -> None:
         """Wait until what was launched has ended."""
@@ -258,7 +293,7 @@ class GpuExperts:
     ) -> Tensor:
         n_hits = sum(map(len, pairs.values()))
         few = len(slot_of_pair) <= PAIRS_FOR_TABLE
-        if self._kernels and few and 0 < n_hits <= _TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
+        if self._kernels and few and 0 < n_hits <= TOKENS_PER_SLOT_FOR_GEMM * len(pairs):
             return self._kernels.grouped(hidden, slot_of_pair, top_k_weights)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         if len(hidden) > 1:
@@ -349,6 +384,8 @@ class GpuExperts:
             return
         for on_device in (None, like.float()):
             self.add_from_host(on_device, on_host, like)
+        present = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self.record_sum(like.float(), on_host, present, like)
         torch.cuda.current_stream(self.device).synchronize()  # `on_host` is read until then
 
     def _use_triton_if_it_runs(self, dtype: torch.dtype) -> None:

@@ -189,6 +189,32 @@ class CpuExperts:
         self._run_kernels(self.kernels, replace(routed, on_cpu=others), out)
         self._add_onednn(self.kernels, crowds, routed, out)
 
+    def prepared(
+        self,
+        hidden: Tensor,
+        block_pointers: Tensor,
+        on_cpu: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        out: Tensor,
+    ) -> Callable[[], None]:
+        """`run` with these arguments, looked at once: for memory that stays where it is.
+
+        By our kernels wherever they are, so for a few tokens.
+        """
+        arguments = hidden, block_pointers, on_cpu, top_k_index, top_k_weights
+        routed = Routed(*arguments)
+        routed.check(self.layout, out)
+        if self.kernels is None or self.act_module is not None:
+            return lambda: self.run(*arguments, out)
+        tokens = routed.arguments()
+
+        def run(kernels: CpuKernels = self.kernels) -> None:
+            assert routed is not None  # its memory is what `tokens` names
+            kernels.call("run", self._layer, tokens, out)
+
+        return run
+
     def _run_kernels(self, kernels: CpuKernels, routed: Routed, out: Tensor) -> None:
         tokens = routed.arguments()
         if self.act_module is None:

@@ -39,6 +39,24 @@ def combine_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def present_kernel(
+    on_device,  # fp32 [n]
+    on_host,  # fp32 [n], pinned, as is
+    present,  # int32 [2]: whether there is a part in each of them
+    out,  # [n]
+    n,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    has_device = tl.load(present, cache_modifier=".cv") != 0
+    has_host = tl.load(present + 1, cache_modifier=".cv") != 0
+    total = tl.load(on_host + at, mask=inside & has_host, other=0.0, cache_modifier=".cv")
+    total += tl.load(on_device + at, mask=inside & has_device, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
 def add_from_host(on_device: Tensor | None, on_host: Tensor, like: Tensor) -> Tensor:
     """`on_device` + `on_host` in the dtype and on the device of `like`, all [T, H].
 
@@ -55,4 +73,15 @@ def add_from_host(on_device: Tensor | None, on_host: Tensor, like: Tensor) -> Te
         HAS_DEVICE=on_device is not None,
         BLOCK=_BLOCK,
     )
+    return out
+
+
+def add_present(on_device: Tensor, on_host: Tensor, present: Tensor, like: Tensor) -> Tensor:
+    """The same of those parts alone that `present`, int32 [2] in pinned memory, names.
+
+    It is read when the GPU comes to it, so one recorded call serves every step.
+    """
+    out = torch.empty(on_host.shape, dtype=like.dtype, device=like.device)
+    n = on_host.numel()
+    present_kernel[(triton.cdiv(n, _BLOCK),)](on_device, on_host, present, out, n, BLOCK=_BLOCK)
     return out

@@ -7,8 +7,9 @@ that share an expert share its bytes in the L2 cache. Packed formats are read as
 which lie contiguously as [row block, word, 16 rows], and are dequantised in registers. Products and
 sums are fp32.
 
-In decode the pairs' slots travel as arguments of the launch, not in memory: a step's layer then
-sends the GPU nothing but the CPU's result. fp8 is decoded by its bits: no GPU needs units for it.
+In decode the pairs' slots travel as arguments of the launch, or, in a recorded graph, lie in
+memory of the host that the GPU reads: a step's layer sends nothing. fp8 is decoded by its bits:
+no GPU needs units for it.
 
 Import this only where Triton is installed. Without a GPU it runs in Triton's interpreter, which is
 what the tests of every run use; docs/PERFORMANCE.md has what a GPU gave.
@@ -51,7 +52,8 @@ def _slot_of(pair, slot_of_pair, slots_0, slots_1, slots_2, slots_3, IN_WORDS: t
         )
         slot = ((word >> (15 * (pair % 4)).to(tl.int64)) & 32767) - 1
     else:
-        slot = tl.load(slot_of_pair + pair).to(tl.int64)
+        # .cv: in a graph it is the host's memory, of which a cache may hold the step before.
+        slot = tl.load(slot_of_pair + pair, cache_modifier=".cv").to(tl.int64)
     return slot
 
 
@@ -518,12 +520,21 @@ class TritonExperts:
 
         `slot_of_pair` has T * K entries, -1 for a pair that is left out.
         """
+        return self._grouped(hidden, *self._slot_arguments(slot_of_pair), weights)
+
+    def grouped_by(self, hidden: Tensor, slot_of_pair: Tensor, weights: Tensor) -> Tensor:
+        """The same by slots int32 [T * K] that the GPU reads: its own memory, or pinned."""
+        slots: tuple[Tensor | int, ...] = (slot_of_pair, *[_WORD_MARK] * N_SLOT_WORDS)
+        return self._grouped(hidden, False, slots, weights)
+
+    def _grouped(
+        self, hidden: Tensor, in_words: bool, slots: tuple[Tensor | int, ...], weights: Tensor
+    ) -> Tensor:
         layout, activation = self.layout, self.activation
         n_tokens, top_k = weights.shape
         n_pairs, width = n_tokens * top_k, layout.intermediate_size
         raw = activation.kind == "module"
         middle = torch.empty(n_pairs, layout.first_rows if raw else width, device=hidden.device)
-        in_words, slots = self._slot_arguments(slot_of_pair)
         first_kernel[(n_pairs, triton.cdiv(width, ROWS))](
             hidden.contiguous(),
             *self.memory(),

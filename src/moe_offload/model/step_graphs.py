@@ -4,8 +4,9 @@ Between two calls of experts a layer's norms, attention and router are some fift
 Python and the driver need longer for than a GPU for the work. What they launch depends on nothing
 but the batch's size and the room for keys, so it is recorded once and replayed: a graph reads the
 tokens, their positions, the mask and the place of the new key from tensors that stay where they
-are, and hands over and takes back the experts' part in such tensors too. The experts run as ever,
-between two graphs.
+are, and hands over and takes back the experts' part in such tensors too. Of the
+experts, whose work is the host's as well, the part that is the GPU's is recorded where it can be
+(`experts/recorded.py`), in two more graphs a layer; else they run as ever, between two graphs.
 
 The first step with a new shape is a rehearsal: eager, from the static tensors, with an error where
 the host would wait for the device, as no graph can. The second is recorded, segment by segment, as
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,7 +27,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.dispatcher import MoeDispatcher
+from moe_offload.experts.recorded import RecordedStep, StepMemory
 from moe_offload.model.generation import cache_argument
 from moe_offload.model.kv_cache import Extent, RoomyLayer, make_cache
 
@@ -35,6 +38,10 @@ _SPARE_KEYS: Final = 128  # at least, where keys are given room: so many steps n
 _KNOWN: Final = frozenset(
     {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}
 )
+
+
+# Whose slots the graphs read, if any, and whether the experts' part is to be recorded.
+_Serves = tuple[Accelerator | None, bool]
 
 
 def why_eager(model: PreTrainedModel) -> str | None:
@@ -53,7 +60,7 @@ class StepGraphs:
 
     One shape at a time, where no gradients are kept. Drive it inside the dispatcher's passes:
     attach it before the dispatcher. `say` hears once why steps stay eager. While `enabled` is
-    false, all do.
+    false, all do; while `records_experts` is, the experts are launched one by one in between.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class StepGraphs:
         say: Callable[[str], None],
     ) -> None:
         self.enabled = True
+        self.records_experts = True
         self._is_refused = False
         self.replayed = 0  # steps, since `forget`
         self._dispatcher = dispatcher
@@ -113,8 +121,13 @@ class StepGraphs:
                     self.replayed += 1
             recorded.extent.n_tokens += 1
         except NotRecordedError as error:
+            had_experts = self._recorded is not None and self._recorded.memory is not None
             self._recorded = None
-            self._give_up(str(error))
+            if had_experts:  # without them the rest may do
+                self.records_experts = False
+                self.say(f"experts are not recorded as CUDA graphs: {error}")
+            else:
+                self._give_up(str(error))
             self._dispatcher.begin_pass(args, kwargs)
             return self._eager(*args, **kwargs)
         except BaseException:
@@ -126,11 +139,15 @@ class StepGraphs:
         """The graphs for a step behind `n_held` tokens: those that are there, or empty ones."""
         batch = len(kwargs["input_ids"])
         options = {"use_cache": True, "logits_to_keep": kwargs.get("logits_to_keep", 0)}
-        if self._recorded is None or not self._recorded.fits(batch, n_held, options):
+        with_experts = self.records_experts and self._dispatcher.records_experts(batch)
+        serves = self._dispatcher.accelerator if with_experts else None, with_experts
+        if self._recorded is None or not self._recorded.fits(batch, n_held, options, serves):
             self._recorded = None  # its memory is free for the next one's
             capacity = min(_capacity(n_held), cache.layers[0].max_tokens)
             with _needing_room():
-                self._recorded = _Recorded(batch, capacity, options, self._device, self._cache_name)
+                self._recorded = _Recorded(
+                    batch, capacity, options, serves, self._device, self._cache_name
+                )
         return self._recorded
 
     def _is_served(self, kwargs: dict[str, Any]) -> bool:
@@ -182,16 +199,26 @@ class _StaticLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 
 @dataclass(frozen=True)
 class _ExpertsCall:
-    """What lies between two graphs: the router's tensors, and the one for the experts' sum."""
+    """What lies between two graphs: the router's tensors, and the one for the experts' sum.
+
+    `step` where that part is recorded too.
+    """
 
     layer: int
     hidden: Tensor
     index: Tensor
     weights: Tensor
     out: Tensor
+    step: RecordedStep | None
 
     def run(self, dispatcher: MoeDispatcher) -> None:
-        self.out.copy_(dispatcher.run(self.layer, self.hidden, self.index, self.weights))
+        dispatcher.recorded = self.step
+        try:
+            out = dispatcher.run(self.layer, self.hidden, self.index, self.weights)
+        finally:
+            dispatcher.recorded = None
+        if out is not self.out:
+            self.out.copy_(out)
 
 
 class _Recorded:
@@ -202,10 +229,13 @@ class _Recorded:
         batch: int,
         capacity: int,
         options: dict[str, Any],
+        serves: _Serves,
         device: torch.device,
         cache_name: str,
     ) -> None:
         self.options = options
+        self.memory: StepMemory | None = None  # of the experts' part, where that is recorded
+        self._serves = serves
         self.capacity = capacity
         self.extent = Extent(0, is_whole=False)
         self._device = device
@@ -227,7 +257,7 @@ class _Recorded:
     def is_complete(self) -> bool:
         return self._last is not None
 
-    def fits(self, batch: int, n_held: int, options: dict[str, Any]) -> bool:
+    def fits(self, batch: int, n_held: int, options: dict[str, Any], serves: _Serves) -> bool:
         """Whether these graphs serve a step behind `n_held` tokens without reading far too much."""
         too_large = self.capacity >= 4 * _capacity(n_held)
         return (
@@ -235,6 +265,8 @@ class _Recorded:
             and n_held < self.capacity
             and not too_large
             and options == self.options
+            and serves[0] is self._serves[0]
+            and serves[1] == self._serves[1]
         )
 
     def set_inputs(self, cache: DynamicCache, n_held: int, kwargs: dict[str, Any]) -> None:
@@ -278,12 +310,19 @@ class _Recorded:
     def record(self, eager: Callable[..., Any], dispatcher: MoeDispatcher) -> None:
         """The same by the model's own code: a rehearsal first, and the next time for good."""
         recorder = _CudaRecorder(self._device) if self._rehearsed else _Rehearsal()
+        memory = self.memory
         segments: list[tuple[Callable[[], None], _ExpertsCall]] = []
 
         def between(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            step = None
+            if memory is not None:
+                step = dispatcher.recorded_step(memory, layer, hidden, index, weights)
             replay = recorder.end()
             replay()
-            call = _ExpertsCall(layer, hidden, index, weights, torch.empty_like(hidden))
+            if step is not None:
+                step.record(functools.partial(_graph_of, recorder))
+            out = torch.empty_like(hidden) if step is None else step.out
+            call = _ExpertsCall(layer, hidden, index, weights, out, step)
             call.run(dispatcher)
             segments.append((replay, call))
             recorder.begin()
@@ -309,6 +348,8 @@ class _Recorded:
                 recorder.abandon()
         if self._rehearsed:
             self._segments, self._last = segments, last
+        elif self._serves[1]:
+            self.memory = _memory_for([call for _, call in segments])
         self._rehearsed = True
 
     def output(self, cache: DynamicCache) -> Any:
@@ -316,6 +357,14 @@ class _Recorded:
         values = {name: _cloned(value) for name, value in self._output.items()}
         values[self._cache_name] = cache
         return type(self._output)(**values)
+
+
+def _memory_for(calls: Sequence[_ExpertsCall]) -> StepMemory | None:
+    """What such calls can hand over in; None where no memory can be pinned."""
+    hidden = calls[0].hidden
+    top_k = max(call.index.shape[1] for call in calls)
+    memory = StepMemory(len(hidden), top_k, hidden.shape[1], hidden.dtype)
+    return memory if memory.is_mapped else None
 
 
 class _Rehearsal:
@@ -366,6 +415,12 @@ class _CudaRecorder:
         if graph is not None:
             with suppress(RuntimeError):  # CUDA says again that it failed
                 graph.capture_end()
+
+
+def _graph_of(recorder: _CudaRecorder | _Rehearsal, work: Callable[[], None]) -> Callable[[], None]:
+    recorder.begin()
+    work()
+    return recorder.end()
 
 
 @contextmanager
