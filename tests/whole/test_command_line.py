@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from tiny_models import write_mixtral_with_tokenizer
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.commands import check, generate
 from moe_offload.commands.arguments import build_parser, parse_config
-from moe_offload.commands.measure import _computed_by, calibration_options
+from moe_offload.commands.measure import calibration_options
 from moe_offload.engine.engine import Engine
 from moe_offload.model.generation import generate as generate_all
 from moe_offload.simulation import shapes as shapes_module
@@ -946,23 +945,6 @@ def test_the_machine_is_calibrated_without_a_model(
     flags = ("--cache-nblocks", 1, "--cache-nways", 2)
     assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite", *flags) == 0
     assert re.search(r"copies to the accelerator: [\d.]+ GB/s alone", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("description", "n_threads", "expected"),
-    [
-        ("native avx2, 1 thread", 1, "native avx2, 1 thread"),
-        ("native avx2, 2 threads", 2, "native avx2, 2 threads"),
-        ("torch", 1, "torch, 1 thread"),
-        ("torch", 2, "torch, 2 threads"),
-    ],
-)
-def test_threads_are_told_once(
-    description: str, n_threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
-    engine: Any = SimpleNamespace(cpu=SimpleNamespace(description=description))
-    assert _computed_by(engine) == expected
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

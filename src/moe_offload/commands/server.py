@@ -31,9 +31,9 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils import logging
 
+from moe_offload.commands.answer_text import UpToStop
 from moe_offload.commands.api_requests import error_body
 from moe_offload.commands.gate import TICKET, ClientGone, Gate, Metrics, Ticket
-from moe_offload.commands.stop_texts import UpToStop
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine, open_prepared
@@ -42,7 +42,7 @@ from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
 from moe_offload.machine.terminal import say
 from moe_offload.model.generation import cache_argument, context_length, require_fitting
-from moe_offload.model.prefix import PrefixCache
+from moe_offload.model.kv_cache import PrefixCache
 from moe_offload.model.tokenization import CheckpointTokenizer
 
 _GRACE_S: Final = 2  # that requests have to end in when the server is stopped

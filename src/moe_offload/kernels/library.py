@@ -245,9 +245,9 @@ def require_threads(n_threads: int) -> None:
             thread.join()
 
 
-def describe(isa: str, n_threads: int) -> str:
+def describe(what: str, n_threads: int) -> str:
     """What computes, for people."""
-    return f"native {isa}, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    return f"{what}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def describe_kernels() -> list[str]:
@@ -256,4 +256,5 @@ def describe_kernels() -> list[str]:
         names, n_threads = supported_isas(open_library()), default_threads()
     except UserError as error:
         return [f"CPU kernels: torch ({error})"]
-    return [f"CPU kernels: {describe(names[-1], n_threads)} (this CPU runs: {', '.join(names)})"]
+    best = describe(f"native {names[-1]}", n_threads)
+    return [f"CPU kernels: {best} (this CPU runs: {', '.join(names)})"]

@@ -65,8 +65,7 @@ class ForcedRouting:
         self._prompt: list[Tensor] = []
         for layer in range(n_layers):
             decoded, prompt = (
-                # [tokens, top_k], in as few bytes as torch can index with
-                torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
+                torch.from_numpy(ids.astype(np.int32))  # [tokens, top_k]; torch counts no uint16
                 for ids in (trace.passes.decoded(layer), trace.passes.prompted(layer))
             )
             if info.top_k < top_k:
