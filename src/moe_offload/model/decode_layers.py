@@ -55,6 +55,7 @@ class CpuDecoderLayer:
         self._linears: dict[str, Any] = {
             place: getattr(attention, name) for place, name in _PROJECTIONS.items()
         }
+        self._onednn = [linear for linear in self._linears.values() if linear.suits_onednn]
         before, after = norms_of(layer).values()
         norms = dict(zip(("query_norm", "key_norm"), norms_of(attention).values(), strict=False))
         self._norms: dict[str, CpuNorm] = norms | {"before": before, "after": after}
@@ -67,7 +68,11 @@ class CpuDecoderLayer:
             head_size=self.head_size,
             scale=getattr(attention, "scaling", self.head_size**-0.5),
         )
-        self._taken: dict[str, object] = {}
+        modules = [*norms_of(layer), *norms_of(attention), *self._linears.values()]
+        self._tensors = [tensor for module in modules for tensor in tensors_of(module)]
+        self._parts: dict[str, ctypes.Structure] = {}
+        self._addresses: list[int] = []  # of these, when the step's arguments were made
+        self._strides: tuple[int, ...] = ()  # of the cache's keys and values, likewise
         # What a user may change: modules put in the place of these, and hooks on them.
         self._owners = [
             (owner._modules, itemgetter(*(owner._modules.keys() - {rest})))
@@ -105,14 +110,17 @@ class CpuDecoderLayer:
             return None
         cache = caches.layers[self.index]
         batch, n_tokens, _ = hidden.shape
+        cos, sin = angles
         fits = (
             n_tokens == 1
             and batch <= _MOST_SEQUENCES
             and isinstance(cache, RoomyLayer)
             and cache.can_extend(hidden)
-            and all(map(is_plain, (hidden, *angles)))
-            and [one.shape for one in angles] == [(batch, 1, self.head_size)] * 2
-            and not any(linear.is_for_onednn(hidden) for linear in self._linears.values())
+            and cos.shape == sin.shape == (batch, 1, self.head_size)
+            and is_plain(hidden)
+            and is_plain(cos)
+            and is_plain(sin)
+            and not any(one.is_for_onednn(hidden) for one in self._onednn)
             and not self._layer.training
             and self._is_untouched()
         )
@@ -126,16 +134,26 @@ class CpuDecoderLayer:
     def _arguments(self, cache: RoomyLayer) -> StepArguments:
         """The step's, with one token more in `cache` and the weights' addresses of now."""
         step = self._step
-        for place, part in (*self._norms.items(), *self._linears.items()):
-            arguments = part.arguments()
-            if self._taken.get(place) is not arguments:
-                self._taken[place] = arguments
+        addresses = [holder[name].data_ptr() for holder, name in self._tensors]
+        if addresses != self._addresses:
+            for place, part in (*self._norms.items(), *self._linears.items()):
+                self._parts[place] = arguments = part.arguments()  # kept as long as its address
                 setattr(step, place, ctypes.addressof(arguments))
+            self._addresses = addresses
         cache.extend(1)
         keys, values = cache.keys, cache.values
         step.keys, step.values, step.n_keys = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        step.key_strides, step.value_strides = keys.stride()[:2], values.stride()[:2]
+        strides = keys.stride()[:2] + values.stride()[:2]
+        if strides != self._strides:
+            step.key_strides, step.value_strides = strides[:2], strides[2:]
+            self._strides = strides
         return step
+
+
+def tensors_of(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a module keeps its parameters and buffers: those of now, whatever is put there."""
+    holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+    return [(holder, name) for holder in holders for name, one in holder.items() if one is not None]
 
 
 def norms_of(module: nn.Module) -> dict[nn.Module, CpuNorm]:

@@ -144,8 +144,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         dtype and device of `like` [B, ...]."""
         if not self.is_initialized or self._extent is not None:
             return False
-        keys = self.keys
-        return (len(keys), keys.dtype, keys.device) == (len(like), like.dtype, like.device)
+        keys = self._keys
+        alike = keys.dtype == like.dtype and keys.device == like.device
+        return alike and keys.shape[0] == like.shape[0]
 
     def extend(self, n_tokens: int) -> None:
         """Hold `n_tokens` more, whose keys and values the caller writes at once, at the end."""
