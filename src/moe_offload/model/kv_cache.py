@@ -145,6 +145,21 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         self.values = values.add(self.values, value_states)
         return self.keys, self.values
 
+    def can_extend(self, like: Tensor) -> bool:
+        """Whether there are tokens, in memory of the layer's own, of as many sequences and of the
+        dtype and device of `like` [B, ...]."""
+        if not self.is_initialized or self._extent is not None:
+            return False
+        keys = self._keys
+        alike = keys.dtype == like.dtype and keys.device == like.device
+        return alike and keys.shape[0] == like.shape[0]
+
+    def extend(self, n_tokens: int) -> None:
+        """Hold `n_tokens` more, whose keys and values the caller writes at once, at the end."""
+        keys, values = self._rooms
+        self.keys = keys.extend(self.keys, n_tokens)
+        self.values = values.extend(self.values, n_tokens)
+
     def release(self) -> None:
         """Give up the memory of the keys and values that were here before the present ones."""
         self._rooms = _Room(self.max_tokens), _Room(self.max_tokens)
@@ -160,14 +175,20 @@ class _Room:
 
     def add(self, held: Tensor, rows: Tensor) -> Tensor:
         """`held` [B, heads, S, D] and `rows` behind it, without a copy of what was given last."""
-        n_held, length = held.shape[2], held.shape[2] + rows.shape[2]
+        n_added = rows.shape[2]
+        given = self.extend(held, n_added)
+        given.narrow(2, held.shape[2], n_added).copy_(rows)
+        return given
+
+    def extend(self, held: Tensor, n_added: int) -> Tensor:
+        """`held` and room for `n_added` rows behind it, in which there is anything."""
+        batch, heads, n_held, width = held.shape
+        length = n_held + n_added
         if self._memory is None or held is not self._given or length > self._memory.shape[2]:
             spare = max(_FEWEST_SPARE_TOKENS, length // _SPARE_PART)
-            batch, heads, _, width = rows.shape
             capacity = max(length, min(length + spare, self._max_tokens))
-            self._memory = rows.new_empty(batch, heads, capacity, width)
+            self._memory = held.new_empty(batch, heads, capacity, width)
             self._memory[:, :, :n_held] = held
-        self._memory.narrow(2, n_held, rows.shape[2]).copy_(rows)
         self._given = self._memory.narrow(2, 0, length)
         return self._given
 
