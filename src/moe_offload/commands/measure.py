@@ -13,8 +13,7 @@ from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.engine.setup import slots_to_measure
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.terminal import say
-from moe_offload.model.dummy import DummyModel
-from moe_offload.model.loader import ModelSource
+from moe_offload.model.dummy import DummyModel, ModelSource
 from moe_offload.simulation.machine_file import Machine, calibrated_machine, write_machine
 from moe_offload.simulation.shapes import ModelShape, load_shape
 

@@ -27,12 +27,7 @@ from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.tiers import bound_tokens_per_s, replay_tiers
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
-from moe_offload.simulation.tuning import (
-    grid,
-    run_setting,
-    sweep,
-    tune,
-)
+from moe_offload.simulation.tuning import grid, run_setting, sweep, tune
 from moe_offload.simulation.workload import typical_workload
 
 SYNTHETIC_TOKENS = 256

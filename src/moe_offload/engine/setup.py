@@ -25,7 +25,8 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.files import require_regular
 from moe_offload.kernels.bindings import load_kernels
 from moe_offload.model.decode_modules import chosen_experts, find_router
-from moe_offload.model.loader import ModelSource, MoeSite, PreparedModel
+from moe_offload.model.dummy import ModelSource
+from moe_offload.model.loader import MoeSite, PreparedModel
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
 
@@ -74,7 +75,7 @@ def host_ways(
     asked = options.host_memory_gb
     if asked is not None:
         room_bytes = int(asked * 1e9)
-    if source.manifest.expert_bytes <= room_bytes:
+    if source.expert_bytes <= room_bytes:
         return None
     block_bytes = [layout.block_bytes for layout in source.layouts]
     ways, n_experts = ways_within(room_bytes, block_bytes, source.n_experts), max(source.n_experts)
