@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_offload.config import GenerationOptions
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 from moe_offload.model.generation import generate_batch, stop_ids
 from moe_offload.model.tokenization import load_tokenizer
 

@@ -133,7 +133,7 @@ def inside(arguments: argparse.Namespace) -> None:
     import torch  # not before: whoever only starts runs needs no memory
 
     from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
-    from moe_offload.engine.engine import load_engine, open_prepared
+    from moe_offload.engine.loading import load_engine, open_prepared
     from moe_offload.model.generation import generate_batch
 
     options = ModelOptions(arguments.inside, device="cpu")

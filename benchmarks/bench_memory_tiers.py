@@ -25,7 +25,8 @@ import torch
 from moe_offload.checkpoint.block_file import BlockFile
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.cache import make_policy
 from moe_offload.experts.disk_reads import N_READERS
 from moe_offload.experts.disk_tier import DiskTier

@@ -25,7 +25,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.cache import ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import Recorder

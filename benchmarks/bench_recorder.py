@@ -25,7 +25,7 @@ import torch
 from transformers import DynamicCache
 
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.engine import load_engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.accelerator import Accelerator
 from moe_offload.experts.recorder import LayerEvent, NullRecorder, Recorder
 from moe_offload.model.dummy import DummyModel, ForcedRouting

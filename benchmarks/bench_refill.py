@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
-from moe_offload.engine.engine import load_engine, open_prepared
+from moe_offload.engine.loading import load_engine, open_prepared
 from moe_offload.model import generation
 from moe_offload.model.generation import Request, generate
 from moe_offload.model.tokenization import load_tokenizer

@@ -38,7 +38,7 @@ from benchmarks.gpu_models import (
 )
 from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, Row, print_row, run_setting
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.engine import choose_device, load_engine
+from moe_offload.engine.loading import choose_device, load_engine
 from moe_offload.engine.setup import gpu_uuid
 from moe_offload.errors import UserError
 from moe_offload.machine.hardware import read_hardware

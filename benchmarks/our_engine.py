@@ -12,7 +12,8 @@ from typing import Final
 
 from benchmarks.llama_bench import DECODED, Seconds, Work
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine, open_prepared
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine, open_prepared
 from moe_offload.errors import UserError
 from moe_offload.kernels.bindings import CpuKernels, load_kernels
 from moe_offload.model.generation import Generated, generate_batch

@@ -49,7 +49,7 @@ from transformers import AutoTokenizer
 
 from moe_offload.commands.prepare_model import prepare_model
 from moe_offload.config import WEIGHT_FORMATS
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 
 EXPERT_MATRIX = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.(\w+)\.weight$")
 DOWN_PROJECTIONS = ("w2", "down_proj")

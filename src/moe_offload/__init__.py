@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from moe_offload.engine.engine import load_model
+    from moe_offload.engine.loading import load_model
     from moe_offload.model.tokenization import load_tokenizer
 
 __all__ = ["VERSION", "load_model", "load_tokenizer"]
@@ -20,7 +20,7 @@ VERSION: Final = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load_model":
-        from moe_offload.engine.engine import load_model
+        from moe_offload.engine.loading import load_model
 
         return load_model
     if name == "load_tokenizer":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from moe_offload.checkpoint.block import block_layout
 from moe_offload.checkpoint.safetensors_file import read_header
 from moe_offload.commands import prepare
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 from moe_offload.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

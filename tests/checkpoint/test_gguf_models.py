@@ -26,7 +26,7 @@ from refusals import refusal
 from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_offload.checkpoint.prepared import read_block, read_manifest
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 
 # Rows that fill Q8_0's blocks, so that next to nothing stays F32.
 _WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}

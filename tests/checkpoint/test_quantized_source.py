@@ -26,7 +26,7 @@ from moe_offload.checkpoint.quantized_source import dequantised
 from moe_offload.checkpoint.source_files import LazyTensor, open_hugging_face
 from moe_offload.commands import prepare
 from moe_offload.config import Scales
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 
 
 def experts_of(folder: Path) -> list[dict[str, Tensor]]:

@@ -61,10 +61,10 @@ def test_nobody_to_read_a_verdict_does_not_change_it(
 
     monkeypatch.setattr(check, "show", nobody)
     monkeypatch.setattr(
-        "moe_offload.engine.engine.load_engine", lambda *_: nullcontext(Mock(notes=[]))
+        "moe_offload.engine.loading.load_engine", lambda *_: nullcontext(Mock(notes=[]))
     )
     source = Mock(config=MixtralConfig())
-    monkeypatch.setattr("moe_offload.engine.engine.open_prepared", lambda _: source)
+    monkeypatch.setattr("moe_offload.engine.loading.open_prepared", lambda _: source)
     tokenizer = Mock(encode=lambda text, raw: [1, 2, 3])
     monkeypatch.setattr("moe_offload.model.tokenization.load_tokenizer", lambda *_: tokenizer)
     verdict = Mock(is_right=False, lines=lambda: ["verdict: wrong"])

@@ -33,7 +33,7 @@ from moe_offload.commands import generate, serve
 from moe_offload.commands.gate import ClientGone, Metrics
 from moe_offload.commands.server import Generator
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.engine import load_engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.recorder import LayerEvent, Recorder
 from moe_offload.model.loader import PreparedModel
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import setup
-from moe_offload.engine.engine import load_engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.dummy import ForcedRouting
 from moe_offload.model.loader import PreparedModel

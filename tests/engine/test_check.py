@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from moe_offload.checkpoint.prepared import checksum, read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.check import Comparison, check_engine
-from moe_offload.engine.engine import load_engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.errors import UserError
 from moe_offload.model.loader import PreparedModel
 

@@ -17,10 +17,11 @@ from tiny_models import CONFIGS, build_model, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine import calibration, probes
+from moe_offload.engine import calibration, loading, probes
 from moe_offload.engine import engine as engine_module
 from moe_offload.engine.calibration import MachineCosts, predicted_step_us
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts import dispatcher
@@ -444,9 +445,9 @@ def test_one_of_several_gpus(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     if " " in found:
         with pytest.raises(UserError, match=found):
-            engine_module.choose_device(wanted)
+            loading.choose_device(wanted)
     else:
-        assert engine_module.choose_device(wanted) == torch.device(found)
+        assert loading.choose_device(wanted) == torch.device(found)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", ""])

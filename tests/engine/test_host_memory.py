@@ -15,7 +15,8 @@ from tiny_models import CONFIGS, build_model, write_hub
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import POLICIES, CacheOptions, ModelOptions
 from moe_offload.engine import memory
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.errors import UserError
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder

@@ -18,7 +18,8 @@ from moe_offload.commands.arguments import build_parser, parse_config
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import setup
 from moe_offload.engine.calibration import Calibration, MachineCosts
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, SideCost

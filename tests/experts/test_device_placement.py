@@ -20,7 +20,8 @@ from tiny_models import CONFIGS, build_model, write_hub
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import probes
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.fetcher import ExpertFetcher
 from moe_offload.experts.layer import LayerStep
 from moe_offload.experts.recorder import Recorder

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moe_offload.commands.prepare_model import prepare_model
 from moe_offload.config import GenerationOptions
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 from moe_offload.errors import UserError
 from moe_offload.model.generation import Request, generate
 

@@ -17,7 +17,8 @@ from torch import nn
 from moe_offload.checkpoint.block import Activation
 from moe_offload.engine import calibration, probes
 from moe_offload.engine import engine as engine_module
-from moe_offload.engine.engine import Engine, load_model
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_model
 from moe_offload.engine.probes import (
     Crossover,
     has_bf16_products,

@@ -22,7 +22,7 @@ from tiny_models import CONFIGS, build_model, nemotron_h, write_fused, write_hub
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 
 LAYOUTS = {"hub": write_hub, "fused": write_fused}
 

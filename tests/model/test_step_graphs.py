@@ -18,7 +18,8 @@ from moe_offload.engine import engine as engine_module
 from moe_offload.engine import probes
 from moe_offload.engine.calibration import Calibration
 from moe_offload.engine.check import check_engine
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model import step_graphs
 from moe_offload.model.generation import Request, cache_argument, generate

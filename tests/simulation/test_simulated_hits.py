@@ -12,7 +12,8 @@ from written_trace import write_trace
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.cache import POLICIES, ExpertCache, make_policy
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.fetcher import Copy

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, build_model, write_hub
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.commands import simulate
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.engine import load_engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.experts.costs import CostModel, DiskCost, SideCost
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder

@@ -14,7 +14,7 @@ from demo_model import ROOT, demo_hub, demo_prepared
 from transformers import AutoTokenizer
 
 from moe_offload.commands import check, generate
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 
 PROMPTS = (
     "Why is the sky blue?",

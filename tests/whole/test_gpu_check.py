@@ -20,7 +20,7 @@ from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
 from benchmarks.gpu_one_setting import Row, print_row
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration, probes
-from moe_offload.engine.engine import load_engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.engine.timing import Steadiness
 from moe_offload.errors import UserError
 from moe_offload.experts import layer as layer_module

@@ -78,4 +78,4 @@ def test_the_python_door(installed: Path, tmp_path: Path) -> None:
         "print(load_model.__module__, load_tokenizer.__module__)\n"
     )
     out = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(installed))
-    assert out == "moe_offload.engine.engine moe_offload.model.tokenization\n"
+    assert out == "moe_offload.engine.loading moe_offload.model.tokenization\n"

@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, build_model, write_hub, write_mixtral_with_toke
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 from moe_offload.errors import UserError
 from moe_offload.experts.recorder import Recorder
 from moe_offload.report.summary import format_summary, summarize

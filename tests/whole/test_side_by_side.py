@@ -20,7 +20,7 @@ from benchmarks.our_engine import between_kernels_us
 from benchmarks.random_gguf import n_bytes, weights_per_token, write_random_gguf
 from benchmarks.side_by_side import FORMATS, Row, Timed
 from moe_offload.checkpoint.prepared import read_block, read_manifest
-from moe_offload.engine.engine import load_model
+from moe_offload.engine.loading import load_model
 from moe_offload.errors import UserError
 
 _COMMON = {

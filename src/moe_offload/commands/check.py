@@ -56,7 +56,7 @@ def _check(arguments: Namespace) -> int:
     require_model(model)
     with importing():
         from moe_offload.engine.check import check_engine
-        from moe_offload.engine.engine import load_engine, open_prepared
+        from moe_offload.engine.loading import load_engine, open_prepared
         from moe_offload.model.generation import context_length, require_fitting
         from moe_offload.model.tokenization import load_tokenizer
 

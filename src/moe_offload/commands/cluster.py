@@ -32,7 +32,8 @@ from moe_offload.commands.conversations import Conversation, Encoded, converse, 
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.commands.run import open_model
 from moe_offload.config import Config, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine
 from moe_offload.engine.memory import kv_cache_bytes
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import EXIT_USER_ERROR, Interruption, RunProgress, say, show

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from moe_offload.config import CacheOptions, Config, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine, open_prepared
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.engine.setup import slots_to_measure
 from moe_offload.machine.hardware import read_hardware

@@ -17,7 +17,8 @@ from moe_offload.commands.conversations import Conversation, Encoded, converse, 
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.commands.thinking import ThinkingView, view_of
 from moe_offload.config import Config, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine, open_prepared
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.experts.recorder import NullRecorder, Recorder
 from moe_offload.machine.hardware import read_hardware

@@ -35,7 +35,8 @@ from moe_offload.commands.api_requests import error_body
 from moe_offload.commands.gate import TICKET, ClientGone, Gate, Metrics, Ticket
 from moe_offload.commands.stop_texts import UpToStop
 from moe_offload.config import CacheOptions, ModelOptions
-from moe_offload.engine.engine import Engine, load_engine, open_prepared
+from moe_offload.engine.engine import Engine
+from moe_offload.engine.loading import load_engine, open_prepared
 from moe_offload.errors import UserError
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
