@@ -38,6 +38,7 @@ from moe_offload.errors import UserError
 _E8M0: Final = (torch.uint8, torch.float8_e8m0fnu)
 _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BYTES: Final = (torch.uint8, torch.int8)
+_AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where row r of eight lies in a word
 # What activations and caches were quantised with: nothing here computes in that.
 _ACTIVATIONS: Final = re.compile(r".*[._](input|output|activation|[qkv])_(global_)?scale(_ub)?")
 
@@ -47,15 +48,18 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
     found: Tensor = words.contiguous().view(torch.uint8)
     if bits == 8:
         return found
-    pairs: Tensor = found.to(torch.int16)
-    return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)  # little-endian: the low one first
+    low = found.to(torch.int16)
+    pairs: Tensor = (low << 4).bitwise_or_(low).bitwise_and_(0x0F0F)
+    return pairs.view(torch.uint8)  # little-endian: the low one first
 
 
 def _unpack_awq(words: Tensor, _: int) -> Tensor:
-    """uint8 [R, C] from int32 [C, R/8], whose eight codes are rows 0 2 4 6 1 3 5 7."""
-    rows = _unpack(words, 4).t().contiguous()
-    found: Tensor = rows.unflatten(0, (-1, 2, 4)).transpose(1, 2).reshape(rows.shape)
-    return found
+    """uint8 [R, C] from int32 [C, R/8]."""
+    by_row = words.t().contiguous()
+    codes = torch.empty(len(by_row), 8, len(words), dtype=torch.uint8)
+    for row, place in enumerate(_AWQ_PLACES):
+        codes[:, row] = (by_row >> (4 * place)).bitwise_and_(15)
+    return codes.flatten(0, 1)
 
 
 def _elements(codes: Tensor, _: int) -> Tensor:
@@ -339,21 +343,23 @@ class _Weight:
         )
 
     def _read_values(self, start: int, stop: int) -> Tensor:
-        if not self.stacked:
-            return self._matrix(0).values().to(self.dtype)[start:stop]
-        turned = self.layout.form.becomes_transposed
-        found = [self._matrix(index).values().to(self.dtype) for index in range(start, stop)]
-        return torch.stack([matrix.t() if turned else matrix for matrix in found])
+        found = [matrix.values().to(self.dtype) for matrix in self._matrices(start, stop)]
+        return self._rows(start, stop, found)
 
     def read_codes(self, start: int, stop: int) -> Codes:
         """Of a slice of dimension 0."""
+        return joined(self._matrices(start, stop), partial(self._rows, start, stop))
+
+    def _matrices(self, start: int, stop: int) -> list[Codes]:
+        return [self._matrix(index) for index in (range(start, stop) if self.stacked else (0,))]
+
+    def _rows(self, start: int, stop: int, matrices: list[Tensor]) -> Tensor:
+        """A slice of dimension 0 of the tensor, from the matrices that lie in it."""
         if not self.stacked:
-            return self._matrix(0).map(lambda part: part[start:stop])
+            return matrices[0][start:stop]
         turned = self.layout.form.becomes_transposed
-        found = [self._matrix(index) for index in range(start, stop)]
-        return joined(
-            found, lambda parts: torch.stack([part.t() if turned else part for part in parts])
-        )
+        found = [matrix.t() if turned else matrix for matrix in matrices]
+        return torch.stack(found) if len(found) != 1 else found[0][None]
 
     def _read(self, role: str, index: int) -> Tensor:
         part = self.parts[role]
