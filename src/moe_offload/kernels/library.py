@@ -143,6 +143,7 @@ _COMPUTING: Final = {
     "add": (_LAYER, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
     "quantise": (ctypes.POINTER(WeightsArguments), c_int, c_void_p, c_void_p),
+    "pack": (c_void_p, *(c_int64,) * 4, c_int, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
     "attend_step": (
         *(ctypes.POINTER(StepArguments), c_void_p, c_void_p, c_void_p, c_int64),
