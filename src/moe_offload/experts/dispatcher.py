@@ -26,7 +26,7 @@ from moe_offload.experts.layer import HostHandoff, LayerStep
 from moe_offload.experts.layer_record import Counters, LayerRecord
 from moe_offload.experts.plan import Plan, plan_decode, plan_prefill
 from moe_offload.experts.recorded import RecordedStep, StepMemory
-from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Phase, Recorder
+from moe_offload.experts.recorder import LayerEvent, NullRecorder, NvtxRanges, Phase, Recorder
 from moe_offload.experts.slots import TOKENS_PER_SLOT_FOR_GEMM
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
@@ -95,6 +95,7 @@ class MoeDispatcher:
         self._clock: DeviceClock | None = None  # the GPU's
         self._decode = False
         self._skip_experts = False
+        self._ones = torch.empty(0, dtype=torch.uint8)
         self._token_mask: Tensor | None = None
         self._batch_prompt = 0  # of the batch that is running, and of the next to begin
         self._next_prompt = 0
@@ -225,13 +226,16 @@ class MoeDispatcher:
             self._handoff.to_host(index.long(), weights.float(), hidden)
             return torch.zeros_like(hidden)
         try:
-            step = self.recorded or self._handed_over(layer, hidden, index, weights)
-            if isinstance(step, RecordedStep):
-                step.begin()
-                if self.forced_routing is not None:
-                    routing = step.host_index, step.host_weights
-                    step.force(*self.forced_routing.choose(layer, *routing))
-            return self._compute(layer, step)
+            if self.recorded is not None:
+                return self._compute(layer, self._begun(layer, self.recorded))
+            if self.forced_routing is not None:
+                index, weights = self.forced_routing.choose(layer, index, weights)
+            if self._token_mask is not None:
+                index = index.masked_fill(~self._token_mask[:, None], -1)
+            is_in_memory = self.accelerator is None and isinstance(self.store, ExpertStore)
+            if is_in_memory and not self._on_gpu:
+                return self._compute_in_memory(layer, hidden, index, weights)
+            return self._compute(layer, self._handed_over(layer, hidden, index, weights))
         except RuntimeError as error:
             if self.accelerator is None or not is_out_of_memory(error):
                 raise
@@ -260,12 +264,66 @@ class MoeDispatcher:
         parts = self.store, self.cpu[layer], memory, self.accelerator
         return RecordedStep(*parts, layer, hidden, index, weights, self._clock)
 
+    def _compute_in_memory(
+        self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The layer where there is nothing to plan: every expert on the CPU, all in its memory.
+
+        Of a decode step of small experts, what passes outside their kernel is no small part.
+        """
+        index, weights = index.long().contiguous(), weights.float().contiguous()
+        self._ranges.part(layer, "cpu experts")
+        routed_s = time.perf_counter()
+        sums = torch.empty(hidden.shape, dtype=torch.float32)
+        pointers, on_cpu = self.store.pointers(layer), self._everywhere(layer)
+        self.cpu[layer].run(hidden.contiguous(), pointers, on_cpu, index, weights, sums)
+        computed_s = time.perf_counter()
+        output = sums.to(hidden.dtype)
+        ended_s = time.perf_counter()
+        began_s, block_began_s = self._last_end_s, self._block_started_s
+
+        def event() -> LayerEvent:
+            tokens = [token for token in index.tolist() if token[0] >= 0]
+            chosen = {expert for token in tokens for expert in token}
+            return LayerEvent(
+                layer=layer,
+                ids=tokens,
+                n_hits_of_token=None,
+                attention_us=(block_began_s - began_s) * 1e6,
+                router_us=(routed_s - block_began_s) * 1e6,
+                cpu_us=(computed_s - routed_s) * 1e6,
+                combine_us=(ended_s - computed_s) * 1e6,
+                cpu_bytes=len(chosen) * self.store.layouts[layer].block_bytes,
+            )
+
+        self._end_layer(layer, event, ended_s)
+        return output
+
+    def _everywhere(self, layer: int) -> Tensor:
+        """uint8 [E] of ones: every expert of the layer is the CPU's."""
+        n_experts = self.store.n_experts[layer]
+        if self._ones.numel() < n_experts:
+            self._ones = torch.ones(n_experts, dtype=torch.uint8)
+        return self._ones[:n_experts]
+
+    def _end_layer(self, layer: int, event: Callable[[], LayerEvent], ended_s: float) -> None:
+        if self.recorder.enabled:
+            self.recorder.at_end(event)
+        self._last_end_s = ended_s
+        self._next_layer = layer + 1
+        is_last = self._next_layer == self.store.n_layers
+        self._ranges.part(self._next_layer, "head" if is_last else "attention")
+
+    def _begun(self, layer: int, step: RecordedStep) -> RecordedStep:
+        """The layer's next call, likewise."""
+        step.begin()
+        if self.forced_routing is not None:
+            routing = step.host_index, step.host_weights
+            step.force(*self.forced_routing.choose(layer, *routing))
+        return step
+
     def _handed_over(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> LayerStep:
         """The layer's call, whose routing and hidden state have come to the host."""
-        if self.forced_routing is not None:
-            index, weights = self.forced_routing.choose(layer, index, weights)
-        if self._token_mask is not None:
-            index = index.masked_fill(~self._token_mask[:, None], -1)
         guess = None
         if self._decode:
             if self.accelerator is not None:
@@ -313,31 +371,26 @@ class MoeDispatcher:
         waited_s = time.perf_counter() if plan.waited else computed_s
         output = step.combine(cpu_out)
         ended_s = time.perf_counter()
-        if self.recorder.enabled:
-            record = LayerRecord(
-                layer,
-                self.store.layouts[layer].block_bytes,
-                step.ids,
-                plan,
-                self._decode,
-                accelerator is not None and layer < accelerator.cache.n_indexes,
-                step.launches,
-                self._clock,
-                before,
-                self._counters(),
-                self._last_end_s,
-                self._block_started_s,
-                routed_s,
-                computed_s,
-                waited_s,
-                ended_s,
-                cpu_s,
-            )
-            self.recorder.at_end(record.event)
-        self._last_end_s = ended_s
-        self._next_layer = layer + 1
-        is_last = self._next_layer == self.store.n_layers
-        self._ranges.part(self._next_layer, "head" if is_last else "attention")
+        record = LayerRecord(
+            layer,
+            self.store.layouts[layer].block_bytes,
+            step.ids,
+            plan,
+            self._decode,
+            accelerator is not None and layer < accelerator.cache.n_indexes,
+            step.launches,
+            self._clock,
+            before,
+            self._counters(),
+            self._last_end_s,
+            self._block_started_s,
+            routed_s,
+            computed_s,
+            waited_s,
+            ended_s,
+            cpu_s,
+        )
+        self._end_layer(layer, record.event, ended_s)
         return output
 
     def _counters(self) -> Counters:
