@@ -414,3 +414,21 @@ def test_what_is_no_tensor_is_stale_in_an_acted_graph():
             place.item()
         finally:
             torch.utils._python_dispatch._pop_mode()
+
+
+class TestCuda:
+    pytestmark = (
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+    )
+
+    @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
+    def test_replayed_steps_give_the_cpus_text(self, name, tmp_path):
+        """Of windows that are outgrown, and of a module that runs between two graphs."""
+        folder = _folder(name, tmp_path)
+        batches = [FIRST], [SECOND], [FIRST, SECOND]
+        expected = on_cpu(folder, *batches)
+        with load(folder) as engine:
+            assert [greedy(engine.model, batch, N_TOKENS) for batch in batches] == expected
+            assert engine.graphs.replayed > N_TOKENS
+            assert graph_notes(engine) == []
