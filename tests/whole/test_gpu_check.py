@@ -157,7 +157,7 @@ def test_named_settings_alone_are_measured(tiny_shape, tmp_path):
     code, report = check(tmp_path, "--settings", *named)
     assert code == 0 and report["skipped"] == []
     assert [row["setting"] for row in report["rows"]] == named
-    assert gpu_check.SETTINGS == tuple(SETTINGS)
+    assert tuple(SETTINGS) == gpu_check.SETTINGS
 
 
 def test_loading_and_pinning_are_measured(tiny_shape, tmp_path, monkeypatch):
