@@ -28,6 +28,10 @@ from moe_offload.model.loader import PreparedModel
 
 FIRST, SECOND = [5, 17, 40, 8, 22, 71], [9, 33, 12]
 N_TOKENS = 8
+CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 # Texts of 14 tokens outgrow the window, and the short texts of this rotary embedding.
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_mscale": 1.1, "long_mscale": 1.3}
 LONG |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 1.3, 2.5, 4.0]}
@@ -417,10 +421,7 @@ def test_what_is_no_tensor_is_stale_in_an_acted_graph():
 
 
 class TestCuda:
-    pytestmark = (
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
-    )
+    pytestmark = CUDA
 
     @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
     def test_replayed_steps_give_the_cpus_text(self, name, tmp_path):
