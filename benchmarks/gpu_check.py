@@ -2,10 +2,16 @@
 
     PYTHONPATH=src python3 benchmarks/gpu_check.py [--json FILE]
 
-Runs the CUDA-marked tests, then builds models of Mixtral's (bf16, int4), Phi-3.5-MoE's (bf16),
-Qwen3-30B's (int4, fp8) and gpt-oss-20b's (mxfp4) shapes with random weights in memory and measures
-decoding with each way to serve a miss and, with four of them, prompts of 512 and 4,096 tokens as
-far as time allows. Caches are sized for a 24 GB card unless `--memory-gb` says otherwise. Beside
+Runs the CUDA-marked tests, in several processes, times the expert kernels alone and loading and
+pinning as many experts as memory holds, then builds models of Qwen3-30B's (fp8, int4), Mixtral's
+(bf16, int4), Phi-3.5-MoE's (bf16) and gpt-oss-20b's (mxfp4) shapes with random weights in memory
+and measures decoding with each way to serve a miss and, with four of them, prompts of 512 and 4,096
+tokens as far as time allows. `--parts` and `--settings` choose of all that. Two settings, or two
+versions, are compared in three minutes by
+
+    gpu_check.py --parts models --shapes mixtral-8x7b --settings "cpu only" paper "paper, quota 4" \
+        --minutes 2.5 --limit-s 190
+ Caches are sized for a 24 GB card unless `--memory-gb` says otherwise. Beside
 the paper's cache stand the same without CUDA graphs, with the CPU's misses after the hits instead
 of beside them ("serial"), and with the experts of prompts launched one by one.
 
@@ -68,14 +74,20 @@ Format = Literal["bf16", "int8", "int4", "mxfp4", "fp8"]
 
 # The most telling first: what is not reached in time is the least.
 MODELS: tuple[tuple[str, Format], ...] = (
-    ("mixtral-8x7b", "bf16"),
+    ("qwen3-30b-a3b", "fp8"),
     ("qwen3-30b-a3b", "int4"),
-    ("mixtral-8x7b", "int4"),
+    ("mixtral-8x7b", "bf16"),
     ("phi-3.5-moe", "bf16"),
     ("gpt-oss-20b", "mxfp4"),
-    ("qwen3-30b-a3b", "fp8"),
+    ("mixtral-8x7b", "int4"),
 )
-SHARES: Final = (3, 3, 2, 2, 1, 1)  # of the time, by their order
+SHARES: Final = (1, 3, 3, 1, 1, 2)  # of the time, by their order
+PARTS: Final = ("tests", "kernels", "memory", "models")
+SETTINGS: Final = (
+    *("cpu only", "paper", "paper, no graphs", "paper, serial", "--cache-auto", "paper, quota 4"),
+    *("fetch on demand", "next-layer prefetch", "fetch, cached", "paper, auto misses"),
+    *("fetch on demand, cached", "paper, one by one"),
+)
 MEASURING = ("-m", "benchmarks.gpu_measurements")  # what Python runs
 RUNNING: Final = "running"
 COMPLETE: Final = "complete"
@@ -94,7 +106,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="decode steps measured per setting")
     parser.add_argument("--memory-gb", type=float, default=20.0, help="for --cache-auto (20)")
     parser.add_argument("--trace", type=Path, help="routing trace instead of synthetic routing")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--pin-gb", type=float, default=90.0, help="of memory at most (90)")
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="start no setting after this (7)"
     )

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -21,14 +20,15 @@ import torch
 
 from benchmarks.gpu_check import (
     COMPLETE,
-    ROOT,
     RUNNING,
+    SETTINGS,
     SHARES,
     Format,
     models,
     parse,
     write_report,
 )
+from benchmarks.gpu_memory import loading_row, mixtral_layout, pinning_row
 from benchmarks.gpu_models import (
     N_CORE_SETTINGS,
     card_speeds,
@@ -37,6 +37,7 @@ from benchmarks.gpu_models import (
     settings,
 )
 from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, Row, print_row, run_setting
+from benchmarks.gpu_tests import run_tests
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.loading import choose_device, load_engine
 from moe_offload.engine.setup import gpu_uuid
@@ -45,7 +46,7 @@ from moe_offload.machine.hardware import read_hardware
 from moe_offload.model.dummy import DummyModel, dummy_routing
 
 LOADING_SHARE = 1 / 3  # of a model's part of the time, for filling and pinning its memory
-TEST_TIMEOUT_S = 150
+LOADED_BYTES = 12e9  # at most, from a file that the page cache holds
 # For the KV cache: a prompt and all its steps, or the longest prompt.
 _CONTEXT_TOKENS = max(PROMPT_TOKENS + 224, *PROMPT_LENGTHS)
 _PR_SET_PDEATHSIG = 1
@@ -54,7 +55,12 @@ _PR_SET_PDEATHSIG = 1
 class Report:
     """What was found so far, and what is still missing; on disk after every change."""
 
-    def __init__(self, path: Path | None, models: Sequence[tuple[str, Format]]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        models: Sequence[tuple[str, Format]],
+        chosen: Sequence[str] = SETTINGS,
+    ) -> None:
         self.rows: list[Row] = []
         self.document: dict[str, Any] = {}
         self._path = path
@@ -63,6 +69,7 @@ class Report:
             (shape, weight_format, setting.name): ""
             for shape, weight_format in models
             for setting in settings(shape, 1, 1, 1.0)
+            if setting.name in chosen
         }
 
     @property
@@ -91,22 +98,40 @@ class Report:
             write_report(self._path, self.document)
 
 
-def run_tests() -> dict[str, object]:
-    """The CUDA-marked tests' outcome."""
-    # Only files that have some: collecting all others takes longer than these tests.
-    files = [str(f) for f in sorted(ROOT.glob("tests/*/test_*.py")) if "mark.cuda" in f.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *files]
+def measure_kernels(report: Report) -> None:
+    """The expert kernels alone; what fails is said, and leaves the rest of the check alone."""
+    rows = report.document["kernels"] = []
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TEST_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        line = f"the CUDA-marked tests took more than {TEST_TIMEOUT_S} s"
-        print(line, flush=True)
-        return {"exit_code": 124, "last_line": line}
-    lines = done.stdout.strip().splitlines()
-    print("\n".join(lines[-15:]), flush=True)
-    return {"exit_code": done.returncode, "last_line": lines[-1] if lines else done.stderr[-300:]}
+        from benchmarks.gpu_kernels import kernel_rows  # Triton
+
+        for row in kernel_rows():
+            rows.append(row)
+            print(", ".join(f"{k} {_rounded(v)}" for k, v in row.items()), flush=True)
+    except Exception as error:
+        traceback.print_exc()
+        report.document["kernels_ended"] = repr(error)
+    torch.cuda.empty_cache()
+    report.save()
+
+
+def measure_memory(report: Report, most_bytes: float, device: str) -> None:
+    """Loading and pinning experts of Mixtral's shape in bf16, of which a layer is 2.8 GB."""
+    rows = report.document["memory"] = {}
+    layout = mixtral_layout()
+    try:
+        rows["loading"] = loading_row(layout, min(LOADED_BYTES, most_bytes))
+        rows["pinning"] = pinning_row(layout, most_bytes, device)
+    except Exception as error:
+        traceback.print_exc()
+        rows["ended"] = repr(error)
+    for name, row in rows.items():
+        print(f"{name}: {row}", flush=True)
+    gc.collect()
+    report.save()
+
+
+def _rounded(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def run_shape(
@@ -137,9 +162,13 @@ def run_shape(
         for note in engine.notes:
             print(note, flush=True)
         routing = dummy_routing(source, arguments.trace)
-        tried = settings(shape, engine.store.n_layers, source.n_experts[0], arguments.memory_gb)
+        size = engine.store.n_layers, source.n_experts[0]
+        tried = settings(shape, *size, arguments.memory_gb)
+        tried = [setting for setting in tried if setting.name in arguments.settings]
         for number, setting in enumerate(tried):
-            end_s = deadline_s if number < N_CORE_SETTINGS else share_end_s
+            end_s = share_end_s
+            if number < N_CORE_SETTINGS or len(tried) < len(SETTINGS):
+                end_s = deadline_s
             left_s = deadline_s - time.monotonic()
             if time.monotonic() > end_s:
                 report.leave_out(shape, source.weight_format, "out of time")
@@ -169,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started_s = time.monotonic()
     deadline_s = started_s + 60 * arguments.minutes
     measured = models(arguments)
-    report = Report(arguments.json, measured)
+    if "models" not in arguments.parts:
+        measured = []
+    report = Report(arguments.json, measured, arguments.settings)
     report.document |= {
         "date": date.today().isoformat(),
         "command": sys.argv,
@@ -179,9 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tests": None,
     }
     report.save()
-    tests = None if arguments.skip_tests or arguments.device == "cpu" else run_tests()
+    on_card = arguments.device == "cuda"
+    tests = run_tests() if on_card and "tests" in arguments.parts else None
     report.document["tests"] = tests
     report.save()
+    if on_card and "kernels" in arguments.parts:
+        measure_kernels(report)
+    if "memory" in arguments.parts:
+        measure_memory(report, arguments.pin_gb * 1e9, arguments.device)
     s_per_byte = load_s_per_byte(arguments.device)
     report.document["card"] = card_speeds(arguments.device)
     print(", ".join(f"{k} {v:.0f}" for k, v in report.document["card"].items()), flush=True)

@@ -67,6 +67,7 @@ def settings(shape: str, n_layers: int, n_experts: int, memory_gb: float) -> lis
         Setting("paper, no graphs", CacheOptions(**cached), graphs=False),
         Setting("paper, serial", CacheOptions(**cached), overlap=False),
         Setting("--cache-auto", CacheOptions(auto=True, miss_policy="auto", memory_gb=memory_gb)),
+        Setting("paper, quota 4", CacheOptions(quota=4, **cached)),
         Setting("fetch on demand", CacheOptions(miss_policy="fetch"), prompts=True),
         Setting("next-layer prefetch", prefetching, forced=False),
         Setting("fetch, cached", CacheOptions(miss_policy="fetch", **cached), forced=False),

@@ -113,7 +113,11 @@ def kernels(
                 {**in_memory, "HAS_GATE": False, "KIND": "relu2"},
             )
         if name != "fp32":
-            tile = {**triton_tiles.tile_constants(constants), "HAS_BIAS": True, "ONE": False}
+            tile = {
+                **triton_tiles.tile_constants(constants, triton_tiles.DEFAULT_TILE),
+                "HAS_BIAS": True,
+                "ONE": False,
+            }
             own = {"matrix": matrix_type, "scales": scale_type}
             yield (
                 f"first-tiles-{name}",
@@ -178,7 +182,7 @@ def report(capabilities: Iterable[int]) -> Iterator[dict[str, object]]:
                 constexprs={(names.index(n),): value for n, value in constants.items()},
                 attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
             )
-            n_warps = triton_tiles.N_WARPS if "tiles" in name else 4
+            n_warps = triton_tiles.DEFAULT_TILE.n_warps if "tiles" in name else 4
             target = GPUTarget("cuda", capability, 32)
             binary = triton.compile(source, target=target, options={"num_warps": n_warps})
             yield {

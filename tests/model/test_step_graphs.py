@@ -30,6 +30,10 @@ from moe_offload.model.loader import PreparedModel
 
 FIRST, SECOND = [5, 17, 40, 8, 22, 71], [9, 33, 12]
 N_TOKENS = 8
+CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 # Texts of 14 tokens outgrow the window, and the short texts of this rotary embedding.
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_mscale": 1.1, "long_mscale": 1.3}
 LONG |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 1.3, 2.5, 4.0]}
@@ -570,3 +574,18 @@ def test_what_is_no_tensor_is_stale_in_an_acted_graph():
             place.item()
         finally:
             torch.utils._python_dispatch._pop_mode()
+
+
+class TestCuda:
+    pytestmark = CUDA
+
+    @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "phimoe"])
+    def test_replayed_steps_give_the_cpus_text(self, name, tmp_path):
+        """Of windows that are outgrown, and of a module that runs between two graphs."""
+        folder = _folder(name, tmp_path)
+        batches = [FIRST], [SECOND], [FIRST, SECOND]
+        expected = on_cpu(folder, *batches)
+        with load(folder) as engine:
+            assert [greedy(engine.model, batch, N_TOKENS) for batch in batches] == expected
+            assert engine.graphs.replayed > N_TOKENS
+            assert graph_notes(engine) == []

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,8 +17,9 @@ import yaml
 from pretended_gpu import pretended_gpu
 from tiny_models import TINY_SHAPE
 
-from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting
+from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting, gpu_tests
 from benchmarks.gpu_one_setting import Row, print_row
+from moe_offload.checkpoint.block import block_layout
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine import calibration, probes
 from moe_offload.engine.loading import load_engine
@@ -28,6 +30,7 @@ from moe_offload.experts.recorder import LayerEvent, Recorder
 from moe_offload.machine import hardware
 from moe_offload.simulation import shapes as shapes_module
 
+ON_CPU = ["--device", "cpu", "--parts", "models"]
 SETTINGS = [one.name for one in gpu_models.settings("tiny", 1, 1, 1.0)]
 
 
@@ -44,7 +47,7 @@ def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def check(tmp_path: Path, *flags: str) -> tuple[int, dict]:
     report = tmp_path / "report.json"
     code = gpu_measurements.main(
-        ["--device", "cpu", "--tokens", "6", "--layers", "3", "--json", str(report), *flags]
+        [*ON_CPU, "--tokens", "6", "--layers", "3", "--json", str(report), *flags]
     )
     return code, json.loads(report.read_text())
 
@@ -59,6 +62,7 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, monkeypatch, 
         ("paper, no graphs", "forced"),
         ("paper, serial", "forced"),
         ("--cache-auto", "forced"),
+        ("paper, quota 4", "forced"),
         ("fetch on demand", "forced"),
         ("next-layer prefetch", "model"),
         ("fetch, cached", "model"),
@@ -112,7 +116,7 @@ def test_a_prompt_that_does_not_end_in_time_is_not_begun(tiny_shape, monkeypatch
 
 def test_every_setting_runs_on_a_gpu_of_pretence(tiny_shape, tmp_path, monkeypatch, capsys):
     report = tmp_path / "report.json"
-    flags = ["--device", "cuda", "--skip-tests", "--tokens", "4", "--memory-gb", "0.0001"]
+    flags = ["--device", "cuda", "--parts", "models", "--tokens", "4", "--memory-gb", "0.0001"]
     with pretended_gpu(monkeypatch):
         code = gpu_measurements.main([*flags, "--json", str(report)])
     document = json.loads(report.read_text())
@@ -146,6 +150,68 @@ def test_a_wrong_layer_is_found(tiny_shape, tmp_path, monkeypatch, capsys):
     assert "cpu only" in right
     assert "fetch on demand" not in right
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_named_settings_alone_are_measured(tiny_shape, tmp_path):
+    named = ["cpu only", "paper, quota 4"]
+    code, report = check(tmp_path, "--settings", *named)
+    assert code == 0 and report["skipped"] == []
+    assert [row["setting"] for row in report["rows"]] == named
+    assert tuple(SETTINGS) == gpu_check.SETTINGS
+
+
+def test_loading_and_pinning_are_measured(tiny_shape, tmp_path, monkeypatch):
+    """Of what memory holds, and with a page cache that holds the file: in no more than there is."""
+    monkeypatch.setattr(gpu_measurements, "mixtral_layout", lambda: block_layout("bf16", 256, 512))
+    code, report = check(tmp_path, "--parts", "memory", "--pin-gb", "0.1")
+    assert code == 0 and report["rows"] == report["skipped"] == []
+    loading, pinning = report["memory"]["loading"], report["memory"]["pinning"]
+    layer_bytes = 8 * block_layout("bf16", 256, 512).block_bytes
+    assert loading["loaded_bytes"] == pinning["bytes"] == int(1e8 / layer_bytes) * layer_bytes
+    assert min(loading["first_gbps"], loading["again_gbps"], loading["plain_gbps"]) > 0
+    assert 0.9 < pinning["peak_over_bytes"] < 1.2
+    assert pinning["refused"] is None
+
+
+@pytest.mark.parametrize(("n_tests", "n_parts"), [(64, 12), (5, 3), (2, 3)])
+def test_each_test_is_in_one_processs_share(n_tests, n_parts):
+    kept, left = [], []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left.append(len(items)))
+    for part in range(n_parts):
+        items, share = list(range(n_tests)), f"{part}/{n_parts}"
+        config = SimpleNamespace(hook=hook, getoption=lambda _, share=share: share)
+        gpu_tests.pytest_collection_modifyitems(config, items)
+        assert len(items) + left[-1] == n_tests
+        kept += items
+    assert kept == list(range(n_tests))
+
+
+def test_kernels_alone_are_measured_each_way(tiny_shape, monkeypatch):
+    """The kernels and the card's clock are stood in for: what is held is all around them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from benchmarks import gpu_kernels
+    from moe_offload.kernels import triton_experts, triton_tiles
+
+    class Nothing:
+        def __getitem__(self, grid):
+            assert all(size > 0 for size in grid)
+            return lambda *_, **__: None
+
+    for module in (triton_experts, triton_tiles):
+        for name in [one for one in vars(module) if one.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Nothing())
+    monkeypatch.setattr(gpu_kernels, "_device_us", lambda work: (work(), 500.0)[1])
+    monkeypatch.setattr(gpu_kernels, "_recorded", lambda work: work)
+    monkeypatch.setattr(gpu_kernels, "_SLOTS_BYTES", 1e5)
+    monkeypatch.setattr(gpu_kernels, "DECODED", (("tiny", "int4", (1, 2)), ("tiny", "fp8", (2,))))
+    monkeypatch.setattr(gpu_kernels, "PROMPTED", (("tiny", "bf16"),))
+    monkeypatch.setattr(gpu_kernels, "N_TOKENS", (16,))
+    rows = list(gpu_kernels.kernel_rows("cpu"))
+    decoded = [row for row in rows if "hits" in row]
+    assert len(decoded) == 5 * 2 + 3
+    assert all(row["gbps"] > 0 and row["us"] == 500 / 16 for row in decoded)
+    prompted = [row["way"] for row in rows if "tokens" in row]
+    assert prompted == ["tiles of 64 x 64", "tiles of 128 x 64", "tiles of 128 x 128", "cuBLAS"]
 
 
 def test_out_of_time_is_said(tiny_shape, tmp_path, capsys):
@@ -398,7 +464,7 @@ def test_what_was_measured_is_kept_however_it_ends(tmp_path, monkeypatch, capsys
         return wait(self, 0 if "sleep" in then else None)
 
     monkeypatch.setattr(subprocess.Popen, "wait", until_it_hangs)
-    flags = ["--device", "cpu", "--tokens", "6", "--layers", "3"]
+    flags = [*ON_CPU, "--tokens", "6", "--layers", "3"]
     code = gpu_check.main([*flags, "--json", str(tmp_path / "report.json")])
     assert code == 1
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,6 +1,6 @@
 """Experts with many tokens, by Triton from slot memory: all of a prompt's hits in three launches.
 
-A program multiplies up to 64 tokens of one expert with 64 rows of its matrix, on tensor cores with
+A program multiplies a tile of tokens of one expert with rows of its matrix, on tensor cores with
 sums in fp32. The first kernel gives the activation of `gate_up` in the model's dtype, the second
 rows of `down` for each pair, with the routing weight, and the third adds a token's pairs to the
 layer's sum, in the order of its choice: the same each time. Tokens come sorted by expert, and a
@@ -16,6 +16,7 @@ what the tests of every run use; docs/PERFORMANCE.md has what a GPU gave.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -34,17 +35,26 @@ from moe_offload.kernels.triton_experts import (
     scale_place,
 )
 
-TOKENS: Final = 64  # of a tile
-ROWS: Final = 64
-COLUMNS: Final = 64  # per step of a row-major matrix
-WORDS: Final = 32  # per step of a packed one: 128 or 256 columns
-N_WARPS: Final = 8  # of a program
 SUM_COLUMNS: Final = 1024  # of a program that adds up pairs
 _PAIRS_BYTES: Final = 64 << 20  # at most, of what pairs give before it is added up: groups at once
 LEAST_CAPABILITY: Final = 80  # Ampere: from there on tensor cores multiply bf16
 Groups = Sequence[tuple[int, int, int]]  # a slot, its first place among sorted pairs, how many
 # What changes from call to call: no variant is compiled for it.
 VARYING: Final = ("top_k", "slot", "first", "n_tokens")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes, in how large steps: of a row-major matrix, or words of a packed one.
+
+    32 words are 128 or 256 columns.
+    """
+
+    tokens: int = 64
+    rows: int = 64
+    columns: int = 64
+    words: int = 32
+    n_warps: int = 8
 
 
 @triton.jit
@@ -330,15 +340,18 @@ def add_pairs_kernel(
     tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
-def tile_constants(constants: Mapping[str, object]) -> dict[str, Any]:
+def tile_constants(constants: Mapping[str, object], tile: Tile) -> dict[str, Any]:
     """What a format makes constant in these kernels, of `format_constants`."""
     return {
         **{name: value for name, value in constants.items() if name != "STEP"},
-        "TOKENS": TOKENS,
-        "ROWS": ROWS,
-        "COLUMNS": COLUMNS,
-        "WORDS": WORDS,
+        "TOKENS": tile.tokens,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "WORDS": tile.words,
     }
+
+
+DEFAULT_TILE: Final = Tile()
 
 
 def runs_tiles(device: torch.device) -> bool:
@@ -352,9 +365,10 @@ def runs_tiles(device: torch.device) -> bool:
 class TiledExperts:
     """Adds experts with many tokens to a layer's sum."""
 
-    def __init__(self, experts: TritonExperts) -> None:
+    def __init__(self, experts: TritonExperts, tile: Tile = DEFAULT_TILE) -> None:
         self._experts = experts
-        self._constants = tile_constants(experts.constants)
+        self._tile = tile
+        self._constants = tile_constants(experts.constants, tile)
         self._no_tiles = torch.zeros(4, dtype=torch.int32, device=experts.slots.device)
 
     def warm_up(self, dtype: torch.dtype) -> None:
@@ -410,9 +424,9 @@ class TiledExperts:
             "HAS_BIAS": layout.has_bias,
             "ONE": len(groups) == 1,
             "enable_fp_fusion": True,
-            "num_warps": N_WARPS,
+            "num_warps": self._tile.n_warps,
         }
-        first_tiles_kernel[(n_tiles, triton.cdiv(width, ROWS))](
+        first_tiles_kernel[(n_tiles, triton.cdiv(width, self._tile.rows))](
             hidden.contiguous(),
             pairs,
             *which,
@@ -431,7 +445,7 @@ class TiledExperts:
         if raw:
             middle = apply_activation(middle, activation, layout.has_gate, experts.act_module)
             middle = middle.to(hidden.dtype).contiguous()
-        second_tiles_kernel[(n_tiles, triton.cdiv(hidden_size, ROWS))](
+        second_tiles_kernel[(n_tiles, triton.cdiv(hidden_size, self._tile.rows))](
             middle,
             pairs,
             *which,
@@ -458,11 +472,11 @@ class TiledExperts:
         """How many tiles there are, and the kernels' arguments that say which."""
         if len(groups) == 1:
             (group,) = groups
-            return triton.cdiv(group[2], TOKENS), (self._no_tiles, *group)
+            return triton.cdiv(group[2], self._tile.tokens), (self._no_tiles, *group)
         rows: list[tuple[int, int, int, int]] = []
         n_before = 0
         for slot, first, n in groups:
-            starts = range(0, n, TOKENS)
+            starts = range(0, n, self._tile.tokens)
             rows += [(slot, first + start, first + n, n_before + start) for start in starts]
             n_before += n
         # As a decode step's slots: so little CUDA takes without holding the host up.
