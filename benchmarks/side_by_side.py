@@ -16,7 +16,8 @@ highest over the rounds. Beside our own the same threads read memory plainly (de
 and add (prompts): "of limit" is what the model's weights need at least, at that speed, of the time.
 Of a decode step's layers, what passes between the calls of our kernels is measured as well.
 
-kt-kernel, where it can be imported, is compared expert for expert, in bf16: it is no whole engine.
+kt-kernel, where it can be imported, is compared expert for expert, in bf16, fp8 and mxfp4: it is no
+whole engine.
 `--isa avx2` holds torch and kt-kernel to AVX2 as well; llama-bench uses what it was compiled for.
 Without a peer there are our own speeds alone.
 """
@@ -44,12 +45,12 @@ import psutil
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from benchmarks.kt_kernel_peer import ExpertsOfBoth
+from benchmarks.kt_kernel_peer import KINDS, ExpertsOfBoth
 from benchmarks.llama_bench import DECODED, Peer, Work, find_peer, measure_peer
 from benchmarks.our_engine import Measured, measure_ours
 from benchmarks.random_gguf import expert_sizes, n_bytes, weights_per_token, write_random_gguf
 from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.config import WEIGHT_FORMATS
+from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.kernels.bindings import load_kernels
 from moe_offload.machine.hardware import read_hardware
@@ -280,16 +281,18 @@ def compare(
     return rows
 
 
-def compare_experts(model: str, arguments: Any) -> list[Row]:
+def compare_experts(model: str, weight_format: WeightFormat, arguments: Any) -> list[Row]:
     """Our experts' rows beside kt-kernel's; UserError where they cannot be measured here."""
     config = shape_config(MODELS[model][0])
     n_experts, inner = expert_sizes(config)
     hidden, top_k = config["hidden_size"], config["num_experts_per_tok"]
     require_room(2 * 2 * 3 * n_experts * hidden * inner, arguments.work_dir, 0)
-    both = ExpertsOfBoth(n_experts, top_k, hidden, inner, arguments.isa, arguments.threads)
+    sizes = n_experts, top_k, hidden, inner
+    both = ExpertsOfBoth(weight_format, *sizes, arguments.isa, arguments.threads)
     rows = []
     for n_tokens in arguments.experts:
-        row = Row(model, "bf16", Work("experts", n_tokens), (0, 1), 1, both.ours.description)
+        work = Work("experts", n_tokens)
+        row = Row(model, weight_format, work, (0, 1), 1, both.ours.description)
         theirs = row.peers["kt-kernel"] = []
         for _ in range(arguments.rounds):
             mine_s, their_s = both.seconds(n_tokens, EXPERT_REPETITIONS)
@@ -320,7 +323,8 @@ def main() -> int:
         "--peer", type=Path, action="append", default=[], metavar="PATH", help="a llama-bench"
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    formats = list(dict.fromkeys([*FORMATS, *KINDS]))
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     parser.add_argument(
         "--depths", type=int, nargs=2, help="layers (1 and 2 of mixtral, 1 and 4 of qwen3)"
     )
@@ -333,7 +337,7 @@ def main() -> int:
         nargs="*",
         default=[1, 4, 16, 64],
         metavar="TOKENS",
-        help="through one layer's experts in bf16, beside kt-kernel where it can be imported",
+        help="through one layer's experts, beside kt-kernel where it can be imported",
     )
     parser.add_argument("--rounds", type=int, default=3, help="of all in turns (3)")
     parser.add_argument("--repetitions", type=int, default=3, help="within a round (3)")
@@ -342,10 +346,11 @@ def main() -> int:
     arguments = parser.parse_args()
     numbers = arguments.rounds, arguments.repetitions, *arguments.experts
     numbers += *arguments.prompts, *arguments.contexts
-    if min(numbers) < 1 or not arguments.prompts + arguments.contexts:
-        parser.error("expected positive numbers and at least one of --prompts and --contexts")
+    if min(numbers) < 1 or len(numbers) == 2:
+        parser.error("expected positive numbers, and tokens for one flag at least")
     if arguments.depths and not 0 < arguments.depths[0] < arguments.depths[1]:
         parser.error("expected --depths as two numbers of layers, the smaller first")
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
     if arguments.isa == "avx2":  # read by torch, oneDNN and kt-kernel when they first compute
         os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
         os.environ["KT_KERNEL_CPU_VARIANT"] = "avx2"
@@ -361,9 +366,11 @@ def main() -> int:
     except UserError as error:
         parser.error(str(error))
     for model, weight_format in product(arguments.models, arguments.formats):
-        comparisons = [partial(compare, model, weight_format, peers, works, arguments)]
-        if has_kt and weight_format == "bf16" and arguments.experts:
-            comparisons.append(partial(compare_experts, model, arguments))
+        comparisons = []
+        if works and weight_format in FORMATS:
+            comparisons.append(partial(compare, model, weight_format, peers, works, arguments))
+        if has_kt and weight_format in KINDS and arguments.experts:
+            comparisons.append(partial(compare_experts, model, weight_format, arguments))
         for measured in comparisons:
             try:
                 added = measured()

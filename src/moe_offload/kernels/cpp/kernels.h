@@ -94,6 +94,12 @@ struct Ahead {
   int step_bytes;     // k_step weights of a row
 };
 
+// Where a product reads on after a row block of tiles: weights and scales, asked for as the block's own
+// run out. Addresses, for they may lie past a matrix; `w` 0: nothing is asked for.
+struct Next {
+  uintptr_t w, scales;
+};
+
 // Register-blocked matrix product on small panels: c[r][t] (+)= sum_k w[r][k] * x[k][t].
 // Vectors run along the tokens, so a weight is a broadcast and needs no transposition.
 //   weight panel      [rows][depth]                        element type below
@@ -157,8 +163,8 @@ struct Kernels {
   // One block of 16 rows, groups [g0, g1) of it, n_tokens <= block_tokens tokens:
   // y[t*ldy + r] (+)= sum over groups. values [G][n_tokens][value_bytes], scales and starts
   // [G][n_tokens]; w points to the row block's group 0.
-  void (*quant_rows)(int format, const uint8_t* w, const BlockScales& w_scales, int64_t g0,
-                     int64_t g1, const void* values, const float* scales, const int32_t* starts, int n_tokens,
+  void (*quant_rows)(int format, const uint8_t* w, const BlockScales& w_scales, const Next& next,
+                     int64_t g0, int64_t g1, const void* values, const float* scales, const int32_t* starts, int n_tokens,
                      bool accumulate, float* y, int64_t ldy);
 
   // dst[i] = src[i]; src is bf16 when `is_bf16`, else fp32.

@@ -94,8 +94,8 @@ void multiply(const void* w_panel, int rows, int depth, const void* x_panel, int
     }
 }
 
-void quant_rows(int format, const uint8_t* w, const BlockScales& w_scales, int64_t g0, int64_t g1,
-                const void* values, const float* scales, const int32_t* starts, int n_tokens,
+void quant_rows(int format, const uint8_t* w, const BlockScales& w_scales, const Next&, int64_t g0,
+                int64_t g1, const void* values, const float* scales, const int32_t* starts, int n_tokens,
                 bool accumulate, float* y, int64_t ldy) {
   const int8_t* x = static_cast<const int8_t*>(values);
   const float own = static_cast<float>(level_offset(format));

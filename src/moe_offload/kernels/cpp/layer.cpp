@@ -87,6 +87,8 @@ class Chunk {
   void convert_token(int64_t t);
   void gather(const Item& item);
   void gather_middle(const Item& item, const float* middle);
+  Next after_gate_tile(int64_t tile) const;
+  Next after_down(const Expert* e, int64_t tile) const;
   void gate_tile(int64_t tile, const Scratch& s);
   void raw_tile(int64_t tile, const Scratch& s, float* first);
   void store_middle(const Expert& e, int64_t i0, int64_t i1, int gate_offset, int up_offset,
@@ -232,6 +234,21 @@ void Chunk::gather(const Item& item) {
   pack_panel(kernels_, e.x, item.index, rows);
 }
 
+// Where tiles are read after a tile of the first pass, if this thread takes the following one, or
+// after an expert's in the second.
+Next Chunk::after_gate_tile(int64_t tile) const {
+  if (!quantised_) return {};
+  const int64_t per_expert = tiles(layer_.intermediate_size);
+  if (++tile == groups_.n_experts * per_expert) return place_of(down(groups_.experts[0]), 0);
+  return place_of(gate_up(groups_.experts[tile / per_expert]), tile % per_expert * tile_);
+}
+
+Next Chunk::after_down(const Expert* e, int64_t tile) const {
+  if (!quantised_) return {};
+  if (++e == groups_.end()) return place_of(down(groups_.experts[0]), (tile + 1) * tile_);
+  return place_of(down(*e), tile * tile_);
+}
+
 // The tile of gate and up rows, activated, as part of the expert's middle.
 void Chunk::gate_tile(int64_t tile, const Scratch& s) {
   const int64_t per_expert = tiles(layer_.intermediate_size);
@@ -239,11 +256,13 @@ void Chunk::gate_tile(int64_t tile, const Scratch& s) {
   const int64_t i0 = tile % per_expert * tile_;
   const int64_t i1 = std::min(i0 + tile_, layer_.intermediate_size);
   const Matrix m = gate_up(e);
-  const int gate_offset = product(kernels_, m, e.x, i0, i1, s.c, s);
+  const bool has_gate = layer_.has_gate != 0;
+  const int64_t up = layer_.intermediate_size;
+  const Next then = after_gate_tile(tile);
+  const Next then_up = has_gate && quantised_ ? place_of(m, up + i0) : then;
+  const int gate_offset = product(kernels_, m, e.x, i0, i1, s.c, s, then_up);
   int up_offset = 0;
-  if (layer_.has_gate != 0)
-    up_offset = product(kernels_, m, e.x, layer_.intermediate_size + i0,
-                        layer_.intermediate_size + i1, s.other, s);
+  if (has_gate) up_offset = product(kernels_, m, e.x, up + i0, up + i1, s.other, s, then);
   store_middle(e, i0, i1, gate_offset, up_offset, s);
 }
 
@@ -311,7 +330,7 @@ void Chunk::down_tile(int64_t tile, const Scratch& s, float* out) {
   const int64_t r1 = std::min(r0 + tile_, h);
   for (int64_t t = t0_; t < t0_ + n_tokens_; ++t) std::fill(out + t * h + r0, out + t * h + r1, 0.f);
   for (const Expert& e : groups_) {
-    const int offset = product(kernels_, down(e), e.middle, r0, r1, s.c, s);
+    const int offset = product(kernels_, down(e), e.middle, r0, r1, s.c, s, after_down(&e, tile));
     for_each_token(kernels_, e.middle, r1 - r0, offset, s, [&](int64_t t, const float* y) {
       kernels_.axpy(e.pairs[t].weight, y, r1 - r0, out + e.pairs[t].token * h + r0);
     });

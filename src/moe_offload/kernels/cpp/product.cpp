@@ -77,17 +77,25 @@ int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, i
   return 0;
 }
 
-BlockScales block_scales(const Matrix& m, int64_t block) {
+// A row block of tiles: its weights and scales.
+struct RowBlock {
+  const uint8_t* w;
+  BlockScales scales;
+};
+
+RowBlock row_block(const Matrix& m, int64_t block) {
   const Scales& s = m.scales;
+  const int64_t groups = (m.cols + kGroup - 1) / kGroup;
   const int64_t first = block * s.per_row(m.cols) * kTileRows;
   const int64_t offset_bytes = s.offset_type == kMinimumOffset ? 2 : 1;
-  return {s.data + first * scale_bytes(s.type),
-          s.offsets == nullptr ? nullptr : s.offsets + first * offset_bytes, s.type, s.offset_type,
-          s.group / kGroup};
+  return {m.w + block * groups * quant_group_bytes(m.format),
+          {s.data + first * scale_bytes(s.type),
+           s.offsets == nullptr ? nullptr : s.offsets + first * offset_bytes, s.type, s.offset_type,
+           s.group / kGroup}};
 }
 
 int product_quantised(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
-                      int64_t r1, float* c, int64_t stride) {
+                      int64_t r1, const Next& next, float* c, int64_t stride) {
   const int64_t groups = a.groups();
   const QuantFormat format = kernels.quant[m.format - kInt8];
   const int64_t first_block = r0 / kTileRows;
@@ -97,12 +105,16 @@ int product_quantised(const Kernels& kernels, const Matrix& m, const Activations
   for (int64_t g = 0; g < groups; g += step) {
     for (int64_t t = 0; t < a.n; t += format.block_tokens) {
       const int n = static_cast<int>(std::min<int64_t>(format.block_tokens, a.n - t));
-      for (int64_t b = first_block; b < end_block; ++b)
-        kernels.quant_rows(m.format, m.w + b * groups * quant_group_bytes(m.format),
-                           block_scales(m, b), g, std::min(groups, g + step),
+      for (int64_t b = first_block; b < end_block; ++b) {
+        const RowBlock block = row_block(m, b);
+        Next after{};  // the first tokens wait for memory, the others find it in the cache
+        if (t == 0)
+          after = b + 1 < end_block || next.w == 0 ? place_of(m, (b + 1) * kTileRows, g) : next;
+        kernels.quant_rows(m.format, block.w, block.scales, after, g, std::min(groups, g + step),
                            a.values + t * groups * format.value_bytes, a.scales + t * groups,
                            a.starts + t * groups, n, g > 0,
                            c + t * stride + (b - first_block) * kTileRows, stride);
+      }
     }
   }
   return static_cast<int>(r0 - first_block * kTileRows);
@@ -293,13 +305,22 @@ void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
   }
 }
 
+Next place_of(const Matrix& m, int64_t row, int64_t group) {
+  const int64_t block = row / kTileRows;
+  const int64_t groups = (m.cols + kGroup - 1) / kGroup;
+  const int64_t scales = block * m.scales.per_row(m.cols) + group * kGroup / m.scales.group;
+  return {reinterpret_cast<uintptr_t>(m.w) + (block * groups + group) * quant_group_bytes(m.format),
+          reinterpret_cast<uintptr_t>(m.scales.data) +
+              scales * kTileRows * scale_bytes(m.scales.type)};
+}
+
 int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
-            float* c, const Scratch& s) {
+            float* c, const Scratch& s, const Next& next) {
   int offset = 0;
   if (a.form == Form::kDot)
     offset = product_dot(kernels, m, a, r0, r1, c, s.stride);
   else if (a.form == Form::kQuantised)
-    offset = product_quantised(kernels, m, a, r0, r1, c, s.stride);
+    offset = product_quantised(kernels, m, a, r0, r1, next, c, s.stride);
   else
     product_panels(kernels, m, a, r0, r1, c, s.slice);
   if (m.bias != nullptr) add_bias(kernels, m, a, r0, r1, offset, c, s.stride);

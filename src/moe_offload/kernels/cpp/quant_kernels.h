@@ -10,6 +10,7 @@
 //    end, over I: Type and the vector's instructions.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "elementwise.h"
@@ -17,6 +18,7 @@
 namespace cpux {
 namespace {
 
+// So many bytes ahead weights are asked for, or a row block where that is less (Qwen3-30B's down: 6 KiB).
 constexpr int64_t kQuantAheadBytes = 6144;
 
 // Keeps a running sum in its register: left alone, GCC computes all products of a group first, to
@@ -55,12 +57,16 @@ inline typename Q::Float load_offsets(const BlockScales& s, int64_t at, typename
 }
 
 template <class Q, int kFormat, bool kPlain, int kTokens>
-inline void quant_block(const uint8_t* w, const BlockScales& w_scales, int64_t g0, int64_t g1,
-                        const uint8_t* x, const float* scales, const int32_t* starts,
+inline void quant_block(const uint8_t* w, const BlockScales& w_scales, const Next& next,
+                        int64_t g0, int64_t g1, const uint8_t* x, const float* scales, const int32_t* starts,
                         bool accumulate, float* y, int64_t ldy) {
   using P = typename Q::template Product<kFormat>;
   constexpr int kVectors = kTileRows / Q::lanes;
   constexpr int64_t kGroupBytes = quant_group_bytes(kFormat);
+  constexpr int64_t kScaleBytes = kTileRows * (kFormat == kMxfp4 ? 1 : 2);  // kPlain, of a group
+  const int64_t turn = g1 - std::min(kQuantAheadBytes / kGroupBytes, g1 - g0);  // on to `next`
+  uintptr_t weights_ahead = reinterpret_cast<uintptr_t>(w) + (g0 + g1 - turn) * kGroupBytes;
+  uintptr_t scales_ahead = reinterpret_cast<uintptr_t>(w_scales.data) + (g0 + g1 - turn) * kScaleBytes;
   typename Q::Float total[kTokens][kVectors];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t)
@@ -71,10 +77,17 @@ inline void quant_block(const uint8_t* w, const BlockScales& w_scales, int64_t g
   int64_t scale_end = kPlain ? 0 : (scale_at + 1) * w_scales.groups;  // its last group and one
   for (int64_t g = g0; g < g1; ++g) {
     const uint8_t* line = w + g * kGroupBytes;
-    if constexpr (kTokens <= 4) {
-      const uintptr_t next = reinterpret_cast<uintptr_t>(line) + kQuantAheadBytes;
+    if (g == turn) {
+      weights_ahead = next.w;
+      scales_ahead = next.scales;
+    }
+    if (next.w != 0) {  // into the second level
+#pragma GCC unroll 8
       for (int at = 0; at < kGroupBytes; at += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(next + at), 0, 2);  // second level
+        __builtin_prefetch(reinterpret_cast<const void*>(weights_ahead + at), 0, 2);
+      if (kPlain) __builtin_prefetch(reinterpret_cast<const void*>(scales_ahead), 0, 2);
+      weights_ahead += kGroupBytes;
+      scales_ahead += kScaleBytes;
     }
     const uint8_t* xg = x + g * kTokens * P::kValueBytes;
     const int32_t* start = starts + g * kTokens;
@@ -125,25 +138,26 @@ inline void quant_block(const uint8_t* w, const BlockScales& w_scales, int64_t g
 }
 
 template <class Q, int kFormat, bool kPlain, int kTokens>
-inline void quant_tokens(const uint8_t* w, const BlockScales& w_scales, int64_t g0, int64_t g1,
-                         const uint8_t* x, const float* scales, const int32_t* starts, int n_tokens,
-                         bool accumulate, float* y, int64_t ldy) {
+inline void quant_tokens(const uint8_t* w, const BlockScales& w_scales, const Next& next,
+                         int64_t g0, int64_t g1, const uint8_t* x, const float* scales,
+                         const int32_t* starts, int n_tokens, bool accumulate, float* y,
+                         int64_t ldy) {
   if constexpr (kTokens > 1) {
     if (n_tokens < kTokens)
-      return quant_tokens<Q, kFormat, kPlain, kTokens - 1>(w, w_scales, g0, g1, x, scales, starts,
-                                                           n_tokens, accumulate, y, ldy);
+      return quant_tokens<Q, kFormat, kPlain, kTokens - 1>(w, w_scales, next, g0, g1, x, scales,
+                                                           starts, n_tokens, accumulate, y, ldy);
   }
-  quant_block<Q, kFormat, kPlain, kTokens>(w, w_scales, g0, g1, x, scales, starts, accumulate, y,
-                                           ldy);
+  quant_block<Q, kFormat, kPlain, kTokens>(w, w_scales, next, g0, g1, x, scales, starts,
+                                           accumulate, y, ldy);
 }
 
 template <class Q>
-inline void quant_rows(int format, const uint8_t* w, const BlockScales& w_scales, int64_t g0,
-                       int64_t g1, const void* values, const float* scales, const int32_t* starts,
+inline void quant_rows(int format, const uint8_t* w, const BlockScales& w_scales,
+                       const Next& next, int64_t g0, int64_t g1, const void* values, const float* scales, const int32_t* starts,
                        int n_tokens, bool accumulate, float* y, int64_t ldy) {
   const auto run = [&](auto tokens) {
-    tokens(w, w_scales, g0, g1, static_cast<const uint8_t*>(values), scales, starts, n_tokens,
-           accumulate, y, ldy);
+    tokens(w, w_scales, next, g0, g1, static_cast<const uint8_t*>(values), scales, starts,
+           n_tokens, accumulate, y, ldy);
   };
   constexpr int kTokens = Q::block_tokens;
   if (format == kMxfp4) return run(quant_tokens<Q, kMxfp4, true, kTokens>);
