@@ -229,7 +229,8 @@ def test_the_torch_fallback_gives_the_same_layer(weight_format):
     layer = make_layer(weight_format, 48, 64, has_bias=True)
     routed = make_routing(layer, 7)
     experts = CpuExperts(layer.layout, SILU, kernel="torch")
-    assert experts.description == "torch"
+    n_threads = torch.get_num_threads()
+    assert experts.description == f"torch, {n_threads} thread{'s'[: n_threads > 1]}"
     native = run(layer, routed)
     error = (run_experts(experts, layer, routed) - native).norm()
     assert error <= 0.02 * native.norm()  # int8 and int4: the kernels' rounding of activations

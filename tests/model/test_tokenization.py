@@ -156,20 +156,18 @@ def write_own_twin(folder: Path, template: str) -> None:
 INSTRUCT = "{{ bos_token }} [INST] {{ messages[0]['content'] }} [/INST]"
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (INSTRUCT, MistralTokenizer),  # what Mistral's own says, but for a space
-        (INSTRUCT.replace("[/INST]", "[/INST] Sure:"), CheckpointTokenizer),
-        (INSTRUCT.replace("[INST]", "[INST] <<SYS>>Be kind<</SYS>>"), CheckpointTokenizer),
-    ],
-)
-def test_mistral_common_serves_who_asks_as_mistral(
-    template: str, expected: object, mixtral_folder: Path
-) -> None:
-    write_own_twin(mixtral_folder, template)
-    assert (mixtral_folder / "tokenizer.json").is_file()
-    assert type(load_tokenizer(mixtral_folder, "mixtral")) is expected
+def test_the_hubs_own_form_of_mistrals_tokens_asks_as_mistral_does(mixtral_folder: Path) -> None:
+    """Spaces aside: what is special to the one is plain text to the other."""
+    mistrals = load_tokenizer(mixtral_folder, "mixtral")
+    write_own_twin(mixtral_folder, INSTRUCT)
+    own = load_tokenizer(mixtral_folder, "mixtral")
+    assert isinstance(mistrals, MistralTokenizer) and isinstance(own, CheckpointTokenizer)
+    asked = [one.encode("What is it?", raw=False) for one in (mistrals, own)]
+    blank = own.encode(" ", raw=True)[-1]
+    first, second = ([token for token in ids if token != blank] for ids in asked)
+    assert first == second
+    (mixtral_folder / "tokenizer.json").unlink()  # a slow tokenizer's template counts as well
+    assert isinstance(load_tokenizer(mixtral_folder, "mixtral"), CheckpointTokenizer)
 
 
 def test_the_newest_of_mistrals_files_is_used(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_a_leftover_file_of_mistrals_does_not_beat_the_checkpoints_own(
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     tokenizer = load_tokenizer(tmp_path, "mixtral")
     assert isinstance(tokenizer, CheckpointTokenizer)
-    assert tokenizer.vocabulary_size == 257  # the bytes and <|end|>
+    assert len(tokenizer.backend.get_vocab()) == 257  # the bytes and <|end|>
     assert tokenizer.decode(tokenizer.encode("Hi", raw=True)) == "Hi"
 
 

@@ -299,11 +299,11 @@ def test_a_replay_streams(tmp_path):
     assert results == [expected] and expected.decode.hits > 0
 
 
-def test_many_ids_are_held_in_a_byte_each(tmp_path):
+def test_many_ids_are_held_in_two_bytes_each(tmp_path):
     path = long_choices(tmp_path, 4000)
     held = []
-    # A byte for an id, what a growing array has to spare, two numbers for a pass, and one line.
-    assert peak_bytes(lambda: held.append(read_trace(path))) < (1.5 * 64 + 24) * 4000
+    # Two bytes for an id, what a growing array has to spare, two numbers for a pass, and one line.
+    assert peak_bytes(lambda: held.append(read_trace(path))) < (1.5 * 2 * 64 + 24) * 4000
     assert len(held[0].passes) == 4001 and held[0].passes == Routing(TraceReader(path))
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from tiny_models import write_mixtral_with_tokenizer
 from moe_offload.checkpoint.prepared import MANIFEST_NAME
 from moe_offload.commands import check, generate
 from moe_offload.commands.arguments import build_parser, parse_config
-from moe_offload.commands.measure import _computed_by, calibration_options
+from moe_offload.commands.measure import calibration_options
 from moe_offload.engine.engine import Engine
 from moe_offload.model.generation import generate as generate_all
 from moe_offload.simulation import shapes as shapes_module
@@ -468,17 +467,8 @@ def test_gpu_memory_that_ends_is_a_sentence(
     assert message == "error: CUDA out of memory. Tried to allocate 2 GiB."
 
 
-@pytest.mark.parametrize(
-    ("number", "name", "code"),
-    [
-        (signal.SIGINT, "Ctrl-C", 130),
-        (signal.SIGTERM, "SIGTERM", 143),
-        (signal.SIGHUP, "SIGHUP", 129),
-    ],
-)
-def test_an_interruption_keeps_what_was_done(
-    number: signal.Signals, name: str, code: int, model: Path, run_folder: Path
-) -> None:
+def test_an_interruption_keeps_what_was_done(model: Path, run_folder: Path) -> None:
+    """SIGTERM; a SIGHUP is that of a closed terminal, Ctrl-C comes to this process, below."""
     prompts = run_folder / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {i}" for i in range(500)))
     process = subprocess.Popen(
@@ -498,9 +488,9 @@ def test_an_interruption_keeps_what_was_done(
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    process.send_signal(number)
+    process.terminate()
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert "Traceback" not in err
     lines = [json.loads(line) for line in responses.read_text().splitlines()]
     assert 3 <= len(lines) < 500
@@ -508,7 +498,7 @@ def test_an_interruption_keeps_what_was_done(
     assert "PERFORMANCE BREAKDOWN" in out
     n_finished = sum(line["stop"] != "interrupted" for line in lines)
     (said,) = [line for line in err.splitlines() if line.startswith("interrupted")]
-    assert said.startswith(f"interrupted ({name}): {n_finished} of 500 prompts finished; ")
+    assert said.startswith(f"interrupted (SIGTERM): {n_finished} of 500 prompts finished; ")
     for path in (*REPORTS, "responses.jsonl"):
         assert path in said
         assert (run_folder / path).exists()
@@ -815,7 +805,10 @@ def test_an_interruption_before_the_first_token_is_said(
 
 
 def test_a_second_signal_does_not_tear_the_reports(
-    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Impatient fingers: further signals come while the results are written."""
     begun: list[bool] = []
@@ -836,6 +829,7 @@ def test_a_second_signal_does_not_tear_the_reports(
     monkeypatch.setattr("os.fsync", impatient)
     flags = ("--max-tokens", 9, "--output-dir", "run")
     assert run("--model-path", model, "--prompt", "x", *flags) == 130
+    assert "\ninterrupted (Ctrl-C): 0 of 1 prompts finished; " in capsys.readouterr().err
     names = {path.name for path in (run_folder / "run").iterdir()}
     assert names == {*REPORTS, "routing.jsonl"}
     assert len(by_name(run_folder / "run" / "token_gen_time.csv")) == 2
@@ -892,27 +886,29 @@ def test_a_signal_while_the_engine_closes_changes_nothing_that_is_said(
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_reader_that_goes_away_costs_no_evidence(
-    model: Path, run_folder: Path, streamed: bool
+    model: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     """As in `main.py ... | head -0`: text or summary has no reader, the files are written."""
+    arguments = ("--model-path", model, "--prompt", "x", "--max-tokens", "30")
+    arguments += ("--responses-jsonl", "responses.jsonl")
     read_end, write_end = os.pipe()
     os.close(read_end)
     with os.fdopen(write_end, "w") as nobody:
-        done = subprocess.run(
-            [
-                *(sys.executable, ROOT / "src" / "main.py", "--model-path", model),
-                *("--prompt", "x", "--max-tokens", "30", "--responses-jsonl", "responses.jsonl"),
-                *(() if streamed else ("--hide-resp",)),
-            ],
-            stdout=nobody,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=run_folder,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+        if streamed:  # in a process of its own, which has nothing to say when it ends either
+            done = subprocess.run(
+                [sys.executable, ROOT / "src" / "main.py", *arguments],
+                stdout=nobody,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=run_folder,
+                check=False,
+            )
+            assert done.returncode == 2
+            assert "Traceback" not in done.stderr
+            assert "Exception ignored" not in done.stderr
+        else:
+            monkeypatch.setattr(sys, "stdout", nobody)
+            assert run(*arguments, "--hide-resp") == 2
     assert {path.name for path in run_folder.iterdir()} == {*REPORTS, "responses.jsonl"}
     status = json.loads((run_folder / "run.json").read_text())["status"]
     assert status == ("interrupted" if streamed else "completed")
@@ -946,23 +942,6 @@ def test_the_machine_is_calibrated_without_a_model(
     flags = ("--cache-nblocks", 1, "--cache-nways", 2)
     assert run("--show-calibration", "--dummy-weights", "deepseek-v2-lite", *flags) == 0
     assert re.search(r"copies to the accelerator: [\d.]+ GB/s alone", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("description", "n_threads", "expected"),
-    [
-        ("native avx2, 1 thread", 1, "native avx2, 1 thread"),
-        ("native avx2, 2 threads", 2, "native avx2, 2 threads"),
-        ("torch", 1, "torch, 1 thread"),
-        ("torch", 2, "torch, 2 threads"),
-    ],
-)
-def test_threads_are_told_once(
-    description: str, n_threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
-    engine: Any = SimpleNamespace(cpu=SimpleNamespace(description=description))
-    assert _computed_by(engine) == expected
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,8 +37,9 @@ from moe_offload.engine.loading import load_engine
 from moe_offload.engine.memory import kv_cache_bytes
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import EXIT_USER_ERROR, Interruption, RunProgress, say, show
+from moe_offload.model.dummy import ModelSource
 from moe_offload.model.generation import context_length, unused_suggestions
-from moe_offload.model.loader import ModelSource, PreparedModel
+from moe_offload.model.loader import PreparedModel
 
 _MOST_BATCHES: Final = 16  # given to a worker at once: at their end its batch runs empty
 _MOST_LOADS: Final = 3  # of a worker that dies each time
@@ -385,8 +386,7 @@ def resources_of_workers(
 
 def _needed_bytes(source: ModelSource, options: ModelOptions, context_tokens: int) -> int:
     """Of memory, for the experts that a worker holds, the dense weights and the KV cache."""
-    stored = zip(source.layouts[: source.n_stored_layers], source.n_experts, strict=False)
-    expert_bytes = sum(layout.block_bytes * n_experts for layout, n_experts in stored)
+    expert_bytes = source.expert_bytes
     if options.host_memory_gb is not None:
         expert_bytes = min(expert_bytes, int(options.host_memory_gb * 1e9))
     kv_bytes = kv_cache_bytes(source.config, context_tokens, source.dtype.itemsize)

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from moe_offload.commands.answer_text import UpToStop
 from moe_offload.commands.prompts import LeftOut, Prompt
-from moe_offload.commands.stop_texts import UpToStop
 from moe_offload.engine.engine import Engine
 from moe_offload.errors import UserError
 from moe_offload.model.generation import Generated, Request, generate, require_fitting, stop_ids

@@ -1,15 +1,4 @@
-"""The two commands that draw what runs left behind.
-
-`python3 src/plots.py RUN_DIR... [--output-dir DIR]`: the figures of one run or several, each as
-PNG, PDF and SVG, and its numbers as CSV. Time breakdown, time per token with throughput and
-sensors, cache hits by layer and over time, expert choices and their reuse by lag; over several runs
-also throughput over cache sizes and CPU threads, and policies beside each other; energy per token
-where sensors exist.
-
-`python3 src/patterns.py expert_choices.csv`: the paper's analysis of how often routing repeats
-itself, as a printed table and a figure; each measured figure stands beside the exact value that
-chance alone gives for that E and K.
-"""
+"""The two commands that draw what runs left behind: `plots.py`, `patterns.py`."""
 
 from __future__ import annotations
 

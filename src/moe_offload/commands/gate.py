@@ -85,36 +85,24 @@ class Metrics:
         """`policies`: of the caches that there are, `gpu` and `host`."""
         self.tickets: set[Ticket] = set()
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "moe_requests", "Answered requests", ["path", "status"], registry=registry
-        )
-        self.prompt_tokens = Counter(
-            "moe_prompt_tokens", "Tokens of prompts", ["source"], registry=registry
-        )
-        self.generated_tokens = Counter(
-            "moe_generated_tokens", "Tokens of answers", registry=registry
-        )
+        counter = partial(Counter, registry=registry)
+        self.requests = counter("moe_requests", "Answered requests", ["path", "status"])
+        self.prompt_tokens = counter("moe_prompt_tokens", "Tokens of prompts", ["source"])
+        self.generated_tokens = counter("moe_generated_tokens", "Tokens of answers")
         self.first_token_s = Histogram(
             "moe_time_to_first_token_seconds",
             "From a request's arrival to its first token, with the time it waited",
             buckets=_TTFT_BUCKETS_S, registry=registry,
         )  # fmt: skip
-        self._lookups = Counter(
-            "moe_cache_lookups", "Experts asked of a cache, the GPU's or the host's, by outcome",
-            ["cache", "policy", "outcome"], registry=registry,
-        )  # fmt: skip
         self._policies = policies
-        self._bytes = Counter(
-            "moe_expert_bytes",
-            "Bytes of experts read by the CPU, by the GPU, copied to it, and read from disk",
-            ["by"], registry=registry,
-        )  # fmt: skip
-        for is_computing in (False, True):
-            gauge = Gauge(
-                "moe_requests_computing" if is_computing else "moe_requests_waiting",
-                "Requests that compute" if is_computing else "Requests that wait for their turn",
-                registry=registry,
-            )
+        what = "Experts asked of a cache, the GPU's or the host's, by outcome"
+        self._lookups = counter("moe_cache_lookups", what, ["cache", "policy", "outcome"])
+        what = "Bytes of experts read by the CPU, by the GPU, copied to it, and read from disk"
+        self._bytes = counter("moe_expert_bytes", what, ["by"])
+        waiting = "moe_requests_waiting", "Requests that wait for their turn"
+        computing = "moe_requests_computing", "Requests that compute"
+        for is_computing, name_and_help in ((False, waiting), (True, computing)):
+            gauge = Gauge(*name_and_help, registry=registry)
             gauge.set_function(partial(self._n_tickets, is_computing))
 
     def _n_tickets(self, computing: bool) -> float:

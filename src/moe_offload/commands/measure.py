@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 
 from moe_offload.config import CacheOptions, Config, ModelOptions
-from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine, open_prepared
 from moe_offload.engine.memory import gpu_memory_told
 from moe_offload.engine.setup import slots_to_measure
 from moe_offload.machine.hardware import read_hardware
 from moe_offload.machine.terminal import say
-from moe_offload.model.dummy import DummyModel
-from moe_offload.model.loader import ModelSource
+from moe_offload.model.dummy import DummyModel, ModelSource
 from moe_offload.simulation.machine_file import Machine, calibrated_machine, write_machine
 from moe_offload.simulation.shapes import ModelShape, load_shape
 
@@ -77,21 +75,12 @@ def show_calibration(config: Config) -> None:
         lines = [
             *read_hardware(gpu_uuid=engine.gpu_uuid).describe(),
             f"measured on {layers} of {options.dummy_shape or source.name}, experts in "
-            f"{source.weight_format}, {_computed_by(engine)}",
+            f"{source.weight_format}, {engine.cpu.description}",
             *engine.costs.describe(engine.experts_in_memory),
             *engine.notes,
             *engine.learnt(),
         ]
     print("\n".join(dict.fromkeys(lines)))  # what is in use is a note as well
-
-
-def _computed_by(engine: Engine) -> str:
-    """What computes the CPU's experts and on how many threads, which the kernels say themselves."""
-    description = engine.cpu.description
-    if " thread" in description:
-        return description
-    n_threads = torch.get_num_threads()
-    return f"{description}, {n_threads} thread{'s'[: n_threads > 1]}"
 
 
 def calibration_options(options: ModelOptions) -> ModelOptions:

@@ -1,8 +1,14 @@
-"""The prompts of a run: of the command line, of standard input, or of the lines of a file."""
+"""The prompts of a run: of the command line, of standard input, or of the lines of a file.
+
+And which of a file's this machine answers: prompt number k (from 0) is of shard k % n + 1, so that
+long and short parts of a file are shared evenly, and an answer keeps its prompt's number whatever
+the shards are.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from moe_offload.commands.batch_format import Endpoint, is_request, read_request
-from moe_offload.commands.shards import WHOLE, parse_shard
 from moe_offload.config import GenerationOptions, PromptOptions, flag_of
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say
@@ -101,7 +106,7 @@ def read_prompts(
     missing, empty, binary or too large to be a list of prompts.
     """
     left_out = LeftOut(options.path)
-    place, n_shards = WHOLE if options.shard is None else parse_shard(options.shard)
+    place, n_shards = (0, 1) if options.shard is None else parse_shard(options.shard)
     found: Sequence[Prompt | Unusable]
     if options.path is None:
         text = options.prompt or ""
@@ -268,3 +273,65 @@ def _messages(value: object) -> Messages:
             raise UserError(f"has a message of role {message['role']!r}, expected {_ROLES}")
         messages.append({"role": str(message["role"]), "content": _text(message["content"])})
     return tuple(messages)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """The (place, count from 0; how many there are) of `--shard`; UserError for what is none."""
+    if text == "auto":
+        return _of_scheduler()
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"expected --shard as i/n with i from 1 to n, or auto, found '{text}'")
+    return int(found[1]) - 1, int(found[2])
+
+
+def _of_scheduler() -> tuple[int, int]:
+    """Of SkyPilot's jobs and their nodes, else of Slurm's array and the tasks of its `srun`."""
+    # A line of SKYPILOT_NODE_IPS for each node; before its release 0.6 nothing else counts them.
+    n_nodes = str(len(os.environ.get("SKYPILOT_NODE_IPS", "").split()))
+    skypilot = (
+        _counted(os.environ.get("SKYPILOT_JOB_RANK"), os.environ.get("SKYPILOT_NUM_JOBS")),
+        _counted(
+            os.environ.get("SKYPILOT_NODE_RANK"), os.environ.get("SKYPILOT_NUM_NODES", n_nodes)
+        ),
+    )
+    slurm = (
+        _of_array(),
+        _counted(os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS")),
+    )
+    for scheduler in (skypilot, slurm):
+        known = [level for level in scheduler if level is not None]
+        if known:
+            place, count = 0, 1
+            for inner_place, inner_count in known:
+                place, count = place * inner_count + inner_place, count * inner_count
+            return place, count
+    raise UserError(
+        "--shard auto needs the variables of a Slurm array, of srun or of SkyPilot, found none: "
+        "name the shard as i/n"
+    )
+
+
+def _of_array() -> tuple[int, int] | None:
+    place = os.environ.get("SLURM_ARRAY_TASK_ID")
+    count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
+    first = os.environ.get("SLURM_ARRAY_TASK_MIN")
+    last = os.environ.get("SLURM_ARRAY_TASK_MAX")
+    if place is None or count is None or first is None or last is None:
+        return None
+    step, uneven = divmod(int(last) - int(first), max(int(count) - 1, 1))
+    number, between = divmod(int(place) - int(first), max(step, 1))
+    if uneven or between:
+        raise UserError(
+            f"--shard auto cannot count the {count} indexes of this Slurm array from {first} to "
+            f"{last}: use evenly spaced ones such as --array=0-9, or name the shard as i/n"
+        )
+    return _counted(str(number), count)
+
+
+def _counted(place: str | None, count: str | None) -> tuple[int, int] | None:
+    if place is None or count is None:
+        return None
+    if not int(place) < int(count):
+        raise UserError(f"--shard auto found place {place} of {count}: name the shard as i/n")
+    return int(place), int(count)

@@ -83,12 +83,9 @@ def _serve(arguments: Namespace) -> int:
     with _listener(arguments.host, arguments.port) as listener, Interruption():
         say(f"loading {model.model_path} ...")
         with importing():
-            from moe_offload.commands.server import Service, serve
+            from moe_offload.commands.server import serve
 
-        serve(
-            listener,
-            Service(name, model, cache, arguments.context_tokens, arguments.api_key),
-        )
+        serve(listener, name, model, cache, arguments.context_tokens, arguments.api_key)
     return 0
 
 

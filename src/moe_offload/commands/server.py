@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -31,9 +30,9 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils import logging
 
+from moe_offload.commands.answer_text import UpToStop
 from moe_offload.commands.api_requests import error_body
 from moe_offload.commands.gate import TICKET, ClientGone, Gate, Metrics, Ticket
-from moe_offload.commands.stop_texts import UpToStop
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine, open_prepared
@@ -42,7 +41,7 @@ from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
 from moe_offload.machine.terminal import say
 from moe_offload.model.generation import cache_argument, context_length, require_fitting
-from moe_offload.model.prefix import PrefixCache
+from moe_offload.model.kv_cache import PrefixCache
 from moe_offload.model.tokenization import CheckpointTokenizer
 
 _GRACE_S: Final = 2  # that requests have to end in when the server is stopped
@@ -51,27 +50,21 @@ _STOPPING: Final = "this server is being stopped"
 _PLAIN: Final = {"num_beams": 1, "num_return_sequences": 1, "cache_implementation": None}
 
 
-@dataclass(frozen=True)
-class Service:
-    """What is served: its name for clients, the model's folder and cache, who may ask for what.
-
-    `context_tokens` are the most of a prompt and its answer.
-    """
-
-    name: str
-    model: ModelOptions
-    cache: CacheOptions
-    context_tokens: int
-    api_key: str | None = None
-
-
-def serve(listener: socket.socket, service: Service) -> None:
+def serve(
+    listener: socket.socket,
+    name: str,
+    model: ModelOptions,
+    cache: CacheOptions,
+    context_tokens: int,
+    api_key: str | None,
+) -> None:
     """Load the model, and answer requests on the bound `listener` until a signal comes.
 
-    UserError for a model or a tokenizer that cannot be served.
+    Clients call it `name`; `context_tokens` are the most of a prompt and its answer. UserError for
+    a model or a tokenizer that cannot be served.
     """
     logging.set_verbosity_error()  # transformers' handlers warn of each request
-    source = open_prepared(service.model)
+    source = open_prepared(model)
     tokenizer = CheckpointTokenizer(source.folder)
     if not tokenizer.backend.is_fast:
         raise UserError(
@@ -80,28 +73,24 @@ def serve(listener: socket.socket, service: Service) -> None:
         )
     if tokenizer.backend.chat_template:
         tokenizer.encode("Hello", raw=False)  # bounded: a template that never ends is found here
-    n_tokens = min(service.context_tokens, context_length(source.config) or service.context_tokens)
-    with load_engine(
-        source, service.model, service.cache, context_tokens=n_tokens, say=say
-    ) as engine:
+    n_tokens = min(context_tokens, context_length(source.config) or context_tokens)
+    with load_engine(source, model, cache, context_tokens=n_tokens, say=say) as engine:
         engine.calibrate_for(n_tokens)
         for note in engine.notes:
             say(note)
-        policies = {"gpu": service.cache.policy} if engine.accelerator is not None else {}
+        policies = {"gpu": cache.policy} if engine.accelerator is not None else {}
         if isinstance(engine.store, DiskTier):
-            policies["host"] = service.model.host_policy
+            policies["host"] = model.host_policy
         metrics = Metrics(policies)
         generator = Generator(engine, tokenizer.backend, n_tokens, metrics)
-        app = build_app(service.name, engine, tokenizer.backend, generator)
-        gate = Gate(
-            app, service.name, service.api_key, bool(tokenizer.backend.chat_template), metrics
-        )
+        app = build_app(name, engine, tokenizer.backend, generator)
+        gate = Gate(app, name, api_key, bool(tokenizer.backend.chat_template), metrics)
         config = uvicorn.Config(
             gate, log_level="warning", access_log=False, timeout_graceful_shutdown=2 * _GRACE_S
         )
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        ready = f"serving {service.name} at http://{host}:{port}/v1 (Ctrl-C ends it)"
+        ready = f"serving {name} at http://{host}:{port}/v1 (Ctrl-C ends it)"
         try:
             # uvicorn answers signals, and passes them on when it has ended
             with suppress(KeyboardInterrupt):

@@ -27,12 +27,7 @@ from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
 from moe_offload.simulation.tiers import bound_tokens_per_s, replay_tiers
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
-from moe_offload.simulation.tuning import (
-    grid,
-    run_setting,
-    sweep,
-    tune,
-)
+from moe_offload.simulation.tuning import grid, run_setting, sweep, tune
 from moe_offload.simulation.workload import typical_workload
 
 SYNTHETIC_TOKENS = 256
@@ -454,7 +449,8 @@ def _tune(trace: Trace, on: _Host, options: argparse.Namespace, formats: Sequenc
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"
-    print(f"fastest: {flags} --cache-replace-policy {best.policy}, experts in {best.weight_format}")
+    flags += f" --cache-replace-policy {best.policy} --cache-quota {best.quota}"
+    print(f"fastest: {flags}, experts in {best.weight_format}")
 
 
 def _calibrate(path: Path, shape: ModelShape | None) -> None:

@@ -33,10 +33,10 @@ from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.hardware import read_hardware
+from moe_offload.model.dummy import ModelSource
 from moe_offload.model.generation import cache_argument
 from moe_offload.model.kv_cache import make_cache
 from moe_offload.model.loader import (
-    ModelSource,
     MoeSite,
     distinct_linears,
     onednn_linears,

@@ -31,12 +31,14 @@ from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
 from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.terminal import byte_bar
 from moe_offload.model.attention import XFORMERS, register_xformers
+from moe_offload.model.decode_layers import use_decoder_layers
 from moe_offload.model.decode_modules import find_router, use_cpu_kernels
+from moe_offload.model.dummy import ModelSource
 from moe_offload.model.loader import (
-    ModelSource,
     PreparedModel,
     build_skeleton,
     find_moe_sites,
@@ -88,10 +90,9 @@ def load_engine(
     wants_graphs = device.type == "cuda" and options.cuda_graphs == "auto"
     if wants_graphs and why_eager(model) is None:
         kv_bytes *= 2  # a prompt is evaluated beside the memory that recorded steps use
-    stored = zip(source.layouts[: source.n_stored_layers], source.n_experts, strict=False)
     budget = make_budget(
         device,
-        expert_bytes=sum(layout.block_bytes * n for layout, n in stored),
+        expert_bytes=source.expert_bytes,
         dense_bytes=source.dense_bytes,
         kv_bytes=kv_bytes,
         slot_bytes=(n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes if n_slots else 0,
@@ -156,6 +157,7 @@ def load_engine(
         routers = [find_router(site.block, width) for site in sites]
         found = [router for router in routers if router is not None]
         use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, found)
+        use_decoder_layers(model, load_kernels(options.cpu_kernel, options.cpu_isa))
     else:
         refused = store.pin()
         notes.extend([refused] if refused else [])

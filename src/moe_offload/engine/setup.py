@@ -25,7 +25,8 @@ from moe_offload.experts.store import ExpertStore
 from moe_offload.files import require_regular
 from moe_offload.kernels.bindings import load_kernels
 from moe_offload.model.decode_modules import chosen_experts, find_router
-from moe_offload.model.loader import ModelSource, MoeSite, PreparedModel
+from moe_offload.model.dummy import ModelSource
+from moe_offload.model.loader import MoeSite, PreparedModel
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.tuning import choose_cache
 
@@ -74,7 +75,7 @@ def host_ways(
     asked = options.host_memory_gb
     if asked is not None:
         room_bytes = int(asked * 1e9)
-    if source.manifest.expert_bytes <= room_bytes:
+    if source.expert_bytes <= room_bytes:
         return None
     block_bytes = [layout.block_bytes for layout in source.layouts]
     ways, n_experts = ways_within(room_bytes, block_bytes, source.n_experts), max(source.n_experts)
@@ -152,9 +153,9 @@ def chosen_cache(
     costs: CostModel,
     notes: list[str],
 ) -> CacheOptions:
-    """`--cache-auto`: N, M and policy for `free_bytes` of slots, by this machine's speeds.
+    """`--cache-auto`: N, M, policy and quota for `free_bytes` of slots, by this machine's speeds.
 
-    No cache where none is worth its memory.
+    No cache where none is worth its memory. `options` have the most that the quota may be.
     """
     block_bytes = source.layouts[0].block_bytes
     if options.memory_gb is not None:
@@ -171,6 +172,7 @@ def chosen_cache(
         None if options.trace is None else read_trace(options.trace),
         ways,
         host_policy,
+        options.quota,
     )
     chosen = replace(
         options,
@@ -180,6 +182,7 @@ def chosen_cache(
         n_indexes=choice.n_indexes,
         n_ways=choice.n_ways,
         policy=choice.policy,
+        quota=choice.quota,
         prefetch=options.prefetch if choice.n_indexes else "off",
         miss_policy=options.miss_policy if choice.n_indexes else "cpu",
         emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,

@@ -58,7 +58,7 @@ class CpuKernels:
 
     @property
     def description(self) -> str:
-        return describe(self.isa, self.threads)
+        return describe(f"native {self.isa}", self.threads)
 
     def call(self, name: str, *arguments: object) -> None:
         """`cpux_<name>` of api.h with these arguments; a tensor goes as its address.

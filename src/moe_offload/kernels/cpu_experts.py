@@ -30,6 +30,7 @@ from moe_offload.kernels.library import (
     SCALE_CODES,
     LayerArguments,
     TokenArguments,
+    describe,
 )
 from moe_offload.kernels.oracle import experts_forward
 
@@ -140,8 +141,9 @@ class CpuExperts:
 
     @property
     def description(self) -> str:
-        """What computes, for people: "native avx2, 2 threads" or "torch"."""
-        return self.kernels.description if self.kernels else "torch"
+        """What computes, for people: "native avx2, 2 threads" or "torch, 2 threads"."""
+        kernels = self.kernels
+        return kernels.description if kernels else describe("torch", torch.get_num_threads())
 
     @property
     def suits_onednn(self) -> bool:

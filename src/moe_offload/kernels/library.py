@@ -109,6 +109,19 @@ class NormArguments(ctypes.Structure):
     )
 
 
+class StepArguments(ctypes.Structure):
+    """`cpux_attention_step` of api.h."""
+
+    _fields_ = (
+        *_fields(c_void_p, "before query_norm key_norm after query key value output"),
+        *_fields(c_int64, "n_heads n_kv_heads head_size"),
+        *_fields(c_float, "scale"),
+        *_fields(c_void_p, "keys values"),
+        *_fields(c_int64 * 2, "key_strides value_strides"),
+        *_fields(c_int64, "n_keys"),
+    )
+
+
 class RouterArguments(ctypes.Structure):
     """`cpux_router` of api.h."""
 
@@ -132,6 +145,10 @@ _COMPUTING: Final = {
     "quantise": (ctypes.POINTER(WeightsArguments), c_int, c_void_p, c_void_p),
     "pack": (c_void_p, *(c_int64,) * 4, c_int, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
+    "attend_step": (
+        *(ctypes.POINTER(StepArguments), c_void_p, c_void_p, c_void_p, c_int64),
+        *(c_void_p, c_void_p),
+    ),
     "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
     "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
     "route": (
@@ -246,9 +263,9 @@ def require_threads(n_threads: int) -> None:
             thread.join()
 
 
-def describe(isa: str, n_threads: int) -> str:
+def describe(what: str, n_threads: int) -> str:
     """What computes, for people."""
-    return f"native {isa}, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    return f"{what}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def describe_kernels() -> list[str]:
@@ -257,4 +274,5 @@ def describe_kernels() -> list[str]:
         names, n_threads = supported_isas(open_library()), default_threads()
     except UserError as error:
         return [f"CPU kernels: torch ({error})"]
-    return [f"CPU kernels: {describe(names[-1], n_threads)} (this CPU runs: {', '.join(names)})"]
+    best = describe(f"native {names[-1]}", n_threads)
+    return [f"CPU kernels: {best} (this CPU runs: {', '.join(names)})"]

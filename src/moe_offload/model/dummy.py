@@ -21,7 +21,7 @@ from moe_offload.checkpoint.model_config import experts_per_token
 from moe_offload.config import ModelOptions, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
-from moe_offload.model.loader import Progress, build_skeleton, fill_model
+from moe_offload.model.loader import PreparedModel, Progress, build_skeleton, fill_model
 from moe_offload.model.tokenization import Message
 from moe_offload.simulation.shapes import shape_config
 from moe_offload.simulation.trace_files import read_trace
@@ -65,8 +65,7 @@ class ForcedRouting:
         self._prompt: list[Tensor] = []
         for layer in range(n_layers):
             decoded, prompt = (
-                # [tokens, top_k], in as few bytes as torch can index with
-                torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
+                torch.from_numpy(ids.astype(np.int32))  # [tokens, top_k]; torch counts no uint16
                 for ids in (trace.passes.decoded(layer), trace.passes.prompted(layer))
             )
             if info.top_k < top_k:
@@ -113,7 +112,7 @@ _SCALE = 0.02  # standard deviation
 
 
 class DummyModel:
-    """A `ModelSource` of random weights, always the same ones.
+    """As `PreparedModel`, of random weights, always the same ones.
 
     With `n_stored_layers`, the experts of so many layers are made, and serve the other layers too.
     """
@@ -136,6 +135,8 @@ class DummyModel:
         self.n_experts = [one.n_experts for one in found]
         self.top_k = experts_per_token(self.config) or 0  # every shape has one
         self.n_stored_layers = min(n_stored_layers or len(found), len(found))
+        stored = zip(self.layouts[: self.n_stored_layers], self.n_experts, strict=False)
+        self.expert_bytes = sum(layout.block_bytes * n for layout, n in stored)
         paths = tuple(self.experts_paths)
         self.dense_bytes = sum(
             tensor.nbytes
@@ -186,6 +187,9 @@ class DummyModel:
         block = torch.empty(layout.block_bytes, dtype=torch.uint8)
         pack_block(layout, weights, block)
         return block
+
+
+ModelSource = PreparedModel | DummyModel  # where a model's weights come from
 
 
 def dummy_routing(source: DummyModel, trace: Path | None, seed: int = 0) -> ForcedRouting:

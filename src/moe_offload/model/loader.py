@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moe_offload.checkpoint.block import Activation, BlockLayout
+from moe_offload.checkpoint.block import Activation
 from moe_offload.checkpoint.folders import MANIFEST_NAME, PREPARE_AGAIN
 from moe_offload.checkpoint.model_config import (
     build_on_meta,
@@ -33,7 +33,6 @@ from moe_offload.checkpoint.model_config import (
     transformers_told,
 )
 from moe_offload.checkpoint.prepared import MODEL_DTYPES, Manifest, iterate_dense
-from moe_offload.config import WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_linear import CpuLinear
@@ -136,35 +135,13 @@ def refuse_saving(model: PreTrainedModel) -> None:
     model.save_pretrained = save_pretrained
 
 
-class ModelSource(Protocol):
-    """Where a model's weights come from: a prepared folder, or a generator of random ones.
+class PreparedModel:
+    """The source of a real run: a folder that `weights_preprocessor.py` has prepared.
 
     `experts_paths`, `layouts` and `n_experts` have one entry per MoE layer; `n_stored_layers` of
-    them have memory of their own, all but in models of random weights. `load_dense` brings
-    a skeleton to life on a device, `load_experts` fills a store; both call `progress` with the
-    bytes of each piece.
+    them have memory of their own, all but in models of random weights. What loads calls `progress`
+    with the bytes of each piece.
     """
-
-    name: str
-    config: PretrainedConfig
-    dtype: torch.dtype
-    weight_format: WeightFormat
-    dense_format: WeightFormat
-    experts_paths: list[str]
-    layouts: list[BlockLayout]
-    n_experts: list[int]
-    n_stored_layers: int
-    dense_bytes: int
-
-    def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
-        """Fill every weight but the experts."""
-
-    def load_experts(self, store: ExpertStore, progress: Progress) -> None:
-        """Fill every expert's block."""
-
-
-class PreparedModel:
-    """The source of a real run: a folder that `weights_preprocessor.py` has prepared."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -176,12 +153,12 @@ class PreparedModel:
         self.layouts = [layer.layout for layer in manifest.moe_layers]
         self.n_experts = [layer.n_experts for layer in manifest.moe_layers]
         self.n_stored_layers = len(self.layouts)
-        self.dense_bytes = manifest.dense_bytes
+        self.dense_bytes, self.expert_bytes = manifest.dense_bytes, manifest.expert_bytes
         self.weight_format = manifest.weight_format
         self.dense_format = manifest.dense_format
 
     def load_dense(self, model: PreTrainedModel, device: torch.device, progress: Progress) -> None:
-        """Read the dense weights to `device`; every tensor's checksum is checked."""
+        """Bring a skeleton to life on `device`; every tensor's checksum is checked."""
         tensors = {}
         for name, tensor in iterate_dense(self.manifest.dense):
             progress(tensor.nbytes)

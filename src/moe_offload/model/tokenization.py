@@ -23,7 +23,7 @@ from moe_offload.files import LARGEST_JSON_BYTES, read_json_object, require_regu
 _TEMPLATE_S = 10.0
 _TEMPLATE_BYTES = 1 << 30
 _TEMPLATE_CHARACTERS = 1 << 20
-_OWN_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+_OWN_FILES = ("tokenizer.json", "added_tokens.json")
 _SENTENCEPIECE_VERSIONED = re.compile(r"tokenizer\.model\.v(\d+)(m\d+)?")
 
 Message = Mapping[str, str]  # of a chat: its role (system, user, assistant) and its content
@@ -63,10 +63,6 @@ class MistralTokenizer:
         self.name = f"mistral-common {version} ({path.name})"
         self.eos_ids = frozenset({self._tokenizer.eos_id})
 
-    @property
-    def vocabulary_size(self) -> int:
-        return int(self._tokenizer.n_words)
-
     def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
         if raw and isinstance(prompt, str):
             return list(self._tokenizer.encode(prompt, bos=True, eos=False))
@@ -80,7 +76,7 @@ class MistralTokenizer:
             raise UserError(f"mistral-common refuses these messages ({_said(error)})") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        known = [token for token in ids if token < self.vocabulary_size]  # rows may be padded
+        known = [token for token in ids if token < self._tokenizer.n_words]  # rows may be padded
         return str(self._tokenizer.decode(known))
 
 
@@ -92,31 +88,22 @@ class CheckpointTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._backend: Any = _own_backend(folder)
-        if len(self._backend.get_vocab()) <= len(self._backend.all_special_tokens):
+        self.backend: Any = _own_backend(folder)  # transformers' tokenizer, with its template
+        if len(self.backend.get_vocab()) <= len(self.backend.all_special_tokens):
             raise UserError(
                 f"{folder} holds no tokenizer (transformers made an empty one): copy the model's "
                 "tokenizer files there"
             )
-        self._backend.chat_template = self._backend.chat_template or _template(folder)
+        self.backend.chat_template = self.backend.chat_template or _template(folder)
         self._folder = folder
-        self.name = f"{type(self._backend).__name__} ({folder.name})"
-        eos = self._backend.eos_token_id
+        self.name = f"{type(self.backend).__name__} ({folder.name})"
+        eos = self.backend.eos_token_id
         self.eos_ids = frozenset() if eos is None else frozenset({int(eos)})
 
-    @property
-    def backend(self) -> Any:
-        """transformers' tokenizer of the checkpoint, with its chat template."""
-        return self._backend
-
-    @property
-    def vocabulary_size(self) -> int:
-        return 1 + int(max(self._backend.get_vocab().values()))
-
     def encode(self, prompt: str | Sequence[Message], raw: bool) -> list[int]:
-        if isinstance(prompt, str) and (raw or not self._backend.chat_template):
-            return list(self._backend(prompt)["input_ids"])
-        if not self._backend.chat_template:
+        if isinstance(prompt, str) and (raw or not self.backend.chat_template):
+            return list(self.backend(prompt)["input_ids"])
+        if not self.backend.chat_template:
             raise UserError(
                 f"messages need a chat template, and the tokenizer of {self._folder} has none"
             )
@@ -127,7 +114,7 @@ class CheckpointTokenizer:
                 f"the chat template of {self._folder} fails ({_said(error)}): mend it there, or "
                 "use --raw-prompt"
             ) from error
-        return list(self._backend(text, add_special_tokens=False)["input_ids"])
+        return list(self.backend(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         """`messages` in the template; ValueError where their text does not show in what it makes.
@@ -142,11 +129,8 @@ class CheckpointTokenizer:
         as_json = json.dumps(said, ensure_ascii=False)[1:-1]
         for form in (messages, in_parts):
             with bounded(_TEMPLATE_S, _TEMPLATE_BYTES):
-                text = str(
-                    self._backend.apply_chat_template(
-                        form, add_generation_prompt=True, tokenize=False
-                    )
-                )
+                template = self.backend.apply_chat_template
+                text = str(template(form, add_generation_prompt=True, tokenize=False))
             n_given = sum(len(one["content"]) for one in messages)
             if len(text) > n_given + _TEMPLATE_CHARACTERS:
                 raise ValueError(f"it makes {len(text)} characters of {n_given}")
@@ -154,16 +138,9 @@ class CheckpointTokenizer:
                 return text
         raise ValueError("it leaves out the user's message")
 
-    def is_visible(self, token: int) -> bool:
-        """Whether a token is more than space; special ones are."""
-        return bool(self._backend.decode([token], skip_special_tokens=False).strip())
-
     def decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self._backend.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.backend.decode(list(ids), **settings))
 
 
 def _messages(prompt: str | Sequence[Message]) -> list[dict[str, str]]:
@@ -231,53 +208,24 @@ def bounded(seconds: float, n_bytes: int) -> Iterator[None]:
 def load_tokenizer(folder: Path, model_type: str) -> Tokenizer:
     """The tokenizer of the model in `folder`: the checkpoint's own, or mistral-common.
 
-    mistral-common serves checkpoints of Mistral's: those with one of its files (`tekken.json`,
-    `tokenizer.model.vN`, or the plain `tokenizer.model` of a Mixtral 8x7B) and nothing else, or
-    with a tokenizer and a template beside it that ask as it does. A fine-tune with other tokens or
-    another template keeps its own. UserError when the folder holds no usable tokenizer.
+    UserError when the folder holds no usable tokenizer.
     """
     _require_regular_files(folder)
-    mistrals_file = _mistral_file(folder, model_type)
-    if mistrals_file is None:
-        return CheckpointTokenizer(folder)
-    has_own = [name for name in _OWN_FILES if (folder / name).is_file()]
-    if not has_own:
-        return MistralTokenizer(mistrals_file)
-    template = _template(folder)
-    if not template and "tokenizer.json" in has_own:
-        return CheckpointTokenizer(folder)  # of a base model
-    try:
-        own = CheckpointTokenizer(folder)
-    except UserError:  # a configuration alone is no tokenizer
-        return MistralTokenizer(mistrals_file)
-    mistrals = MistralTokenizer(mistrals_file)
-    return mistrals if _agree(own, mistrals, has_template=bool(template)) else own
-
-
-def _agree(own: CheckpointTokenizer, mistrals: MistralTokenizer, has_template: bool) -> bool:
-    """Whether the checkpoint's files ask as Mistral's do: the same tokens, spaces aside."""
-    if own.vocabulary_size != mistrals.vocabulary_size:
-        return False
-    try:
-        asked = [one.encode("What is it?", raw=not has_template) for one in (own, mistrals)]
-    except UserError:  # of a template that wants another kind of chat
-        return False
-    first, second = ([token for token in ids if own.is_visible(token)] for ids in asked)
-    return first == second
+    mistrals = _mistral_file(folder, model_type)
+    return CheckpointTokenizer(folder) if mistrals is None else MistralTokenizer(mistrals)
 
 
 def check_tokenizer(folder: Path, model_type: str) -> None:
     """UserError for a damaged tokenizer file; a folder without any is a Python program's matter.
 
-    Mistral's are read where no other could be meant; of others only what needs no library is looked
-    at.
+    Mistral's are read; of others only what needs no library is looked at.
     """
     _require_regular_files(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
     mistrals = _mistral_file(folder, model_type)
-    if mistrals is not None and not any((folder / name).is_file() for name in _OWN_FILES):
+    if mistrals is not None:
         MistralTokenizer(mistrals)
 
 
@@ -294,6 +242,13 @@ def _said(error: Exception) -> str:
 
 
 def _mistral_file(folder: Path, model_type: str) -> Path | None:
+    """The file of Mistral's that mistral-common is to read; None where transformers has its own.
+
+    That is `tekken.json`, `tokenizer.model.vN`, or the plain `tokenizer.model` of a Mixtral 8x7B
+    without a chat template: a fine-tune's files are its own.
+    """
+    if any((folder / name).is_file() for name in _OWN_FILES):
+        return None
     if (folder / "tekken.json").is_file():
         return folder / "tekken.json"
     if model_type not in ("mixtral", "mistral"):
@@ -306,7 +261,7 @@ def _mistral_file(folder: Path, model_type: str) -> Path | None:
     if versions:
         return versions[max(versions)]
     plain = folder / "tokenizer.model"
-    return plain if plain.is_file() else None
+    return plain if plain.is_file() and not _template(folder) else None
 
 
 def _template(folder: Path) -> str:

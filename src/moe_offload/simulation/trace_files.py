@@ -12,7 +12,7 @@
       that.
 
 Each is a generator over a `TraceReader`. Files are streamed: that holds one pass, whatever the
-file's size; `read_trace` holds them all, a byte an expert. Anything that does not fit is a
+file's size; `read_trace` holds them all, two bytes an expert. Anything that does not fit is a
 UserError with its line number, raised when that line is read and not later.
 """
 

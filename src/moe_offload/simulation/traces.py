@@ -1,7 +1,7 @@
 """Routing traces: which experts each token chose in each layer, in memory and written to files.
 
 A reader hands on one `RoutingPass` after the other, and a replay takes them so. A trace that is
-gone through again and again is held as `Routing`: a byte for each chosen expert, a layer's one
+gone through again and again is held as `Routing`: two bytes for each chosen expert, a layer's one
 behind the other, so that the next use of an expert, which Belady's optimum asks for, is a search
 through bytes. In tuples each would take some 20.
 """
@@ -9,6 +9,7 @@ through bytes. In tuples each would take some 20.
 from __future__ import annotations
 
 import json
+import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,7 +50,7 @@ def distinct_experts(tokens: Sequence[Sequence[int]]) -> list[int]:
 
 
 class Routing:
-    """Passes of one model, in a byte for each chosen expert: two where an id is above 255.
+    """Passes of one model, in two bytes for each chosen expert.
 
     Every token has the same top-k, a decode pass its tokens in every layer, all passes that hold
     ids the same layers; of a prompt a last layer may hold fewer tokens. `highest` is the highest
@@ -59,8 +60,8 @@ class Routing:
     def __init__(self, passes: Iterable[RoutingPass]) -> None:
         self.top_k = 0
         self.highest = -1
-        self._code: Literal["B", "H"] = "B"  # ids of one byte or of two, in `array`'s words
-        self._decode: list[bytearray] = []  # [layer]: ids by token, then by rank
+        self._format = ""  # of a token's ids
+        self._decode: list[bytearray] = []  # [layer]: uint16 ids by token, then by rank
         self._prefill: list[bytearray] = []
         self._n_decoded = array("q")  # tokens up to the end of each pass
         self._numbers = array("q")  # the prompt that each pass belongs to
@@ -86,23 +87,18 @@ class Routing:
             ids = tuple(self._tokens(*one) for one in zip(self._prefill, spans, strict=False))
             return RoutingPass("prefill", ids, number, waited)
         span = (self._n_decoded[index - 1] if index else 0, self._n_decoded[index])
-        if self._code == "B" and span[1] - span[0] == 1:  # as below, in a third of the time
-            first, end = (self.top_k * token for token in span)
-            ids = tuple([(tuple(of[first:end]),) for of in self._decode])
-        else:
-            ids = tuple(self._tokens(of, span) for of in self._decode)
-        return RoutingPass("decode", ids, number)
+        return RoutingPass("decode", tuple(self._tokens(of, span) for of in self._decode), number)
 
     @property
     def n_decoded(self) -> int:
         """The decoded tokens of all passes."""
         return self._n_decoded[-1] if self._n_decoded else 0
 
-    def decoded(self, layer: int) -> npt.NDArray[Any]:
-        """A layer's decoded ids, uint8 or uint16 [tokens, k]; of the routing's own memory."""
+    def decoded(self, layer: int) -> npt.NDArray[np.uint16]:
+        """A layer's decoded ids [tokens, k]; of the routing's own memory."""
         return self._array(self._decode[layer])
 
-    def prompted(self, layer: int) -> npt.NDArray[Any]:
+    def prompted(self, layer: int) -> npt.NDArray[np.uint16]:
         """The same of its prompts' ids."""
         return self._array(self._prefill[layer])
 
@@ -111,16 +107,16 @@ class Routing:
 
         Places count ids: each decoded token has top-k of them, in every layer.
         """
-        ids, needle = self._decode[layer], array(self._code, [expert]).tobytes()
-        width = len(needle)
-        found = ids.find(needle, width * place)
-        while found >= 0 and found % width:  # the halves of two ids
+        ids, needle = self._decode[layer], array("H", [expert]).tobytes()
+        found = ids.find(needle, 2 * place)
+        while found >= 0 and found % 2:  # the halves of two ids
             found = ids.find(needle, found + 1)
-        return NEVER if found < 0 else found // width
+        return NEVER if found < 0 else found // 2
 
     def _append(self, one: RoutingPass) -> None:
         if one.ids and not self.top_k:
             self.top_k = len(one.ids[0][0])
+            self._format = f"{self.top_k}H"
             self._decode = [bytearray() for _ in one.ids]
             self._prefill = [bytearray() for _ in one.ids]
         decode = one.phase == "decode"
@@ -130,16 +126,11 @@ class Routing:
         for layer, tokens in enumerate(one.ids):
             ids = list(chain.from_iterable(tokens))
             assert len(ids) == len(tokens) * self.top_k, (ids, self.top_k)
-            highest = max(ids)
-            if highest > self.highest:
-                self.highest = highest
-                if highest > 255 and self._code == "B":
-                    self._widen()
+            self.highest = max(self.highest, *ids)
             store = self._decode[layer] if decode else self._prefill[layer]
-            new = array(self._code, ids)
-            first = len(store) // (self.top_k * new.itemsize)
+            first = len(store) // (2 * self.top_k)
             spans.append((first, first + len(tokens)))
-            store += new.tobytes()
+            store += array("H", ids).tobytes()
         if decode:
             assert len(set(spans)) == 1, spans
             n_tokens = spans[0][1]
@@ -149,17 +140,11 @@ class Routing:
         self._numbers.append(one.prompt)
 
     def _tokens(self, ids: bytearray, span: tuple[int, int]) -> tuple[tuple[int, ...], ...]:
-        first, end = (self.top_k * token for token in span)
-        flat = memoryview(ids).cast(self._code)[first:end].tolist()
-        return tuple(zip(*[iter(flat)] * self.top_k, strict=True))
+        first, end = (2 * self.top_k * token for token in span)
+        return tuple(struct.iter_unpack(self._format, ids[first:end]))
 
-    def _array(self, ids: bytearray) -> npt.NDArray[Any]:
-        return np.frombuffer(ids, self._code).reshape(-1, self.top_k)
-
-    def _widen(self) -> None:
-        for stores in (self._decode, self._prefill):
-            stores[:] = [bytearray(self._array(ids).astype("H").tobytes()) for ids in stores]
-        self._code = "H"
+    def _array(self, ids: bytearray) -> npt.NDArray[np.uint16]:
+        return np.frombuffer(ids, np.uint16).reshape(-1, self.top_k)
 
 
 @dataclass(frozen=True)

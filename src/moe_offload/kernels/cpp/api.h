@@ -130,6 +130,24 @@ CPUX_EXPORT int cpux_rotate(int isa, int threads, const uint16_t* x, const uint1
                             const uint16_t* sin, int64_t n_batch, int64_t n_heads, int64_t width,
                             uint16_t* y);
 
+// A decoder layer's step up to its experts, for one new token of each sequence, all bf16:
+//   sum = x + output(attention of the norm of x), normed = `after` of sum; both [B, width of x].
+// Queries and keys are normed where there are norms, then rotated; keys and values of the new token
+// are written behind those before it. What the functions above give one by one, bit for bit.
+struct cpux_attention_step {
+  const cpux_norm *before, *query_norm, *key_norm, *after;      // query_norm and key_norm or null
+  const cpux_matrix *query, *key, *value, *output;              // without biases
+  int64_t n_heads, n_kv_heads, head_size;
+  float scale;
+  uint16_t* keys;    // [B, kv_heads, S, D], rows contiguous; strides of sequence and head
+  uint16_t* values;  // the same
+  int64_t key_strides[2], value_strides[2];
+  int64_t n_keys;    // S, the new token's with them
+};
+CPUX_EXPORT int cpux_attend_step(int isa, int threads, const cpux_attention_step* step,
+                                    const uint16_t* x, const uint16_t* cos, const uint16_t* sin,
+                                    int64_t n_batch, uint16_t* sum, uint16_t* normed);
+
 // A router: logits [T, E] = x @ w^T + bias in x's type, the k largest of their softmax in order, and
 // with `normalise` divided by their sum. scores [T, k], index [T, k].
 struct cpux_router {

@@ -1,10 +1,12 @@
-"""Reasoning on a terminal: dimmed or hidden, however the text comes in pieces."""
+"""An answer's text in pieces: it ends before its stop text; reasoning is dimmed or hidden."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moe_offload.commands.thinking import ThinkingView
+from moe_offload.commands.answer_text import ThinkingView, UpToStop
 
 DIM, NORMAL = "\x1b[2m", "\x1b[22m"
 ANSWERS = [
@@ -41,3 +43,26 @@ def test_what_cannot_become_a_tag_is_shown_at_once() -> None:
     assert [view.push(piece) for piece in ("a <", "b <th", "ink>c", "</thi", "nk>d")] == [
         *("a ", "<b ", "", "", "d"),
     ]
+
+
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_pieces_end_where_the_whole_does_and_tell_only_what_is_certain(
+    pieces: list[str], stops: list[str]
+) -> None:
+    whole = "".join(pieces)
+    # where the first stop text is whole, as the text grows
+    end = next((n for n in range(len(whole) + 1) if any(one in whole[:n] for one in stops)), None)
+    places = [whole[:end].find(one) for one in stops if one in whole[:end]]
+    expected = whole if end is None else whole[: min(places)]
+    answer, told = UpToStop(stops), ""
+    for n, piece in enumerate(pieces, start=1):
+        told += answer.push(piece)
+        assert expected.startswith(told)
+        rest = "".join(pieces[:n])[len(told) :]
+        if not answer.is_over:
+            assert not rest or any(one.startswith(rest) for one in stops), "held in vain"
+    assert told + answer.finish() == expected
+    assert answer.is_over == (end is not None)

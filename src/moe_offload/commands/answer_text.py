@@ -1,4 +1,7 @@
-"""Reasoning, the `<think>` parts of an answer, as a person sees it: dimmed, hidden or as it is."""
+"""An answer's text, piece by piece: up to its stop text, and as a person sees it.
+
+Reasoning, the `<think>` parts, is shown dimmed, hidden or as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,47 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from moe_offload.commands.stop_texts import n_begun
 from moe_offload.model.tokenization import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 _N_LAST_TOKENS: Final = 16  # in which a chat template may have opened the first part
+
+
+def _n_begun(text: str, *marks: str) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `marks`."""
+    longest = min(max(map(len, marks), default=1) - 1, len(text))
+    sizes = range(longest, 0, -1)
+    return next((n for n in sizes if any(one.startswith(text[-n:]) for one in marks)), 0)
+
+
+class UpToStop:
+    """A text, piece by piece, up to the first of the `stop` texts, which is not part of it.
+
+    What may be the beginning of one is held back until it is known not to be.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.is_over = False
+
+    def push(self, piece: str) -> str:
+        """What is certain now."""
+        if self.is_over:
+            return ""
+        text = self._held + piece
+        found = [(place + len(one), place) for one in self._stop if (place := text.find(one)) >= 0]
+        self.is_over = bool(found)
+        # of several the one that is whole first, however the text was cut into pieces
+        end = min(found)[1] if found else len(text) - _n_begun(text, *self._stop)
+        self._held = "" if self.is_over else text[end:]
+        return text[:end]
+
+    def finish(self) -> str:
+        """What was held back, when nothing more comes."""
+        rest, self._held = self._held, ""
+        return rest
 
 
 class ThinkingView:
@@ -45,7 +83,7 @@ class ThinkingView:
                 self._thinks = True
                 shown += self._seen(tag)
             self._rest = self._rest[place + len(tag) :]
-        end = len(self._rest) - n_begun(self._rest, self._tag)
+        end = len(self._rest) - _n_begun(self._rest, self._tag)
         shown += self._seen(self._rest[:end])
         self._rest = self._rest[end:]
         return shown
