@@ -23,7 +23,13 @@ from gguf import GGMLQuantizationType as Type
 from gguf_models import with_stored_weights, write_gguf
 from plain_gguf import PLAIN, random_blocks
 from refusals import refusal
-from transformers import GraniteMoeSharedConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Glm4MoeConfig,
+    GraniteMoeSharedConfig,
+    MiniMaxM2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from moe_offload.checkpoint.prepared import read_block, read_manifest
 from moe_offload.engine.loading import load_model
@@ -62,6 +68,32 @@ def phimoe() -> PreTrainedConfig:
     return config
 
 
+_PARTLY: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "num_hidden_layers": 2,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
+
+
+def glm4_moe() -> PreTrainedConfig:
+    """As GLM-4.5: biases and norms of queries and keys, a dense layer, a shared expert."""
+    return Glm4MoeConfig(
+        **_PARTLY, intermediate_size=96, moe_intermediate_size=32, n_routed_experts=4,
+        routed_scaling_factor=2.5, use_qk_norm=True, attention_bias=True,
+    )  # fmt: skip
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: tiny_models.mixtral(**_WIDE),
     "mixtral_of_llama3": lambda: tiny_models.mixtral(
@@ -75,6 +107,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **_LATENT, rope_parameters=_YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
     ),
     "deepseek_v3": lambda: tiny_models.deepseek_v3(**_LATENT),
+    "glm4_moe": glm4_moe,
+    "minimax_m2": lambda: MiniMaxM2Config(**_PARTLY, intermediate_size=32, num_local_experts=4),
     "gpt_oss": lambda: tiny_models.gpt_oss(
         **_WIDE, swiglu_limit=7.0, rope_parameters=_YARN | {"truncate": False}
     ),

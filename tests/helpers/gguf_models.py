@@ -29,9 +29,11 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
+    "minimax_m2": "minimax-m2",
 }
 _TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -88,7 +90,7 @@ def llama_cpp_tensors(model: PreTrainedModel, split_kv_b: bool = False) -> dict[
             made |= _experts(model, blk, part.rpartition(".experts.")[2], tensor)
         elif part == "self_attn.sinks":
             made[f"{blk}attn_sinks.weight"] = tensor
-        elif part == "mlp.gate.e_score_correction_bias":
+        elif part.endswith("e_score_correction_bias"):
             made[f"{blk}exp_probs_b.bias"] = tensor
         elif part == "shared_mlp.input_linear.weight":
             made[f"{blk}ffn_gate_shexp.weight"], made[f"{blk}ffn_up_shexp.weight"] = tensor.chunk(2)
@@ -100,7 +102,7 @@ def llama_cpp_tensors(model: PreTrainedModel, split_kv_b: bool = False) -> dict[
         else:
             stem, _, end = part.rpartition(".")
             own = _LAYER[stem]
-            if config.model_type == "gpt_oss" and own == "ffn_norm":
+            if config.model_type in ("gpt_oss", "glm4_moe") and own == "ffn_norm":
                 own = "post_attention_norm"
             if permuted and own in ("attn_q", "attn_k"):
                 heads = config.num_attention_heads
@@ -155,7 +157,17 @@ def metadata(model: PreTrainedModel, split_kv_b: bool = False) -> dict[str, Any]
     }
     if kind in ("mixtral", "phimoe", "granitemoe", "granitemoeshared"):
         found["rope.dimension_count"] = config.hidden_size // heads
-    if kind in ("qwen3_moe", "gpt_oss"):
+    if kind in ("glm4_moe", "minimax_m2"):
+        partly = int(config.head_dim * rope["partial_rotary_factor"])
+        found["rope.dimension_count"] = partly
+        found["expert_gating_func"] = 2
+    if kind == "minimax_m2":
+        found["expert_feed_forward_length"] = config.intermediate_size
+    if kind == "glm4_moe":
+        found |= _shared_experts(config)
+        found["nextn_predict_layers"] = 1
+        found["block_count"] += 1
+    if kind in ("qwen3_moe", "gpt_oss", "glm4_moe", "minimax_m2"):
         found["attention.key_length"] = found["attention.value_length"] = config.head_dim
     if kind in ("qwen2_moe", "qwen3_moe"):
         found["expert_feed_forward_length"] = config.moe_intermediate_size
@@ -184,6 +196,16 @@ def metadata(model: PreTrainedModel, split_kv_b: bool = False) -> dict[str, Any]
     return found
 
 
+def _shared_experts(config: Any) -> dict[str, Any]:
+    return {
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+    }
+
+
 def _latent(config: Any, split_kv_b: bool) -> dict[str, Any]:
     key_length = config.qk_nope_head_dim + config.qk_rope_head_dim
     found = {
@@ -192,11 +214,7 @@ def _latent(config: Any, split_kv_b: bool) -> dict[str, Any]:
         "attention.key_length": key_length,
         "attention.value_length": config.v_head_dim,
         "rope.dimension_count": config.qk_rope_head_dim,
-        "leading_dense_block_count": config.first_k_dense_replace,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_shared_count": config.n_shared_experts,
-        "expert_weights_scale": float(config.routed_scaling_factor),
-        "expert_weights_norm": bool(config.norm_topk_prob),
+        **_shared_experts(config),
         "expert_group_count": config.n_group,
         "expert_group_used_count": config.topk_group,
         "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,

@@ -36,6 +36,7 @@ _FACTORS: Final = ("rope_factors_long.weight", "rope_factors_short.weight")
 # Names of the module tree that the gguf package does not know.
 _OWN_NAMES: Final = {
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.e_score_correction_bias": "exp_probs_b.bias",
     "self_attn.sinks": "attn_sinks.weight",
     "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
 }
@@ -254,7 +255,6 @@ def _deepseek(fields: _Fields) -> dict[str, Any]:
     """V3 and its kin choose experts by sigmoid and a correction; V2 by softmax."""
     is_v3 = fields.whole("expert_gating_func", 1) == _SIGMOID
     rotated = fields.whole("rope.dimension_count")
-    groups = fields.whole("expert_group_count", 1)
     scaling = _rotation(fields)
     if "factor" in scaling:
         # the file holds a tenth of what both of transformers' fields are in DeepSeek's models
@@ -264,15 +264,9 @@ def _deepseek(fields: _Fields) -> dict[str, Any]:
     value_length = fields.whole("attention.value_length")
     config = {
         "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
-        **_experts(fields, "n_routed_experts", "moe_intermediate_size"),
+        **_grouped_experts(fields),
         "rope_parameters": scaling,
         "num_key_value_heads": fields.whole("attention.head_count"),
-        "n_shared_experts": fields.whole("expert_shared_count", 0) or None,
-        "first_k_dense_replace": fields.whole("leading_dense_block_count", 0),
-        "routed_scaling_factor": fields.real("expert_weights_scale", 1.0),
-        "norm_topk_prob": fields.truth("expert_weights_norm", False),
-        "n_group": groups,
-        "topk_group": fields.whole("expert_group_used_count", 1),
         "q_lora_rank": fields.whole("attention.q_lora_rank", 0) or None,
         "kv_lora_rank": fields.whole("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotated,
@@ -282,7 +276,40 @@ def _deepseek(fields: _Fields) -> dict[str, Any]:
     }
     if is_v3:
         return config
-    return config | {"topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
+    return config | {"topk_method": "group_limited_greedy" if config["n_group"] > 1 else "greedy"}
+
+
+def _grouped_experts(fields: _Fields) -> dict[str, Any]:
+    """DeepSeek's experts and its kin's: some for every token, dense layers before them."""
+    return {
+        **_experts(fields, "n_routed_experts", "moe_intermediate_size"),
+        "n_shared_experts": fields.whole("expert_shared_count", 0) or None,
+        "first_k_dense_replace": fields.whole("leading_dense_block_count", 0),
+        "routed_scaling_factor": fields.real("expert_weights_scale", 1.0),
+        "norm_topk_prob": fields.truth("expert_weights_norm", False),
+        "n_group": fields.whole("expert_group_count", 1),
+        "topk_group": fields.whole("expert_group_used_count", 1),
+    }
+
+
+def _partly_rotated(fields: _Fields) -> dict[str, Any]:
+    share = fields.whole("rope.dimension_count") / _head_dim(fields)
+    return {"rope_parameters": _rotation(fields) | {"partial_rotary_factor": share}}
+
+
+def _glm4_moe(fields: _Fields) -> dict[str, Any]:
+    return {
+        "model_type": "glm4_moe",
+        **_grouped_experts(fields),
+        **_partly_rotated(fields),
+        "attention_bias": fields.has("blk.*.attn_q.bias"),
+        "use_qk_norm": fields.has("blk.*.attn_q_norm.weight"),
+    }
+
+
+def _minimax_m2(fields: _Fields) -> dict[str, Any]:
+    experts = _experts(fields, "num_local_experts", "intermediate_size")
+    return {"model_type": "minimax_m2", **experts, **_partly_rotated(fields)}
 
 
 def _gpt_oss(fields: _Fields) -> dict[str, Any]:
@@ -328,8 +355,10 @@ ARCHITECTURES: Final = {
     "phimoe": _Architecture(_phimoe),
     "olmoe": _Architecture(_olmoe),
     "deepseek2": _Architecture(_deepseek),
+    "glm4moe": _Architecture(_glm4_moe),
     "gpt-oss": _Architecture(_gpt_oss),
     "granitemoe": _Architecture(_granitemoe, neighbours=True),
+    "minimax-m2": _Architecture(_minimax_m2),
 }
 
 

@@ -73,11 +73,13 @@ _SPLITS: Final[dict[str, tuple[str, ...]]] = (
     | dict.fromkeys(("smollm", "refact", "starcoder", "command-r", "codeshell"), _DIGITS_APART)
     | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2)
     | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA3)
-    | dict.fromkeys(("gpt-4o", "llama4"), _GPT4O)
+    | dict.fromkeys(("glm4", "chatglm-bpe"), _LLAMA3)
+    | dict.fromkeys(("gpt-4o", "llama4", "minimax-m2"), _GPT4O)
     | {"tekken": _TEKKEN, "deepseek-llm": _DEEPSEEK_LLM}
     | {"deepseek-coder": _DEEPSEEK_CODER, "deepseek-v3": _DEEPSEEK_V3}
 )
-_WHOLE_WORDS_FIRST: Final = (_LLAMA3, _TEKKEN)  # a word that is a token is not merged from parts
+# Where a word that is a token is not merged from parts.
+_WHOLE_WORDS_FIRST: Final = ("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe", "tekken")
 
 
 def tokenizer_files(file: GgufFile) -> dict[str, bytes]:
@@ -183,7 +185,7 @@ class _Vocabulary:
         """GPT-2's kind: bytes are characters, merges stand in the file."""
         pairs = [(left, right) for left, _, right in (m.partition(" ") for m in self.merges or [])]
         rules = _SPLITS[self.split]
-        model = models.BPE(self._by_token, pairs, ignore_merges=rules in _WHOLE_WORDS_FIRST)
+        model = models.BPE(self._by_token, pairs, ignore_merges=self.split in _WHOLE_WORDS_FIRST)
         tokenizer = Tokenizer(model)
         if rules is _QWEN2:
             tokenizer.normalizer = normalizers.NFC()
@@ -234,7 +236,7 @@ class _Vocabulary:
         tokenizer.add_tokens(
             [AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED]
         )
-        before = self.kind == "llama" or _SPLITS[self.split] in _WHOLE_WORDS_FIRST
+        before = self.kind == "llama" or self.split in _WHOLE_WORDS_FIRST
         before = bool(self._fields.get(f"{_PREFIX}add_bos_token", before)) and "bos" in self.ids
         after = bool(self._fields.get(f"{_PREFIX}add_eos_token", False)) and "eos" in self.ids
         ends = [self.special["bos_token"]] * before, [self.special["eos_token"]] * after

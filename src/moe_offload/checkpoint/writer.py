@@ -2,7 +2,7 @@
 
 What is finished is recorded in `preparation.json` beside the shards, with checksums. Whenever the
 program dies, the next run keeps each recorded shard whose bytes still match and writes the rest;
-the manifest comes last and the record goes. Memory holds one expert, or one dense tensor, at a
+the manifest comes last and the record goes. Memory holds a few experts, or one dense tensor, at a
 time; while a file is made the one before is still on its way to the disk. Top-down: the
 preparation, the plan of the dense shards, the output folder between runs.
 """
@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,8 +281,8 @@ def _plan_experts_file(
                 )
             return block
 
-        for expert in range(module.n_experts):
-            yield block_of(expert)
+        # rounding for a text takes all threads and several times an expert's memory
+        yield from _made_ahead(block_of, module.n_experts, 1 if formats.calibration else 2)
 
     layer = MoeLayer(
         module=module.name,
@@ -294,6 +295,21 @@ def _plan_experts_file(
         block_checksums=(0,) * module.n_experts,
     )
     return _Planned(layer, header, data)
+
+
+def _made_ahead(make: Callable[[int], Tensor], n: int, at_once: int) -> Iterator[Tensor]:
+    """make(0), make(1), ..., `at_once` of them being made while those before them are written."""
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for position in range(n):
+                waiting.append(pool.submit(make, position))
+                if len(waiting) > at_once:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
