@@ -110,6 +110,11 @@ def by_night(daily: bool, *values: object) -> Any:
     return pytest.param(*values, marks=[] if daily else [pytest.mark.nightly])
 
 
+BATCHED_AND_WAITS = [
+    by_night(batched == waits, batched, waits)
+    for batched in (False, True)
+    for waits in (False, True)
+]
 POLICY_AND_SIZE = [
     by_night(policy == "LRU" or size == (2, 3, 64), policy, *size)
     for policy in sorted(POLICIES)
@@ -117,14 +122,7 @@ POLICY_AND_SIZE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("batched", "waits"),
-    [
-        by_night(batched == waits, batched, waits)
-        for batched in (False, True)
-        for waits in (False, True)
-    ],
-)
+@pytest.mark.parametrize(("batched", "waits"), BATCHED_AND_WAITS)
 @pytest.mark.parametrize(("policy", "n_indexes", "n_ways", "quota"), POLICY_AND_SIZE)
 def test_the_expert_choices_of_a_run_replay_its_cache_csv(
     engine, policy, n_indexes, n_ways, quota, batched, waits, tmp_path: Path
