@@ -1,7 +1,8 @@
 """How fast quantised checkpoints are read, and kept as they are: MB of the source a second.
 
-A matrix of random codes in memory, so that no disk is waited for. "read" is its numbers in fp32 or
-bf16, "kept" what storing it in the format that holds it exactly takes besides.
+A matrix of random codes in memory, so that no disk is waited for, and one thread. "read" is its
+numbers in fp32 or bf16, "kept" from the source's tensors to the arrays of the format that holds it
+exactly, and behind it its share of what reading takes: keeping should not cost more than that.
 
 PYTHONPATH=src python3 benchmarks/bench_sources.py
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint.matrix import MatrixLayout
-from moe_offload.checkpoint.quantized_source import dequantised, read_settings
+from moe_offload.checkpoint.quantized_settings import read_settings
+from moe_offload.checkpoint.quantized_source import dequantised
 from moe_offload.checkpoint.source_files import LazyTensor
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
+from moe_offload.kernels.bindings import load_kernels
+from moe_offload.kernels.cpu_quantise import KernelPacker
 
 ROWS, COLUMNS, GROUP = 4096, 4096, 128
 Kept = tuple[WeightFormat, Scales | None]
@@ -39,7 +44,7 @@ def scales(*shape: int) -> Tensor:
     return torch.rand(shape).add_(0.1)
 
 
-def sources() -> dict[str, tuple[dict[str, Tensor], dict[str, Any], Kept | None]]:
+def sources() -> dict[str, tuple[dict[str, Tensor], dict[str, Any], Kept]]:
     """Name -> tensors, quantization_config, and the format that keeps them."""
     n_groups = COLUMNS // GROUP
     zeros = {"w.qzeros": words(n_groups, ROWS // 8), "w.scales": scales(n_groups, ROWS).half()}
@@ -78,7 +83,7 @@ def sources() -> dict[str, tuple[dict[str, Tensor], dict[str, Any], Kept | None]
                 "w_scales": torch.randint(120, 130, (1, COLUMNS, ROWS // 32), dtype=torch.uint8),
             },
             {"quant_method": "mxfp4"},
-            None,
+            ("mxfp4", WEIGHT_FORMATS["mxfp4"].scales),
         ),
     }
 
@@ -100,32 +105,48 @@ def lazy(tensor: Tensor) -> LazyTensor:
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads, {ROWS} x {COLUMNS} weights; MB/s of the source")
+    torch.set_num_threads(1)
+    kernels = load_kernels("native")
+    assert kernels is not None
+    packer = KernelPacker(replace(kernels, threads=1))
+    print(f"one thread, {ROWS} x {COLUMNS} weights; MB/s of the source")
     for name, (tensors, config, kept) in sources().items():
         found = dequantised(
             {key: lazy(tensor) for key, tensor in tensors.items()}, read_settings(config, name)
         )
         (weight,) = found.values()
-        assert weight.quantised is not None and weight.quantised.units is not None
-        megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-        line = f"{name}: read {megabytes / seconds(weight.read):.0f}"
-        if kept is not None:
-            values, units = weight.read(), weight.quantised.units.read()
-            layout = MatrixLayout(kept[0], ROWS, COLUMNS, kept[1])
-            line += f", kept {megabytes / seconds(layout.take_over, values, units):.0f}"
-        print(line)
+        assert weight.quantised is not None and weight.quantised.read_rows is not None
+        layout = MatrixLayout(kept[0], ROWS, COLUMNS, kept[1])
+        read_codes, n_first = weight.quantised.read_rows, weight.shape[0]
+
+        def keep() -> None:
+            codes = read_codes(0, n_first)  # noqa: B023
+            if codes.codes.dim() == 3:
+                codes = codes.map(lambda part: part[0].t())
+            assert layout.take_over(codes, packer) is not None  # noqa: B023
+
+        report(name, sum(tensor.nbytes for tensor in tensors.values()), weight.read, keep)
     for kind in ("Q8_0", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
         stored = gguf.GGMLQuantizationType[kind]
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         packed = np.random.randint(0, 120, (ROWS, COLUMNS // block * block_bytes), dtype=np.uint8)
         with np.errstate(all="ignore"):
-            rate = packed.nbytes / 1e6 / seconds(gguf.dequantize, packed, stored)
-        print(f"GGUF {kind}: read {rate:.0f}")
+            report(f"GGUF {kind}", packed.nbytes, lambda: gguf.dequantize(packed, stored))  # noqa: B023
     source = torch.randn(ROWS, COLUMNS).bfloat16()
-    for weight_format in ("mxfp4", "fp8"):
+    for weight_format in ("int8", "int4", "mxfp4", "fp8"):
         layout = MatrixLayout(weight_format, ROWS, COLUMNS, WEIGHT_FORMATS[weight_format].scales)
-        rate = source.nbytes / 1e6 / seconds(layout.pack, source)
-        print(f"bf16 to {weight_format}: {rate:.0f}")
+        report(f"bf16 to {weight_format}", source.nbytes, lambda: layout.pack(source, packer))  # noqa: B023
+
+
+def report(
+    name: str, n_bytes: int, read: Callable[[], object], keep: Callable[[], None] | None = None
+) -> None:
+    rate = n_bytes / 1e6 / seconds(read)
+    line = f"{name}: {rate:.0f}" if keep is None else f"{name}: read {rate:.0f}"
+    if keep is not None:
+        kept = n_bytes / 1e6 / seconds(keep)
+        line += f", kept {kept:.0f}, {kept / rate:.1f} times as fast"
+    print(line)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
 from moe_offload.experts.store import READ_THREADS, ExpertStore
 from moe_offload.kernels.bindings import load_kernels
-from moe_offload.kernels.cpu_quantise import quantiser
+from moe_offload.kernels.cpu_quantise import KernelPacker
 from moe_offload.kernels.library import open_library, supported_isas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,12 +83,12 @@ def quantise_gbps(bits: int, isa: str, repetitions: int) -> float:
     """GB/s of bf16 that one thread turns into int8 or int4."""
     kernels = load_kernels("native", isa)
     assert kernels is not None
-    quantize = quantiser(replace(kernels, threads=1))
+    packer = KernelPacker(replace(kernels, threads=1))
     weight = torch.randn(2048, 4096).mul_(0.02).bfloat16()
     times = []
     for _ in range(repetitions):
         started_s = time.perf_counter()
-        quantize(weight, bits)
+        packer.quantize(weight, bits)
         times.append(time.perf_counter() - started_s)
     return weight.nbytes / statistics.median(times) / 1e9
 

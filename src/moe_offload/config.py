@@ -309,7 +309,9 @@ class CacheOptions:
         "FIFO", "--cache-replace-policy",
         "which expert gives up its place (default FIFO)", choices=POLICIES,
     )  # fmt: skip
-    auto: bool = option(False, "--cache-auto", "choose N and M from free GPU memory and speeds")
+    auto: bool = option(
+        False, "--cache-auto", "choose N, M and more from free GPU memory and speeds"
+    )
     memory_gb: float | None = option(
         None, "--cache-memory-gb X", "with --cache-auto: use at most X GB", above=0
     )

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moe_offload.checkpoint import compensation, quantization
 from moe_offload.checkpoint.compensation import compensate
+from moe_offload.checkpoint.matrix import MatrixLayout
+from moe_offload.config import WEIGHT_FORMATS
 
 
 def related_inputs(n: int, columns: int, seed: int = 0) -> Tensor:
@@ -54,8 +56,9 @@ def by_definition(weight: Tensor, inputs: Tensor, unit: Tensor) -> Tensor:
 def test_each_column_is_what_least_squares_leave() -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
     inputs = related_inputs(200, 64)
-    found, unit = compensate(weight, inputs)
-    assert torch.allclose(found, by_definition(weight, inputs, unit), atol=1e-4)
+    found = compensate(weight, inputs)
+    unit = found.units.repeat_interleave(32, 1)
+    assert torch.allclose(found.values(), by_definition(weight, inputs, unit), atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(48, 160), (7, 33), (20, 200)])
@@ -66,17 +69,14 @@ def test_the_product_with_these_inputs_changes_less(
     monkeypatch.setattr(compensation, "MOST_COLUMNS", 128)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     inputs = related_inputs(400, columns)
-    found, unit = compensate(weight, inputs)
+    found = compensate(weight, inputs)
 
     def error(changed: Tensor) -> float:
         return float(((changed - weight) @ inputs.T).norm())
 
-    assert error(found) < 0.75 * error(rounded(weight))
-    levels = torch.where(unit == 0, 0, found / unit)
-    assert torch.equal(levels, levels.round()) and levels.min() >= -8 and levels.max() <= 7
-    assert torch.equal(unit.half().float(), unit)
-    padded = torch.nn.functional.pad(unit, (0, -columns % 32), mode="replicate")
-    assert (padded.unflatten(1, (-1, 32)).diff(dim=2) == 0).all()
+    assert error(found.values()) < 0.75 * error(rounded(weight))
+    arrays = MatrixLayout("int4", rows, columns, WEIGHT_FORMATS["int4"].scales).take_over(found)
+    assert arrays is not None
 
 
 def test_what_was_rounded_before_is_made_up_for() -> None:
@@ -84,23 +84,21 @@ def test_what_was_rounded_before_is_made_up_for() -> None:
     weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(4))
     wanted = related_inputs(600, 96)
     inputs = wanted + 0.3 * (wanted @ related_inputs(96, 96, seed=1)) / 96**0.5
-    told, _ = compensate(weight, inputs, wanted=wanted)
-    not_told, _ = compensate(weight, inputs)
-    errors = [float((inputs @ one.T - wanted @ weight.T).norm()) for one in (told, not_told)]
+    found = compensate(weight, inputs, wanted=wanted), compensate(weight, inputs)
+    errors = [float((inputs @ one.values().T - wanted @ weight.T).norm()) for one in found]
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_unrelated_inputs_of_one_size_are_plain_rounding() -> None:
     weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
-    found, _ = compensate(weight, torch.eye(96) * 96**0.5)
-    assert torch.equal(found, rounded(weight))
+    found = compensate(weight, torch.eye(96) * 96**0.5)
+    assert torch.equal(found.values(), rounded(weight))
 
 
 def test_few_inputs_of_its_own_do_not_decide_alone() -> None:
     """An expert that saw one token still serves the others' inputs, by a share."""
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
     others = related_inputs(400, 64)
-    alone, _ = compensate(weight, others[:1])
-    shared, _ = compensate(weight, others[:1], others)
-    errors = [float(((one - weight) @ others.T).norm()) for one in (shared, alone)]
+    found = compensate(weight, others[:1], others), compensate(weight, others[:1])
+    errors = [float(((one.values() - weight) @ others.T).norm()) for one in found]
     assert errors[0] < 0.8 * errors[1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from quantised_matrices import E2M1, SOURCES, random_source, source_blocks, spread
+from quantised_matrices import E2M1, SOURCES, random_source, source_blocks
 
 from moe_offload.checkpoint.block import BlockLayout, unpack_matrix
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.checkpoint.matrix import MatrixLayout, exact_dtypes
 from moe_offload.config import WEIGHT_FORMATS, Scales
 from moe_offload.errors import UserError
@@ -21,17 +22,18 @@ ROWS, COLUMNS = 37, 135  # neither is whole tiles, nor the columns whole groups 
 @pytest.mark.parametrize(("name", "scales"), SOURCES, ids=str)
 def test_a_sources_own_numbers_are_kept_bit_for_bit(name, scales):
     torch.manual_seed(1)
-    source = random_source(name, scales, ROWS, COLUMNS, 0.0)
+    source, numbers = random_source(name, scales, ROWS, COLUMNS, 0.0)
+    assert torch.equal(source.values(), numbers)
     layout = MatrixLayout(name, ROWS, COLUMNS, scales)
-    arrays = layout.take_over(source[""], source["_unit"], source.get("_minimum"))
+    arrays = layout.take_over(source)
     assert arrays is not None
     assert [(s, str(a.dtype).removeprefix("torch."), a.shape) for s, a in arrays.items()] == [
         (suffix, dtype, torch.Size(shape)) for suffix, dtype, shape in layout.arrays()
     ]
     back = layout.unpack(arrays)
-    assert torch.equal(back, source[""])
+    assert torch.equal(back, numbers)
     if name in ("mxfp4", "fp8"):  # signs of zeros too
-        assert torch.equal(back.view(torch.int32), source[""].view(torch.int32))
+        assert torch.equal(back.view(torch.int32), numbers.view(torch.int32))
 
 
 @pytest.mark.parametrize(("name", "scales"), SOURCES, ids=str)
@@ -42,20 +44,53 @@ def test_a_block_of_a_source_is_read_back_as_its_manifest_says(name, scales):
     assert from_json(BlockLayout, json.loads(json.dumps(asdict(layout)))) == layout
     torch.manual_seed(1)
     largest = {"mxfp4": 6, "fp8": 448}.get(name, 1 << WEIGHT_FORMATS[name].bits)
-    source = random_source(name, scales, 140, 45, 45**-0.5 / largest * 2)
-    assert torch.equal(unpack_matrix(layout, blocks[0], "gate_up"), source[""])
+    _, numbers = random_source(name, scales, 140, 45, 45**-0.5 / largest * 2)
+    assert torch.equal(unpack_matrix(layout, blocks[0], "gate_up"), numbers)
 
 
 @pytest.mark.parametrize(("name", "scales"), SOURCES, ids=str)
-def test_what_is_not_on_the_grid_is_not_taken(name, scales):
+def test_what_a_format_does_not_hold_is_not_taken(name, scales):
+    """Units and offsets that are no scale's, more levels than there are, and other codes."""
     torch.manual_seed(1)
-    source = random_source(name, scales, ROWS, COLUMNS)
-    weight, unit, minimum = source[""], source["_unit"], source.get("_minimum")
+    source, _ = random_source(name, scales, ROWS, COLUMNS)
     layout = MatrixLayout(name, ROWS, COLUMNS, scales)
-    off = weight.clone()
-    off[-1, -1] += unit[-1, -1] * 0.3 + 1e-30
-    assert layout.take_over(off, unit, minimum) is None
-    assert layout.take_over(weight, unit, unit if minimum is None else None) is None
+    other = source.units.clone()
+    other[-1, -1] = 1.2345678
+    inexact = [replace(source, units=other)] if scales.dtype != "float32" else []
+    if scales.group != 32:  # one of several units that share a scale
+        other = source.units.clone()
+        other[1, 1] *= 2
+        inexact.append(replace(source, units=other))
+    if name == "int4":
+        inexact.append(replace(source, codes=source.codes + 16))
+    if scales.offset == "minimum":
+        inexact.append(replace(source, offsets=source.units * 1.2345678))
+    if name.startswith("int"):
+        inexact.append(replace(source, kind="int" if scales.offset == "minimum" else "affine"))
+    inexact.append(replace(source, kind="e5m2"))
+    inexact.append(source.map(lambda part: part[1:]))
+    inexact.append(replace(source, units=source.units.repeat_interleave(32, 1)[:, :COLUMNS]))
+    for found in inexact:
+        assert layout.take_over(found) is None
+
+
+def test_other_formats_hold_a_sources_numbers_too():
+    """E2M1 and codes with another zero in int8, another zero in int4 where it leaves room."""
+    torch.manual_seed(1)
+    e2m1, numbers = random_source("mxfp4", Scales("uint8"), ROWS, COLUMNS, 1.0)
+    layout = MatrixLayout("int8", ROWS, COLUMNS, Scales("float16"))
+    arrays = layout.take_over(e2m1)
+    assert arrays is not None and torch.equal(layout.unpack(arrays), numbers)
+    zeros = Scales("float16", 128, offset="zero")
+    codes, numbers = random_source("int4", zeros, ROWS, COLUMNS)
+    layout = MatrixLayout("int8", ROWS, COLUMNS, Scales("float16", 128))
+    arrays = layout.take_over(codes)
+    assert arrays is not None and torch.equal(layout.unpack(arrays), numbers)
+    layout = MatrixLayout("int4", ROWS, COLUMNS, Scales("float16", 128))
+    assert layout.take_over(codes) is None
+    codes = replace(codes, codes=codes.codes % 2 + 7, offsets=torch.full_like(codes.units, 7.0))
+    arrays = layout.take_over(codes)
+    assert arrays is not None and torch.equal(layout.unpack(arrays), codes.values())
 
 
 def test_the_bytes_of_mxfp4_are_those_of_a_plain_loop():
@@ -64,7 +99,9 @@ def test_the_bytes_of_mxfp4_are_those_of_a_plain_loop():
     codes = torch.randint(0, 16, (17, 40))
     exponent = torch.randint(100, 140, (17, 2))
     scale = torch.ldexp(torch.ones(17, 2), exponent - 127).repeat_interleave(32, 1)[:, :40]
-    arrays = layout.take_over(torch.tensor(E2M1)[codes] * scale, scale / 2)
+    source = Codes("e2m1", codes.byte(), scale[:, ::32] / 2)
+    assert torch.equal(source.values(), torch.tensor(E2M1)[codes] * scale)
+    arrays = layout.take_over(source)
     assert arrays is not None
     for row in range(32):
         for column in range(64):
@@ -81,9 +118,8 @@ def test_the_bytes_of_mxfp4_are_those_of_a_plain_loop():
 def test_every_code_of_fp8_and_every_exponent_survive():
     codes = torch.arange(256, dtype=torch.uint8)
     codes[(codes & 127) == 127] = 0
-    values = codes.view(torch.float8_e4m3fn).float()
     layout = MatrixLayout("fp8", 1, 256, Scales("float32", 0))
-    arrays = layout.take_over(values[None] * 0.1, torch.full((1, 256), 0.1))
+    arrays = layout.take_over(Codes("fp8", codes[None], torch.full((1, 8), 0.1)))
     assert arrays is not None
     assert torch.equal(arrays[""].view(torch.uint8)[0], codes)
     every = torch.ldexp(torch.ones(255), torch.arange(255) - 127)
@@ -110,18 +146,6 @@ def test_rounding_goes_to_the_nearest_number_of_the_scale(name):
         for column in range(32):
             nearest = (table - weight[0, column]).abs().min()
             assert abs(float(back[0, column] - weight[0, column])) <= float(nearest) * 1.0001
-    # the same numbers come back when they are taken over
-    unit = torch.full_like(back, float("nan"))
-    if name == "mxfp4":
-        for row in range(ROWS):
-            for group in range(-(-COLUMNS // 32)):
-                e = arrays["_scale"][row // 16, group, row % 16].int() - 127
-                unit[row, group * 32 : group * 32 + 32] = torch.ldexp(torch.tensor(0.5), e)
-    else:
-        unit = spread(arrays["_scale"], layout.scales, ROWS, COLUMNS)
-    again = layout.take_over(back, unit)
-    assert again is not None
-    assert torch.equal(layout.unpack(again), back)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8"])

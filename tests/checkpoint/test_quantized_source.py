@@ -21,7 +21,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_offload.checkpoint.prepared import read_block, read_manifest
-from moe_offload.checkpoint.quantized_source import dequantised, read_settings
+from moe_offload.checkpoint.quantized_settings import read_settings
+from moe_offload.checkpoint.quantized_source import dequantised
 from moe_offload.checkpoint.source_files import LazyTensor, open_hugging_face
 from moe_offload.commands import prepare
 from moe_offload.config import Scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -300,16 +300,16 @@ def test_a_source_that_changes_while_it_is_read(
 ) -> None:
     """Half of the shards would be of the new weights, with checksums that are right."""
     shard = sorted(hub.glob("model-*.safetensors"))[-1]
-    iterate = SourceCheckpoint.iterate_experts
+    reader = SourceCheckpoint.weights_reader
 
     def rewritten(
-        source: SourceCheckpoint, module: ExpertsModule, units: bool
-    ) -> Iterator[dict[str, Tensor]]:
+        source: SourceCheckpoint, module: ExpertsModule
+    ) -> Callable[[int], dict[str, Tensor]]:
         os.utime(shard, ns=(1, 1))
-        return iterate(source, module, units)
+        return reader(source, module)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SourceCheckpoint, "iterate_experts", rewritten)
+        patch.setattr(SourceCheckpoint, "weights_reader", rewritten)
         assert "changed while they were prepared" in refusal(capsys, hub, "--hf")
     paths = ["--input-path", str(hub), "--output-path", str(tmp_path / "out"), "--hf"]
     assert prepare.main(paths) == 0

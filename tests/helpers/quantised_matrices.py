@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint.block import BlockLayout, block_layout, pack_block
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.config import WEIGHT_FORMATS, Scales
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -35,10 +36,10 @@ def spread(values: Tensor, scales: Scales, rows: int, columns: int) -> Tensor:
 
 def random_source(
     name: str, scales: Scales, rows: int, columns: int, size: float = 1.0
-) -> dict[str, Tensor]:
-    """Random codes as "" the weights [rows, columns], "_unit" and perhaps "_minimum" in fp32.
+) -> tuple[Codes, Tensor]:
+    """Random codes, and the numbers [rows, columns] that they are, by plain fp32 arithmetic.
 
-    Computed by plain fp32 arithmetic; scales are about `size`, E8M0's over all of its range at 0.
+    Scales are about `size`, E8M0's over all of its range at 0.
     """
     shape = (-(-rows // scales.rows), -(-columns // scales.group) if scales.group else 1)
     if scales.dtype == "uint8":
@@ -48,22 +49,24 @@ def random_source(
     else:
         scale = (torch.randn(shape) * (size or 1.0)).to(getattr(torch, scales.dtype)).float()
     unit = spread(scale, scales, rows, columns)
+    units = unit[:, ::32]
     if name == "mxfp4":
         codes = torch.randint(0, 16, (rows, columns))
-        return {"": torch.tensor(E2M1)[codes] * unit, "_unit": unit / 2}
+        return Codes("e2m1", codes.byte(), units / 2), torch.tensor(E2M1)[codes] * unit
     if name == "fp8":
         codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
         codes[(codes & 127) == 127] = 0
-        return {"": codes.view(torch.float8_e4m3fn).float() * unit, "_unit": unit}
+        return Codes("fp8", codes, units), codes.view(torch.float8_e4m3fn).float() * unit
     levels = 1 << WEIGHT_FORMATS[name].bits
-    level = torch.randint(0, levels, (rows, columns)).float()
+    level = torch.randint(0, levels, (rows, columns))
     if scales.offset == "minimum":
         minimum = spread((torch.randn(shape) * (size or 1.0)).half().float(), scales, rows, columns)
-        return {"": level * unit + minimum, "_unit": unit, "_minimum": minimum}
+        return Codes("affine", level.byte(), units, minimum[:, ::32]), level * unit + minimum
     zero = torch.full(shape, levels / 2)
     if scales.offset:
         zero = torch.randint(0, min(levels + 1, 256), shape).float()
-    return {"": (level - spread(zero, scales, rows, columns)) * unit, "_unit": unit}
+    zero = spread(zero, scales, rows, columns)
+    return Codes("int", level.byte(), units, zero[:, ::32]), (level - zero) * unit
 
 
 def source_blocks(
@@ -75,10 +78,8 @@ def source_blocks(
     largest = {"mxfp4": 6, "fp8": 448}.get(name, 1 << WEIGHT_FORMATS[name].bits)
     for block in blocks:
         size = hidden**-0.5 / largest * 2
-        first = random_source(name, scales, 2 * width, hidden, size)
-        down = random_source(name, scales, hidden, width, size)
-        weights = {f"gate_up{end}": matrix for end, matrix in first.items()}
-        weights |= {f"down{end}": matrix for end, matrix in down.items()}
-        weights |= {"gate_up_bias": torch.randn(2 * width), "down_bias": torch.randn(hidden)}
-        assert pack_block(layout, weights, block)
+        first, _ = random_source(name, scales, 2 * width, hidden, size)
+        down, _ = random_source(name, scales, hidden, width, size)
+        biases = {"gate_up_bias": torch.randn(2 * width), "down_bias": torch.randn(hidden)}
+        assert pack_block(layout, {"gate_up": first, "down": down, **biases}, block)
     return layout, blocks

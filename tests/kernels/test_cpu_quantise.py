@@ -1,4 +1,4 @@
-"""int8 and int4 by the C++ kernels: on every instruction set the bytes of the search in torch."""
+"""Packing by the C++ kernels: on every instruction set the bytes of the search in torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from moe_offload.checkpoint import quantization
 from moe_offload.errors import UserError
 from moe_offload.kernels.bindings import load_kernels
-from moe_offload.kernels.cpu_quantise import quantiser
+from moe_offload.kernels.cpu_quantise import KernelPacker
 from moe_offload.kernels.library import open_library, supported_isas
 
-BITS = (8, 4)
-LARGEST = {bits: 65504.0 * {8: 127, 4: 8}[bits] for bits in BITS}
+LARGEST = {"int8": 65504.0 * 127, "int4": 65504.0 * 8, "mxfp4": 1e38}
+FORMATS = tuple(LARGEST)
 
 
 def any_bits(rows: int, columns: int) -> Tensor:
@@ -50,63 +50,82 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
-def quantisers() -> dict[str, quantization.Quantize]:
+def packers() -> dict[str, quantization.Packer]:
     isas = supported_isas(open_library())
     found = {isa: load_kernels("native", isa) for isa in isas}
-    return {isa: quantiser(kernels) for isa, kernels in found.items() if kernels is not None}
+    return {isa: KernelPacker(kernels) for isa, kernels in found.items() if kernels is not None}
 
 
-def assert_same_bytes(weight: Tensor, bits: int) -> None:
-    packed, scales = quantization.quantize(weight, bits)
-    for isa, quantize in quantisers().items():
-        found_packed, found_scales = quantize(weight, bits)
-        assert torch.equal(found_scales.view(torch.int16), scales.view(torch.int16)), isa
+def rounded(packer: quantization.Packer, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if name == "mxfp4":
+        return packer.round_to_e2m1(weight)
+    return packer.quantize(weight, 8 if name == "int8" else 4)
+
+
+def assert_same_bytes(weight: Tensor, name: str) -> None:
+    packed, scales = rounded(quantization.BY_TORCH, weight, name)
+    for isa, packer in packers().items():
+        found_packed, found_scales = rounded(packer, weight, name)
+        assert torch.equal(found_scales.view(torch.uint8), scales.view(torch.uint8)), isa
         assert torch.equal(found_packed, packed), isa
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", MATRICES)
-def test_bytes_are_those_of_the_plain_search(kind: str, bits: int) -> None:
+def test_bytes_are_those_of_the_plain_search(kind: str, name: str) -> None:
     torch.manual_seed(0)
-    assert_same_bytes(MATRICES[kind](256, 192), bits)
+    assert_same_bytes(MATRICES[kind](256, 192), name)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", MATRICES)
-def test_bytes_of_many_matrices(kind: str, bits: int) -> None:
+def test_bytes_of_many_matrices(kind: str, name: str) -> None:
     for seed in range(50):
         torch.manual_seed(seed)
-        assert_same_bytes(MATRICES[kind](1024, 512), bits)
+        assert_same_bytes(MATRICES[kind](1024, 512), name)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_sizes_strides_and_dtypes(bits: int) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_strides_and_dtypes(name: str) -> None:
     torch.manual_seed(1)
     for rows, columns in ((1, 1), (16, 32), (15, 31), (17, 33), (40, 70)):
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             weight = torch.randn(rows, columns).to(dtype)
-            assert_same_bytes(weight, bits)
-            assert_same_bytes(weight.t().contiguous().t(), bits)
-            assert_same_bytes(torch.randn(2 * rows, 3 * columns).to(dtype)[::2, ::3], bits)
+            assert_same_bytes(weight, name)
+            assert_same_bytes(weight.t().contiguous().t(), name)
+            assert_same_bytes(torch.randn(2 * rows, 3 * columns).to(dtype)[::2, ::3], name)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_the_largest_weights_have_a_scale(bits: int) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_largest_weights_have_a_scale(name: str) -> None:
     weight = torch.zeros(16, 64)
-    weight[0, 0], weight[1, 40] = LARGEST[bits], -LARGEST[bits]
-    assert_same_bytes(weight, bits)
+    weight[0, 0], weight[1, 40] = LARGEST[name], -LARGEST[name]
+    assert_same_bytes(weight, name)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e7])
-def test_weights_without_a_scale_are_refused_alike(bits: int, bad: float) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2e38])
+def test_weights_without_a_scale_are_refused_alike(name: str, bad: float) -> None:
     for place in ((0, 0), (40, 50), (63, 63)):
         weight = torch.randn(64, 64)
         weight[place] = bad
         with pytest.raises(UserError) as expected:
-            quantization.quantize(weight, bits)
-        for isa, quantize in quantisers().items():
+            rounded(quantization.BY_TORCH, weight, name)
+        for isa, packer in packers().items():
             with pytest.raises(UserError) as found:
-                quantize(weight, bits)
+                rounded(packer, weight, name)
             assert str(found.value) == str(expected.value), isa
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_levels_of_any_size_and_strides(bits: int) -> None:
+    """A source's own codes; rows and columns that are no whole tiles, and views."""
+    torch.manual_seed(1)
+    for rows, columns in ((1, 1), (16, 32), (15, 31), (17, 33), (40, 70)):
+        levels = torch.randint(0, 1 << bits, (2 * rows, 3 * columns), dtype=torch.uint8)
+        plain = levels[:rows, :columns].contiguous()
+        for view in (plain, plain.t().contiguous().t(), levels[::2, ::3]):
+            expected = quantization.pack_levels(view, bits)
+            for isa, packer in packers().items():
+                assert torch.equal(packer.pack_levels(view, bits), expected), isa

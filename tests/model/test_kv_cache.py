@@ -10,11 +10,20 @@ from against_transformers import greedy
 from tiny_models import CONFIGS, build_model, gpt_oss, mixtral, nemotron_h
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moe_offload.model import kv_cache
 from moe_offload.model.generation import cache_argument
-from moe_offload.model.kv_cache import PrefixCache, RoomyLayer, can_join, join, make_cache
+from moe_offload.model.kv_cache import (
+    PrefixCache,
+    RoomyLayer,
+    WindowLayer,
+    can_join,
+    join,
+    make_cache,
+)
+
+REPLACED = {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: WindowLayer}
 
 
 def tokens(seed: int, batch: int, count: int) -> tuple[Tensor, Tensor]:
@@ -103,10 +112,10 @@ def test_joined_rows_are_aligned_at_their_ends(width):
 
 
 @pytest.mark.parametrize("config", [gpt_oss, nemotron_h, mixtral])
-def test_only_layers_of_full_attention_are_replaced(config):
+def test_only_layers_of_full_attention_and_of_windows_are_replaced(config):
     ours, theirs = make_cache(config(), 10), DynamicCache(config=config())
     for layer, own in zip(ours.layers, theirs.layers, strict=True):
-        assert type(layer) is (RoomyLayer if type(own) is DynamicLayer else type(own))
+        assert type(layer) is REPLACED.get(type(own), type(own))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,7 +10,7 @@ import torch
 from against_transformers import greedy, prepared
 from host_graph import HostGraph
 from pretended_gpu import pretended_gpu
-from tiny_models import CONFIGS, build_model, write_hub
+from tiny_models import CONFIGS, build_model, nemotron_h, write_hub
 
 from moe_offload.checkpoint.prepared import read_manifest
 from moe_offload.config import CacheOptions, GenerationOptions, ModelOptions
@@ -28,6 +28,13 @@ from moe_offload.model.loader import PreparedModel
 
 FIRST, SECOND = [5, 17, 40, 8, 22, 71], [9, 33, 12]
 N_TOKENS = 8
+# Texts of 14 tokens outgrow the window, and the short texts of this rotary embedding.
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_mscale": 1.1, "long_mscale": 1.3}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 1.3, 2.5, 4.0]}
+CHANGES = {
+    "gpt_oss": {"sliding_window": 5},
+    "phimoe": {"rope_parameters": {**LONG, "original_max_position_embeddings": 10}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _folder(name: str, root: Path) -> Path:
-    write_hub(build_model(CONFIGS[name]()), root / name)
+    write_hub(build_model(CONFIGS[name](**CHANGES.get(name, {}))), root / name)
     return prepared(root / name, root / f"{name}-fp32", "--hf", "--expert-dtype", "fp32")
 
 
@@ -64,41 +71,57 @@ def graph_notes(engine: Engine) -> list[str]:
     return [note for note in engine.notes if "CUDA graphs" in note]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "phimoe"])
 def test_replayed_steps_give_the_same_text(name, tmp_path, monkeypatch):
-    """Of several prompts and batches: each has its own positions, mask and keys."""
+    """Of several prompts and batches: each has its own positions, mask and keys.
+
+    gpt-oss has windows beside full attention, and no attention of torch's; Phi-3.5-MoE asks how
+    long the text is, by which it turns queries and keys, so that texts of a batch go one by one.
+    """
     folder = _folder(name, tmp_path)
     batches = [FIRST], [SECOND], [FIRST, SECOND], [FIRST]
     expected = on_cpu(folder, *batches)
     with pretended_gpu(monkeypatch), load(folder) as engine:
         assert [greedy(engine.model, batch, N_TOKENS) for batch in batches] == expected
         # Each batch size is rehearsed and recorded once; one sequence, after two, once more.
-        n_steps = N_TOKENS - 1
-        assert engine.graphs.replayed == 4 * n_steps - 3 * 2
+        n_texts, n_sizes = (5, 1) if name == "phimoe" else (4, 3)
+        n_steps = n_texts * (N_TOKENS - 1)
+        assert engine.graphs.replayed == n_steps - n_sizes * 2
         assert graph_notes(engine) == []
         recorder = engine.dispatcher.recorder
         passes = recorder.pass_table()
         assert len(recorder.layer_table()) == len(passes) * engine.store.n_layers
-        assert passes["decode"].sum() == 4 * n_steps
+        assert passes["decode"].sum() == n_steps
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("phimoe", "the host would wait"), ("gpt_oss", "keep the keys of all tokens")],
-)
-def test_what_cannot_be_recorded_stays_eager_and_a_note_says_why(
-    name, reason, tmp_path, monkeypatch
-):
-    """Phi-3.5-MoE asks how long the text is: found in a rehearsal, which is not counted."""
-    folder = _folder(name, tmp_path)
+def test_what_is_known_to_have_no_graphs_stays_eager_and_a_note_says_why(tmp_path, monkeypatch):
+    """A model with recurrent states."""
+    write_hub(build_model(nemotron_h()), tmp_path / "hub")
+    folder = prepared(tmp_path / "hub", tmp_path / "prepared", "--hf")
+    expected = on_cpu(folder, [FIRST])
+    with pretended_gpu(monkeypatch), load(folder) as engine:
+        (note,) = graph_notes(engine)
+        assert "keep keys of all tokens or of a window's" in note
+        assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected
+        assert engine.graphs.replayed == 0
+
+
+def test_what_a_rehearsal_finds_stays_eager_and_is_said(folder, monkeypatch):
+    """A model that asks the device outside of any part; the rehearsal is not counted."""
     expected = on_cpu(folder, [FIRST], [SECOND])
     said: list[str] = []
     with pretended_gpu(monkeypatch), load(folder, say=said.append) as engine:
-        at_loading = graph_notes(engine)
+        body = engine.model.model
+        forward = body.forward
+
+        def asking(**inputs: Any) -> Any:
+            assert inputs["input_ids"].max() < 1000
+            return forward(**inputs)
+
+        body.forward = asking
         assert [greedy(engine.model, [text], N_TOKENS) for text in (FIRST, SECOND)] == expected
         (note,) = graph_notes(engine)
-        assert reason in note
-        assert at_loading == [note] or note in said  # when notes have been printed
+        assert "the host would wait" in note and note in said
         assert engine.graphs.replayed == 0
         recorder = engine.dispatcher.recorder
         assert len(recorder.layer_table()) == 2 * N_TOKENS * engine.store.n_layers
@@ -185,8 +208,10 @@ def test_a_text_outgrows_its_graphs_and_they_are_recorded_anew(folder, monkeypat
         assert engine.graphs.replayed == 29 - 3 * 2
 
 
-def test_prompts_take_turns_in_a_batch(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_prompts_take_turns_in_a_batch(name, tmp_path, monkeypatch):
     """Rows come, go and are aligned anew: what was recorded has to follow the cache."""
+    folder = _folder(name, tmp_path)
     texts = [FIRST, SECOND, [7, 7, 50, 3], FIRST[::-1]]
 
     def answers(device: str) -> list[list[int]]:

@@ -31,10 +31,10 @@ def choose(n_slots: int, costs: CostModel = COSTS, trace=TRACE):
     return choose_cache(n_slots * BLOCK + BLOCK // 2, 4, 8, 2, costs, trace)
 
 
-def speed(n_indexes: int, n_ways: int, policy: str = "LRU") -> float:
+def speed(n_indexes: int, n_ways: int, policy: str = "LRU", quota: int = 64) -> float:
     passes = first_tokens(TRACE, 64)
     cache = ExpertCache(n_indexes, n_ways, make_policy(policy))
-    result = replay(passes, cache, timeline=Timeline(COSTS))
+    result = replay(passes, cache, quota, Timeline(COSTS))
     return result.n_decode_tokens / result.decode_us * 1e6
 
 
@@ -45,7 +45,16 @@ def test_nothing_that_fits_is_much_faster(n_slots):
     every = [(n, m) for n in range(1, 5) for m in range(1, 9) if n * m <= n_slots]
     fastest = max(speed(n, m) for n, m in every)
     assert choice.tokens_per_s >= 0.97 * fastest
-    assert choice.tokens_per_s == speed(choice.n_indexes, choice.n_ways, choice.policy)
+    assert choice.tokens_per_s == speed(
+        choice.n_indexes, choice.n_ways, choice.policy, choice.quota
+    )
+
+
+def test_the_more_a_copy_costs_the_cpu_the_fewer_are_begun():
+    """Never more than allowed; the first ones are worth it still."""
+    slowed = choose(12, replace(COSTS, cpu_shared_factor=1.5))
+    assert choose(12).quota == 64 > slowed.quota > 0
+    assert choose_cache(12 * BLOCK, 4, 8, 2, COSTS, TRACE, quota=3).quota <= 3
 
 
 def test_room_for_everything_caches_everything():

@@ -11,15 +11,16 @@ How a matrix lies in each weight format says `matrix.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, Literal
 
 from torch import Tensor
 
-from moe_offload.checkpoint import quantization
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.checkpoint.matrix import MatrixLayout
-from moe_offload.checkpoint.quantization import Quantize
+from moe_offload.checkpoint.quantization import BY_TORCH, Packer
 from moe_offload.checkpoint.safetensors_file import TensorEntry
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 
@@ -130,33 +131,34 @@ def block_layout(
 
 def pack_block(
     layout: BlockLayout,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor | Codes],
     out: Tensor,
-    quantize: Quantize = quantization.quantize,
+    packer: Packer = BY_TORCH,
 ) -> bool:
     """Write one expert's logical weights into `out` as the bytes of a block.
 
     `weights` holds `gate_up` [R, H], `down` [H, I] and, with biases, `gate_up_bias` [R] and
-    `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included. Of a
-    quantised source it also holds `<matrix>_unit` and, of one with minima, `<matrix>_minimum`
-    (`MatrixLayout.take_over`): a format that can takes these over without a rounding. False when
-    units were given and could not be kept: the weights are then rounded, or, with scales of the
-    source's, `out` is not a block.
+    `down_bias` [H], in any floating dtype; `out` is uint8 [block_bytes], padding included. Matrices
+    of a quantised source may be its codes, which a format that can takes over as they are. False
+    where one could not be kept: the weights are then rounded, or, with scales of the source's,
+    `out` is not a block.
     """
     out.zero_()
     kept = True
     for name in MATRIX_NAMES:
-        matrix, unit = layout.matrix(name), weights.get(f"{name}_unit")
-        arrays = None
-        if unit is not None and matrix.scales is not None:
-            arrays = matrix.take_over(weights[name], unit, weights.get(f"{name}_minimum"))
+        matrix, weight, arrays = layout.matrix(name), weights[name], None
+        if isinstance(weight, Codes):
+            arrays = matrix.take_over(weight, packer)
             kept = kept and arrays is not None
         if not kept and layout.scales is not None:
             return False  # only a source's own codes go with its scales
-        for suffix, array in (arrays or matrix.pack(weights[name], quantize)).items():
+        if arrays is None:
+            weight = weight.values() if isinstance(weight, Codes) else weight
+            arrays = matrix.pack(weight, packer)
+        for suffix, array in arrays.items():
             layout.field(f"{name}{suffix}").view(out).copy_(array)
         if layout.has_bias:
-            layout.field(f"{name}_bias").view(out).copy_(weights[f"{name}_bias"])
+            layout.field(f"{name}_bias").view(out).copy_(weights[f"{name}_bias"])  # type: ignore[arg-type]
     return kept
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint import quantization
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS
 
 # Products of inputs are held as [C, C]: longer rows are compensated piece by piece.
@@ -23,20 +24,20 @@ MOST_COLUMNS: Final = 4096
 # true of another. On three experts of the demo, reading another text, 0.01 left 15% more error.
 _DAMPING: Final = 0.2
 _DAMPING_OF_CHANGES: Final = 1.0
+_ZERO: Final = 8  # int4's own
 _BLOCK: Final = 128  # columns whose errors reach the rest in one product
 
 
 def compensate(
     weight: Tensor, inputs: Tensor, others: Tensor | None = None, wanted: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """W [R, C] rounded to int4 for `inputs` X [n, C], and the scales, both fp32 [R, C].
+) -> Codes:
+    """W [R, C] rounded to int4 for `inputs` X [n, C], as codes that are packed as they are.
 
-    The result is whole multiples of the scales, which `quantization` packs as they are. `others`
-    [m, C] are inputs of the same kind that the matrix did not get; they count as C more inputs
-    together, so that few of its own do not decide alone. `wanted` [n, C] are what X would be had
-    nothing been rounded before it: the product with X then comes near to that with these (as in
-    GPTAQ, Li et al. 2025). Errors as of `quantization.quantize`; scratch memory is four times W, or
-    of MOST_COLUMNS squared, in fp32.
+    `others` [m, C] are inputs of the same kind that the matrix did not get; they count as C more
+    inputs together, so that few of its own do not decide alone. `wanted` [n, C] are what X would be
+    had nothing been rounded before it: the product with X then comes near to that with these (as
+    in GPTAQ, Li et al. 2025). Errors as of `quantization.quantize`; scratch memory is four times
+    W, or of MOST_COLUMNS squared, in fp32.
     """
     rows, columns = weight.shape
     padded_rows, padded_columns = -rows % TILE_ROWS + rows, -columns % GROUP + columns
@@ -58,7 +59,10 @@ def compensate(
         _compensate(weights, _cost(products, order), scales_in_order)
         remaining[place][order] = weights
         scales[place][order] = scales_in_order
-    return remaining[:columns, :rows].t(), scales[:columns, :rows].t()
+    levels = torch.where(scales == 0, 0, remaining / scales).round_() + _ZERO
+    units = scales[::GROUP, :rows].t()
+    codes = levels[:columns, :rows].t().to(torch.uint8)
+    return Codes("int", codes, units, torch.full_like(units, _ZERO))
 
 
 def _mean_products(inputs: Tensor, others: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ from transformers.core_model_loading import (
 )
 
 from moe_offload.checkpoint.block import BlockLayout, block_layout
-from moe_offload.checkpoint.quantization import Grid
+from moe_offload.checkpoint.codes import Codes, Grid, joined
 from moe_offload.checkpoint.source_files import LazyTensor, Quantised
 from moe_offload.config import Scales, WeightFormat
 from moe_offload.errors import UserError
@@ -214,30 +214,52 @@ class ConversionPlan:
         Call it for experts in ascending order. Where the conversion mixes experts the whole tensor
         is read and stays in memory as long as the function does.
         """
-        group = self._group_of[target]
-        if _keeps_experts_apart(group.converter):
-            return self._part_reader(group, self._tensors)
-        whole = self.read(target)
-        return lambda expert: whole[expert]
+        group, tensors = self._group_of[target], self._tensors
+        if not _keeps_experts_apart(group.converter):
+            whole = self.read(target)
+            return lambda expert: whole[expert]
+        if group.converter is None:
+            return lambda expert: tensors[group.names[0]].read_rows(expert, expert + 1)[0]
 
-    def unit_readers(self, target: str) -> dict[str, Callable[[int], Tensor]]:
-        """The same of the `unit` and `minimum` of quantised weights, where all of them have one.
+        def read(expert: int) -> Tensor:
+            part = self._of_expert(group, expert)
+            return self._convert(part, lambda name: tensors[name].read())[target][0]
 
-        Empty where there are none or experts mix.
+        return read
+
+    def codes_reader(self, target: str) -> Callable[[int], Codes | None]:
+        """The same of the codes of a quantised source; None where there are none, or experts mix.
+
+        So it is where the matrices of an expert, which lie apart, are quantised unlike each other.
         """
-        quantised = self._quantised(target) or {}
-        readers = {}
-        for kind, found in (
-            ("unit", {name: one.units for name, one in quantised.items()}),
-            ("minimum", {name: one.minima for name, one in quantised.items()}),
-        ):
-            there = {name: one for name, one in found.items() if one is not None}
-            if there and there == found:
-                readers[kind] = self._part_reader(self._group_of[target], there)
-        return readers
+        group, quantised = self._group_of[target], self._quantised(target) or {}
+        readers = {name: one.read_rows for name, one in quantised.items()}
+        if None in readers.values() or len({one.kind for one in quantised.values()}) != 1:
+            return lambda expert: None
+
+        def read(expert: int) -> Codes | None:
+            if group.converter is None:
+                found = quantised[group.names[0]].read_rows(expert, expert + 1)  # type: ignore[misc]
+                return found.map(lambda part: part[0])
+            part = self._of_expert(group, expert)
+            found = {
+                name: readers[name](0, self._tensors[name].shape[0])  # type: ignore[misc]
+                for name in part.names
+            }
+
+            def convert(parts: list[Tensor]) -> Tensor:
+                by_name = dict(zip(found, parts, strict=True))
+                return self._convert(part, by_name.__getitem__)[target][0]
+
+            try:
+                return joined([*found.values()], convert)
+            except (RuntimeError, ValueError):  # units of other groups do not fit together
+                return None
+
+        return read
 
     def grids(self, target: str) -> Iterator[Grid] | None:
-        """What the weights of a quantised source are multiples of; None where there are none."""
+        """What a quantised source asks of a format; None where it is not quantised."""
         quantised = self._quantised(target)
         if quantised is None:
             return None
@@ -250,19 +272,9 @@ class ConversionPlan:
         whole = len(quantised) == len(found) and _keeps_experts_apart(group.converter)
         return quantised if whole else None
 
-    def _part_reader(
-        self, group: _Group, tensors: Mapping[str, LazyTensor]
-    ) -> Callable[[int], Tensor]:
-        """A function that reads one expert's part of the target from `tensors`."""
-
-        def read(expert: int) -> Tensor:
-            if group.converter is None:
-                return tensors[group.names[0]].read_rows(expert, expert + 1)[0]
-            sources = {pattern: [names[expert]] for pattern, names in group.sources.items()}
-            part = _Group(group.target, group.converter, sources)
-            return self._convert(part, lambda name: tensors[name].read())[group.target][0]
-
-        return read
+    def _of_expert(self, group: _Group, expert: int) -> _Group:
+        sources = {pattern: [names[expert]] for pattern, names in group.sources.items()}
+        return _Group(group.target, group.converter, sources)
 
     def _group_sources(self) -> Iterable[_Group]:
         transforms = get_model_conversion_mapping(self._model)

@@ -6,17 +6,19 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
+from moe_offload.checkpoint.codes import CodeKind, Grid
 from moe_offload.checkpoint.matrix import exact_dtypes
-from moe_offload.checkpoint.quantization import GROUP, Grid, GridKind
+from moe_offload.checkpoint.quantization import GROUP
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
 
 _Candidate = tuple[WeightFormat, Literal["", "zero", "minimum"]]
 # By kind of grid, the smallest first.
-_CANDIDATES: Final[Mapping[GridKind, tuple[_Candidate, ...]]] = {
+_CANDIDATES: Final[Mapping[CodeKind, tuple[_Candidate, ...]]] = {
     "int": (("int4", ""), ("int4", "zero"), ("int8", ""), ("int8", "zero")),
     "affine": (("int4", "minimum"), ("int8", "minimum")),
     "e2m1": (("mxfp4", ""), ("int8", "")),
     "fp8": (("fp8", ""),),
+    "e5m2": (),
 }
 
 

@@ -26,7 +26,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from moe_offload.checkpoint.quantization import Grid, GridKind
+from moe_offload.checkpoint.codes import CodeKind, Codes, Grid
 from moe_offload.checkpoint.safetensors_file import read_into
 from moe_offload.checkpoint.source_files import LazyTensor, Quantised, merge, place
 from moe_offload.errors import UserError
@@ -55,7 +55,6 @@ _MULTIPLES: Final = {
     Type.Q8_0: (-127, 127),
     Type.MXFP4: (-12, 12),
 }
-_WITH_MINIMUM: Final = (Type.Q4_1, Type.Q5_1)
 _GROUP: Final = 32
 _PLAIN: Final = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
@@ -216,6 +215,11 @@ def _require_at_most(found: int, most: int, what: str) -> None:
         raise ValueError(f"it claims {found} {what}")
 
 
+def _half(blocks: Tensor) -> Tensor:
+    """fp32 of the float16 at the beginning of each block."""
+    return blocks[..., :2].contiguous().view(torch.float16).float()[..., 0]
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """A quantised tensor: blocks of one row's neighbours, row after row."""
@@ -227,14 +231,19 @@ class _Blocks:
     offset: int
 
     def tensor(self) -> LazyTensor:
-        """Its dequantised values, fp32, and what these are multiples of."""
-        units = minima = None
-        if self.stored in _MULTIPLES:
-            units = LazyTensor(self.shape, torch.float32, self.path, self._units)
-        if self.stored in _WITH_MINIMUM:
-            minima = LazyTensor(self.shape, torch.float32, self.path, partial(self._units, at=2))
-        quantised = Quantised(units, self._grids, minima)
+        """Its dequantised values, fp32, and its codes where it is made of some."""
+        codes = self._codes if self.stored in _MULTIPLES and len(self.shape) > 1 else None
+        quantised = Quantised(self._kind, self._grids, codes)
         return LazyTensor(self.shape, torch.float32, self.path, self._values, quantised)
+
+    @property
+    def _kind(self) -> CodeKind:
+        kinds: dict[Type, CodeKind] = {
+            Type.MXFP4: "e2m1",
+            Type.Q4_1: "affine",
+            Type.Q5_1: "affine",
+        }
+        return kinds.get(self.stored, "int")
 
     def _packed(self, start: int, stop: int) -> Tensor:
         """uint8 [rows of blocks, bytes] of a slice of the first dimension; a vector is one row."""
@@ -247,26 +256,38 @@ class _Blocks:
         read_into(self.path, self.offset + start * rows_each * row_bytes, packed)
         return packed
 
-    def _slice(self, values: Tensor, start: int, stop: int) -> Tensor:
-        if len(self.shape) == 1:
-            return values[0, start:stop].clone()
-        return values.view(stop - start, *self.shape[1:])
-
     def _values(self, start: int, stop: int) -> Tensor:
         packed = self._packed(start, stop)
         with np.errstate(all="ignore"):  # a scale may be infinite: whoever uses it looks
             values = torch.from_numpy(gguf.dequantize(packed.numpy(), self.stored))
-        return self._slice(values, start, stop)
+        if len(self.shape) == 1:
+            return values[0, start:stop].clone()
+        return values.view(stop - start, *self.shape[1:])
 
-    def _units(self, start: int, stop: int, at: int = 0) -> Tensor:
-        """Each weight's unit, from the scale at the beginning of its block; its minimum behind."""
-        block, block_bytes = gguf.GGML_QUANT_SIZES[self.stored]
+    def _codes(self, start: int, stop: int) -> Codes:
+        """Of blocks of 32: a scale, perhaps a minimum, perhaps the fifth bits, then the rest.
+
+        Of two four-bit codes in a byte the low one is of the first half.
+        """
+        _, block_bytes = gguf.GGML_QUANT_SIZES[self.stored]
         blocks = self._packed(start, stop).unflatten(1, (-1, block_bytes))
+        offset: Tensor | None = None
         if self.stored == Type.MXFP4:
-            units = torch.exp2(blocks[..., 0].float() - 128)
+            unit, rest = torch.exp2(blocks[..., 0].float() - 128), blocks[..., 1:]
         else:
-            units = blocks[..., at : at + 2].contiguous().view(torch.float16).float()[..., 0]
-        return self._slice(units.repeat_interleave(block, dim=1), start, stop)
+            unit, rest = _half(blocks), blocks[..., 2:]
+            offset = torch.full(unit.shape, float(_MULTIPLES[self.stored][1] + 1))
+        if self._kind == "affine":
+            offset, rest = _half(rest), rest[..., 2:]
+        codes = rest ^ 128
+        if self.stored != Type.Q8_0:
+            codes = torch.cat((rest[..., -16:] & 15, rest[..., -16:] >> 4), dim=-1)
+        if rest.shape[-1] == 20:
+            fifth = rest[..., :4, None] >> torch.arange(8, dtype=torch.uint8) & 1
+            codes |= fifth.flatten(-2) << 4
+        shape = (stop - start, *self.shape[1:-1], -1)
+        found = Codes(self._kind, codes.flatten(1), unit, offset)
+        return found.map(lambda part: part.view(shape))
 
     def _grids(self) -> Iterator[Grid]:
         """One that stands for all of its matrices, but for MXFP4.
@@ -277,18 +298,17 @@ class _Blocks:
         low, high = _MULTIPLES.get(self.stored, (1, 1))
         units = torch.ones(1)
         of_mxfp4 = self.stored == Type.MXFP4
-        kind: GridKind = "affine" if self.stored in _WITH_MINIMUM else "int"
         for row in range(self.shape[0] if of_mxfp4 else 1):
             if of_mxfp4:
-                units = self._units(row, row + 1)
+                units = self._codes(row, row + 1).units
             yield Grid(
                 name=f"{self.name}, {self.stored.name}",
                 is_bf16=of_mxfp4,
-                kind="e2m1" if of_mxfp4 else kind,
+                kind=self._kind,
                 low=low,
                 high=high,
                 group=_GROUP if self.stored in _MULTIPLES else 1,
                 units=units,
                 used_units=partial(torch.clone, units),
-                levels=high - low + 1 if kind == "affine" else 256,
+                levels=high - low + 1 if self._kind == "affine" else 256,
             )

@@ -10,7 +10,7 @@ and the two halves of latent attention's kv_b, one of them transposed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from moe_offload.checkpoint.codes import Codes, Grid, joined
 from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.gguf_file import GgufFile
 from moe_offload.checkpoint.mistral import half_rotation
@@ -454,28 +455,38 @@ def combined(
         return combine([part.read() for part in parts])[start:stop]
 
     dtype = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float32
+
+    def read_codes(found: list[Codes]) -> Codes:
+        return joined(found, combine)
+
     return LazyTensor(
-        tuple(shape),
-        dtype,
-        path,
-        read_rows,
-        _together(parts, lambda units: combined(units, combine, by_row)),
+        tuple(shape), dtype, path, read_rows, _together(parts, read_codes) if by_row else None
     )
 
 
 def _together(
-    parts: Sequence[LazyTensor], join: Callable[[list[LazyTensor]], LazyTensor]
+    parts: Sequence[LazyTensor], join: Callable[[list[Codes]], Codes], stacked: bool = False
 ) -> Quantised | None:
-    """What the numbers of tensors that `join` makes one of are multiples of."""
+    """What tensors that are made one, as `join` does with their codes, are as quantised ones.
+
+    `stacked` where each is one row of the whole.
+    """
     quantised = [part.quantised for part in parts if part.quantised is not None]
     if len(quantised) < len(parts):
         return None
-    joined = []
-    for found in ([one.units for one in quantised], [one.minima for one in quantised]):
-        there = [one for one in found if one is not None]
-        joined.append(join(there) if len(there) == len(parts) else None)
-    units, minima = joined
-    return Quantised(units, lambda: chain.from_iterable(one.grids() for one in quantised), minima)
+    readers = [one.read_rows for one in quantised if one.read_rows is not None]
+    alike = len(readers) == len(parts) and len({one.kind for one in quantised}) == 1
+
+    def read_rows(start: int, stop: int) -> Codes:
+        if stacked:
+            rows = [parts[row].shape[0] for row in range(start, stop)]
+            return join([read(0, n) for read, n in zip(readers[start:stop], rows, strict=True)])
+        return join([read(start, stop) for read in readers])
+
+    def grids() -> Iterator[Grid]:
+        return chain.from_iterable(one.grids() for one in quantised)
+
+    return Quantised(quantised[0].kind, grids, read_rows if alike else None)
 
 
 def _halves(config: PreTrainedConfig) -> Callable[[list[Tensor]], Tensor]:
@@ -575,4 +586,5 @@ def _stacked(experts: Sequence[LazyTensor]) -> LazyTensor:
         return torch.stack([expert.read() for expert in experts[start:stop]])
 
     shape = (len(experts), *first.shape)
-    return LazyTensor(shape, first.dtype, first.path, read_rows, _together(experts, _stacked))
+    quantised = _together(experts, lambda found: joined(found, torch.stack), stacked=True)
+    return LazyTensor(shape, first.dtype, first.path, read_rows, quantised)

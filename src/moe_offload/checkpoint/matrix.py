@@ -15,13 +15,12 @@ count row blocks and groups. Beside it lie, where the format has them (`config.S
     fp8     e4m3 (fn: no infinity), finite
 
 Numbers are those of fp32 arithmetic in the order of `config.Scales`. A source that is quantised
-already keeps its codes and scales: its weights are whole multiples of a `unit`, from which the
-codes are found again, and nothing is stored that does not give back every weight.
+already keeps its codes and scales (`codes.py`) where the format has such, every weight as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,13 +28,11 @@ import torch
 from torch import Tensor
 
 from moe_offload.checkpoint import quantization
-from moe_offload.checkpoint.quantization import GROUP, TILE_ROWS, Quantize
+from moe_offload.checkpoint.codes import E2M1_TWICE, Codes, look_up
+from moe_offload.checkpoint.quantization import BY_TORCH, GROUP, TILE_ROWS, Packer
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
-from moe_offload.errors import UserError
 
 _CHUNK_WEIGHTS: Final = 1 << 20  # converted at a time
-# Halves of E2M1's magnitudes, by code.
-_E2M1: Final = (0, 1, 2, 3, 4, 6, 8, 12)
 _LARGEST_FP8: Final = 448.0
 # Scale types that a kernel reads, smallest first.
 _SCALE_DTYPES: Final = {
@@ -101,53 +98,95 @@ class MatrixLayout:
         columns = -(-self.n_columns // self.scales.group) if self.scales.group else 1
         return -(-self.n_rows // self.scales.rows), columns
 
-    def pack(self, weight: Tensor, quantize: Quantize = quantization.quantize) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor, packer: Packer = BY_TORCH) -> dict[str, Tensor]:
         """The arrays of the nearest numbers, by suffix, to W of any floating dtype.
 
         UserError for a weight that is not finite or too large for the format; ValueError for scales
-        other than the format's own, which only a source's weights come with.
+        other than the format's own, which only a source's codes come with.
         """
         facts = WEIGHT_FORMATS[self.weight_format]
         if self.scales is None:
             return {"": weight}
         if self.scales != facts.scales:
             raise ValueError(f"only a quantised source has scales {self.scales}")
-        if self.weight_format in ("int8", "int4"):
-            packed, scale = quantize(weight, facts.bits)
-            return {"": packed, "_scale": scale}
-        largest = float(weight.abs().max()) if weight.numel() else 0.0
-        if not largest < 1e38:
-            raise UserError(
-                f"{self.weight_format} needs finite weights of magnitude below 1e38, found "
-                f"{largest}: check the checkpoint"
-            )
         if self.weight_format == "fp8":
             return self._pack_fp8(weight)
-        return self._in_tiles(_round_to_e2m1, weight)
+        if self.weight_format == "mxfp4":
+            packed, scale = packer.round_to_e2m1(weight)
+        else:
+            packed, scale = packer.quantize(weight, facts.bits)
+        return {"": packed, "_scale": scale}
 
-    def take_over(
-        self, weight: Tensor, unit: Tensor, minimum: Tensor | None = None
-    ) -> dict[str, Tensor] | None:
-        """The arrays, by suffix, of W fp32 [R, C] without a rounding; None where they cannot be.
-
-        W is whole multiples of `unit` fp32 [R, C] (of mxfp4 half the scale, of fp8 e4m3 numbers
-        times the scale); with `minimum` fp32 [R, C], whole multiples plus that. What one scale
-        covers must have one unit and minimum.
-        """
+    def take_over(self, source: Codes, packer: Packer = BY_TORCH) -> dict[str, Tensor] | None:
+        """The arrays, by suffix, that hold a source's own numbers; None where they cannot."""
         assert self.scales is not None
-        if (minimum is not None) != (self.scales.offset == "minimum"):
+        fits = source.codes.shape == (self.n_rows, self.n_columns)
+        if not fits or source.unit_columns != GROUP:
             return None
         try:
             if self.weight_format == "fp8":
-                arrays = self._take_over_fp8(weight, unit)
-            elif self.weight_format == "mxfp4":
-                arrays = self._in_tiles(_find_e2m1, weight, unit)
-            else:
-                parts = (weight, unit) if minimum is None else (weight, unit, minimum)
-                arrays = self._in_tiles(self._find_levels, *parts)
+                if source.kind != "fp8":
+                    return None
+                stored = source.codes.contiguous().view(torch.float8_e4m3fn)
+                return {"": stored, "_scale": self._scales_of(source)}
+            levels, offsets = self._levels_of(source)
+            arrays = {"": packer.pack_levels(levels, self._bits)}
+            scales = {"_scale": self._scales_of(source)}
+            if offsets is not None:
+                scales[f"_{self.scales.offset}"] = self._one_per_scale(offsets)
         except _InexactError:
             return None
-        return arrays if torch.equal(self.unpack(arrays), weight.float()) else None
+        return arrays | {suffix: _tile_scales(values) for suffix, values in scales.items()}
+
+    def _levels_of(self, source: Codes) -> tuple[Tensor, Tensor | None]:
+        """Levels [R, C], and with offsets what to store of them, for each unit."""
+        assert self.scales is not None
+        codes, offsets, stored_offset = source.codes, source.offsets, self.scales.offset
+        kinds = {"zero": "int", "minimum": "affine"}.get(stored_offset)
+        if self.weight_format == "mxfp4" and source.kind == "e2m1":
+            return codes, None
+        if self.weight_format == "int8" and source.kind == "e2m1" and not stored_offset:
+            return look_up((E2M1_TWICE + 128).to(torch.uint8), codes), None
+        if offsets is None or source.kind != (kinds or "int") or self.weight_format == "mxfp4":
+            raise _InexactError
+        if stored_offset == "minimum":
+            offsets = _stored(offsets, "float16")
+        elif stored_offset:
+            offsets = _whole(offsets, 255)
+        else:  # the format's own zero in the place of the source's
+            shift = self._levels // 2 - offsets
+            offsets = None
+            if bool((shift != 0).any()):
+                spread = shift.repeat_interleave(GROUP, 1)[:, : self.n_columns]
+                return _whole(codes + spread, self._levels - 1), None
+        return _whole(codes, self._levels - 1), offsets
+
+    def _scales_of(self, source: Codes) -> Tensor:
+        """[ceil(R / rows), S] in the scales' dtype."""
+        assert self.scales is not None
+        twice = 2.0 if self.weight_format == "mxfp4" else 1.0
+        units = self._one_per_scale(source.units) * twice
+        try:
+            return _stored(units, self.scales.dtype)
+        except _InexactError:  # the scale of zeros may be anything
+            if self.scales.rows != 1:
+                raise
+            n_scales = units.shape[1]
+            group = self.scales.group or self.n_columns
+            padding = n_scales * group - self.n_columns
+            used = torch.nn.functional.pad(source.values() != 0, (0, padding))
+            used = used.unflatten(1, (n_scales, group)).any(2)
+            return _stored(torch.where(used, units, 0.0), self.scales.dtype)
+
+    def _one_per_scale(self, per_unit: Tensor) -> Tensor:
+        """[ceil(R / rows), S] of [R, units]; _InexactError where a scale is to cover several."""
+        assert self.scales is not None
+        step = self.scales.group // GROUP or per_unit.shape[1]
+        found = per_unit[:: self.scales.rows, ::step]
+        spread = found.repeat_interleave(self.scales.rows, 0).repeat_interleave(step, 1)
+        if not torch.equal(spread[: per_unit.shape[0], : per_unit.shape[1]], per_unit):
+            raise _InexactError
+        return found
 
     def unpack(self, arrays: dict[str, Tensor]) -> Tensor:
         """W in fp32; as stored where the format has no scales. On the arrays' device."""
@@ -162,7 +201,7 @@ class MatrixLayout:
             levels = quantization.unpack_levels(stored[blocks], self._bits)[:n, : self.n_columns]
             scale = self._rows_of(_scale_values(arrays["_scale"][blocks]), n)
             if self.weight_format == "mxfp4":
-                out[rows] = _e2m1_halves(levels).mul_(0.5).mul_(scale)
+                out[rows] = look_up(E2M1_TWICE.to(levels.device), levels).mul_(0.5).mul_(scale)
             elif self.scales.offset == "minimum":
                 minimum = self._rows_of(arrays["_minimum"][blocks].float(), n)
                 out[rows] = levels.float().mul_(scale).add_(minimum)
@@ -202,66 +241,18 @@ class MatrixLayout:
         by_row = values.repeat_interleave(self.scales.rows, 0)[: self.n_rows]
         return self._over_columns(by_row)
 
-    def _one_per_scale(self, values: Tensor) -> Tensor:
-        """[n, S], the first column's of each group, of [n, C] values."""
-        assert self.scales is not None
-        return values[:, :: self.scales.group or self.n_columns].float()
-
-    def _in_tiles(
-        self, find: Callable[..., tuple[Tensor, dict[str, Tensor]]], *matrices: Tensor
-    ) -> dict[str, Tensor]:
-        """The arrays of all rows, from what `find` makes of a few: levels, and values per scale."""
-        parts: dict[str, list[Tensor]] = {}
-        for _, rows in self._chunks():
-            chunk = [matrix[rows].float() for matrix in matrices]
-            levels, scales = find(*chunk)
-            parts.setdefault("", []).append(quantization.pack_levels(levels, self._bits))
-            for suffix, values in scales.items():
-                parts.setdefault(suffix, []).append(_tile_scales(values))
-        return {suffix: torch.cat(tensors) for suffix, tensors in parts.items()}
-
-    def _find_levels(
-        self, weight: Tensor, unit: Tensor, minimum: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self.scales is not None
-        units = self._one_per_scale(unit)
-        if minimum is None:  # the scale of zeros may be anything
-            units = torch.where(self._extremes(weight.abs())[1] == 0, 0.0, units)
-        scale = _stored(units, self.scales.dtype)
-        step = self._over_columns(scale.float())
-        inverse = torch.where(step == 0, step, step.reciprocal())
-        if minimum is not None:
-            lowest = _stored(self._one_per_scale(minimum), "float16")
-            n = ((weight - self._over_columns(lowest.float())) * inverse).round_()
-            return _whole(n, self._levels - 1), {"_scale": scale, "_minimum": lowest}
-        n = (weight * inverse).round_()
-        zero: Tensor | int = self._levels // 2
-        if not self.scales.offset:
-            return _whole(n + zero, self._levels - 1), {"_scale": scale}
-        # The format's own zero where that holds the group; else the one that just does.
-        smallest, largest = self._extremes(n)
-        fits = (smallest >= -zero) & (largest < zero)
-        own = torch.where(fits, float(zero), (-smallest).clamp_(min=0))
-        levels = _whole(n + self._over_columns(own), self._levels - 1)
-        return levels, {"_scale": scale, "_zero": _whole(own, 255)}
-
-    def _extremes(self, n: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest of what shares a scale, [n, S] each."""
-        assert self.scales is not None
-        group = self.scales.group or self.n_columns
-        padding = (0, -n.shape[1] % group)
-        padded = torch.nn.functional.pad(n[:, None], padding, mode="replicate")[:, 0]
-        groups = padded.unflatten(1, (-1, group))
-        return groups.amin(2), groups.amax(2)
-
     def _pack_fp8(self, weight: Tensor) -> dict[str, Tensor]:
         assert self.scales is not None
+        most = float(weight.abs().max()) if weight.numel() else 0.0
+        quantization.require_magnitude("fp8", most, 1e38)
         largest = torch.zeros(self._scale_shape, device=weight.device)
         stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+        group = self.scales.group or self.n_columns
         for row, first in enumerate(range(0, self.n_rows, self.scales.rows)):
             rows = slice(first, min(first + self.scales.rows, self.n_rows))
             magnitude = weight[rows].float().abs_().amax(0, keepdim=True)
-            largest[row] = self._extremes(magnitude)[1]
+            padded = torch.nn.functional.pad(magnitude, (0, -self.n_columns % group))
+            largest[row] = padded.view(-1, group).amax(1)
             # A block of zeros, or of weights whose scale fp32 would round to nothing, is zero.
             scale = torch.where(largest[row] < 1e-30, 0.0, largest[row] / _LARGEST_FP8)
             inverse = torch.where(scale == 0, scale, scale.reciprocal())
@@ -269,13 +260,6 @@ class MatrixLayout:
             stored[rows] = levels.clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
             largest[row] = scale
         return {"": stored, "_scale": largest}
-
-    def _take_over_fp8(self, weight: Tensor, unit: Tensor) -> dict[str, Tensor]:
-        assert self.scales is not None
-        scale = _stored(self._one_per_scale(unit[:: self.scales.rows]), self.scales.dtype)
-        step = self._spread(_scale_values(scale))
-        levels = torch.where(step == 0, step, weight / step)
-        return {"": levels.to(torch.float8_e4m3fn), "_scale": scale}
 
 
 class _InexactError(Exception):
@@ -327,51 +311,10 @@ def _tile_scales(values: Tensor) -> Tensor:
 
 
 def _whole(n: Tensor, largest: int) -> Tensor:
-    """uint8 of whole fp32 numbers from 0 to `largest`; _InexactError for others."""
-    if not bool(((n >= 0) & (n <= largest)).all()):
+    """uint8 of whole numbers from 0 to `largest`; _InexactError for others."""
+    if n.dtype == torch.uint8 and largest == 255:
+        return n
+    least, most = n.aminmax()
+    if not (least >= 0 and most <= largest):
         raise _InexactError
     return n.to(torch.uint8)
-
-
-def _e2m1_halves(codes: Tensor) -> Tensor:
-    """fp32 whole numbers, twice what E2M1 codes stand for; -0 stays."""
-    table = torch.tensor([*_E2M1, *(-float(n) for n in _E2M1)], device=codes.device)
-    return _look_up(table, codes)
-
-
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index]; index_select is ten times as fast as an index in brackets."""
-    return table.index_select(0, index.flatten().int()).view(index.shape)
-
-
-def _find_e2m1(weight: Tensor, unit: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    step = unit[:, ::GROUP]
-    spread = step.repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
-    halves = torch.where(spread == 0, spread, weight / spread).abs()
-    places = torch.full((13,), 255, dtype=torch.uint8, device=weight.device)
-    places[list(_E2M1)] = torch.arange(8, dtype=torch.uint8, device=weight.device)
-    codes = _look_up(places, _whole(halves, 12))
-    sign = torch.signbit(weight).to(codes.dtype) << 3
-    return _whole(codes | sign, 15), {"_scale": _stored(step * 2, "uint8")}
-
-
-def _round_to_e2m1(weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The nearest numbers; of the scales that keep or just clip a group's largest, the better."""
-    n_columns = weight.shape[1]
-    groups = torch.nn.functional.pad(weight, (0, -n_columns % GROUP)).unflatten(1, (-1, GROUP))
-    exponent = torch.frexp(groups.abs().amax(2)).exponent.clamp_(min=-120)  # |w| < 2^exponent
-    edges = torch.tensor([0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0], device=weight.device)
-    halves = torch.tensor(_E2M1, dtype=torch.float32, device=weight.device)
-    best = torch.zeros_like(groups, dtype=torch.uint8)
-    one = torch.ones_like(groups[..., 0])
-    best_exponent, best_error = exponent, one * torch.inf
-    for candidate in (exponent - 3, exponent - 2):
-        unit = torch.ldexp(one, candidate - 1)[..., None]
-        codes = torch.bucketize(groups.abs() / unit, edges, out_int32=True)
-        error = (_look_up(halves, codes) * unit - groups.abs()).square_().sum(2)
-        better = error < best_error
-        best = torch.where(better[..., None], codes.to(torch.uint8), best)
-        best_exponent = torch.where(better, candidate, best_exponent)
-        best_error = torch.minimum(error, best_error)
-    codes = best | (torch.signbit(groups).to(torch.uint8) << 3)
-    return codes.flatten(1)[:, :n_columns], {"_scale": (best_exponent + 127).to(torch.uint8)}

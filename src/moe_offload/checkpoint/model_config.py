@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from moe_offload.checkpoint.quantized_source import Settings, read_settings
+from moe_offload.checkpoint.quantized_settings import Settings, read_settings
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object
 

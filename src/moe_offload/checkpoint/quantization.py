@@ -1,4 +1,4 @@
-"""Group-wise symmetric int8 and int4, and the packed bytes every kernel reads.
+"""Group-wise symmetric int8 and int4, E2M1, and the packed bytes every kernel reads.
 
 A matrix W [R, C] is cut into groups of 32 consecutive inputs of one row; each group has one
 float16 scale, so `w ~= q * scale` costs 8.5 or 4.5 bits per weight. R is padded to a multiple of 16
@@ -9,6 +9,7 @@ and C to a multiple of 32 with zero weights; RB = Rpad / 16, G = Cpad / 32.
             two's complement, q in -127..127
     int4    uint8   [RB, G, 4, 16, 4]  low nibble  q + 8 of column g*32 + s*4 + j
             q in -8..7                 high nibble q + 8 of column g*32 + 16 + s*4 + j
+    E2M1    as int4, its four bits in the place of q + 8; scales uint8, E8M0: 2^(byte - 127)
 
 Sixteen rows by four columns are one 64-byte vector: `vpdpbusd` or `maddubs` with four broadcast
 activation bytes accumulates sixteen rows with neither a horizontal sum nor a permutation. A scale
@@ -22,13 +23,13 @@ no group is worse than round-to-nearest; on Gaussian weights the squared error i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from moe_offload.checkpoint.codes import E2M1_HALVES, look_up
 from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.errors import UserError
 
@@ -43,38 +44,10 @@ _DIVISORS: Final = {
 }
 _SMALLEST_SCALE: Final = 2.0**-24  # float16's smallest subnormal
 _LARGEST_SCALE: Final = 65504.0
+_LARGEST_E2M1: Final = 1e38
+# Above which half an E2M1 number becomes the next one.
+_E2M1_EDGES: Final = (0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0)
 _CHUNK_WEIGHTS: Final = 1 << 18  # 1 MiB in fp32: larger chunks were at most 7% faster
-
-
-# Of W [R, C] and 8 or 4 bits, as `quantize` or by kernels that give the same bytes.
-Quantize = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-GridKind = Literal["int", "affine", "e2m1", "fp8"]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The few numbers that a matrix of a quantised checkpoint is made of.
-
-    Its weights are `unit` times whole numbers from `low` to `high`; the unit is the same in `group`
-    neighbours of a row, 0: in all of them. Of `affine` a float16 minimum of such neighbours is
-    added. Of `e2m1` it is half the scale, and the numbers are 0, 1, 2, 3, 4, 6, 8, 12 and their
-    negatives; of `fp8` it is the scale, of e4m3 or e5m2 numbers. `units` are all of the matrix,
-    fp32; `used_units()` those of weights that are not zero, read when asked for. `name` is the
-    tensor's; `is_bf16` says that bf16 holds every weight. Weights of one unit are at most `levels`
-    neighbouring numbers, and `rows` rows have the same units.
-    """
-
-    name: str
-    is_bf16: bool
-    kind: GridKind
-    low: int
-    high: int
-    group: int
-    units: Tensor
-    used_units: Callable[[], Tensor]
-    levels: int = 256
-    rows: int = 1
 
 
 def packed_shapes(
@@ -134,6 +107,64 @@ def pack_levels(levels: Tensor, bits: int) -> Tensor:
     return _tiles(by_group ^ 128 if bits == 8 else by_group, bits)
 
 
+def round_to_e2m1(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The tiles and E8M0 scales [RB, G, 16] of the nearest numbers to W [R, C].
+
+    Of the scales that keep or just clip a group's largest the better, by squared error. UserError
+    for a weight that is not finite.
+    """
+    packed, scales = _empty_packed(weight, 4)
+    scales = scales.to(torch.uint8)
+    edges = torch.tensor(_E2M1_EDGES)
+    halves = torch.tensor(E2M1_HALVES)
+    for part, rows in _chunks(scales):
+        x = _group_major(weight[rows], *scales[part].shape[:2])
+        size = x.abs()
+        largest = size.amax(0)
+        require_magnitude("mxfp4", float(largest.max()), _LARGEST_E2M1)
+        exponent = torch.frexp(largest).exponent.clamp_(min=-120)  # |w| < 2^exponent
+        best, best_exponent, best_error = torch.zeros_like(x, dtype=torch.int32), exponent, None
+        for candidate in (exponent - 3, exponent - 2):
+            unit = torch.ldexp(torch.ones_like(largest), candidate - 1)
+            codes = torch.bucketize(size * unit.reciprocal(), edges, out_int32=True)
+            error = _sum_of_group((look_up(halves, codes) * unit - size).square_())
+            better = torch.ones_like(error, dtype=torch.bool)
+            if best_error is not None:
+                better = error < best_error
+                error = torch.minimum(error, best_error)
+            best_error = error
+            best = torch.where(better, codes, best)
+            best_exponent = torch.where(better, candidate, best_exponent)
+        packed[part] = _tiles(best | (torch.signbit(x).int() << 3), 4)
+        scales[part] = (best_exponent + 127).to(torch.uint8)
+    return packed, scales
+
+
+class Packer:
+    """How matrices become tiles: here by torch. The C++ kernels give the same bytes, faster."""
+
+    def quantize(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        return quantize(weight, bits)
+
+    def round_to_e2m1(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return round_to_e2m1(weight)
+
+    def pack_levels(self, levels: Tensor, bits: int) -> Tensor:
+        return pack_levels(levels, bits)
+
+
+BY_TORCH: Final = Packer()
+
+
+def require_magnitude(weight_format: str, largest: float, limit: float) -> None:
+    """UserError for weights of a magnitude that a format does not reach, or that are no numbers."""
+    if not largest <= limit:
+        raise UserError(
+            f"{weight_format} needs finite weights of magnitude at most {limit:.3g}, found "
+            f"{largest}: check the checkpoint, or prepare it with --expert-dtype bf16"
+        )
+
+
 def _empty_packed(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     packed_shape, scale_shape = packed_shapes(rows, columns, bits)
@@ -171,11 +202,7 @@ def search_scale(x: Tensor, bits: int, importance: Tensor | float = 1.0) -> Tens
     extreme = torch.where(high > -low, high, low)
     largest = float(extreme.abs().max())
     limit = _LARGEST_SCALE * max(abs(level) for level in _RANGE[bits])
-    if not largest <= limit:
-        raise UserError(
-            f"int{bits} needs finite weights of magnitude at most {limit:.3g}, found {largest}: "
-            "check the checkpoint, or prepare it with --expert-dtype bf16"
-        )
+    require_magnitude(f"int{bits}", largest, limit)
     best = _representable(extreme / _DIVISORS[bits][0])
     best_error = _squared_error(x, best, bits, importance)
     for divisor in _DIVISORS[bits][1:]:

@@ -25,30 +25,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.quantization import Grid, GridKind
+from moe_offload.checkpoint.codes import UNIT_COLUMNS, CodeKind, Codes, Grid, joined
+from moe_offload.checkpoint.quantized_settings import Settings
 from moe_offload.checkpoint.source_files import LazyTensor, Quantised
 from moe_offload.errors import UserError
 
 _E8M0: Final = (torch.uint8, torch.float8_e8m0fnu)
 _FP8: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BYTES: Final = (torch.uint8, torch.int8)
-_E2M1: Final = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-# Of each byte both numbers, the low nibble's first, as one element of eight bytes.
-_E2M1_PAIRS: Final = torch.stack((_E2M1.repeat(16), _E2M1.repeat_interleave(16)), dim=-1).view(
-    torch.float64
-)[:, 0]
-_AWQ_PLACES: Final = [0, 4, 1, 5, 2, 6, 3, 7]  # where column c of eight lies
+_AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where row r of eight lies in a word
 # What activations and caches were quantised with: nothing here computes in that.
 _ACTIVATIONS: Final = re.compile(r".*[._](input|output|activation|[qkv])_(global_)?scale(_ub)?")
-_READABLE: Final = (
-    "MXFP4, FP8, MXFP8, NVFP4, compressed-tensors, AWQ, GPTQ and AutoRound are read; download the "
-    "model in one of these, or its unquantised version"
-)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
@@ -56,38 +48,31 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
     found: Tensor = words.contiguous().view(torch.uint8)
     if bits == 8:
         return found
-    return torch.stack((found & 15, found >> 4), dim=-1).flatten(-2)
+    low = found.to(torch.int16)
+    pairs: Tensor = (low << 4).bitwise_or_(low).bitwise_and_(0x0F0F)
+    return pairs.view(torch.uint8)  # little-endian: the low one first
 
 
-def _unpack_awq(words: Tensor, bits: int) -> Tensor:
-    """uint8 [C, R] from int32 [C, R/8]."""
-    eights = _unpack(words, bits).view(*words.shape, 8)
-    return torch.stack([eights[..., place] for place in _AWQ_PLACES], dim=-1).flatten(-2)
-
-
-def _e2m1(packed: Tensor, _: int) -> Tensor:
-    """fp32 [R, 2 * n] from bytes [R, n]."""
-    return _look_up(_E2M1_PAIRS, packed).view(torch.float32).view(len(packed), -1)
+def _unpack_awq(words: Tensor, _: int) -> Tensor:
+    """uint8 [R, C] from int32 [C, R/8]."""
+    by_row = words.t().contiguous()
+    codes = torch.empty(len(by_row), 8, len(words), dtype=torch.uint8)
+    for row, place in enumerate(_AWQ_PLACES):
+        codes[:, row] = (by_row >> (4 * place)).bitwise_and_(15)
+    return codes.flatten(0, 1)
 
 
 def _elements(codes: Tensor, _: int) -> Tensor:
-    """int8 as it is, fp8 in fp32: torch's own conversion takes five times as long."""
-    if codes.dtype == torch.int8:
-        return codes
-    numbers = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
-    return _look_up(numbers, codes).view(codes.shape)
-
-
-def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[bytes of codes], flat; index_select is ten times as fast as an index in brackets."""
-    return table.index_select(0, codes.contiguous().view(torch.uint8).flatten().int())
+    """Bytes of fp8 as they are; of int8 without a sign, 128 more."""
+    found = codes.view(torch.uint8)
+    return found ^ 128 if codes.dtype == torch.int8 else found
 
 
 @dataclass(frozen=True)
 class _Form:
     """How codes lie: `shape` is of what `codes` makes of a tensor, given the bits of a code."""
 
-    kind: GridKind
+    kind: CodeKind
     shape: Callable[[tuple[int, ...], int], tuple[int, int]]
     codes: Callable[[Tensor, int], Tensor]
     zeros: Callable[[Tensor, int], Tensor] = lambda stored, bits: stored
@@ -96,12 +81,21 @@ class _Form:
     becomes_transposed: bool = False
 
 
-_ELEMENTS: Final = _Form("fp8", lambda shape, bits: (shape[0], shape[1]), _elements)
-_NIBBLES: Final = _Form("e2m1", lambda shape, bits: (shape[0], shape[1] * 2), _e2m1)
+_ELEMENTS: Final = _Form(
+    "fp8",
+    lambda shape, bits: (shape[0], shape[1]),
+    _elements,
+    _elements,
+)
+_NIBBLES: Final = _Form(
+    "e2m1",
+    lambda shape, bits: (shape[0], shape[1] * 2),
+    lambda packed, bits: _unpack(packed, 4),
+)
 _BLOCKS: Final = _Form(
     "e2m1",
     lambda shape, bits: (shape[0], shape[1] * shape[2] * 2),
-    lambda blocks, bits: _e2m1(blocks.flatten(1), bits),
+    lambda blocks, bits: _unpack(blocks.flatten(1), 4),
     n_dims=3,
     becomes_transposed=True,
 )
@@ -121,8 +115,8 @@ _GPTQ: Final = _Form(
 _AWQ: Final = _Form(
     "int",
     lambda shape, bits: (shape[1] * 8, shape[0]),
-    lambda words, bits: _unpack_awq(words, bits).t(),
-    lambda zeros, bits: _unpack_awq(zeros, bits).t(),
+    _unpack_awq,
+    _unpack_awq,
     scales_transposed=True,
 )
 
@@ -183,132 +177,6 @@ LAYOUTS: Final = (
     ),
     Layout("_proj", _FP8, ("_proj_scale_inv", "_proj_scale"), "_proj", _ELEMENTS),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a `quantization_config` says that no tensor does.
-
-    `bits` of an integer code, `block` of rows and columns that share a scale, where it says one;
-    `zeros_less_one` are stored so (GPTQ's first format).
-    """
-
-    method: str
-    bits: int = 4
-    block: tuple[int, int] | None = None
-    zeros_less_one: bool = False
-    zeros_required: bool = False
-
-
-def read_settings(found: Any, folder: str) -> Settings:
-    """The settings of `quantization_config`; UserError, with a remedy, for what is not read.
-
-    `folder` is what a message calls the checkpoint.
-    """
-    config = found if isinstance(found, Mapping) else {}
-    method = str(config.get("quant_method", "an unknown method"))
-    read = _METHODS.get(method)
-    if read is None:
-        raise UserError(f"{folder} is quantised with {method:.40}, which is not read: {_READABLE}")
-    try:
-        settings = read(method, config)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{folder} is quantised ({method}), and its quantization_config is not as {method} "
-            f"writes it ({type(error).__name__}: {error!s:.100}); download config.json again"
-        ) from error
-    if isinstance(settings, str):
-        raise UserError(
-            f"{folder} is quantised with {method} in a way that is not read ({settings:.80}): "
-            f"{_READABLE}"
-        )
-    return settings
-
-
-def _from_fp8(method: str, config: Mapping[str, Any]) -> Settings | str:
-    return Settings(method, block=_block(config.get("weight_block_size")))
-
-
-def _block(found: Any) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None where the config does not say."""
-    if found is None:
-        return None
-    rows, columns = (int(one) for one in found)
-    if rows < 1 or columns < 1:
-        raise ValueError(f"blocks of {found}")
-    return rows, columns
-
-
-def _group(columns: Any) -> tuple[int, int] | None:
-    """The same of a "group_size", which is -1 or missing where whole rows share one."""
-    return _block((1, columns)) if columns not in (None, -1) else None
-
-
-def _from_gptq(method: str, config: Mapping[str, Any]) -> Settings | str:
-    bits = int(config["bits"])
-    form = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
-    if bits not in (4, 8) or form not in ("gptq", "gptq_v2"):
-        return f"{bits} bits, format {form}"
-    block = _group(config["group_size"])
-    return Settings(method, bits, block, zeros_less_one=form == "gptq", zeros_required=True)
-
-
-def _from_awq(method: str, config: Mapping[str, Any]) -> Settings | str:
-    bits = int(config.get("bits") or config["w_bit"])
-    form = str(config.get("version") or config.get("format") or "gemm").lower()
-    if bits != 4 or form != "gemm":
-        return f"{bits} bits, version {form}"
-    block = _group(config.get("group_size") or config["q_group_size"])
-    return Settings(method, bits, block, zeros_required=True)
-
-
-def _from_auto_round(_: str, config: Mapping[str, Any]) -> Settings | str:
-    """The layout of AWQ or of GPTQ; what it calls its own is GPTQ's second."""
-    packing = str(config.get("packing_format") or config.get("backend") or "auto_round")
-    kind = str(config.get("data_type") or "int")
-    if kind != "int" or not packing.startswith(("auto_round", "auto_gptq", "auto_awq")):
-        return f"{kind}, {packing}"
-    if "awq" in packing:
-        return _from_awq("awq", {**config, "version": "gemm"})
-    form = "gptq" if "gptq" in packing else "gptq_v2"
-    return _from_gptq("gptq", {**config, "checkpoint_format": form})
-
-
-def _from_compressed_tensors(method: str, config: Mapping[str, Any]) -> Settings | str:
-    form = str(config.get("format"))
-    if "24" in form or "mxfp6" in form:
-        return f"format {form}"
-    if config.get("transform_config"):
-        return "transform_config: its activations are rotated"
-    sparsity = config.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        return f"sparsity {sparsity['format']}"
-    weights = [group["weights"] for group in config["config_groups"].values() if group["weights"]]
-    bits = {int(one["num_bits"]) for one in weights if one.get("type", "int") == "int"}
-    if bits - {4, 8} or len(bits) > 1:
-        return f"{' and '.join(map(str, sorted(bits)))} bits"
-    blocks = {
-        _block(one.get("block_structure")) or _group(one.get("group_size")) for one in weights
-    }
-    return Settings(
-        method,
-        bits=min(bits, default=4),
-        block=blocks.pop() if len(blocks) == 1 else None,
-        zeros_required=bool(weights) and not any(one.get("symmetric", True) for one in weights),
-    )
-
-
-_METHODS: Final[Mapping[str, Callable[[str, Mapping[str, Any]], Settings | str]]] = {
-    **dict.fromkeys(("fp8", "mxfp8", "fbgemm_fp8"), _from_fp8),
-    **dict.fromkeys(
-        ("mxfp4", "modelopt", "modelopt_fp4", "modelopt_mixed"),
-        lambda method, config: Settings(method),
-    ),
-    "gptq": _from_gptq,
-    "awq": _from_awq,
-    **dict.fromkeys(("auto-round", "intel/auto-round"), _from_auto_round),
-    "compressed-tensors": _from_compressed_tensors,
-}
 
 
 def dequantised(tensors: Mapping[str, LazyTensor], settings: Settings) -> dict[str, LazyTensor]:
@@ -377,9 +245,8 @@ class _Weight:
         codes, (rows, columns) = self.parts["codes"], self.shape
         matrix = (columns, rows) if self.layout.form.becomes_transposed else (rows, columns)
         shape = (*codes.shape[:1], *matrix) if self.stacked else matrix
-        units = LazyTensor(shape, torch.float32, codes.path, partial(self._rows, self._units))
-        stored = Quantised(units, self._grids)
-        return LazyTensor(shape, self.dtype, codes.path, partial(self._rows, self._values), stored)
+        stored = Quantised(self.kind, self._grids, self.read_codes)
+        return LazyTensor(shape, self.dtype, codes.path, self._read_values, stored)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -391,9 +258,10 @@ class _Weight:
         return self.parts["scale"].dtype in _E8M0
 
     @property
-    def kind(self) -> GridKind:
-        of_int8 = self.layout.form is _ELEMENTS and self.parts["codes"].dtype == torch.int8
-        return "int" if of_int8 else self.layout.form.kind
+    def kind(self) -> CodeKind:
+        special: dict[torch.dtype, CodeKind] = {torch.int8: "int", torch.float8_e5m2: "e5m2"}
+        form = self.layout.form
+        return special.get(self.parts["codes"].dtype, "fp8") if form is _ELEMENTS else form.kind
 
     @property
     def stacked(self) -> bool:
@@ -407,7 +275,7 @@ class _Weight:
             for bits in (4, 8):
                 if rows == tuple(32 // bits * n for n in words):
                     return bits
-        return self.settings.bits
+        return 8 if self.layout.form is _ELEMENTS else self.settings.bits
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -474,12 +342,24 @@ class _Weight:
             f"{wanted}, found {part.dtype} {part.shape}; download the checkpoint again"
         )
 
-    def _rows(self, of: Callable[[int], Tensor], start: int, stop: int) -> Tensor:
+    def _read_values(self, start: int, stop: int) -> Tensor:
+        found = [matrix.values().to(self.dtype) for matrix in self._matrices(start, stop)]
+        return self._rows(start, stop, found)
+
+    def read_codes(self, start: int, stop: int) -> Codes:
+        """Of a slice of dimension 0."""
+        return joined(self._matrices(start, stop), partial(self._rows, start, stop))
+
+    def _matrices(self, start: int, stop: int) -> list[Codes]:
+        return [self._matrix(index) for index in (range(start, stop) if self.stacked else (0,))]
+
+    def _rows(self, start: int, stop: int, matrices: list[Tensor]) -> Tensor:
+        """A slice of dimension 0 of the tensor, from the matrices that lie in it."""
         if not self.stacked:
-            return of(0)[start:stop]
+            return matrices[0][start:stop]
         turned = self.layout.form.becomes_transposed
-        matrices = [of(i).t() if turned else of(i) for i in range(start, stop)]
-        return torch.stack(matrices) if len(matrices) != 1 else matrices[0][None]
+        found = [matrix.t() if turned else matrix for matrix in matrices]
+        return torch.stack(found) if len(found) != 1 else found[0][None]
 
     def _read(self, role: str, index: int) -> Tensor:
         part = self.parts[role]
@@ -504,14 +384,14 @@ class _Weight:
         return scales.reshape(self._n_blocks(self.block))
 
     def _zeros(self, index: int) -> Tensor:
-        """What is subtracted from codes, int32 [row blocks, column blocks] or one for all."""
+        """What is subtracted from codes, [row blocks, column blocks] or one for all."""
         form, bits = self.layout.form, self.bits
         if "zeros" not in self.parts:
-            return torch.tensor([[1 << (bits - 1) if form.kind == "int" else 0]])
+            return torch.tensor([[1 << (bits - 1)]])
         stored = self._read("zeros", index)
         if self.settings.zeros_less_one:
             stored = stored + {4: 0x11111111, 8: 0x01010101}[bits]
-        zeros = form.zeros(stored, bits).int()
+        zeros = form.zeros(stored, bits)
         rows, columns = self._n_blocks(self.block)
         if zeros.shape[1:] != (columns,) or zeros.shape[0] < rows:
             raise self._wrong("zeros", f"a zero for each of {rows} x {columns} scales")
@@ -528,69 +408,55 @@ class _Weight:
         in_order = torch.equal(groups, torch.arange(n_columns) // self.block[1])
         return None if in_order else groups
 
-    def _spread(self, per_block: Tensor, index: int) -> Tensor:
-        """[rows, columns] from one value for each block, or [1, 1] from one for all."""
-        if per_block.numel() == 1:
-            return per_block
-        groups = self._groups(index)
-        per_row = per_block.repeat_interleave(self.block[0], dim=0)[: self.shape[0]]
-        if groups is not None:
-            return per_row[:, groups]
-        return per_row.repeat_interleave(self.block[1], dim=1)[:, : self.shape[1]]
-
-    def _values(self, index: int) -> Tensor:
+    def _matrix(self, index: int) -> Codes:
+        """One matrix of a stack, or the only one."""
         codes = self.layout.form.codes(self._read("codes", index), self.bits)
-        values = codes.contiguous().float()
-        blocks, zeros = self._beside(values, self._zeros(index), index)
-        blocks.sub_(zeros)
-        blocks, scales = self._beside(values, self._scales(index), index)
-        blocks.mul_(scales)
-        return values.to(self.dtype)
-
-    def _beside(self, values: Tensor, per_block: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """A view of `values` and one value for each block that broadcasts over it.
-
-        Where all blocks are whole nothing is spread, which would take five times as long.
-        """
-        (rows, columns), whole = self.block, self._n_blocks(self.block)
-        is_whole = self.shape == (whole[0] * rows, whole[1] * columns)
-        if per_block.numel() == 1 or not is_whole or self._groups(index) is not None:
-            return values, self._spread(per_block, index)
-        blocks = values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-        return blocks, per_block[:, None, :, None]
-
-    def _units_by_block(self, index: int) -> Tensor:
-        """What values are whole multiples of; of fp8, the scale. e2m1 has halves."""
-        return self._scales(index) / (2 if self.kind == "e2m1" else 1)
+        offsets = None
+        if self.kind == "int":
+            offsets = self._per_unit(self._zeros(index), index).float()
+        elif "zeros" in self.parts and bool(self._read("zeros", index).float().any()):
+            raise self._wrong("zeros", "zeros of 0 beside numbers with a sign")
+        return Codes(self.kind, codes, self._per_unit(self._units(index), index), offsets)
 
     def _units(self, index: int) -> Tensor:
-        return self._spread(self._units_by_block(index), index).expand(self.shape)
+        """By block; e2m1 has halves."""
+        return self._scales(index) / (2 if self.kind == "e2m1" else 1)
+
+    def _per_unit(self, per_block: Tensor, index: int) -> Tensor:
+        """[R, units] of one value for each block, or [1, 1] for all."""
+        (n_rows, n_columns), (rows, columns) = self.shape, self.block
+        blocks = self._groups(index)
+        if blocks is None:
+            whole = columns >= n_columns
+            group = next(g for g in UNIT_COLUMNS if whole or columns % g == 0)
+            blocks = torch.arange(0, n_columns, group) // columns
+        if per_block.numel() == 1:
+            return per_block.expand(n_rows, len(blocks))
+        per_row = per_block.repeat_interleave(rows, dim=0)[:n_rows]
+        return per_row.index_select(1, blocks)
 
     def _grids(self) -> Iterator[Grid]:
         for index in range(self.parts["codes"].shape[0] if self.stacked else 1):
-            low, high = (-12, 12) if self.kind == "e2m1" else (0, 0)
+            low, high, n_codes = -12, 12, 1 << self.bits
             if self.kind == "int":
-                zeros, signed = self._zeros(index), self.layout.form is _ELEMENTS
-                least, most = (-128, 127) if signed else (0, (1 << self.bits) - 1)
-                low, high = least - int(zeros.max()), most - int(zeros.min())
+                zeros = self._zeros(index)
+                low, high = -int(zeros.max()), n_codes - 1 - int(zeros.min())
+            alone = self.block[1] < self.shape[1]
             yield Grid(
                 name=self.names["codes"],
                 is_bf16=self.dtype == torch.bfloat16,
                 kind=self.kind,
                 low=low,
                 high=high,
-                group=self._group(index),
-                units=self._units_by_block(index),
+                group=1 if self._groups(index) is not None else self.block[1] * alone,
+                units=self._units(index),
                 used_units=partial(self._used_units, index),
-                levels=1 << self.bits if self.layout.form.kind == "int" else 256,
+                levels=n_codes if self.kind == "int" else 256,
                 rows=self.block[0],
             )
 
-    def _group(self, index: int) -> int:
-        if self._groups(index) is not None or self.parts["codes"].dtype == torch.float8_e5m2:
-            return 1
-        return self.block[1] if self.block[1] < self.shape[1] else 0
-
     def _used_units(self, index: int) -> Tensor:
         """Those of weights that are not zero."""
-        return self._units(index)[self._values(index) != 0]
+        matrix = self._matrix(index)
+        spread = matrix.units.repeat_interleave(matrix.unit_columns, 1)[:, : self.shape[1]]
+        return spread[matrix.values() != 0]

@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_offload.checkpoint.block import MATRIX_NAMES
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.checkpoint.conversion import ConversionPlan, ExpertsModule, find_experts
 from moe_offload.checkpoint.exact_format import ExactFormat
 from moe_offload.checkpoint.folders import COMPANIONS, gguf_parts, require_source
@@ -76,34 +79,50 @@ class SourceCheckpoint:
         tensor = self.plan.read(name)
         path, _, leaf = name.rpartition(".")
         if leaf in self.model.get_submodule(path)._parameters:  # a buffer may be a mask
-            _require_finite(name, tensor)
+            finite = not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+            _require_finite(finite, name)
         return tensor
 
-    def iterate_experts(
-        self, module: ExpertsModule, units: bool = True
-    ) -> Iterator[dict[str, Tensor]]:
-        """One layer's experts in order: block field -> tensor in normal form, source dtype.
+    def weights_reader(self, module: ExpertsModule) -> Callable[[int], dict[str, Tensor]]:
+        """What reads an expert of a layer: block field -> tensor in normal form, source dtype.
 
-        Of a quantised source, with `units`, also `<field>_unit`, what its weights are multiples of,
-        and `<field>_minimum` where they are that plus one.
-        UserError for a weight that is not finite.
+        Call it in ascending order, from any thread. UserError for a weight that is not finite.
         """
+        read = self._field_reader(module)
+        return lambda expert: {field: read(field, expert) for field in module.parameters}
+
+    def expert_reader(self, module: ExpertsModule) -> Callable[[int], dict[str, Tensor | Codes]]:
+        """The same, where matrices of a quantised source are its codes if these are to be had."""
+        read = self._field_reader(module)
+        codes = {name: self.plan.codes_reader(module.parameters[name]) for name in MATRIX_NAMES}
+
+        def read_expert(expert: int) -> dict[str, Tensor | Codes]:
+            weights: dict[str, Tensor | Codes] = {
+                field: read(field, expert) for field in module.parameters if field not in codes
+            }
+            for name, read_codes in codes.items():
+                kept = read_codes(expert)
+                if kept is None:
+                    weights[name] = read(name, expert)
+                else:
+                    _require_finite(kept.is_finite(), f"{name} of expert {expert} in {module.name}")
+                    weights[name] = kept.map(partial(module.normalise, name))
+            return weights
+
+        return read_expert
+
+    def _field_reader(self, module: ExpertsModule) -> Callable[[str, int], Tensor]:
         readers = {
             field: self.plan.expert_reader(name) for field, name in module.parameters.items()
         }
-        unit_readers = {
-            (field, kind): read
-            for field, name in module.parameters.items()
-            for kind, read in (self.plan.unit_readers(name) if units else {}).items()
-        }
-        for expert in range(module.n_experts):
-            fields = {field: read(expert) for field, read in readers.items()}
-            for field, tensor in fields.items():
-                _require_finite(f"{field} of expert {expert} in {module.name}", tensor)
-            weights = {field: module.normalise(field, tensor) for field, tensor in fields.items()}
-            for (field, kind), read in unit_readers.items():
-                weights[f"{field}_{kind}"] = module.normalise(field, read(expert))
-            yield weights
+
+        def read(field: str, expert: int) -> Tensor:
+            found = readers[field](expert)
+            finite = all(bool(end.isfinite()) for end in found.aminmax())
+            _require_finite(finite, f"{field} of expert {expert} in {module.name}")
+            return module.normalise(field, found)
+
+        return read
 
     def find_format(self) -> tuple[WeightFormat, Scales | None, str | None]:
         """The smallest format that holds every expert's matrices exactly, or else bf16.
@@ -113,7 +132,7 @@ class SourceCheckpoint:
         """
         exact = ExactFormat()
         for module in self.experts:
-            for field in ("gate_up", "down"):
+            for field in MATRIX_NAMES:
                 grids = self.plan.grids(module.parameters[field])
                 if grids is None:
                     return "bf16", None, None
@@ -129,9 +148,9 @@ class SourceCheckpoint:
         return _fingerprint(self.files)
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
+def _require_finite(is_finite: bool, name: str) -> None:
     """UserError where one weight would spoil every answer that it takes part in."""
-    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+    if not is_finite:
         raise UserError(
             f"{name} holds weights that are infinite or not a number, as fp16 copies of bf16 "
             "models may: use the model's bf16 or fp32 version"

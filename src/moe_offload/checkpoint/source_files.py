@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 
+from moe_offload.checkpoint.codes import CodeKind, Codes, Grid
 from moe_offload.checkpoint.folders import WEIGHT_FILES
-from moe_offload.checkpoint.quantization import Grid
 from moe_offload.checkpoint.safetensors_file import checksum, read_header, read_into
 from moe_offload.errors import UserError
 from moe_offload.files import read_json_object, require_regular
@@ -34,7 +34,7 @@ _LARGEST_PICKLE_BYTES: Final = 64 << 20  # names and shapes: a real one of 10,00
 class LazyTensor:
     """A tensor of a source checkpoint: `read_rows(start, stop)` reads a slice of dimension 0.
 
-    One that is dequantised as it is read has `quantised`: what its numbers are multiples of.
+    One that is dequantised as it is read has `quantised`: what it is before that.
     """
 
     shape: tuple[int, ...]
@@ -50,15 +50,14 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Of a dequantised tensor: a `Grid` for each matrix in it, each element's unit and minimum.
+    """Of a dequantised tensor: a `Grid` for each matrix in it, and its codes.
 
-    `units` and `minima` are fp32 tensors of the same shape, so that whatever moves weights moves
-    them as well; None where no format here could make use of them, or there are none.
+    `read_rows` gives those of a slice of dimension 0; None where no format here could keep them.
     """
 
-    units: LazyTensor | None
+    kind: CodeKind
     grids: Callable[[], Iterator[Grid]]
-    minima: LazyTensor | None = None
+    read_rows: Callable[[int, int], Codes] | None
 
 
 def open_hugging_face(folder: Path) -> dict[str, LazyTensor]:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.block import pack_block
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.folders import CONFIGS, MANIFEST_NAME, WEIGHT_FILES, decode_floats
 from moe_offload.checkpoint.model_config import stored_dtype
@@ -42,7 +43,7 @@ from moe_offload.checkpoint.prepared import (
     verify_shard,
     write_manifest,
 )
-from moe_offload.checkpoint.quantization import Quantize
+from moe_offload.checkpoint.quantization import BY_TORCH, Packer
 from moe_offload.checkpoint.safetensors_file import TEMPORARY_SUFFIX, plan_header, write_file
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions
 from moe_offload.config import WEIGHT_FORMATS, Scales, WeightFormat
@@ -98,19 +99,19 @@ class Preparation:
         source: SourceCheckpoint,
         output: Path,
         formats: Formats,
-        quantize: Quantize = quantization.quantize,
+        packer: Packer = BY_TORCH,
     ) -> None:
         self._source, self._output, self._formats = source, output, formats
         self._dense = plan_dense(source, formats.dense_format)
         files = [
             _plan_dense_file(
-                source, output / dense_file_name(position, len(self._dense)), parts, quantize
+                source, output / dense_file_name(position, len(self._dense)), parts, packer
             )
             for position, parts in enumerate(self._dense)
         ]
         for position, module in enumerate(source.experts):
             path = output / experts_file_name(position)
-            files.append(_plan_experts_file(source, path, module, formats, quantize))
+            files.append(_plan_experts_file(source, path, module, formats, packer))
         self._files = {file.shard.file.name: file for file in files}
 
     @property
@@ -237,14 +238,14 @@ class Preparation:
 
 
 def _plan_dense_file(
-    source: SourceCheckpoint, path: Path, parts: list[DensePart], quantize: Quantize
+    source: SourceCheckpoint, path: Path, parts: list[DensePart], packer: Packer
 ) -> _Planned:
     stored = [tensor for part in parts for tensor in part.stored]
     header, entries = plan_header(stored, {"format": "pt"})
 
     def data() -> Iterator[Tensor]:
         for part in parts:
-            yield from part.encode(source.read_dense(part.name), quantize)
+            yield from part.encode(source.read_dense(part.name), packer)
 
     n_bytes = entries[-1].offset_bytes + entries[-1].n_bytes
     tensors = tuple(DenseTensor(e.name, e.dtype, e.shape, e.offset_bytes, 0) for e in entries)
@@ -256,7 +257,7 @@ def _plan_experts_file(
     path: Path,
     module: ExpertsModule,
     formats: Formats,
-    quantize: Quantize,
+    packer: Packer,
 ) -> _Planned:
     weight_format = formats.weight_format
     layout = module.block_layout(weight_format, formats.scales)
@@ -266,16 +267,21 @@ def _plan_experts_file(
     )
 
     def data() -> Iterator[Tensor]:
-        block = torch.empty(layout.block_bytes, dtype=torch.uint8)
         scaled = WEIGHT_FORMATS[weight_format].scales is not None
-        for weights in source.iterate_experts(module, units=scaled):
-            kept = pack_block(layout, weights, block, quantize)
-            if formats.exact and not kept:
+        read: Callable[[int], Mapping[str, Tensor | Codes]]
+        read = (source.expert_reader if scaled else source.weights_reader)(module)
+
+        def block_of(expert: int) -> Tensor:
+            block = torch.empty(layout.block_bytes, dtype=torch.uint8)
+            if not pack_block(layout, read(expert), block, packer) and formats.exact:
                 raise UserError(
                     f"an expert in {module.name} would be rounded in {weight_format}, which its "
                     "scales promised to hold exactly; prepare it with --expert-dtype bf16"
                 )
-            yield block
+            return block
+
+        for expert in range(module.n_experts):
+            yield block_of(expert)
 
     layer = MoeLayer(
         module=module.name,
@@ -305,10 +311,10 @@ class DensePart:
     def n_bytes(self) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.stored)
 
-    def encode(self, tensor: Tensor, quantize: Quantize) -> list[Tensor]:
+    def encode(self, tensor: Tensor, packer: Packer) -> list[Tensor]:
         """The stored tensors, in the order of `stored`, of the source's tensor."""
         if self.packed is not None:
-            return list(quantize(tensor, self.packed.bits))
+            return list(packer.quantize(tensor, self.packed.bits))
         return [tensor.to(self.stored[0][1]).contiguous()]
 
 

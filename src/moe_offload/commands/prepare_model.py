@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from moe_offload import VERSION
-from moe_offload.checkpoint import quantization
 from moe_offload.checkpoint.folders import MANIFEST_NAME
 from moe_offload.checkpoint.prepared import Manifest, read_manifest
+from moe_offload.checkpoint.quantization import BY_TORCH, Packer
 from moe_offload.checkpoint.source import SourceCheckpoint, copy_companions, open_source
 from moe_offload.checkpoint.writer import (
     Formats,
@@ -24,10 +24,10 @@ from moe_offload.checkpoint.writer import (
     size_text,
     tidy,
 )
-from moe_offload.config import PACKED_FORMATS, WeightFormat
+from moe_offload.config import WEIGHT_FORMATS, WeightFormat
 from moe_offload.errors import UserError
 from moe_offload.kernels.bindings import load_kernels
-from moe_offload.kernels.cpu_quantise import quantiser
+from moe_offload.kernels.cpu_quantise import KernelPacker
 from moe_offload.machine.terminal import byte_bar, say
 from moe_offload.model.sample_text import (
     FEWEST_INPUTS,
@@ -121,7 +121,7 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
             f"note: the model has no place for {len(source.unused)} tensors of the checkpoint, "
             f"such as {source.unused[0]}; they are left out"
         )
-    preparation = Preparation(source, output, formats, _quantize(formats))
+    preparation = Preparation(source, output, formats, _packer(formats))
     if read_record(output).get("key"):
         say("found an interrupted preparation: keeping its finished files")
     created_with = {
@@ -135,18 +135,17 @@ def _prepare(source: SourceCheckpoint, output: Path, formats: Formats) -> Manife
         return preparation.run(created_with, on_bytes=advance)
 
 
-def _quantize(formats: Formats) -> quantization.Quantize:
-    """What makes int8 and int4 here: the C++ kernels, or torch where nothing can be compiled."""
-    rounds_experts = formats.weight_format in PACKED_FORMATS and not formats.exact
-    if not rounds_experts and formats.dense_format not in PACKED_FORMATS:
-        return quantization.quantize
+def _packer(formats: Formats) -> Packer:
+    """What makes tiles here: the C++ kernels, or torch where nothing can be compiled."""
+    if not any(WEIGHT_FORMATS[one].group for one in (formats.weight_format, formats.dense_format)):
+        return BY_TORCH
     try:
         kernels = load_kernels("native")
     except UserError as error:
         say(f"preparing with torch, which takes several times as long: {error}")
-        return quantization.quantize
+        return BY_TORCH
     assert kernels is not None
-    return quantiser(kernels)
+    return KernelPacker(kernels)
 
 
 def _require_same(manifest: Manifest, source: SourceCheckpoint, formats: Formats) -> None:

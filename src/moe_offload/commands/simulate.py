@@ -449,7 +449,8 @@ def _tune(trace: Trace, on: _Host, options: argparse.Namespace, formats: Sequenc
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
     flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"
-    print(f"fastest: {flags} --cache-replace-policy {best.policy}, experts in {best.weight_format}")
+    flags += f" --cache-replace-policy {best.policy} --cache-quota {best.quota}"
+    print(f"fastest: {flags}, experts in {best.weight_format}")
 
 
 def _calibrate(path: Path, shape: ModelShape | None) -> None:

@@ -282,13 +282,13 @@ class _Reference:
         """(expert, its block) in order; what differs from the source is noted."""
         block = torch.empty(layer.layout.block_bytes, dtype=torch.uint8)
         packed = torch.empty_like(block)
-        weights: Iterator[dict[str, Tensor]] = iter(())
+        read = None
         if self.source is not None:
-            weights = self.source.iterate_experts(self.source.experts[position])
+            read = self.source.expert_reader(self.source.experts[position])
         for expert in range(layer.n_experts):
             read_block(layer, expert, block)
-            if self.result.unlike_source is not None:
-                pack_block(layer.layout, next(weights), packed)
+            if read is not None and self.result.unlike_source is not None:
+                pack_block(layer.layout, read(expert), packed)
                 if not torch.equal(block, packed):
                     self.result.unlike_source.append((position, expert))
             yield expert, block

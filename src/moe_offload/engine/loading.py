@@ -31,9 +31,11 @@ from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.experts.recorder import NullRecorder, NvtxRanges, Recorder
 from moe_offload.experts.store import ExpertStore
+from moe_offload.kernels.bindings import load_kernels
 from moe_offload.kernels.cpu_experts import CpuExperts
 from moe_offload.machine.terminal import byte_bar
 from moe_offload.model.attention import XFORMERS, register_xformers
+from moe_offload.model.decode_layers import use_decoder_layers
 from moe_offload.model.decode_modules import find_router, use_cpu_kernels
 from moe_offload.model.dummy import ModelSource
 from moe_offload.model.loader import (
@@ -155,6 +157,7 @@ def load_engine(
         routers = [find_router(site.block, width) for site in sites]
         found = [router for router in routers if router is not None]
         use_cpu_kernels(model, options.cpu_kernel, options.cpu_isa, found)
+        use_decoder_layers(model, load_kernels(options.cpu_kernel, options.cpu_isa))
     else:
         refused = store.pin()
         notes.extend([refused] if refused else [])

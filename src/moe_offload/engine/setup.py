@@ -153,9 +153,9 @@ def chosen_cache(
     costs: CostModel,
     notes: list[str],
 ) -> CacheOptions:
-    """`--cache-auto`: N, M and policy for `free_bytes` of slots, by this machine's speeds.
+    """`--cache-auto`: N, M, policy and quota for `free_bytes` of slots, by this machine's speeds.
 
-    No cache where none is worth its memory.
+    No cache where none is worth its memory. `options` have the most that the quota may be.
     """
     block_bytes = source.layouts[0].block_bytes
     if options.memory_gb is not None:
@@ -172,6 +172,7 @@ def chosen_cache(
         None if options.trace is None else read_trace(options.trace),
         ways,
         host_policy,
+        options.quota,
     )
     chosen = replace(
         options,
@@ -181,6 +182,7 @@ def chosen_cache(
         n_indexes=choice.n_indexes,
         n_ways=choice.n_ways,
         policy=choice.policy,
+        quota=choice.quota,
         prefetch=options.prefetch if choice.n_indexes else "off",
         miss_policy=options.miss_policy if choice.n_indexes else "cpu",
         emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,

@@ -92,6 +92,7 @@ class MoeDispatcher:
         self._clock: DeviceClock | None = None  # the GPU's
         self._decode = False
         self._skip_experts = False
+        self._ones = torch.empty(0, dtype=torch.uint8)
         self._token_mask: Tensor | None = None
         self._batch_prompt = 0  # of the batch that is running, and of the next to begin
         self._next_prompt = 0
@@ -234,8 +235,60 @@ class MoeDispatcher:
                 "a smaller batch or a shorter prompt"
             ) from error
 
+    def _compute_in_memory(
+        self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The layer where there is nothing to plan: every expert on the CPU, all in its memory.
+
+        Of a decode step of small experts, what passes outside their kernel is no small part.
+        """
+        index, weights = index.long().contiguous(), weights.float().contiguous()
+        self._ranges.part(layer, "cpu experts")
+        routed_s = time.perf_counter()
+        sums = torch.empty(hidden.shape, dtype=torch.float32)
+        pointers, on_cpu = self.store.pointers(layer), self._everywhere(layer)
+        self.cpu[layer].run(hidden.contiguous(), pointers, on_cpu, index, weights, sums)
+        computed_s = time.perf_counter()
+        output = sums.to(hidden.dtype)
+        ended_s = time.perf_counter()
+        began_s, block_began_s = self._last_end_s, self._block_started_s
+
+        def event() -> LayerEvent:
+            tokens = [token for token in index.tolist() if token[0] >= 0]
+            chosen = {expert for token in tokens for expert in token}
+            return LayerEvent(
+                layer=layer,
+                ids=tokens,
+                n_hits_of_token=None,
+                attention_us=(block_began_s - began_s) * 1e6,
+                router_us=(routed_s - block_began_s) * 1e6,
+                cpu_us=(computed_s - routed_s) * 1e6,
+                combine_us=(ended_s - computed_s) * 1e6,
+                cpu_bytes=len(chosen) * self.store.layouts[layer].block_bytes,
+            )
+
+        self._end_layer(layer, event, ended_s)
+        return output
+
+    def _everywhere(self, layer: int) -> Tensor:
+        """uint8 [E] of ones: every expert of the layer is the CPU's."""
+        n_experts = self.store.n_experts[layer]
+        if self._ones.numel() < n_experts:
+            self._ones = torch.ones(n_experts, dtype=torch.uint8)
+        return self._ones[:n_experts]
+
+    def _end_layer(self, layer: int, event: Callable[[], LayerEvent], ended_s: float) -> None:
+        if self.recorder.enabled:
+            self.recorder.at_end(event)
+        self._last_end_s = ended_s
+        self._next_layer = layer + 1
+        is_last = self._next_layer == self.store.n_layers
+        self._ranges.part(self._next_layer, "head" if is_last else "attention")
+
     def _compute(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         accelerator = self.accelerator
+        if accelerator is None and isinstance(self.store, ExpertStore) and not self._on_gpu:
+            return self._compute_in_memory(layer, hidden, index, weights)
         guess = None
         if accelerator is not None and self._decode:
             guess = accelerator.guess(layer + 1, hidden)
@@ -335,12 +388,7 @@ class MoeDispatcher:
                 disk_bytes=disk.n_bytes - before[2].n_bytes,
             )
 
-        if self.recorder.enabled:
-            self.recorder.at_end(event)
-        self._last_end_s = ended_s
-        self._next_layer = layer + 1
-        is_last = self._next_layer == self.store.n_layers
-        self._ranges.part(self._next_layer, "head" if is_last else "attention")
+        self._end_layer(layer, event, ended_s)
         return output
 
     def _counters(self) -> tuple[int, int, DiskCounts]:

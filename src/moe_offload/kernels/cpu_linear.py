@@ -100,7 +100,7 @@ class CpuLinear(nn.Module):
             self.kernels is None
             or x.dtype not in _FORMAT_OF_DTYPE
             or not x.is_cpu
-            or self._is_for_onednn(x)
+            or self.is_for_onednn(x)
         ):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self._dense_weight(x.dtype), bias)
@@ -154,7 +154,8 @@ class CpuLinear(nn.Module):
             FORMAT_CODES[name], self.out_features, self.in_features, matrix.data_ptr(), address
         )
 
-    def _is_for_onednn(self, x: Tensor) -> bool:
+    def is_for_onednn(self, x: Tensor) -> bool:
+        """Whether torch's oneDNN computes the layer for `x`."""
         if self.onednn_tokens is None or x.dtype != torch.bfloat16:
             return False
         return x.numel() >= self.onednn_tokens * self.in_features

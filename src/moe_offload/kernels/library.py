@@ -109,6 +109,19 @@ class NormArguments(ctypes.Structure):
     )
 
 
+class StepArguments(ctypes.Structure):
+    """`cpux_attention_step` of api.h."""
+
+    _fields_ = (
+        *_fields(c_void_p, "before query_norm key_norm after query key value output"),
+        *_fields(c_int64, "n_heads n_kv_heads head_size"),
+        *_fields(c_float, "scale"),
+        *_fields(c_void_p, "keys values"),
+        *_fields(c_int64 * 2, "key_strides value_strides"),
+        *_fields(c_int64, "n_keys"),
+    )
+
+
 class RouterArguments(ctypes.Structure):
     """`cpux_router` of api.h."""
 
@@ -130,7 +143,12 @@ _COMPUTING: Final = {
     "add": (_LAYER, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
     "quantise": (ctypes.POINTER(WeightsArguments), c_int, c_void_p, c_void_p),
+    "pack": (c_void_p, *(c_int64,) * 4, c_int, c_void_p),
     "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
+    "attend_step": (
+        *(ctypes.POINTER(StepArguments), c_void_p, c_void_p, c_void_p, c_int64),
+        *(c_void_p, c_void_p),
+    ),
     "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
     "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
     "route": (

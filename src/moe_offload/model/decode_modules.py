@@ -131,14 +131,19 @@ class CpuNorm:
             FORMS[form], weight.dtype == torch.bfloat16, epsilon, self._width, weight.data_ptr()
         )
 
+    def arguments(self) -> NormArguments:
+        """What the kernels need, always the same object, with the weight's address of now."""
+        self._arguments.weight = self._parameters["weight"].data_ptr()
+        return self._arguments
+
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         n = hidden_states.numel()
         unusual = args or kwargs or hidden_states.shape[-1] != self._width
         if n > _MAX_NORM_ELEMENTS or unusual or not is_plain(hidden_states):
             return cast(Tensor, self.own(hidden_states, *args, **kwargs))
         out = torch.empty_like(hidden_states)
-        self._arguments.weight = self._parameters["weight"].data_ptr()  # of now: it may have moved
-        self._kernels.call("rms_norm", self._arguments, hidden_states, True, n // self._width, out)
+        rows = n // self._width
+        self._kernels.call("rms_norm", self.arguments(), hidden_states, True, rows, out)
         return out
 
 
@@ -284,7 +289,7 @@ class CpuRouter:
             "index": torch.empty(n_tokens, self._top_k, dtype=torch.int64),
         }
         arguments = self._arguments
-        arguments.matrix.weight = self._parameters["weight"].data_ptr()  # of now, as in CpuNorm
+        arguments.matrix.weight = self._parameters["weight"].data_ptr()  # of now
         self._kernels.call("route", arguments, hidden_states, n_tokens, *parts.values())
         return tuple(parts[part] for part in self._order)
 

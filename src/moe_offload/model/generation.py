@@ -16,7 +16,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -342,7 +342,7 @@ def _counts_padding(config: PretrainedConfig) -> bool:
     return any("compressed" in str(kind) for kind in kinds)
 
 
-def cache_argument(model: PreTrainedModel) -> str:
+def cache_argument(model: nn.Module) -> str:
     """How this release of transformers calls the KV cache: `cache` from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -2,7 +2,8 @@
 
 transformers' `DynamicCache` concatenates: each token copies all keys and values before it, 8 MB per
 layer at 2,048 tokens of Mixtral. Its layers of full attention are replaced here by ones that write
-a token where it belongs. Other layers (sliding windows, states of recurrent models) stay its own.
+a token where it belongs, and those of sliding windows by ones that may lie in memory of somebody
+else. Other layers (chunks, states of recurrent models) stay its own.
 
 `PrefixCache` keeps the cache of the last conversation for the request that goes on with it.
 """
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -27,15 +29,19 @@ _LENGTH_NUMBERS: Final = ("factor", "mscale")
 def make_cache(config: PretrainedConfig, max_tokens: int) -> DynamicCache:
     """An empty cache for the model of `config`, with no room beyond `max_tokens` per sequence."""
     cache = DynamicCache(config=config)
+    in_chunks = getattr(config.get_text_config(), "attention_chunk_size", None) is not None
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[number] = RoomyLayer(max_tokens)
+        elif type(layer) is DynamicSlidingWindowLayer and not in_chunks:
+            cache.layers[number] = WindowLayer(max_tokens, layer.sliding_window)
     return cache
 
 
 def can_join(cache: DynamicCache) -> bool:
     """Whether `join` knows all layers: those of full attention and of sliding windows."""
-    return all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    known = RoomyLayer, WindowLayer, DynamicSlidingWindowLayer
+    return all(type(layer) in known for layer in cache.layers)
 
 
 def join(cache: DynamicCache, other: DynamicCache, width: int) -> None:
@@ -77,26 +83,21 @@ class Extent:
     is_whole: bool = True
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
-    """Keys and values [B, heads, S, D], views of memory that has room for further tokens.
+class _MovableLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """Keys and values [B, heads, S, D] that may move into memory that another fills.
 
-    Whatever transformers assigns to `keys` or `values` (a selection of the batch, a crop) is copied
-    before the next token is added, so no memory but the layer's own is written. A layer may move
-    into memory that another fills (`move_to`): it leaves it with the first thing that is assigned.
+    They leave it with the first thing that is assigned. A token's place there is its position, or,
+    where that is too short for them all, what is left of it divided by the memory's length.
     """
 
     is_initialized: bool
-
-    def __init__(self, max_tokens: int) -> None:
-        self._extent: Extent | None = None
-        super().__init__()
-        self.max_tokens = max_tokens
-        self._rooms = _Room(max_tokens), _Room(max_tokens)
+    _extent: Extent | None = None
+    most_held: int | None = None  # of the last tokens
 
     @property
     def keys(self) -> Tensor:
         keys: Tensor = self._keys
-        return keys if self._extent is None else keys[:, :, : self._extent.n_tokens]
+        return keys if self._extent is None else self._held(keys, self._extent.n_tokens)
 
     @keys.setter
     def keys(self, keys: Tensor) -> None:
@@ -106,7 +107,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
     @property
     def values(self) -> Tensor:
         values: Tensor = self._values
-        return values if self._extent is None else values[:, :, : self._extent.n_tokens]
+        return values if self._extent is None else self._held(values, self._extent.n_tokens)
 
     @values.setter
     def values(self, values: Tensor) -> None:
@@ -116,21 +117,69 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
     def move_to(self, keys: Tensor, values: Tensor, extent: Extent) -> None:
         """Hold the tokens in `keys` and `values` [B, heads, capacity, D] from now on.
 
-        Whoever writes further ones there counts them in `extent`. What lies behind is zero: it is
-        masked, but a NaN would come through.
+        Whoever writes further ones there counts them in `extent`. Where there is none it is zero:
+        it is masked, but a NaN would come through.
         """
+        end, n_held = extent.n_tokens, self.keys.shape[2]
+        places = torch.arange(end - n_held, end, device=keys.device) % keys.shape[2]
         for theirs, ours in ((keys, self.keys), (values, self.values)):
-            theirs[:, :, : extent.n_tokens] = ours
-            theirs[:, :, extent.n_tokens :] = 0
+            theirs.zero_().index_copy_(2, places, ours)
         self._leave()
         self.release()
         self._keys, self._values, self._extent = keys, values, extent
+
+    def release(self) -> None:
+        """Give up the memory of the keys and values that were here before the present ones."""
+
+    def _held(self, memory: Tensor, n_tokens: int) -> Tensor:
+        n_held = n_tokens if self.most_held is None else min(n_tokens, self.most_held)
+        capacity = memory.shape[2]
+        if n_tokens > capacity:
+            memory, n_tokens = memory.roll(-n_tokens, 2), capacity
+        return memory[:, :, n_tokens - n_held : n_tokens]
 
     def _leave(self) -> None:
         if self._extent is not None:
             keys, values = self.keys, self.values
             self._extent.is_whole, self._extent = False, None
             self._keys, self._values = keys, values
+
+
+class WindowLayer(_MovableLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """transformers' own layer of the last tokens, which may lie elsewhere."""
+
+    def __init__(self, max_tokens: int, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self.max_tokens = max_tokens
+        self.most_held = sliding_window - 1
+
+    @property
+    def cumulative_length(self) -> int:
+        """How many tokens there have been."""
+        return self._n_tokens if self._extent is None else self._extent.n_tokens
+
+    @cumulative_length.setter
+    def cumulative_length(self, n_tokens: int) -> None:
+        self._leave()
+        self._n_tokens = n_tokens
+
+    def _leave(self) -> None:
+        if self._extent is not None:
+            self._n_tokens = self._extent.n_tokens
+        super()._leave()
+
+
+class RoomyLayer(_MovableLayer):
+    """Keys and values [B, heads, S, D], views of memory that has room for further tokens.
+
+    Whatever transformers assigns to `keys` or `values` (a selection of the batch, a crop) is copied
+    before the next token is added, so no memory but the layer's own is written.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__()
+        self.max_tokens = max_tokens
+        self._rooms = _Room(max_tokens), _Room(max_tokens)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -145,8 +194,22 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no typ
         self.values = values.add(self.values, value_states)
         return self.keys, self.values
 
+    def can_extend(self, like: Tensor) -> bool:
+        """Whether there are tokens, in memory of the layer's own, of as many sequences and of the
+        dtype and device of `like` [B, ...]."""
+        if not self.is_initialized or self._extent is not None:
+            return False
+        keys = self._keys
+        alike = keys.dtype == like.dtype and keys.device == like.device
+        return alike and keys.shape[0] == like.shape[0]
+
+    def extend(self, n_tokens: int) -> None:
+        """Hold `n_tokens` more, whose keys and values the caller writes at once, at the end."""
+        keys, values = self._rooms
+        self.keys = keys.extend(self.keys, n_tokens)
+        self.values = values.extend(self.values, n_tokens)
+
     def release(self) -> None:
-        """Give up the memory of the keys and values that were here before the present ones."""
         self._rooms = _Room(self.max_tokens), _Room(self.max_tokens)
 
 
@@ -160,14 +223,20 @@ class _Room:
 
     def add(self, held: Tensor, rows: Tensor) -> Tensor:
         """`held` [B, heads, S, D] and `rows` behind it, without a copy of what was given last."""
-        n_held, length = held.shape[2], held.shape[2] + rows.shape[2]
+        n_added = rows.shape[2]
+        given = self.extend(held, n_added)
+        given.narrow(2, held.shape[2], n_added).copy_(rows)
+        return given
+
+    def extend(self, held: Tensor, n_added: int) -> Tensor:
+        """`held` and room for `n_added` rows behind it, in which there is anything."""
+        batch, heads, n_held, width = held.shape
+        length = n_held + n_added
         if self._memory is None or held is not self._given or length > self._memory.shape[2]:
             spare = max(_FEWEST_SPARE_TOKENS, length // _SPARE_PART)
-            batch, heads, _, width = rows.shape
             capacity = max(length, min(length + spare, self._max_tokens))
-            self._memory = rows.new_empty(batch, heads, capacity, width)
+            self._memory = held.new_empty(batch, heads, capacity, width)
             self._memory[:, :, :n_held] = held
-        self._memory.narrow(2, n_held, rows.shape[2]).copy_(rows)
         self._given = self._memory.narrow(2, 0, length)
         return self._given
 

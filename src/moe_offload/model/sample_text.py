@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_offload.checkpoint.block import pack_block
+from moe_offload.checkpoint.codes import Codes
 from moe_offload.checkpoint.compensation import compensate
 from moe_offload.checkpoint.conversion import ExpertsModule
 from moe_offload.checkpoint.source import SourceCheckpoint
@@ -99,8 +100,9 @@ def read_sample(
         block = torch.empty(layout.block_bytes, dtype=torch.uint8)
         out = torch.zeros(hidden.shape)
         plain = partial(experts_forward, activation=site.activation, act_module=site.act_module)
-        for expert, fields in enumerate(source.iterate_experts(module, units=False)):
-            pack_block(layout, fields, block)
+        read = source.weights_reader(module)
+        for expert in range(module.n_experts):
+            pack_block(layout, read(expert), block)
             out += plain(layout, {expert: block}, hidden.float(), index, weights)
             on_bytes(layout.block_bytes)
         return out.to(hidden.dtype)
@@ -120,25 +122,25 @@ class CompensatedSource(SourceCheckpoint):
 
     layers: Sequence[LayerInputs]
 
-    @torch.inference_mode()
-    def iterate_experts(
-        self, module: ExpertsModule, units: bool = True
-    ) -> Iterator[dict[str, Tensor]]:
-        """As the source's own, rounded, with `<field>_unit`: they are packed as they are."""
-        inputs = self.layers[self.experts.index(module)]
+    def expert_reader(self, module: ExpertsModule) -> Callable[[int], dict[str, Tensor | Codes]]:
+        """As the source's own, the matrices rounded: codes that are packed as they are."""
+        inputs, read = self.layers[self.experts.index(module)], self.weights_reader(module)
         site = inputs.site
 
         def middle(x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
             first = functional.linear(x, gate_up.float(), None if bias is None else bias.float())
             return apply_activation(first, site.activation, module.has_gate, site.act_module)
 
-        for expert, fields in enumerate(super().iterate_experts(module, units=False)):
-            x, bias = inputs.of_expert(expert), fields.get("gate_up_bias")
-            gate_up, gate_up_unit = compensate(fields["gate_up"], x, inputs.hidden)
+        @torch.inference_mode()
+        def rounded(expert: int) -> dict[str, Tensor | Codes]:
+            fields, x = read(expert), inputs.of_expert(expert)
+            bias = fields.get("gate_up_bias")
+            gate_up = compensate(fields["gate_up"], x, inputs.hidden)
             wanted = middle(x, fields["gate_up"], bias)
-            down, down_unit = compensate(fields["down"], middle(x, gate_up, bias), wanted=wanted)
-            units_of = {"gate_up_unit": gate_up_unit, "down_unit": down_unit}
-            yield fields | {"gate_up": gate_up, "down": down} | units_of
+            down = compensate(fields["down"], middle(x, gate_up.values(), bias), wanted=wanted)
+            return fields | {"gate_up": gate_up, "down": down}
+
+        return rounded
 
 
 def compensated(

@@ -9,29 +9,33 @@ between two graphs.
 
 The first step with a new shape is a rehearsal: eager, from the static tensors, with an error where
 the host would wait for the device, as no graph can. The second is recorded, segment by segment, as
-transformers' own code runs. Models whose steps cannot be recorded stay eager, and a note says why.
+transformers' own code runs. A module that asks the device something (a rotary embedding whose
+numbers depend on the text's length) runs eagerly between two graphs, like the experts. Models whose
+steps cannot be recorded stay eager, and a note says why.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from moe_offload.experts.dispatcher import MoeDispatcher
+from moe_offload.experts.dispatcher import MoeDispatcher, MoeExperts
 from moe_offload.model.generation import cache_argument
-from moe_offload.model.kv_cache import Extent, RoomyLayer, make_cache
+from moe_offload.model.kv_cache import Extent, RoomyLayer, WindowLayer, make_cache
 
 _FEWEST_KEYS: Final = 512
 _SPARE_KEYS: Final = 128  # at least, where keys are given room: so many steps need no other graph
+_Forward = Callable[..., Any]
 _KNOWN: Final = frozenset(
     {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}
 )
@@ -40,12 +44,22 @@ _KNOWN: Final = frozenset(
 def why_eager(model: PreTrainedModel) -> str | None:
     """What keeps a model's decode steps from being recorded; None where nothing is known to."""
     if not model._supports_default_dynamic_cache() or not all(
-        type(layer) is RoomyLayer for layer in make_cache(model.config, 1).layers
+        _is_movable(layer) for layer in make_cache(model.config, 1).layers
     ):
-        return "not all of its layers keep the keys of all tokens"
-    if model.config._attn_implementation != "sdpa":
+        return "not all of its layers keep keys of all tokens or of a window's"
+    if len(_windows(make_cache(model.config, 1))) > 1:
+        return "its sliding windows are of several sizes"
+    if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {model.config._attn_implementation}"
     return None
+
+
+def _is_movable(layer: Any) -> bool:
+    return type(layer) is RoomyLayer or (type(layer) is WindowLayer and not layer.record_past)
+
+
+def _windows(cache: DynamicCache) -> set[int]:
+    return {layer.sliding_window for layer in cache.layers if layer.is_sliding}
 
 
 class StepGraphs:
@@ -79,6 +93,12 @@ class StepGraphs:
     def attach(self, model: PreTrainedModel) -> None:
         """Let `model` take its decode steps through here."""
         self._eager = model.forward
+        self._uses_floats = model.config._attn_implementation == "eager"
+        self._parts = [
+            module
+            for module in model.modules()
+            if not any(isinstance(part, MoeExperts) for part in module.modules())
+        ]
 
         @functools.wraps(self._eager)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +127,7 @@ class StepGraphs:
                 recorded = self._recorded_for(cache, n_held, kwargs)
                 recorded.set_inputs(cache, n_held, kwargs)
                 if not recorded.is_complete:
-                    recorded.record(self._eager, self._dispatcher)
+                    recorded.record(self._eager, self._dispatcher, self._parts)
                 else:
                     recorded.replay(self._dispatcher)
                     self.replayed += 1
@@ -129,8 +149,11 @@ class StepGraphs:
         if self._recorded is None or not self._recorded.fits(batch, n_held, options):
             self._recorded = None  # its memory is free for the next one's
             capacity = min(_capacity(n_held), cache.layers[0].max_tokens)
-            with _needing_room():
-                self._recorded = _Recorded(batch, capacity, options, self._device, self._cache_name)
+            mask_dtype = cache.layers[0].keys.dtype if self._uses_floats else torch.bool
+            with _or_not_recorded():
+                self._recorded = _Recorded(
+                    batch, capacity, mask_dtype, options, self._device, self._cache_name
+                )
         return self._recorded
 
     def _is_served(self, kwargs: dict[str, Any]) -> bool:
@@ -147,7 +170,7 @@ class StepGraphs:
             and kwargs.get("use_cache", True) is True
             and kwargs.get("return_dict", True) is True
             and isinstance(cache, DynamicCache)
-            and all(type(layer) is RoomyLayer and layer.is_initialized for layer in cache.layers)
+            and all(_is_movable(layer) and layer.is_initialized for layer in cache.layers)
             and 0 < cache.get_seq_length() < cache.layers[0].max_tokens
         )
 
@@ -163,13 +186,14 @@ class NotRecordedError(Exception):
 class _StaticLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
     """All the room for keys and values, [B, heads, capacity, D]; a token goes to `place`, [1]."""
 
-    def __init__(self, like: RoomyLayer, capacity: int, place: Tensor) -> None:
+    def __init__(self, like: RoomyLayer | WindowLayer, capacity: int, place: Tensor) -> None:
         super().__init__()
         self.keys, self.values = (
             held.new_empty(held.shape[0], held.shape[1], capacity, held.shape[3])
             for held in (like.keys, like.values)
         )
         self.is_initialized = True
+        self.is_sliding = like.is_sliding
         self._place = place
 
     def update(
@@ -194,6 +218,21 @@ class _ExpertsCall:
         self.out.copy_(dispatcher.run(self.layer, self.hidden, self.index, self.weights))
 
 
+@dataclass(frozen=True)
+class _EagerCall:
+    """Also between two graphs: a module that asks the device something, and its results' place."""
+
+    module: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    out: Any
+
+    def run(self, _: MoeDispatcher) -> None:
+        found = self.module(*self.arguments, **self.keywords)
+        for place, value in zip(tree_leaves(self.out), tree_leaves(found), strict=True):
+            place.copy_(value)
+
+
 class _Recorded:
     """The graphs of one batch size, and all that they read and write, which stays where it is."""
 
@@ -201,6 +240,7 @@ class _Recorded:
         self,
         batch: int,
         capacity: int,
+        mask_dtype: torch.dtype,
         options: dict[str, Any],
         device: torch.device,
         cache_name: str,
@@ -215,11 +255,15 @@ class _Recorded:
         self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
-        self._mask = torch.zeros(batch, 1, 1, self.capacity, dtype=torch.bool, device=device)
+        self._seen = torch.zeros(batch, 1, 1, self.capacity, dtype=torch.bool, device=device)
+        self._mask_dtype = mask_dtype
+        self._window = 0  # places of a layer that holds no more than a sliding window
+        self._place_in_window = torch.zeros_like(self._place)
         # One for the rehearsal and the recording: cuBLAS keeps its workspace by stream.
         self._stream = torch.cuda.Stream(device)
         self._rehearsed = False
-        self._segments: list[tuple[Callable[[], None], _ExpertsCall]] = []
+        self._asking: list[nn.Module] = []
+        self._segments: list[tuple[Callable[[], None], _ExpertsCall | _EagerCall]] = []
         self._last: Callable[[], None] | None = None
         self._output: Any = None
 
@@ -240,10 +284,10 @@ class _Recorded:
     def set_inputs(self, cache: DynamicCache, n_held: int, kwargs: dict[str, Any]) -> None:
         """Put the step's inputs where the graphs read them; `cache`'s keys, unless there."""
         if self._owner() is not cache or not self.extent.is_whole:
-            with _needing_room():
+            with _or_not_recorded():
                 self._take_in(cache, n_held)
         mask = kwargs.get("attention_mask")
-        seen = self._mask[..., : n_held + 1]
+        seen = self._seen[..., : n_held + 1]
         if mask is None:
             seen.fill_(True)
         else:
@@ -251,6 +295,8 @@ class _Recorded:
         self._ids.copy_(kwargs["input_ids"])
         self._positions.copy_(kwargs["position_ids"])
         self._place.fill_(n_held)
+        if self._window:
+            self._place_in_window.fill_(n_held % self._window)
 
     def _take_in(self, cache: DynamicCache, n_held: int) -> None:
         """Let `cache` lie in the memory of these graphs; another that does gets its own again."""
@@ -260,12 +306,39 @@ class _Recorded:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         self.extent = Extent(n_held)
         self._owner = weakref.ref(cache)
-        for number, layer in enumerate(cache.layers):
-            if number == len(self._cache.layers):
-                self._cache.layers.append(_StaticLayer(layer, self.capacity, self._place))
-            static = self._cache.layers[number]
+        if not self._cache.layers:
+            if windows := _windows(cache):
+                self._window = min(self.capacity, *windows)
+            for layer in cache.layers:
+                room = (self.capacity, self._place)
+                if layer.is_sliding:
+                    room = (self._window, self._place_in_window)
+                self._cache.layers.append(_StaticLayer(layer, *room))
+        for layer, static in zip(cache.layers, self._cache.layers, strict=True):
             layer.move_to(static.keys, static.values, self.extent)
-        self._mask.zero_()
+        self._seen.zero_()
+
+    def _masks(self) -> Any:
+        """What attention takes: one mask, or one for each kind of layers, as transformers' own.
+
+        Made of tensors alone, so that a graph makes them.
+        """
+        masks = {}
+        if not all(layer.is_sliding for layer in self._cache.layers):
+            masks["full_attention"] = self._as_wanted(self._seen)
+        if any(layer.is_sliding for layer in self._cache.layers):
+            places = torch.arange(self._window, device=self._device)
+            position = self._place - (self._place - places) % self._window
+            there = self._seen.index_select(3, position.clamp(min=0)) & (position >= 0)
+            masks["sliding_attention"] = self._as_wanted(there)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_wanted(self, seen: Tensor) -> Tensor:
+        """`seen` as it is, or as what eager attention adds to scores."""
+        if self._mask_dtype == torch.bool:
+            return seen
+        hidden = torch.full_like(seen, torch.finfo(self._mask_dtype).min, dtype=self._mask_dtype)
+        return hidden.masked_fill_(seen, 0)
 
     def replay(self, dispatcher: MoeDispatcher) -> None:
         """The step whose inputs are set."""
@@ -275,10 +348,15 @@ class _Recorded:
         assert self._last is not None
         self._last()
 
-    def record(self, eager: Callable[..., Any], dispatcher: MoeDispatcher) -> None:
-        """The same by the model's own code: a rehearsal first, and the next time for good."""
+    def record(
+        self, eager: Callable[..., Any], dispatcher: MoeDispatcher, parts: Sequence[nn.Module]
+    ) -> None:
+        """The same by the model's own code: a rehearsal first, and the next time for good.
+
+        `parts` are the modules without experts, which the rehearsal may find to ask the device.
+        """
         recorder = _CudaRecorder(self._device) if self._rehearsed else _Rehearsal()
-        segments: list[tuple[Callable[[], None], _ExpertsCall]] = []
+        segments: list[tuple[Callable[[], None], _ExpertsCall | _EagerCall]] = []
 
         def between(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             replay = recorder.end()
@@ -289,12 +367,38 @@ class _Recorded:
             recorder.begin()
             return call.out
 
-        with _working_in(self._stream, self._device), dispatcher.experts_called_by(between):
+        def rehearsed(module: nn.Module, forward: _Forward, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except RuntimeError:  # it, or a part of it, would have the host wait
+                if not (recorder.is_open and _are_constant(args) and _are_constant(kwargs)):
+                    raise
+            recorder.end()
+            with _or_not_recorded():
+                out = forward(*args, **kwargs)
+            recorder.begin()
+            self._asking.append(module)
+            return out
+
+        def asked(_: nn.Module, forward: _Forward, *args: Any, **kwargs: Any) -> Any:
+            replay = recorder.end()
+            replay()
+            out = _cloned(forward(*args, **kwargs))
+            segments.append((replay, _EagerCall(forward, args, kwargs, out)))
+            recorder.begin()
+            return out
+
+        modules = (self._asking, asked) if self._rehearsed else (parts, rehearsed)
+        with (
+            _working_in(self._stream, self._device),
+            dispatcher.experts_called_by(between),
+            _forwards(*modules),
+        ):
             try:
                 recorder.begin()
                 self._output = eager(
                     input_ids=self._ids,
-                    attention_mask=self._mask,
+                    attention_mask=self._masks(),
                     position_ids=self._positions,
                     **{self._cache_name: self._cache},
                     **self.options,
@@ -381,8 +485,28 @@ def _working_in(stream: torch.cuda.Stream, device: torch.device) -> Iterator[Non
 
 
 @contextmanager
-def _needing_room() -> Iterator[None]:
-    """Inside, the device's memory may be too little for what is to be recorded."""
+def _forwards(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the forward of each module is `call`, told the module and its forward."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module, _ in before:
+            module.forward = functools.partial(call, module, module.forward)
+        yield
+    finally:
+        for module, own in before:
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+def _are_constant(arguments: Any) -> bool:
+    """Whether a replay finds in `arguments` what it should: tensors, which are overwritten."""
+    return all(one is None or isinstance(one, Tensor | str) for one in tree_leaves(arguments))
+
+
+@contextmanager
+def _or_not_recorded() -> Iterator[None]:
+    """Inside, what is to be recorded may fail: for want of memory, say."""
     try:
         yield
     except RuntimeError as error:
@@ -390,10 +514,8 @@ def _needing_room() -> Iterator[None]:
 
 
 def _cloned(value: Any) -> Any:
-    """`value` with tensors of its own: it is one, or a tuple of some."""
-    if isinstance(value, tuple):
-        return tuple(map(_cloned, value))
-    return value.clone() if isinstance(value, Tensor) else value
+    """`value` with tensors of its own, if it holds some."""
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def _first_line(error: Exception) -> str:

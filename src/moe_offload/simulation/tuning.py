@@ -1,8 +1,9 @@
 """Many cache settings on one trace: swept as a table, or searched for the fastest that fits.
 
 `sweep` replays every N x M x policy on all cores of this machine. `choose_cache` and `tune` look
-for the fastest in a memory budget. They ask the simulator, not a rule: which N x M, policy and
-expert format is fastest depends on the routing, the CPU and the bus at once.
+for the fastest in a memory budget. They ask the simulator, not a rule: which N x M, policy, quota
+and expert format is fastest depends on the routing, the CPU, the bus and what the two take from
+each other at once.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def _doubling(limit: int, count: int) -> list[int]:
 SEARCH_TOKENS = 64
 PROMPT_TOKENS = 16
 OTHER_POLICIES = ("FIFO", "LFRU", "LFU")  # tried after LRU; earlier ones win ties
+# Copies slow the CPU down, which reads the same memory: then a pass's first ones alone may pay.
+LESSER_QUOTAS = (32, 16, 8, 4, 2)
 WORTHWHILE = 1.005  # less gain than this is noise of the routing
 BUDGETS = 6
 _Timed = tuple[float, CacheOptions]  # tokens/s of a cache
@@ -134,6 +137,7 @@ class CacheChoice:
     n_indexes: int
     n_ways: int
     policy: str
+    quota: int
     tokens_per_s: float
     reason: str = field(compare=False)
 
@@ -161,8 +165,9 @@ def choose_cache(
     trace: Trace | None = None,
     ways: Sequence[int] | None = None,
     host_policy: str = "LFRU",
+    quota: int = CacheOptions.quota,
 ) -> CacheChoice:
-    """Choose N, M and policy for `free_bytes` of GPU memory.
+    """Choose N, M, policy and a quota of at most `quota` for `free_bytes` of GPU memory.
 
     Every way to spend the slots is tried, from many indexes of few ways to few of many, on the
     first tokens of `trace`, or without one on synthetic routing of this shape. 0 x 0 when nothing
@@ -189,7 +194,7 @@ def choose_cache(
         if ways is not None:
             return replay_tiers(first, ways, host_policy, costs, setting).tokens_per_s, setting
         cache = ExpertCache(setting.n_indexes, setting.n_ways, make_policy(setting.policy))
-        return replay(passes, cache, timeline=Timeline(costs)).tokens_per_s, setting
+        return replay(passes, cache, setting.quota, Timeline(costs)).tokens_per_s, setting
 
     def fastest(best: _Timed, settings: Iterable[CacheOptions]) -> _Timed:
         """The first that no later one beats by a worthwhile margin."""
@@ -199,19 +204,25 @@ def choose_cache(
         return best
 
     n_slots = min(free_bytes // costs.block_bytes, n_layers * n_experts)
-    alone, no_cache = timed(CacheOptions(policy="LRU"))
-    sizes = (CacheOptions(n, m, policy="LRU") for n, m in layouts(n_slots, n_layers, n_experts))
+    plain = CacheOptions(policy="LRU", quota=quota)
+    alone, no_cache = timed(plain)
+    sizes = [
+        replace(plain, n_indexes=n, n_ways=m) for n, m in layouts(n_slots, n_layers, n_experts)
+    ]
     best = fastest((alone, no_cache), sizes)
     if best[1] is no_cache:
         why = "no cache: not one expert fits"
         if n_slots:
             why = f"no cache: {n_slots} experts fit, but the CPU alone is predicted to be as fast"
-        return CacheChoice(0, 0, "LRU", alone, why)
-    per_s, found = fastest(best, [replace(best[1], policy=policy) for policy in OTHER_POLICIES])
+        return CacheChoice(0, 0, "LRU", quota, alone, why)
+    best = fastest(best, [replace(best[1], policy=policy) for policy in OTHER_POLICIES])
+    lesser = [replace(best[1], quota=fewer) for fewer in LESSER_QUOTAS if fewer < quota]
+    per_s, found = fastest(best, lesser)
     return CacheChoice(
         found.n_indexes,
         found.n_ways,
         found.policy,
+        found.quota,
         per_s,
         f"{found.n_slots} of {n_slots} slots that fit; {per_s:.3g} tokens/s "
         f"predicted against {alone:.3g} without a cache, by replaying {source}",

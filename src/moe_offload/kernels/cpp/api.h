@@ -79,16 +79,20 @@ struct cpux_matrix {
 CPUX_EXPORT int cpux_linear(int isa, int threads, const cpux_matrix* matrix, const void* x,
                             int is_bf16, int64_t n_tokens, void* y);
 
-// W [rows, cols], bf16 or fp32, strides in elements, to int8 or int4 with `bits` 8 or 4: packed
-// [RB, G, 8 or 4, 16, 4] and float16 scales [RB, G, 16]. The same bytes on every instruction set.
-// CPUX_OUT_OF_RANGE for a weight that is no number or too large for a scale.
+// W [rows, cols], bf16 or fp32, strides in elements, to int8, int4 or mxfp4 (WeightFormat): packed
+// [RB, G, 8 or 4, 16, 4] and scales [RB, G, 16], float16 or E8M0. The same bytes on every instruction
+// set. CPUX_OUT_OF_RANGE for a weight that is no number or too large for a scale.
 struct cpux_weights {
   const void* w;
   int32_t is_bf16;
   int64_t rows, cols, row_stride, col_stride;
 };
-CPUX_EXPORT int cpux_quantise(int isa, int threads, const cpux_weights* weights, int bits,
-                              uint8_t* packed, uint16_t* scales);
+CPUX_EXPORT int cpux_quantise(int isa, int threads, const cpux_weights* weights, int format,
+                              uint8_t* packed, void* scales);
+// Levels without a sign [rows, cols], strides in bytes, to the same tiles of 8 or 4 bits, padded with
+// level 0.
+CPUX_EXPORT int cpux_pack(int isa, int threads, const uint8_t* levels, int64_t rows, int64_t cols,
+                          int64_t row_stride, int64_t col_stride, int bits, uint8_t* packed);
 
 // Attention of the last T of a sequence's S tokens: out [B, T, heads, Dv] = softmax(scale q k^T) v over
 // the keys. Heads share keys in groups of heads / kv_heads; query, keys, values and out are all bf16 or
@@ -125,6 +129,24 @@ CPUX_EXPORT int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const
 CPUX_EXPORT int cpux_rotate(int isa, int threads, const uint16_t* x, const uint16_t* cos,
                             const uint16_t* sin, int64_t n_batch, int64_t n_heads, int64_t width,
                             uint16_t* y);
+
+// A decoder layer's step up to its experts, for one new token of each sequence, all bf16:
+//   sum = x + output(attention of the norm of x), normed = `after` of sum; both [B, width of x].
+// Queries and keys are normed where there are norms, then rotated; keys and values of the new token
+// are written behind those before it. What the functions above give one by one, bit for bit.
+struct cpux_attention_step {
+  const cpux_norm *before, *query_norm, *key_norm, *after;      // query_norm and key_norm or null
+  const cpux_matrix *query, *key, *value, *output;              // without biases
+  int64_t n_heads, n_kv_heads, head_size;
+  float scale;
+  uint16_t* keys;    // [B, kv_heads, S, D], rows contiguous; strides of sequence and head
+  uint16_t* values;  // the same
+  int64_t key_strides[2], value_strides[2];
+  int64_t n_keys;    // S, the new token's with them
+};
+CPUX_EXPORT int cpux_attend_step(int isa, int threads, const cpux_attention_step* step,
+                                    const uint16_t* x, const uint16_t* cos, const uint16_t* sin,
+                                    int64_t n_batch, uint16_t* sum, uint16_t* normed);
 
 // A router: logits [T, E] = x @ w^T + bias in x's type, the k largest of their softmax in order, and
 // with `normalise` divided by their sum. scores [T, k], index [T, k].

@@ -145,6 +145,11 @@ bool is_valid(const cpux_attention& a) {
 
 }  // namespace
 
+void attend_token(const Kernels& kernels, int threads, const cpux_attention& attention,
+                  Arena& arena, void* out) {
+  Attention(kernels, threads, attention, arena).run(out);
+}
+
 }  // namespace cpux
 
 int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out) {
@@ -152,7 +157,7 @@ int cpux_attend(int isa, int threads, const cpux_attention* attention, void* out
   const bool valid = cpux::is_valid(a) && (a.n_batch * a.n_queries == 0 || out != nullptr);
   return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels& kernels) {
     if (a.n_queries == 1)
-      cpux::Attention(kernels, threads, a, cpux::fresh_arena()).run(out);
+      cpux::attend_token(kernels, threads, a, cpux::fresh_arena(), out);
     else
       cpux::attend_prompt(kernels, threads, a, cpux::fresh_arena(), out);
   });

@@ -175,9 +175,9 @@ struct Kernels {
   // out[i] += weight * y[i]
   void (*axpy)(float weight, const float* y, int64_t n, float* out);
 
-  // x [32][16], columns of a tile, to int8 or int4 (`bits` 8 or 4): its packed bytes and 16 float16
-  // scales; false where a weight is out of range.
-  bool (*quantise_tile)(int bits, const float* x, uint8_t* packed, uint16_t* scales);
+  // x [32][16], columns of a tile, to int8, int4 or mxfp4: its packed bytes and 16 scales, float16 or
+  // E8M0; false where a weight is out of range.
+  bool (*quantise_tile)(int format, const float* x, uint8_t* packed, void* scales);
 
   // What the machine can do with this instruction set, for benchmarks and calibration.
   uint64_t (*read_bytes)(const void* data, int64_t bytes);  // a checksum, so the loads stay

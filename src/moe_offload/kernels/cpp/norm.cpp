@@ -55,27 +55,30 @@ void norm_row(const cpux_norm& norm, bool is_bf16, const float* x, float* scratc
   }
 }
 
-bool is_valid(const cpux_norm& norm) {
+}  // namespace
+
+bool is_valid_norm(const cpux_norm& norm) {
   return norm.form >= kRoundThenWeight && norm.form <= kOnePlusWeight && norm.width > 0 &&
          norm.weight != nullptr;
 }
 
-}  // namespace
+void norm_rows(const cpux_norm& norm, const void* x, bool is_bf16, int64_t n_rows, float* scratch,
+               void* y) {
+  const int64_t row_bytes = norm.width * (is_bf16 ? 2 : 4);
+  for (int64_t at = 0; at < n_rows * row_bytes; at += row_bytes) {
+    to_float(static_cast<const char*>(x) + at, is_bf16, norm.width, scratch);
+    norm_row(norm, is_bf16, scratch, scratch + norm.width, static_cast<char*>(y) + at);
+  }
+}
 
 }  // namespace cpux
 
 int cpux_rms_norm(int isa, int threads, const cpux_norm* norm, const void* x, int is_bf16,
                   int64_t n_rows, void* y) {
-  const bool valid = cpux::is_valid(*norm) && n_rows >= 0 &&
+  const bool valid = cpux::is_valid_norm(*norm) && n_rows >= 0 &&
                      (n_rows == 0 || (x != nullptr && y != nullptr));
   return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels&) {
-    cpux::Arena& arena = cpux::fresh_arena();
-    float* row = arena.take<float>(norm->width);
-    float* scratch = arena.take<float>(norm->width);
-    const int64_t row_bytes = norm->width * (is_bf16 != 0 ? 2 : 4);
-    for (int64_t r = 0; r < n_rows; ++r) {
-      cpux::to_float(static_cast<const char*>(x) + r * row_bytes, is_bf16 != 0, norm->width, row);
-      cpux::norm_row(*norm, is_bf16 != 0, row, scratch, static_cast<char*>(y) + r * row_bytes);
-    }
+    float* scratch = cpux::fresh_arena().take<float>(2 * norm->width);
+    cpux::norm_rows(*norm, x, is_bf16 != 0, n_rows, scratch, y);
   });
 }

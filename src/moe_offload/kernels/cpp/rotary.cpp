@@ -25,6 +25,14 @@ void rotate_head(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, in
 
 }  // namespace
 
+void rotate_heads(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t n_batch,
+                  int64_t n_heads, int64_t width, uint16_t* y) {
+  for (int64_t head = 0; head < n_batch * n_heads; ++head) {
+    const int64_t angles = head / n_heads * width;
+    rotate_head(x + head * width, cos + angles, sin + angles, width, y + head * width);
+  }
+}
+
 }  // namespace cpux
 
 int cpux_rotate(int isa, int threads, const uint16_t* x, const uint16_t* cos, const uint16_t* sin,
@@ -32,9 +40,6 @@ int cpux_rotate(int isa, int threads, const uint16_t* x, const uint16_t* cos, co
   const bool valid = n_batch >= 0 && n_heads >= 0 && width > 0 && width % 2 == 0 &&
                      x != nullptr && cos != nullptr && sin != nullptr && y != nullptr;
   return cpux::guarded(isa, threads, valid, [&](const cpux::Kernels&) {
-    for (int64_t head = 0; head < n_batch * n_heads; ++head) {
-      const int64_t angles = head / n_heads * width;
-      cpux::rotate_head(x + head * width, cos + angles, sin + angles, width, y + head * width);
-    }
+    cpux::rotate_heads(x, cos, sin, n_batch, n_heads, width, y);
   });
 }

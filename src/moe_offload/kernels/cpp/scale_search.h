@@ -1,4 +1,4 @@
-// The scales of our own int8 and int4, for sixteen rows by a group of 32 columns at a time: what
+// The scales of our own int8, int4 and mxfp4, for sixteen rows by a group of 32 columns at a time: what
 // checkpoint/quantization.py computes, with the same operations in the same order, so that both
 // give the same bytes and so does every instruction set. Each lane of a vector is a row.
 #pragma once
@@ -126,6 +126,20 @@ struct ScaleSearch {
     return true;
   }
 
+  // bits [steps][4] of a lane's row, one level for each column of a group, to a tile's words.
+  template <int kBits, class F>
+  static void pack(uint8_t* packed, F level) {
+    for (int step = 0; step < kBits; ++step) {
+      Int word = {};
+      for (int j = 0; j < 4; ++j) {
+        const int column = step * 4 + j;
+        const Int byte = kBits == 8 ? level(column) : level(column) | (level(column + 16) << 4);
+        word |= byte << (8 * j);
+      }
+      memcpy(packed + step * 4 * kTileRows, &word, sizeof word);
+    }
+  }
+
   template <int kBits>
   static bool quantise(const float* x, uint8_t* packed, uint16_t* scales) {
     Float scale;
@@ -138,15 +152,50 @@ struct ScaleSearch {
       const Int q = bits_of<Int>(raised) - bits_of<Int>(all(kRounder));
       return kBits == 8 ? q & 255 : q + 8;
     };
-    for (int step = 0; step < kBits; ++step) {
-      Int word = {};
-      for (int j = 0; j < 4; ++j) {
-        const int column = step * 4 + j;
-        const Int byte = kBits == 8 ? level(column) : level(column) | (level(column + 16) << 4);
-        word |= byte << (8 * j);
-      }
-      memcpy(packed + step * 4 * kTileRows, &word, sizeof word);
+    pack<kBits>(packed, level);
+    return true;
+  }
+
+  // E2M1: above which half one becomes the next, and twice what it grows by then.
+  static constexpr float kEdges[7] = {0.5f, 1.5f, 2.5f, 3.5f, 5.0f, 7.0f, 10.0f};
+  static constexpr float kGrowth[7] = {1.0f, 1.0f, 1.0f, 1.0f, 2.0f, 2.0f, 4.0f};
+  static constexpr float kLargestWeight = 1e38f;
+
+  static bool to_e2m1(const float* x, uint8_t* packed, uint8_t* scales) {
+    Float largest = {};
+    Int wrong = {};
+    for (int column = 0; column < kGroup; ++column) {
+      const Float size = magnitude(load(x + column * kTileRows));
+      wrong |= ~(size <= all(kLargestWeight));
+      largest = Lanes::larger(size, largest);
     }
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (wrong[lane]) return false;
+    const Int exponent = (bits_of<Int>(largest) >> 23) - 126;  // |w| < 2^exponent
+    const Int lowest = Int{} - 120;
+    const Int top = largest == Float{} ? Int{} : exponent > lowest ? exponent : lowest;
+    const auto power = [](Int e) { return bits_of<Float>((e + 127) << 23); };
+    const auto error = [&](Int candidate) {  // of the scale 2^candidate
+      const Float unit = power(candidate - 1), inverse = power(1 - candidate);
+      return sum_of_group([&](int column) {
+        const Float size = magnitude(load(x + column * kTileRows));
+        const Float steps = size * inverse;
+        Float halves = {};
+        for (int i = 0; i < 7; ++i) halves += steps > all(kEdges[i]) ? all(kGrowth[i]) : Float{};
+        const Float rest = halves * unit - size;
+        return rest * rest;
+      });
+    };
+    const Int scale = error(top - 2) < error(top - 3) ? top - 2 : top - 3;
+    const Float inverse = power(1 - scale);
+    pack<4>(packed, [&](int column) {
+      const Float v = load(x + column * kTileRows);
+      const Float steps = magnitude(v) * inverse;
+      Int code = (bits_of<Int>(v) >> 28) & 8;
+      for (int i = 0; i < 7; ++i) code -= Int(steps > all(kEdges[i]));  // true is -1
+      return code;
+    });
+    for (int lane = 0; lane < kLanes; ++lane) scales[lane] = static_cast<uint8_t>(scale[lane] + 127);
     return true;
   }
 };
@@ -165,12 +214,16 @@ struct ScaleSearch<Lanes>::Format {
 };
 
 template <class Lanes>
-bool quantise_tile(int bits, const float* x, uint8_t* packed, uint16_t* scales) {
+bool quantise_tile(int format, const float* x, uint8_t* packed, void* scales) {
   using S = ScaleSearch<Lanes>;
+  uint16_t* halves = static_cast<uint16_t*>(scales);
+  uint8_t* bytes = static_cast<uint8_t*>(scales);
   for (int row = 0; row < kTileRows; row += S::kLanes) {
     uint8_t* words = packed + row * 4;
-    const bool is_done = bits == 8 ? S::template quantise<8>(x + row, words, scales + row)
-                                   : S::template quantise<4>(x + row, words, scales + row);
+    const bool is_done = format == kMxfp4 ? S::to_e2m1(x + row, words, bytes + row)
+                         : format == kInt8
+                             ? S::template quantise<8>(x + row, words, halves + row)
+                             : S::template quantise<4>(x + row, words, halves + row);
     if (!is_done) return false;
   }
   return true;
