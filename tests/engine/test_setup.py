@@ -99,7 +99,7 @@ def test_over_a_disk_the_run_s_own_policy_of_host_memory_is_simulated(
 
     def choose(*arguments: object) -> CacheChoice:
         asked.append(arguments[-3:-1])
-        return CacheChoice(0, 0, "LRU", 64, 1.0, "made up")
+        return CacheChoice(CacheOptions(policy="LRU"), 1.0, "made up")
 
     monkeypatch.setattr(setup, "choose_cache", choose)
     options = ModelOptions(folder, device="cpu", host_memory_gb=0.0001, host_policy="RANDOM")

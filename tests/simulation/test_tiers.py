@@ -124,8 +124,8 @@ def test_tuning_over_a_disk_replays_both_memories(capsys: pytest.CaptureFixture[
         points = tune(trace, room, {"bf16": COSTS}, host_bytes=room, host_policy=policy)
         assert {point.host_ways for point in points} == {2}
         for one in points:
-            gpu = CacheOptions(one.n_indexes, one.n_ways, policy=one.policy)
-            assert one.tokens_per_s == replay_tiers(trace, [2], policy, COSTS, gpu).tokens_per_s
+            found = replay_tiers(trace, [2], policy, COSTS, one.cache)
+            assert one.tokens_per_s == found.tokens_per_s
     assert tune(trace, 0, {"bf16": COSTS}, host_bytes=COSTS.block_bytes - 1) == []
     hardware = str(Path(__file__).parents[2] / "hardware" / "rtx4090.yaml")
     command = ["--model", "olmoe-1b-7b", "--hardware", hardware, "--tune", "--disk-gbps", "7"]

@@ -41,34 +41,33 @@ def speed(n_indexes: int, n_ways: int, policy: str = "LRU", quota: int = 64) -> 
 @pytest.mark.parametrize("n_slots", [1, 3, 8, 13, 20, 31])
 def test_nothing_that_fits_is_much_faster(n_slots):
     choice = choose(n_slots)
-    assert choice.n_indexes * choice.n_ways <= n_slots
+    cache = choice.cache
+    assert cache.n_slots <= n_slots
     every = [(n, m) for n in range(1, 5) for m in range(1, 9) if n * m <= n_slots]
     fastest = max(speed(n, m) for n, m in every)
     assert choice.tokens_per_s >= 0.97 * fastest
-    assert choice.tokens_per_s == speed(
-        choice.n_indexes, choice.n_ways, choice.policy, choice.quota
-    )
+    assert choice.tokens_per_s == speed(cache.n_indexes, cache.n_ways, cache.policy, cache.quota)
 
 
 def test_the_more_a_copy_costs_the_cpu_the_fewer_are_begun():
     """Never more than allowed; the first ones are worth it still."""
     slowed = choose(12, replace(COSTS, cpu_shared_factor=1.5))
-    assert choose(12).quota == 64 > slowed.quota > 0
-    assert choose_cache(12 * BLOCK, 4, 8, 2, COSTS, TRACE, quota=3).quota <= 3
+    assert choose(12).cache.quota == 64 > slowed.cache.quota > 0
+    assert choose_cache(12 * BLOCK, 4, 8, 2, COSTS, TRACE, quota=3).cache.quota <= 3
 
 
 def test_room_for_everything_caches_everything():
     choice = choose(1000)
-    assert (choice.n_indexes, choice.n_ways) == (4, 8)
+    assert (choice.cache.n_indexes, choice.cache.n_ways) == (4, 8)
     assert "32 of 32 slots" in choice.reason and TRACE.info.model in choice.reason
 
 
 def test_no_room_or_no_gain_is_no_cache_and_says_why():
-    assert choose(0).n_indexes == 0
+    assert choose(0).cache.n_indexes == 0
     assert "not one expert fits" in choose(0).reason
     slow_gpu = replace(COSTS, gpu=SideCost(10, 9000, 10))
     choice = choose(8, slow_gpu)
-    assert (choice.n_indexes, choice.n_ways) == (0, 0)
+    assert (choice.cache.n_indexes, choice.cache.n_ways) == (0, 0)
     assert "no cache" in choice.reason
 
 
@@ -77,12 +76,12 @@ def test_an_absent_accelerator_is_never_chosen():
     absent = replace(
         COSTS, gpu=SideCost(0, infinite, 0), copy_call_us=0, copy_gbps=1e-9, copy_gbps_shared=1e-9
     )
-    assert choose(8, absent).n_indexes == 0
+    assert choose(8, absent).cache.n_indexes == 0
 
 
 def test_without_a_trace_routing_is_made_up_and_called_so():
     choice = choose_cache(12 * BLOCK, 4, 8, 2, COSTS)
-    assert choice.n_indexes > 0
+    assert choice.cache.n_indexes > 0
     assert "synthetic" in choice.reason
     assert choice == choose_cache(12 * BLOCK, 4, 8, 2, COSTS)
 
@@ -117,4 +116,4 @@ def test_the_front_is_what_nothing_dominates():
             for other in points
         )
         assert point.on_front != dominated
-    assert points[0].n_indexes == 0
+    assert points[0].cache.n_indexes == 0

@@ -439,17 +439,18 @@ def _tune(trace: Trace, on: _Host, options: argparse.Namespace, formats: Sequenc
         )
     print(f"{'format':<7}{'host':>5}{'N':>4}{'M':>5} {'policy':<7}{'GB':>7}{'tok/s':>8}")
     for point in points:
-        mark = "  *" if point.on_front else ""
+        mark, cache = "  *" if point.on_front else "", point.cache
         print(
-            f"{point.weight_format:<7}{point.host_ways:>5}{point.n_indexes:>4}{point.n_ways:>5} "
-            f"{point.policy:<7}{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
+            f"{point.weight_format:<7}{point.host_ways:>5}{cache.n_indexes:>4}{cache.n_ways:>5} "
+            f"{cache.policy:<7}{point.cache_bytes / 1e9:7.2f}{point.tokens_per_s:8.2f}{mark}"
         )
     print(on.limit())
     print("host: experts of each layer in host memory, the others are on disk; GB: of GPU slots")
     print("*: on the Pareto front of speed and memory. Only bf16 gives the model's exact numbers.")
     best = max(points, key=lambda point: point.tokens_per_s)
-    flags = f"--cache-nblocks {best.n_indexes} --cache-nways {best.n_ways}"
-    flags += f" --cache-replace-policy {best.policy} --cache-quota {best.quota}"
+    cache = best.cache
+    flags = f"--cache-nblocks {cache.n_indexes} --cache-nways {cache.n_ways}"
+    flags += f" --cache-replace-policy {cache.policy} --cache-quota {cache.quota}"
     print(f"fastest: {flags}, experts in {best.weight_format}")
 
 

@@ -174,18 +174,19 @@ def chosen_cache(
         host_policy,
         options.quota,
     )
+    found = choice.cache
     chosen = replace(
         options,
         auto=False,
         memory_gb=None,
         trace=None,
-        n_indexes=choice.n_indexes,
-        n_ways=choice.n_ways,
-        policy=choice.policy,
-        quota=choice.quota,
-        prefetch=options.prefetch if choice.n_indexes else "off",
-        miss_policy=options.miss_policy if choice.n_indexes else "cpu",
-        emulate_pcie_gbps=options.emulate_pcie_gbps if choice.n_indexes else None,
+        n_indexes=found.n_indexes,
+        n_ways=found.n_ways,
+        policy=found.policy,
+        quota=found.quota,
+        prefetch=options.prefetch if found.n_slots else "off",
+        miss_policy=options.miss_policy if found.n_slots else "cpu",
+        emulate_pcie_gbps=options.emulate_pcie_gbps if found.n_slots else None,
     )
     notes.append(f"--cache-auto chose: {_flags(chosen)} ({choice.reason})")
     return chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from moe_offload.config import CacheOptions
@@ -134,22 +134,21 @@ _Timed = tuple[float, CacheOptions]  # tokens/s of a cache
 class CacheChoice:
     """The fastest cache found, what it is predicted to do, and one sentence that says why."""
 
-    n_indexes: int
-    n_ways: int
-    policy: str
-    quota: int
+    cache: CacheOptions
     tokens_per_s: float
-    reason: str = field(compare=False)
+    reason: str
 
 
 @dataclass(frozen=True)
-class TunedSetting(CacheChoice):
+class TunedSetting:
     """One point of a tuning: the fastest cache in one expert format, and its memory.
 
     Host memory holds `host_ways` experts of each layer or more. `on_front`: nothing found is at
     least as fast in less memory.
     """
 
+    cache: CacheOptions
+    tokens_per_s: float
     weight_format: str
     cache_bytes: int
     host_ways: int
@@ -214,15 +213,12 @@ def choose_cache(
         why = "no cache: not one expert fits"
         if n_slots:
             why = f"no cache: {n_slots} experts fit, but the CPU alone is predicted to be as fast"
-        return CacheChoice(0, 0, "LRU", quota, alone, why)
+        return CacheChoice(no_cache, alone, why)
     best = fastest(best, [replace(best[1], policy=policy) for policy in OTHER_POLICIES])
     lesser = [replace(best[1], quota=fewer) for fewer in LESSER_QUOTAS if fewer < quota]
     per_s, found = fastest(best, lesser)
     return CacheChoice(
-        found.n_indexes,
-        found.n_ways,
-        found.policy,
-        found.quota,
+        found,
         per_s,
         f"{found.n_slots} of {n_slots} slots that fit; {per_s:.3g} tokens/s "
         f"predicted against {alone:.3g} without a cache, by replaying {source}",
@@ -242,7 +238,7 @@ def tune(
     which that does not hold an expert of each layer is left out. Returns the points by memory, with
     the Pareto front of speed against memory marked.
     """
-    points: dict[TunedSetting, None] = {}  # a set in its order
+    points = []
     shape = trace.n_layers, trace.n_experts, trace.info.top_k
     for weight_format, costs in costs_of_format.items():
         n_layers, n_experts, _ = shape
@@ -255,18 +251,13 @@ def tune(
         for step in range(BUDGETS + 1):
             budget = memory_bytes * step // BUDGETS
             choice = choose_cache(budget, *shape, costs, trace, over_disk, host_policy)
-            n_bytes = choice.n_indexes * choice.n_ways * costs.block_bytes
-            points[
-                TunedSetting(
-                    **vars(choice),
-                    weight_format=weight_format,
-                    cache_bytes=n_bytes,
-                    host_ways=min(ways),
-                )
-            ] = None
+            n_bytes = choice.cache.n_slots * costs.block_bytes
+            facts = choice.cache, choice.tokens_per_s, weight_format, n_bytes, min(ways)
+            points.append(TunedSetting(*facts))
     fastest = 0.0
     marked = []
-    for point in sorted(points, key=lambda point: (point.cache_bytes, -point.tokens_per_s)):
+    points.sort(key=lambda point: (point.cache_bytes, -point.tokens_per_s))
+    for point in dict.fromkeys(points):
         marked.append(replace(point, on_front=point.tokens_per_s > fastest))
         fastest = max(fastest, point.tokens_per_s)
     return marked
