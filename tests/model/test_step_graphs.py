@@ -25,7 +25,7 @@ from moe_offload.experts.recorded import RecordedStep
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model import step_graphs
 from moe_offload.model.generation import Request, cache_argument, generate
-from moe_offload.model.kv_cache import make_cache
+from moe_offload.model.kv_cache import PrefixCache, make_cache
 from moe_offload.model.loader import PreparedModel
 
 FIRST, SECOND = [5, 17, 40, 8, 22, 71], [9, 33, 12]
@@ -416,6 +416,35 @@ def test_conversations_in_turn_keep_their_keys(folder, monkeypatch):
     expected = turns("cpu")
     with pretended_gpu(monkeypatch):
         assert turns("cuda") == expected
+
+
+@pytest.mark.parametrize("again", [FIRST, FIRST[:3]])
+def test_a_conversation_begun_again_keeps_the_keys_that_it_shares(again, folder, monkeypatch):
+    """All but its last token are held, where the graphs read: that token alone is evaluated."""
+
+    def answers(device: str) -> list[list[int]]:
+        found = []
+        with load(folder, device) as engine, torch.inference_mode():
+            lent = PrefixCache(engine.model, 100)
+            for prompt in (FIRST, again):
+                text = list(prompt)
+                cache, n_held = lent.take(text)
+                while len(text) < len(prompt) + N_TOKENS:
+                    output = engine.model(
+                        input_ids=torch.tensor([text[n_held:]], device=engine.device),
+                        position_ids=torch.arange(n_held, len(text), device=engine.device)[None],
+                        use_cache=True, **{cache_argument(engine.model): cache},
+                    )  # fmt: skip
+                    n_held = len(text)
+                    text.append(int(output.logits[0, -1].argmax()))
+                lent.keep(cache, text)
+                found.append(text)
+            assert device == "cpu" or engine.graphs.replayed == 2 * N_TOKENS - 3
+        return found
+
+    expected = answers("cpu")
+    with pretended_gpu(monkeypatch):
+        assert answers("cuda") == expected
 
 
 def test_an_answers_scores_are_not_written_by_the_next_step(folder, monkeypatch):

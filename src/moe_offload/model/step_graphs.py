@@ -329,9 +329,12 @@ class _Recorded:
             self._place_in_window.fill_(n_held % self._window)
 
     def _take_in(self, cache: DynamicCache, n_held: int) -> None:
-        """Let `cache` lie in the memory of these graphs; another that does gets its own again."""
+        """Let `cache` lie in the memory of these graphs; one that did gets its own again first.
+
+        It may be the same one, whose layers left with views of that memory: a crop does so.
+        """
         owner = self._owner()
-        if owner is not None and owner is not cache:
+        if owner is not None:
             for layer in owner.layers:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         self.extent = Extent(n_held)
