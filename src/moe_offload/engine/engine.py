@@ -87,6 +87,8 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
             self.dispatcher.accelerator = None
+            if self.graphs is not None:  # they read the slots
+                self.graphs.forget()
             gc.collect()  # an error that was kept holds its frames, and those the slots
             # Else what is allocated meanwhile may sit in the old slots' memory for good, and the
             # new ones, one allocation, find no room beside it.
