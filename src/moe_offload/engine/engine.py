@@ -157,6 +157,8 @@ class Engine:
                 self.graphs.forget()
         found = (self.costs.onednn_experts, self.costs.onednn_dense)
         self.use_onednn(*(None if one is None else one.from_tokens for one in found))
+        if gpu is not None and self.costs.cublas_experts is not None:
+            gpu.cublas_tokens = self.costs.cublas_experts.from_tokens
         return self.costs
 
     @property
