@@ -85,7 +85,7 @@ class DiskTier:
             for layer in range(store.n_layers):
                 store.blocks(layer).zero_()  # all is had now, not in the middle of an answer
         self._spare = _blocks(self._between)
-        self._place = {  # of each slot
+        self._place: dict[int, Tensor] = {  # of each slot
             layer * self.cache.n_ways + way: block
             for layer in range(self.n_layers)
             for way, block in enumerate(self.memory.blocks(layer))
