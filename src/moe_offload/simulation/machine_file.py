@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict
 
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, DiskCost, SideCost
@@ -21,7 +22,9 @@ from moe_offload.simulation.shapes import ModelShape
 
 
 class _Part:
-    """Numbers in a range: beyond, clocks and costs mean nothing."""
+    """Numbers in a range, of known names: beyond, clocks and costs mean nothing."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -60,8 +63,7 @@ class Bus(_Part):
     """PCIe of generation `pcie`, `gbps` being those of each generation.
 
     While CPU and copies run at once the CPU takes `cpu_shared_factor` times as long and a copy
-    runs at `shared` of its speed. `sum_wait_us` as in `CostModel`: nothing where a GPU reads the
-    CPU's sum past its copy engine.
+    runs at `shared` of its speed.
     """
 
     pcie: int
@@ -69,11 +71,10 @@ class Bus(_Part):
     call_us: float
     shared: float
     cpu_shared_factor: float
-    sum_wait_us: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pcie not in self.gbps or not all(isinstance(one, int) for one in self.gbps):
+        if self.pcie not in self.gbps:
             raise ValueError(
                 f"bus.gbps: expected GB/s by PCIe generation, {self.pcie} among them, found "
                 f"{self.gbps!r:.80}"
@@ -146,7 +147,6 @@ class Machine(_Part):
             dense_us_per_layer=self.layer_us + 2e-3 * shape.dense_weights_per_layer / gpu.gbps,
             step_us=self.step_us,
             disk=self.disk,
-            sum_wait_us=bus.sum_wait_us,
         )
 
     def joules(self, us: float, busy: Busy) -> float:
@@ -232,7 +232,6 @@ def calibrated_machine(
             call_us=costs.copy_call_us,
             shared=min(1.0, costs.copy_gbps_shared / costs.copy_gbps),
             cpu_shared_factor=costs.cpu_shared_factor,
-            sum_wait_us=costs.sum_wait_us,
         ),
         gpu=Gpu(
             memory_gb=gpu_memory_gb,
