@@ -37,6 +37,7 @@ from moe_offload.engine.probes import (
     has_bf16_products,
     measure_crossover,
     plain_read_gbps,
+    sum_wait_us,
 )
 from moe_offload.engine.timing import (
     SIDE_CALLS,
@@ -127,7 +128,8 @@ class MachineCosts:
                 f"copies to the accelerator: {costs.copy_gbps:.1f} GB/s alone, "
                 f"{costs.copy_gbps_shared:.1f} GB/s while the CPU computes experts; one expert "
                 f"{_time(costs.copy_us(shared=False))} and {_time(costs.copy_us(shared=True))}",
-                f"CPU experts while copies run: {costs.cpu_shared_factor:.2f} x their time",
+                f"CPU experts while copies run: {costs.cpu_shared_factor:.2f} x their time; their "
+                f"sum is on the accelerator {_time(costs.sum_wait_us)} later",
             ]
         else:
             lines.append("accelerator and copies: not measured, this run has no accelerator")
@@ -249,6 +251,7 @@ class Calibration:
                 model = replace(model, gpu=calibrate_side(run_gpu, calls))
             with copier(self.store, self.gpu, self.emulate_pcie_gbps) as copy_bytes:
                 model = calibrate_copy(model, copy_bytes, two_experts)
+            model = replace(model, sum_wait_us=sum_wait_us(self.store, self.gpu, self.dtype))
         if self.disk is not None:
             model = replace(model, disk=self.disk.measured(two_experts))
         read_gbps = plain_read_gbps(self.store, self.cpu)

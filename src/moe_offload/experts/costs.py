@@ -87,6 +87,8 @@ class CostModel:
     `dense_us_per_layer` everything of a decode layer that is not experts, and `step_us` what a
     decode step takes once, however many layers it has: the head and all else around them.
 
+    `sum_wait_us` is how much later the CPU's sum is on the GPU while a copy is under way.
+
     `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
     another way to compute it is faster from there on; None where there is none. `disk` is known
     where experts outgrow host memory.
@@ -104,10 +106,13 @@ class CostModel:
     cpu_many_tokens: int = 0
     step_us: float = 0.0
     disk: DiskCost | None = None
+    sum_wait_us: float = 0.0
 
     def __post_init__(self) -> None:
         speeds = self.copy_gbps, self.copy_gbps_shared
-        times_us = self.copy_call_us, self.dense_us_per_layer, self.step_us
+        times_us = (
+            self.copy_call_us, self.dense_us_per_layer, self.step_us, self.sum_wait_us,
+        )  # fmt: skip
         if not (
             all(0 < gbps < float("inf") for gbps in speeds)
             and all(0 <= us < _NO_TIME_US for us in times_us)
@@ -182,6 +187,8 @@ class CostModel:
             copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
         elif copying:
             cpu_us *= self.cpu_shared_factor
+        if n_misses and (copying or n_waited):
+            cpu_us += self.sum_wait_us
         experts_us = max(cpu_us, gpu_us, copies_us)
         return self.dense_us_per_layer + self.with_reads_us(experts_us, n_reads)
 
