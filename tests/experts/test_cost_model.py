@@ -54,6 +54,20 @@ def layer_us(
     return max(gpu_us, cpu_us)
 
 
+def test_the_cpus_sum_waits_for_a_copy_under_way():
+    """As a card without mapped memory has it: it is sent behind a part of an expert."""
+    waiting = replace(COST, sum_wait_us=300)
+    for n_misses, copying, n_waited, later_us in (
+        (2, True, 0, 300), (2, False, 0, 0), (0, True, 0, 0), (0, False, 1, 0),
+    ):  # fmt: skip
+        layer = 1, n_misses, copying, n_waited
+        assert waiting.decode_layer_us(*layer) == COST.decode_layer_us(*layer) + later_us
+    hidden = waiting.decode_layer_us(1, 1, copying=False, n_waited=3)
+    assert hidden == COST.decode_layer_us(1, 1, copying=False, n_waited=3)  # by its own copies
+    with pytest.raises(ValueError, match="no machine"):
+        replace(COST, sum_wait_us=-1)
+
+
 def test_few_tokens_cost_what_was_measured_and_many_a_straight_line():
     side = SideCost(20, 200, 10, few=((1, 600.0), (5, 700.0), (50, 700.0)))
     assert [side.one_us(n) for n in (1, 2, 5, 20, 50, 100)] == [600, 625, 700, 700, 700, 1200]
@@ -98,6 +112,10 @@ def test_a_layer_ends_when_what_was_read_last_is_computed():
     assert cost.decode_layer_us(0, 2, copying=False, n_reads=0) == 70 + 1420
     assert cost.decode_layer_us(0, 2, copying=False, n_reads=2) == 70 + 50 + 2000 + 720
     assert cost.decode_layer_us(0, 20, copying=False, n_reads=1) == 70 + COST.cpu.us(20, 20)
+    slow = replace(COST, disk=replace(disk, resume_us=30))
+    for n_reads, later_us in ((0, 0), (1, 30), (2, 30)):
+        one, other = (c.decode_layer_us(0, 2, copying=False, n_reads=n_reads) for c in (cost, slow))
+        assert other == one + later_us
     with pytest.raises(ValueError, match="a disk that no machine has"):
         DiskCost(0.0, 1.0)
 

@@ -142,6 +142,17 @@ def test_one_layer_takes_the_slower_side():
     assert (timeline.busy.cpu_us, timeline.busy.gpu_us) == (600, 100 + 50 + 90)
 
 
+def test_the_cpus_sum_comes_past_a_copy_that_is_under_way():
+    timeline = Timeline(replace(COSTS, sum_wait_us=50))
+    timeline.pass_experts(0, 1, slots=[])
+    assert timeline.now_us == 600
+    timeline.pass_experts(0, 1, slots=[7])
+    assert timeline.now_us == 600 + 1200 + 50
+    timeline.pass_experts(1, 0, slots=[])
+    assert timeline.now_us == 1850 + 50
+    assert timeline.busy.cpu_us == 600 + 1200
+
+
 def test_copies_go_on_across_layers_and_slow_the_cpu():
     timeline = Timeline(COSTS)
     timeline.pass_experts(0, 1, slots=[7])  # 600 of CPU work takes 1200 beside the copy

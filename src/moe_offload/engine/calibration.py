@@ -37,6 +37,7 @@ from moe_offload.engine.probes import (
     has_bf16_products,
     measure_crossover,
     plain_read_gbps,
+    sum_wait_us,
 )
 from moe_offload.engine.timing import (
     SIDE_CALLS,
@@ -47,7 +48,7 @@ from moe_offload.engine.timing import (
     fit_line,
 )
 from moe_offload.errors import UserError
-from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, DiskCost, SideCost
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.recorder import Recorder
@@ -127,14 +128,16 @@ class MachineCosts:
                 f"copies to the accelerator: {costs.copy_gbps:.1f} GB/s alone, "
                 f"{costs.copy_gbps_shared:.1f} GB/s while the CPU computes experts; one expert "
                 f"{_time(costs.copy_us(shared=False))} and {_time(costs.copy_us(shared=True))}",
-                f"CPU experts while copies run: {costs.cpu_shared_factor:.2f} x their time",
+                f"CPU experts while copies run: {costs.cpu_shared_factor:.2f} x their time; their "
+                f"sum is on the accelerator {_time(costs.sum_wait_us)} later",
             ]
         else:
             lines.append("accelerator and copies: not measured, this run has no accelerator")
         if costs.disk is not None:
             lines.append(
                 f"disk: {costs.disk.gbps:.2f} GB/s of experts, checked; one alone "
-                f"{_time(costs.disk.us(costs.block_bytes))}"
+                f"{_time(costs.disk.us(costs.block_bytes))}, and experts behind a wait "
+                f"{_time(costs.disk.resume_us)} longer"
             )
         return [*lines, f"while measuring: {self.steadiness}"]
 
@@ -212,7 +215,9 @@ class Calibration:
             "emulate_pcie_gbps": self.emulate_pcie_gbps,
             "disk": None if self.disk is None else self.disk.device,
             # Another version's is another.
-            "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
+            "measured": [
+                each.name for one in (CostModel, SideCost, DiskCost) for each in fields(one)
+            ],
         }
 
     def _measure(self) -> MachineCosts:
@@ -246,6 +251,7 @@ class Calibration:
                 model = replace(model, gpu=calibrate_side(run_gpu, calls))
             with copier(self.store, self.gpu, self.emulate_pcie_gbps) as copy_bytes:
                 model = calibrate_copy(model, copy_bytes, two_experts)
+            model = replace(model, sum_wait_us=sum_wait_us(self.store, self.gpu, self.dtype))
         if self.disk is not None:
             model = replace(model, disk=self.disk.measured(two_experts))
         read_gbps = plain_read_gbps(self.store, self.cpu)

@@ -21,6 +21,7 @@ from moe_offload.engine.timing import Counts, medians_in_turn_us
 from moe_offload.errors import UserError
 from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.fetcher import ExpertFetcher, make_fetcher
+from moe_offload.experts.layer import HostHandoff
 from moe_offload.experts.slots import GpuExperts, Group
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
@@ -35,6 +36,7 @@ _STEP_BUDGET_S = 0.3
 _FIRST_STEPS = 3  # unlike those to come: a prompt; on a GPU a rehearsal and a recording of graphs
 _READ_BYTES = 1 << 29  # twice the largest last-level cache met so far
 _READS = 5
+_SUMS = 10
 
 
 def plain_read_gbps(store: ExpertStore, cpu: CpuExperts) -> float:
@@ -141,6 +143,35 @@ def copier(
                     raise UserError(f"calibration could not copy an expert: {completion.error}")
 
         yield copy_bytes
+
+
+def sum_wait_us(store: ExpertStore, gpu: GpuExperts, dtype: torch.dtype) -> float:
+    """How much later a layer's sum of the CPU is on the GPU while an expert is copied, in us.
+
+    0 for the emulated accelerator, whose memory is the CPU's.
+    """
+    if gpu.device.type == "cpu":
+        return 0.0
+    handoff, blocks = HostHandoff(), _blocks_in_turn(store)
+    width = store.layouts[0].hidden_size
+    like = torch.zeros(1, width, dtype=dtype, device=gpu.device)
+    result = handoff.result(1, width, gpu.device).zero_()
+
+    def add() -> None:
+        handoff.add(gpu, None, result, like)
+        torch.cuda.current_stream(gpu.device).synchronize()
+
+    with closing(make_fetcher(gpu.device, gpu.slots)) as fetcher:
+        times_us: tuple[list[float], list[float]] = [], []
+        for turn in range(2 * _SUMS):
+            if turn % 2:
+                fetcher.fetch(gpu.n_slots - 1, next(blocks))
+            began_s = time.perf_counter()
+            add()
+            times_us[turn % 2].append(1e6 * (time.perf_counter() - began_s))
+            fetcher.drain()
+    alone_us, beside_us = map(statistics.median, times_us)
+    return max(0.0, beside_us - alone_us)
 
 
 def dense_costs(

@@ -58,13 +58,18 @@ class SideCost:
 
 @dataclass(frozen=True)
 class DiskCost:
-    """What reads of whole experts reach, several in flight, and how long the first one takes."""
+    """What reads of whole experts reach, several in flight, and how long the first one takes.
+
+    `resume_us`: how much longer the experts after a wait for the disk take, on threads that rested.
+    """
 
     gbps: float
     latency_us: float
+    resume_us: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.gbps < float("inf") and 0 <= self.latency_us < _NO_TIME_US):
+        times_us = self.latency_us, self.resume_us
+        if not (0 < self.gbps < float("inf") and all(0 <= us < _NO_TIME_US for us in times_us)):
             raise ValueError(f"a disk that no machine has: {self}")
 
     def us(self, n_bytes: float) -> float:
@@ -81,6 +86,8 @@ class CostModel:
     longer the CPU takes while a copy runs: both read the same DRAM. `block_bytes` is one expert;
     `dense_us_per_layer` everything of a decode layer that is not experts, and `step_us` what a
     decode step takes once, however many layers it has: the head and all else around them.
+
+    `sum_wait_us` is how much later the CPU's sum is on the GPU while a copy is under way.
 
     `cpu_many` is what an expert with `cpu_many_tokens` tokens or more costs on the CPU where
     another way to compute it is faster from there on; None where there is none. `disk` is known
@@ -99,10 +106,13 @@ class CostModel:
     cpu_many_tokens: int = 0
     step_us: float = 0.0
     disk: DiskCost | None = None
+    sum_wait_us: float = 0.0
 
     def __post_init__(self) -> None:
         speeds = self.copy_gbps, self.copy_gbps_shared
-        times_us = self.copy_call_us, self.dense_us_per_layer, self.step_us
+        times_us = (
+            self.copy_call_us, self.dense_us_per_layer, self.step_us, self.sum_wait_us,
+        )  # fmt: skip
         if not (
             all(0 < gbps < float("inf") for gbps in speeds)
             and all(0 <= us < _NO_TIME_US for us in times_us)
@@ -143,7 +153,8 @@ class CostModel:
         """
         if not n_reads or self.disk is None:
             return experts_us
-        return max(experts_us, self.disk.us(n_reads * self.block_bytes) + self.cpu.us(1, 1))
+        read_us = self.disk.us(n_reads * self.block_bytes) + self.cpu.us(1, 1)
+        return max(experts_us, read_us) + self.disk.resume_us
 
     def overlap_us(self, cpu_us: float, n_copies: float) -> tuple[float, float]:
         """Return when CPU work and copies that begin together each end, in us.
@@ -176,6 +187,8 @@ class CostModel:
             copies_us += self.gpu.us(1, 1)  # the others' arithmetic hides behind the next copy
         elif copying:
             cpu_us *= self.cpu_shared_factor
+        if n_misses and (copying or n_waited):
+            cpu_us += self.sum_wait_us
         experts_us = max(cpu_us, gpu_us, copies_us)
         return self.dense_us_per_layer + self.with_reads_us(experts_us, n_reads)
 

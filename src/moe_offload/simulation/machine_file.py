@@ -63,7 +63,8 @@ class Bus(_Part):
     """PCIe of generation `pcie`, `gbps` being those of each generation.
 
     While CPU and copies run at once the CPU takes `cpu_shared_factor` times as long and a copy
-    runs at `shared` of its speed.
+    runs at `shared` of its speed. `sum_wait_us` as in `CostModel`: nothing where a GPU reads the
+    CPU's sum past its copy engine.
     """
 
     pcie: int
@@ -71,6 +72,7 @@ class Bus(_Part):
     call_us: float
     shared: float
     cpu_shared_factor: float
+    sum_wait_us: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,6 +149,7 @@ class Machine(_Part):
             dense_us_per_layer=self.layer_us + 2e-3 * shape.dense_weights_per_layer / gpu.gbps,
             step_us=self.step_us,
             disk=self.disk,
+            sum_wait_us=bus.sum_wait_us,
         )
 
     def joules(self, us: float, busy: Busy) -> float:
@@ -232,6 +235,7 @@ def calibrated_machine(
             call_us=costs.copy_call_us,
             shared=min(1.0, costs.copy_gbps_shared / costs.copy_gbps),
             cpu_shared_factor=costs.cpu_shared_factor,
+            sum_wait_us=costs.sum_wait_us,
         ),
         gpu=Gpu(
             memory_gb=gpu_memory_gb,

@@ -63,7 +63,8 @@ class Timeline:
     """The modelled time of one run, and which copies have arrived by then.
 
     Each layer passes in the dispatcher's order: dense work on the GPU; hits launched, copies
-    queued, misses on the CPU, all at once; the layer ends when both sides have. Copies go one at a
+    queued, misses on the CPU, all at once; the layer ends when both sides have, and the CPU's sum
+    has come past a copy that is under way. Copies go one at a
     time in the order they were queued and carry on across layers and tokens. While the CPU
     computes and the bus copies, both are slower by the cost model's shared speeds; the GPU goes on
     at its own.
@@ -151,6 +152,8 @@ class Timeline:
         began_us = self.now_us
         self._pass(cpu_us, self.costs.cpu_shared_factor, self._slowdown)
         self.busy.cpu_us += self.now_us - began_us
+        if cpu_us and self._queue:
+            self._pass(self.costs.sum_wait_us)
         self._pass(began_us + gpu_us - self.now_us)  # what the GPU needs longer
         self.busy.gpu_us += gpu_us
 
