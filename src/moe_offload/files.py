@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -158,7 +159,7 @@ def _read(kind: Any, data: Any, place: str) -> Any:
 def _read_dataclass(kind: Any, data: Any, place: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{place}: expected an object, found {data!r:.80}")
-    types = get_type_hints(kind)
+    types = _types_of(kind)
     unknown = data.keys() - {field.name for field in fields(kind)}
     if unknown:
         raise ValueError(f"{place}: unknown field {min(unknown)!r:.80}")
@@ -167,3 +168,8 @@ def _read_dataclass(kind: Any, data: Any, place: str) -> Any:
         return kind(**values)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"{place}: {error}") from error
+
+
+@cache  # the names of types are read anew each time, and a manifest has hundreds of objects
+def _types_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
