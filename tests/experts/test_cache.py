@@ -122,7 +122,8 @@ def drive(n_indexes: int, n_ways: int, n_short: int, policy: str, program: bytes
     The last index is short of `n_short` ways, or as many as leave it one.
     """
     n_slots = n_indexes * n_ways - min(n_short, n_ways - 1)
-    cache = ExpertCache(n_indexes, n_ways, make_policy(policy, seed=3), n_slots)
+    ways = [min(n_ways, n_slots - n_ways * index) for index in range(n_indexes)]
+    cache = ExpertCache(n_indexes, n_ways, make_policy(policy, seed=3), ways)
     model = Model(n_indexes, n_ways, policy, n_slots)
     for i in range(0, len(program), 3):
         operation, a, b = program[i : i + 3]
@@ -180,7 +181,7 @@ def test_directory_agrees_with_the_model(n_indexes, n_ways, n_short, policy, pro
 
 
 def test_a_prompt_warms_no_more_ways_than_a_short_index_has() -> None:
-    cache = ExpertCache(2, 3, make_policy("LRU"), 4)
+    cache = ExpertCache(2, 3, make_policy("LRU"), (3, 1))
     assert [slot for _, slot in cache.warm(0, [[0, 1], [2, 3]], 64)] == [0, 1, 2]
     assert cache.warm(1, [[0, 1], [2, 3]], 64) == [(2, 3)]
     assert cache.admit(1, 5) is None

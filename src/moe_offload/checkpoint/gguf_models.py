@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, Final
@@ -79,8 +78,7 @@ class _Fields:
 
     def shape(self, name: str, n_dimensions: int) -> tuple[int, ...]:
         """The shape of a tensor, `blk.*` standing for the first layer that has it."""
-        pattern = re.escape(name).replace(r"\*", r"\d+")
-        found = [t.shape for key, t in self.file.tensors.items() if re.fullmatch(pattern, key)]
+        found = self._shapes(name)
         if not found or len(found[0]) != n_dimensions:
             what = f"one of shape {found[0]}" if found else "none"
             raise UserError(
@@ -91,8 +89,11 @@ class _Fields:
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor, in any layer for `blk.*`."""
+        return bool(self._shapes(name))
+
+    def _shapes(self, name: str) -> list[tuple[int, ...]]:
         pattern = re.escape(name).replace(r"\*", r"\d+")
-        return any(re.fullmatch(pattern, key) for key in self.file.tensors)
+        return [one.shape for key, one in self.file.tensors.items() if re.fullmatch(pattern, key)]
 
     @property
     def layers(self) -> int:
@@ -340,26 +341,19 @@ def _granitemoe(fields: _Fields) -> dict[str, Any]:
     return config
 
 
-@dataclass(frozen=True)
-class _Architecture:
-    """How llama.cpp calls it and what it does to it: `neighbours` are rotated, not halves."""
-
-    config: Callable[[_Fields], dict[str, Any]]
-    neighbours: bool = False
-
-
 ARCHITECTURES: Final = {
-    "llama": _Architecture(_mixtral, neighbours=True),
-    "qwen2moe": _Architecture(_qwen2_moe),
-    "qwen3moe": _Architecture(_qwen3_moe),
-    "phimoe": _Architecture(_phimoe),
-    "olmoe": _Architecture(_olmoe),
-    "deepseek2": _Architecture(_deepseek),
-    "glm4moe": _Architecture(_glm4_moe),
-    "gpt-oss": _Architecture(_gpt_oss),
-    "granitemoe": _Architecture(_granitemoe, neighbours=True),
-    "minimax-m2": _Architecture(_minimax_m2),
+    "llama": _mixtral,
+    "qwen2moe": _qwen2_moe,
+    "qwen3moe": _qwen3_moe,
+    "phimoe": _phimoe,
+    "olmoe": _olmoe,
+    "deepseek2": _deepseek,
+    "glm4moe": _glm4_moe,
+    "gpt-oss": _gpt_oss,
+    "granitemoe": _granitemoe,
+    "minimax-m2": _minimax_m2,
 }
+_NEIGHBOURS: Final = ("llama", "granitemoe")  # are rotated in these, not halves
 
 
 def read_gguf_config(file: GgufFile) -> PreTrainedConfig:
@@ -379,7 +373,7 @@ def read_gguf_config(file: GgufFile) -> PreTrainedConfig:
             f"{path} holds {kind}, which is not read from GGUF files (read are "
             f"{', '.join(ARCHITECTURES)}): use the model's Hugging Face version"
         )
-    config = _common(fields) | found.config(fields) | _stop_ids(file)
+    config = _common(fields) | found(fields) | _stop_ids(file)
     heads = config["num_attention_heads"], config["num_key_value_heads"]
     if min(heads) < 1:
         raise UserError(f"expected attention heads in {path}, found {heads}; download it again")
@@ -404,18 +398,19 @@ def to_model_tensors(
     """
     architecture = str(file.fields["general.architecture"])
     names = _Names(file, architecture, model.config.num_hidden_layers)
+    rotated = re.compile(r"self_attn\.[qk]_proj\." if architecture in _NEIGHBOURS else r"(?!)")
     made: dict[str, LazyTensor] = {}
     for module in experts:
         made |= _experts_tensors(names, module)
-    neighbours = ARCHITECTURES[architecture].neighbours
     for target, expected in model.state_dict().items():
         found = None if target in made else names.take(names.of(target))
-        if found is not None and neighbours and re.search(r"self_attn\.[qk]_proj\.", target):
+        if found is not None and rotated.search(target):
             found = combined([found], _halves(model.config), by_row=False)
         elif target.endswith("kv_b_proj.weight"):
-            found = found or _key_and_value_b(names, target)
+            latent = ("attn_k_b", "attn_v_b")
+            found = found or _from_parts(names, target, latent, _key_and_value_b)
         elif target.endswith("shared_mlp.input_linear.weight"):
-            found = _shared_gate_and_up(names, target)
+            found = _from_parts(names, target, ("ffn_gate_shexp", "ffn_up_shexp"), torch.cat)
         elif found is not None and expected.shape == (1, *found.shape):  # a gate of one row
             found = combined([found], lambda parts: parts[0].unsqueeze(0), by_row=False)
         if found is not None:
@@ -525,45 +520,36 @@ def _halves(config: PreTrainedConfig) -> Callable[[list[Tensor]], Tensor]:
     return lambda parts: half_rotation(parts[0], head_dim)
 
 
-def _key_and_value_b(names: _Names, target: str) -> LazyTensor | None:
+def _from_parts(
+    names: _Names, target: str, stems: Sequence[str], combine: Callable[[list[Tensor]], Tensor]
+) -> LazyTensor | None:
+    """What `combine` makes of these weights of the target's layer, if all are there."""
+    layer = _LAYER.fullmatch(target)
+    parts = layer and names.take_all(*(f"blk.{layer[1]}.{stem}.weight" for stem in stems))
+    return combined(parts, combine, by_row=False) if parts else None
+
+
+def _key_and_value_b(parts: list[Tensor]) -> Tensor:
     """[heads * (nope + v), rank] of attn_k_b [heads, rank, nope] and attn_v_b [heads, v, rank]."""
-    layer = _LAYER.fullmatch(target)
-    parts = layer and names.take_all(*(f"blk.{layer[1]}.attn_{part}_b.weight" for part in "kv"))
-    if not parts:
-        return None
-
-    def combine(parts: list[Tensor]) -> Tensor:
-        keys, values = parts
-        return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
-
-    return combined(parts, combine, by_row=False)
-
-
-def _shared_gate_and_up(names: _Names, target: str) -> LazyTensor | None:
-    layer = _LAYER.fullmatch(target)
-    parts = layer and names.take_all(
-        *(f"blk.{layer[1]}.ffn_{part}_shexp.weight" for part in ("gate", "up"))
-    )
-    return combined(parts, torch.cat, by_row=False) if parts else None
+    keys, values = parts
+    return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
 
 
 def _experts_tensors(names: _Names, module: ExpertsModule) -> dict[str, LazyTensor]:
     """The parameters of one experts module, of those that the file has."""
     layer = _LAYER.fullmatch(module.name)
     blk = f"blk.{layer[1]}." if layer else ""
-    first = _first_matrix(module)
-    wanted = {
-        "gate_up": ((f"{blk}ffn_gate", f"{blk}ffn_up"), ".weight", first),
-        "gate_up_bias": ((f"{blk}ffn_gate", f"{blk}ffn_up"), ".bias", first),
-        "down": ((f"{blk}ffn_down",), ".weight", _second_matrix(module)),
-        "down_bias": ((f"{blk}ffn_down",), ".bias", _second_matrix(module)),
-    }
+    in_layout = partial(_in_layout, module)
     made = {}
     for field, target in module.parameters.items():
-        stems, end, combine = wanted[field]
-        fused = names.take(f"{blk}ffn_gate_up_exps{end}") if len(stems) == 2 else None
-        if fused is not None:
-            made[target] = combined([fused], partial(_of_halves, combine), by_row=True)
+        end = ".bias" if field.endswith("_bias") else ".weight"
+        is_first = field.startswith("gate_up")
+        stems = (f"{blk}ffn_gate", f"{blk}ffn_up") if is_first else (f"{blk}ffn_down",)
+        fused = names.take(f"{blk}ffn_gate_up_exps{end}") if is_first else None
+        if fused is not None:  # the gate's rows and, after them, the up projection's
+            made[target] = combined(
+                [fused], lambda parts: in_layout(list(parts[0].chunk(2, dim=1))), by_row=True
+            )
             continue
         parts = names.take_all(*(f"{stem}_exps{end}" for stem in stems))
         if parts is None:  # a file of before they were stacked
@@ -573,34 +559,19 @@ def _experts_tensors(names: _Names, module: ExpertsModule) -> dict[str, LazyTens
             ]
             parts = [_stacked(tensors) for tensors in apart if tensors]
         if len(parts) == len(stems):
-            made[target] = combined(parts, combine, by_row=True)
+            made[target] = combined(parts, in_layout, by_row=True)
     return made
 
 
-def _first_matrix(module: ExpertsModule) -> Callable[[list[Tensor]], Tensor]:
-    """gate [E, I, H] and up [E, I, H], or their biases [E, I], in the module's layout."""
-
-    def combine(parts: list[Tensor]) -> Tensor:
-        if module.is_concatenated:
-            joined = torch.cat(parts, dim=1)
-        else:
-            joined = torch.stack(parts, dim=2).flatten(1, 2)
-        return joined.transpose(1, 2) if module.is_transposed and joined.dim() == 3 else joined
-
-    return combine
-
-
-def _of_halves(combine: Callable[[list[Tensor]], Tensor], parts: list[Tensor]) -> Tensor:
-    """Of the gate's rows and, after them in one tensor, the up projection's."""
-    return combine(list(parts[0].chunk(2, dim=1)))
-
-
-def _second_matrix(module: ExpertsModule) -> Callable[[list[Tensor]], Tensor]:
-    def combine(parts: list[Tensor]) -> Tensor:
-        (down,) = parts
-        return down.transpose(1, 2) if module.is_transposed and down.dim() == 3 else down
-
-    return combine
+def _in_layout(module: ExpertsModule, parts: list[Tensor]) -> Tensor:
+    """gate and up [E, I, H], or down [E, H, I] alone, or their biases, as the module has them."""
+    if len(parts) == 1:
+        (joined,) = parts
+    elif module.is_concatenated:
+        joined = torch.cat(parts, dim=1)
+    else:
+        joined = torch.stack(parts, dim=2).flatten(1, 2)
+    return joined.transpose(1, 2) if module.is_transposed and joined.dim() == 3 else joined
 
 
 def _stacked(experts: Sequence[LazyTensor]) -> LazyTensor:

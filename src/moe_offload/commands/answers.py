@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.commands.openai_format import answer_line, error_line
+from moe_offload.commands.batch_format import answer_line, error_line
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config
 from moe_offload.errors import UserError

@@ -236,7 +236,7 @@ def build_accelerator(
     UserError when not even one expert fits, or where routers cannot be asked ahead.
     """
     notes.extend(gpu.notices)
-    options, n_slots = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
+    options = _shrunk(options, gpu.n_slots - N_STAGING_SLOTS, notes)
     if gpu.device.type == "cpu":
         link = options.emulate_pcie_gbps
         notes.append(
@@ -247,7 +247,7 @@ def build_accelerator(
     policy = make_policy(options.policy, options.seed)
     return Accelerator(
         store=store,
-        cache=ExpertCache(options.n_indexes, options.n_ways, policy, n_slots),
+        cache=ExpertCache(options.n_indexes, options.n_ways, policy),
         gpu=gpu,
         fetcher=make_fetcher(gpu.device, gpu.slots, options.emulate_pcie_gbps),
         quota=options.quota,
@@ -275,23 +275,16 @@ def _router(store: ExpertStore | DiskTier, site: MoeSite) -> Router:
     return partial(chosen_experts, router)
 
 
-def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> tuple[CacheOptions, int]:
-    """The cache cut to `n_slots`, and how many of them it uses: fewer ways first, then indexes.
-
-    Where only the last index falls short, it alone has fewer ways.
-    """
+def _shrunk(options: CacheOptions, n_slots: int, notes: list[str]) -> CacheOptions:
+    """The cache cut to `n_slots`: to fewer indexes or to fewer ways, whichever keeps more."""
     if n_slots >= options.n_slots:
-        return options, options.n_slots
+        return options
     if n_slots < 1:
         raise UserError(
             "not even one expert fits beside the model on the accelerator: use --cache-nblocks 0"
         )
     n_indexes = min(options.n_indexes, n_slots)
-    n_ways = -(-n_slots // n_indexes)
-    short = n_indexes * n_ways - n_slots
-    if short >= n_ways:
-        n_ways, short = n_slots // n_indexes, 0
-    fitted = replace(options, n_indexes=n_indexes, n_ways=n_ways)
-    cut = f", cut to {n_slots} slots," if short else ""
-    notes.append(f"the cache is {n_indexes} x {n_ways}{cut} for lack of memory")
-    return fitted, n_indexes * n_ways - short
+    sizes = (n_indexes, n_slots // n_indexes), (n_slots // options.n_ways, options.n_ways)
+    n_indexes, n_ways = max(sizes, key=math.prod)
+    notes.append(f"the cache is {n_indexes} x {n_ways} for lack of memory")
+    return replace(options, n_indexes=n_indexes, n_ways=n_ways)

@@ -168,8 +168,7 @@ class ExpertCache:
     Counters, all since construction: `hits` and `misses` of `lookup` on cached layers,
     `admissions` (copies begun) and `evictions` (ready experts that gave up their place).
 
-    With `n_slots`, where memory has no room for all, the last index has fewer ways; with `ways`
-    each index has its own number, at most M.
+    With `ways` each index has its own number, at most M.
     """
 
     def __init__(
@@ -177,19 +176,14 @@ class ExpertCache:
         n_indexes: int,
         n_ways: int,
         policy: ReplacementPolicy,
-        n_slots: int | None = None,
         ways: Sequence[int] | None = None,
     ) -> None:
         assert n_indexes >= 0 and n_ways >= 0, (n_indexes, n_ways)
         self.n_indexes = n_indexes if n_ways else 0
         self.n_ways = n_ways
-        self.n_slots = self.n_indexes * n_ways if n_slots is None else n_slots
-        assert 0 <= self.n_indexes * n_ways - self.n_slots < max(1, n_ways), n_slots
-        if ways is None:
-            firsts = range(0, self.n_indexes * n_ways, n_ways or 1)
-            ways = [min(n_ways, self.n_slots - first) for first in firsts]
-        assert len(ways) == self.n_indexes and all(0 <= n <= n_ways for n in ways), ways
-        self._ways = tuple(ways)  # of each index
+        self.n_slots = self.n_indexes * n_ways
+        self._ways = tuple(ways or [n_ways] * self.n_indexes)  # of each index
+        assert len(self._ways) == self.n_indexes and all(0 <= n <= n_ways for n in self._ways), ways
         self.policy = policy
         policy.start(self.n_indexes, n_ways)
         self._slots: list[dict[int, int]] = [{} for _ in range(self.n_indexes)]  # expert -> slot

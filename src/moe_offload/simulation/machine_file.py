@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict
 
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, DiskCost, SideCost
@@ -22,9 +21,7 @@ from moe_offload.simulation.shapes import ModelShape
 
 
 class _Part:
-    """Numbers in a range, of known names: beyond, clocks and costs mean nothing."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    """Numbers in a range: beyond, clocks and costs mean nothing."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -76,7 +73,7 @@ class Bus(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pcie not in self.gbps:
+        if self.pcie not in self.gbps or not all(isinstance(one, int) for one in self.gbps):
             raise ValueError(
                 f"bus.gbps: expected GB/s by PCIe generation, {self.pcie} among them, found "
                 f"{self.gbps!r:.80}"
