@@ -74,7 +74,7 @@ class CpuDecoderLayer:
         self._addresses: list[int] = []  # of these, when the step's arguments were made
         self._strides: tuple[int, ...] = ()  # of the cache's keys and values, likewise
         # What a user may change: modules put in the place of these, biases, and hooks on them.
-        self._owners: list[tuple[dict[str, Any], itemgetter[str]]] = [
+        self._owners: list[tuple[dict[str, Any], itemgetter[Any]]] = [
             (owner._modules, itemgetter(*(owner._modules.keys() - {rest})))
             for owner in (layer, attention)
         ]
