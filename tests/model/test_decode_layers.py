@@ -151,3 +151,14 @@ def test_what_a_user_changes_is_followed(steps: list[str]) -> None:
     steps.clear()
     assert all(map(torch.equal, *(logits(model, text(1)) for model in (plain, changed))))
     assert len(steps) == (changed.config.num_hidden_layers - 1) * 3
+
+
+def test_a_bias_that_a_user_adds_counts(steps: list[str]) -> None:
+    """As steering does, which adds a direction to what attention adds."""
+    plain, changed = pair("mixtral")
+    for model in (plain, changed):
+        linear = model.model.layers[0].self_attn.o_proj
+        linear.bias = nn.Parameter(torch.full((32,), 4.0).bfloat16(), requires_grad=False)
+    steps.clear()
+    assert all(map(torch.equal, *(logits(model, text(1)) for model in (plain, changed))))
+    assert len(steps) == (changed.config.num_hidden_layers - 1) * 3

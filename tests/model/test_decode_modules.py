@@ -147,6 +147,22 @@ def test_weights_that_move_are_followed():
     assert torch.equal(norm(x), 2 * before)
 
 
+def test_weights_of_another_dtype_are_read_as_such():
+    """fp32 read as bf16 would be other numbers."""
+    norm, router = GptOssRMSNorm(32).bfloat16().requires_grad_(False), Router(16, 32, 4, "plain")
+    assert serve(norm)
+    router.forward = probe_router(router, NATIVE)
+    x = torch.randn(2, 32).bfloat16()
+    for module in (norm, router):
+        weight = torch.randn_like(module.weight, dtype=torch.float32)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    plain = GptOssRMSNorm(32)
+    plain.weight = norm.weight
+    assert torch.equal(norm(x), plain(x))
+    with pytest.raises(RuntimeError, match="dtype"):  # as the module's own linear says
+        router(x)
+
+
 def kernels_of(isa: str) -> CpuKernels:
     kernels = load_kernels("native", isa)
     assert kernels is not None

@@ -73,12 +73,15 @@ class CpuDecoderLayer:
         self._parts: dict[str, ctypes.Structure] = {}
         self._addresses: list[int] = []  # of these, when the step's arguments were made
         self._strides: tuple[int, ...] = ()  # of the cache's keys and values, likewise
-        # What a user may change: modules put in the place of these, and hooks on them.
-        self._owners = [
+        # What a user may change: modules put in the place of these, biases, and hooks on them.
+        self._owners: list[tuple[dict[str, Any], itemgetter[Any]]] = [
             (owner._modules, itemgetter(*(owner._modules.keys() - {rest})))
             for owner in (layer, attention)
         ]
-        self._modules = [get(modules) for modules, get in self._owners]
+        self._owners += [
+            (linear._parameters, itemgetter("bias")) for linear in self._linears.values()
+        ]
+        self._children = [get(children) for children, get in self._owners]
         skipped = [attention, *attention.children(), *norms_of(layer)]
         self._hooks = [
             hooks for one in skipped for hooks in (one._forward_hooks, one._forward_pre_hooks)
@@ -127,19 +130,24 @@ class CpuDecoderLayer:
         return cache if fits else None
 
     def _is_untouched(self) -> bool:
-        """Whether the modules are still those that were found, without hooks."""
-        now = [get(modules) for modules, get in self._owners]
-        return now == self._modules and not any(self._hooks)
-
-    def _arguments(self, cache: RoomyLayer) -> StepArguments:
-        """The step's, with one token more in `cache` and the weights' addresses of now."""
-        step = self._step
+        """Whether the modules are still those that were found, without hooks, and their weights
+        such as the kernels read, whose addresses of now are the step's then."""
+        now = [get(children) for children, get in self._owners]
+        if now != self._children or any(self._hooks):
+            return False
         addresses = [holder[name].data_ptr() for holder, name in self._tensors]
         if addresses != self._addresses:
+            if not all(norm.fits() for norm in self._norms.values()):
+                return False
             for place, part in (*self._norms.items(), *self._linears.items()):
                 self._parts[place] = arguments = part.arguments()  # kept as long as its address
-                setattr(step, place, ctypes.addressof(arguments))
+                setattr(self._step, place, ctypes.addressof(arguments))
             self._addresses = addresses
+        return True
+
+    def _arguments(self, cache: RoomyLayer) -> StepArguments:
+        """The step's, with one token more in `cache`."""
+        step = self._step
         cache.extend(1)
         keys, values = cache.keys, cache.values
         step.keys, step.values, step.n_keys = keys.data_ptr(), values.data_ptr(), keys.shape[2]

@@ -127,9 +127,14 @@ class CpuNorm:
         self._kernels = kernels
         weight = cast(Tensor, module.weight)
         self._width = weight.numel()
+        self._weight_kind = weight.dtype, weight.shape
         self._arguments = NormArguments(
             FORMS[form], weight.dtype == torch.bfloat16, epsilon, self._width, weight.data_ptr()
         )
+
+    def fits(self) -> bool:
+        """Whether the weight of now is one that the kernels read as the first."""
+        return _is_alike(self._parameters["weight"], self._weight_kind)
 
     def arguments(self) -> NormArguments:
         """What the kernels need, always the same object, with the weight's address of now."""
@@ -139,7 +144,7 @@ class CpuNorm:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         n = hidden_states.numel()
         unusual = args or kwargs or hidden_states.shape[-1] != self._width
-        if n > _MAX_NORM_ELEMENTS or unusual or not is_plain(hidden_states):
+        if n > _MAX_NORM_ELEMENTS or unusual or not is_plain(hidden_states) or not self.fits():
             return cast(Tensor, self.own(hidden_states, *args, **kwargs))
         out = torch.empty_like(hidden_states)
         rows = n // self._width
@@ -270,6 +275,7 @@ class CpuRouter:
         self._scores_dtype = scores_dtype
         self._kernels = kernels
         weight = cast(Tensor, module.weight)
+        self._weight_kind = weight.dtype, weight.shape
         self._n_experts, self._width = weight.shape
         matrix = MatrixArguments(
             FORMAT_CODES["bf16"], self._n_experts, self._width, weight.data_ptr(), None, None
@@ -281,7 +287,8 @@ class CpuRouter:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         n_tokens = hidden_states.numel() // self._width
         unusual = args or kwargs or hidden_states.shape[-1] != self._width
-        if n_tokens > _MAX_ROUTED_TOKENS or unusual or not is_plain(hidden_states):
+        fits = is_plain(hidden_states) and _is_alike(self._parameters["weight"], self._weight_kind)
+        if n_tokens > _MAX_ROUTED_TOKENS or unusual or not fits:
             return cast(tuple[Tensor, ...], self.own(hidden_states, *args, **kwargs))
         parts = {
             "logits": torch.empty(n_tokens, self._n_experts, dtype=torch.bfloat16),
@@ -354,6 +361,11 @@ def _agree(order: tuple[str, ...], ours: tuple[Tensor, ...], theirs: tuple[Tenso
         bool(((a.double() - b.double()).norm() <= 2**-8 * b.double().norm()).item())
         for a, b in pairs
     )
+
+
+def _is_alike(weight: Tensor, kind: tuple[torch.dtype, torch.Size]) -> bool:
+    """Whether a user's other weight lies as the first: its dtype and shape, on the CPU."""
+    return (weight.dtype, weight.shape) == kind and weight.is_cpu and weight.is_contiguous()
 
 
 def _only_weight(module: nn.Module) -> Tensor | None:
