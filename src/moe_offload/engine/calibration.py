@@ -241,7 +241,7 @@ class Calibration:
             dense_us_per_layer=layer_us,
             step_us=step_us,
         )
-        cublas = None
+        cublas: Crossover | None = None
         if self.gpu is not None:
             with gpu_runner(self.store, self.gpu, self.dtype) as run_gpu:
                 if self.gpu.has_tiles:
