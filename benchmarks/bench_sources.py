@@ -7,7 +7,7 @@ gguf's own code, and nothing is turned or checked. Preparing can be no faster th
 disk, whose speed is told first; behind each figure is its share of the slower of the two. All but
 the disk is in seconds of the CPU: other programs that run meanwhile are not in them.
 
-PYTHONPATH=src python3 benchmarks/bench_sources.py
+THP_MEM_ALLOC_ENABLE=1 PYTHONPATH=src python3 benchmarks/bench_sources.py
 """
 
 from __future__ import annotations
