@@ -151,10 +151,11 @@ class StepGraphs:
                 self._give_up(str(error))
             self._dispatcher.begin_pass(args, kwargs)
             return self._eager(*args, **kwargs)
-        except BaseException:  # nobody knows how far it came
+        except BaseException:
+            broken, self._recorded = self._recorded, None  # nobody knows how far it came
             with suppress(RuntimeError):  # what went wrong on the GPU is said already
-                torch.cuda.current_stream(self._device).synchronize()  # else it may yet read slots
-            self._recorded = None  # from memory that is somebody else's now
+                torch.cuda.current_stream(self._device).synchronize()
+            del broken  # not before: a kernel would read slots from memory that is another's
             raise
         return recorded.output(cache)
 
