@@ -44,6 +44,7 @@ def test_the_compiler_is_not_loaded_or_all_is(is_broken: bool) -> None:
 
 
 def test_imports_are_not_searched_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # which it sets
     monkeypatch.setattr(imports, "_import_transformers", lambda: None)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     with importing():

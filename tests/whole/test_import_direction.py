@@ -43,6 +43,7 @@ WITHOUT_TENSORS = ["errors", "experts.cache", "prerequisites"]
 
 # Variables that belong to the user's system or shell. The project has none of its own.
 FOREIGN_VARIABLES = {
+    "THP_MEM_ALLOC_ENABLE",
     *("OMP_NUM_THREADS", "CXX", "XDG_CACHE_HOME", "NO_COLOR", "PATH"),
     "RAY_USAGE_STATS_ENABLED",
     *("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),

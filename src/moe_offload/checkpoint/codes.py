@@ -54,20 +54,18 @@ class Codes:
         """W in fp32, by just these operations."""
         rows, columns = self.codes.shape
         group = self.unit_columns
-        out = torch.empty(rows, columns)
+        padded = torch.empty(rows, columns + -columns % group)
         step = max(1, _CHUNK_WEIGHTS // columns)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            numbers = self._numbers(self.codes[part])
-            padded = torch.nn.functional.pad(numbers, (0, -columns % group))
-            groups, units = padded.unflatten(1, (-1, group)), self.units[part][..., None]
+            padded[part, :columns] = self._numbers(self.codes[part])
+            groups, units = padded[part].unflatten(1, (-1, group)), self.units[part][..., None]
             if self.kind == "int" and self.offsets is not None:
                 groups.sub_(self.offsets[part][..., None])
             groups.mul_(units)
             if self.kind == "affine" and self.offsets is not None:
                 groups.add_(self.offsets[part][..., None])
-            out[part] = padded[:, :columns]
-        return out
+        return padded[:, :columns].contiguous()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """With the same change to codes, units and offsets."""
@@ -75,7 +73,7 @@ class Codes:
 
     def _numbers(self, codes: Tensor) -> Tensor:
         table = _TABLES.get(self.kind)
-        return codes.float() if table is None else look_up(table, codes)
+        return codes if table is None else look_up(table, codes)
 
     def is_finite(self) -> bool:
         """Whether every weight is a finite number."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ def importing() -> Iterator[None]:
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
+    # Large tensors in pages of 2 MiB: for each of 4 KiB the system would be asked once.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     gc.disable()
     try:
         _import_transformers()
