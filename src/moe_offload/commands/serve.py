@@ -14,10 +14,10 @@ from moe_offload.commands.arguments import (
     a_text,
     add_flags,
     chosen,
-    importing,
     require_model,
     run_command,
 )
+from moe_offload.commands.imports import importing
 from moe_offload.config import LARGEST, CacheOptions, ModelOptions, flag_of, require_range
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import Interruption, say
