@@ -48,7 +48,7 @@ from moe_offload.engine.timing import (
     fit_line,
 )
 from moe_offload.errors import UserError
-from moe_offload.experts.costs import CostModel, DiskCost, SideCost
+from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.recorder import Recorder
@@ -136,8 +136,7 @@ class MachineCosts:
         if costs.disk is not None:
             lines.append(
                 f"disk: {costs.disk.gbps:.2f} GB/s of experts, checked; one alone "
-                f"{_time(costs.disk.us(costs.block_bytes))}, and experts behind a wait "
-                f"{_time(costs.disk.resume_us)} longer"
+                f"{_time(costs.disk.us(costs.block_bytes))}"
             )
         return [*lines, f"while measuring: {self.steadiness}"]
 
@@ -215,9 +214,7 @@ class Calibration:
             "emulate_pcie_gbps": self.emulate_pcie_gbps,
             "disk": None if self.disk is None else self.disk.device,
             # Another version's is another.
-            "measured": [
-                each.name for one in (CostModel, SideCost, DiskCost) for each in fields(one)
-            ],
+            "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
         }
 
     def _measure(self) -> MachineCosts:
