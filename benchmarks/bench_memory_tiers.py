@@ -3,8 +3,8 @@
     PYTHONPATH=src python3 benchmarks/bench_memory_tiers.py PREPARED --host-memory-gb 0.4
 
 Per budget, in turns: one text's decode, and plain direct reads of as many random experts by as many
-threads, the better of two sizes. Then decode steps with all experts in memory, plainly and through
-the tier, in turns. With --predict: the simulator's tokens/s beside those measured.
+threads, the better of two sizes. Then decode steps with all experts in memory, one plainly and the
+next through the tier. With --predict: the simulator's tokens/s beside those measured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -159,6 +161,10 @@ def predicted(folder: Path, gb: float, n_tokens: int) -> None:
         replays = [replay_tiers(trace, ways, "LFRU", one) for one in costs]
         predicted_s = statistics.mean(one.decode_us for one in replays) / 1e6
         disks = [one.disk for one in costs if one.disk is not None]
+        awake = [replace(one, disk=replace(one.disk, resume_us=0.0)) for one in costs if one.disk]
+        awake_s = (
+            statistics.mean(replay_tiers(trace, ways, "LFRU", one).decode_us for one in awake) / 1e6
+        )
     layers = recorder.layer_table()
     layers = layers[passes["decode"][layers["pass_index"]]]
     asked = int(layers["host_hits"].sum() + layers["host_misses"].sum())
@@ -167,7 +173,9 @@ def predicted(folder: Path, gb: float, n_tokens: int) -> None:
         f"{n_steps / measured_s:.2f}: {100 * (measured_s / predicted_s - 1):+.0f}%; hits "
         f"{replays[0].hit_percent:.1f}% predicted, {100 * layers['host_hits'].sum() / asked:.1f}%; "
         f"disk {min(one.gbps for one in disks):.2f} to "
-        f"{max(one.gbps for one in disks):.2f} GB/s"
+        f"{max(one.gbps for one in disks):.2f} GB/s; experts behind a wait take "
+        f"{statistics.median(one.resume_us for one in disks):.0f} us longer, without which "
+        f"{n_steps / awake_s:.2f} tokens/s are predicted"
     )
 
 
@@ -179,16 +187,26 @@ def cost_in_memory(folder: Path, n_tokens: int) -> None:
         tier = DiskTier(source.manifest.moe_layers, store.n_experts, policy, kernels)
         for layer, n in enumerate(store.n_experts):
             tier.warm(layer, list(range(n)))
-        medians: dict[str, list[float]] = {"plain": [], "tier": []}
+        steps = count()
+
+        def in_turn() -> None:  # before each layer: a step plainly, one through the tier
+            step, layer = divmod(next(steps), store.n_layers)
+            if not layer:
+                engine.dispatcher.store = tier if step % 2 else store
+
+        engine.dispatcher.on_layer.append(in_turn)
+        n_tokens += n_tokens % 2  # so that every prompt goes plainly, and the next step does not
         decode(engine, n_tokens)
+        rows = []
         for _ in range(2 * ROUNDS):
-            for name, one in (("plain", store), ("tier", tier)):
-                engine.dispatcher.store = one
-                medians[name].append(1e3 * statistics.median(decode(engine, n_tokens)))
+            times_s = decode(engine, n_tokens)
+            assert len(times_s) == n_tokens - 1
+            rows.append([1e3 * statistics.median(times_s[way::2]) for way in (1, 0)])
+        engine.dispatcher.on_layer.remove(in_turn)
         engine.dispatcher.store = store
         tier.close()
-    plain, through = (statistics.median(medians[name]) for name in ("plain", "tier"))
-    ratios = sorted(b / a for a, b in zip(medians["plain"], medians["tier"], strict=True))
+    plain, through = (statistics.median(times) for times in zip(*rows, strict=True))
+    ratios = sorted(after / before for before, after in rows)
     print(
         f"all in memory: median step {plain:.2f} ms plainly, {through:.2f} ms through the tier; "
         f"ratio {statistics.median(ratios):.4f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"

@@ -8,6 +8,8 @@ cuBLAS, from which number of tokens on is what `slots.py` leaves to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -31,6 +33,8 @@ PROMPTED: Final[tuple[tuple[str, Format], ...]] = (
 )
 N_TOKENS: Final = (16, 64, 128, 256, 512, 1024)  # of each expert
 TILES: Final = (DEFAULT_TILE, Tile(tokens=128), Tile(tokens=128, rows=128))
+FROM_HOST: Final = "slots from the host"
+_ALIGNED: Final = 4  # of such slots: a launch's begin where those of a run do
 _N_EXPERTS: Final = 4  # of a prompt
 _SLOTS_BYTES: Final = 400e6  # several times the largest second-level cache
 _REPETITIONS: Final = 16
@@ -44,19 +48,33 @@ def kernel_rows(device: str = "cuda") -> Iterator[dict[str, Any]]:
         for name, change in _decode_variants(shipped):
             experts.constants = {**shipped, **change}
             for n_hits in hits:
-                us = _decode_us(experts, n_hits)
+                row: dict[str, Any] = {"shape": shape, "format": weight_format}
+                row |= {"hits": n_hits, "way": name}
                 n_bytes = n_hits * experts.layout.block_bytes
-                row = {"hits": n_hits, "way": name, "us": us, "gbps": n_bytes / us / 1e3}
-                yield {"shape": shape, "format": weight_format, **row}
+                with _or_why_not(row):
+                    us = _decode_us(experts, n_hits, name == FROM_HOST)
+                    row |= {"us": us, "gbps": n_bytes / us / 1e3}
+                yield row
     for shape, weight_format in PROMPTED:
         experts = _experts(shape, weight_format, device)
+        layout = experts.layout
         for n_tokens in N_TOKENS:
-            for name, us in _prompt_us(experts, n_tokens):
-                layout = experts.layout
-                products = n_tokens * (layout.first_rows + layout.intermediate_size)
-                tflops = 2 * _N_EXPERTS * products * layout.hidden_size / us / 1e6
-                row = {"tokens": n_tokens, "way": name, "us": us, "tflops": tflops}
-                yield {"shape": shape, "format": weight_format, **row}
+            products = n_tokens * (layout.first_rows + layout.intermediate_size)
+            for name, work in _prompt_ways(experts, n_tokens):
+                row = {"shape": shape, "format": weight_format, "tokens": n_tokens, "way": name}
+                with _or_why_not(row):
+                    us = _device_us(work)
+                    tflops = 2 * _N_EXPERTS * products * layout.hidden_size / us / 1e6
+                    row |= {"us": us, "tflops": tflops}
+                yield row
+
+
+@contextmanager
+def _or_why_not(row: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # one way fails, for want of shared memory, say
+        row["error"] = repr(error)
 
 
 def _experts(shape: str, weight_format: Format, device: str) -> TritonExperts:
@@ -71,6 +89,7 @@ def _experts(shape: str, weight_format: Format, device: str) -> TritonExperts:
 
 def _decode_variants(shipped: dict[str, object]) -> Iterator[tuple[str, dict[str, object]]]:
     yield "as it is", {}
+    yield FROM_HOST, {}
     yield "2 warps", {"num_warps": 2}
     yield "8 warps", {"num_warps": 8}
     if shipped["CODES"] != "fp8":  # whose step is of one scale
@@ -80,14 +99,20 @@ def _decode_variants(shipped: dict[str, object]) -> Iterator[tuple[str, dict[str
         yield "steps of twice", {"STEP": 2 * step}
 
 
-def _decode_us(experts: TritonExperts, n_hits: int) -> float:
+def _decode_us(experts: TritonExperts, n_hits: int, from_host: bool) -> float:
     n_slots, device = len(experts.slots), experts.slots.device
     hidden = torch.zeros(1, experts.layout.hidden_size, dtype=torch.bfloat16, device=device)
     weights = torch.ones(1, n_hits, device=device)
+    slots = torch.arange(_REPETITIONS * n_hits, dtype=torch.int32).view(-1, n_hits) % n_slots
+    width = -(-n_hits // _ALIGNED) * _ALIGNED
+    on_host = torch.zeros(len(slots), width, dtype=torch.int32, pin_memory=device.type == "cuda")
+    on_host = on_host[:, :n_hits].copy_(slots)
 
     def layer(number: int) -> None:
-        first = number * n_hits
-        experts.grouped(hidden, [(first + hit) % n_slots for hit in range(n_hits)], weights)
+        if from_host:
+            experts.grouped_by(hidden, on_host[number], weights)
+        else:
+            experts.grouped(hidden, slots[number].tolist(), weights)
 
     def layers() -> None:
         for number in range(_REPETITIONS):
@@ -97,7 +122,9 @@ def _decode_us(experts: TritonExperts, n_hits: int) -> float:
     return _device_us(_recorded(layers)) / _REPETITIONS
 
 
-def _prompt_us(experts: TritonExperts, n_tokens: int) -> Iterator[tuple[str, float]]:
+def _prompt_ways(
+    experts: TritonExperts, n_tokens: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
     n_pairs, device = _N_EXPERTS * n_tokens, experts.slots.device
     hidden = torch.zeros(n_pairs, experts.layout.hidden_size, dtype=torch.bfloat16, device=device)
     pairs = torch.arange(n_pairs, device=device)
@@ -106,15 +133,15 @@ def _prompt_us(experts: TritonExperts, n_tokens: int) -> Iterator[tuple[str, flo
     groups = [(slot, slot * n_tokens, n_tokens) for slot in range(_N_EXPERTS)]
     for tile in TILES:
         tiled = TiledExperts(experts, tile)
-        us = _device_us(lambda tiled=tiled: tiled.add(hidden, groups, pairs, weights, out))
-        yield f"tiles of {tile.tokens} x {tile.rows}", us
+        add = partial(tiled.add, hidden, groups, pairs, weights, out)
+        yield f"tiles of {tile.tokens} x {tile.rows}", add
 
     def one_by_one() -> None:
         for slot, first, n in groups:
             token = pairs[first : first + n]
             out.index_add_(0, token, experts.expert(slot, hidden[token]).float())
 
-    yield "cuBLAS", _device_us(one_by_one)
+    yield "cuBLAS", one_by_one
 
 
 def _recorded(work: Callable[[], None]) -> Callable[[], object]:

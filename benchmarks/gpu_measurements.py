@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
+import os
 import platform
 import signal
 import sys
@@ -20,6 +22,8 @@ import torch
 
 from benchmarks.gpu_check import (
     COMPLETE,
+    KEPT_S,
+    LOST,
     RUNNING,
     SETTINGS,
     SHARES,
@@ -36,7 +40,14 @@ from benchmarks.gpu_models import (
     open_source,
     settings,
 )
-from benchmarks.gpu_one_setting import PROMPT_LENGTHS, PROMPT_TOKENS, Row, print_row, run_setting
+from benchmarks.gpu_one_setting import (
+    PROMPT_LENGTHS,
+    PROMPT_TOKENS,
+    Row,
+    cpu_logits,
+    print_row,
+    run_setting,
+)
 from benchmarks.gpu_tests import run_tests
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.loading import choose_device, load_engine
@@ -46,6 +57,7 @@ from moe_offload.machine.hardware import read_hardware
 from moe_offload.model.dummy import DummyModel, dummy_routing
 
 LOADING_SHARE = 1 / 3  # of a model's part of the time, for filling and pinning its memory
+_SPARE_S = 20.0  # before all is ended; what the imports took is not seen here
 LOADED_BYTES = 12e9  # at most, from a file that the page cache holds
 # For the KV cache: a prompt and all its steps, or the longest prompt.
 _CONTEXT_TOKENS = max(PROMPT_TOKENS + 224, *PROMPT_LENGTHS)
@@ -53,16 +65,23 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Report:
-    """What was found so far, and what is still missing; on disk after every change."""
+    """What was found so far, and what is still missing; on disk after every change.
+
+    With `goes_on`, behind what another process has left in the file.
+    """
 
     def __init__(
         self,
         path: Path | None,
         models: Sequence[tuple[str, Format]],
         chosen: Sequence[str] = SETTINGS,
+        goes_on: bool = False,
     ) -> None:
         self.rows: list[Row] = []
         self.document: dict[str, Any] = {}
+        if path is not None and goes_on:
+            self.document = json.loads(path.read_text(encoding="utf-8"))
+            self.rows = [Row(**row) for row in self.document["rows"]]
         self._path = path
         self._started_s = time.monotonic()
         self._missing: dict[tuple[str, str, str], str] = {
@@ -71,6 +90,20 @@ class Report:
             for setting in settings(shape, 1, 1, 1.0)
             if setting.name in chosen
         }
+        for row in self.rows:
+            del self._missing[row.shape, row.weight_format, row.setting]
+        for shape, weight_format, name, reason in self.document.get("given_up", []):
+            self._missing[shape, weight_format, name] = f" ({reason})"
+
+    def is_open(self, shape: str, weight_format: str, setting: str) -> bool:
+        """Whether it is still to be measured."""
+        return self._missing.get((shape, weight_format, setting)) == ""
+
+    def begin(self, shape: str, weight_format: str, setting: str) -> None:
+        """Say what is measured from now on, for whoever finds the report behind a process that
+        died of it."""
+        self.document["at"] = [shape, weight_format, setting]
+        self.save()
 
     @property
     def skipped(self) -> list[str]:
@@ -80,6 +113,7 @@ class Report:
     def add(self, row: Row) -> None:
         self.rows.append(row)
         del self._missing[row.shape, row.weight_format, row.setting]
+        self.document.pop("at", None)
         self.save()
 
     def leave_out(self, shape: str, weight_format: str, reason: object, setting: str = "") -> None:
@@ -87,6 +121,9 @@ class Report:
         for name, known in self._missing.items():
             if name[:2] == (shape, weight_format) and (name[2] == setting or not setting):
                 self._missing[name] = known or f" ({reason})"
+        if setting:
+            given_up = self.document.setdefault("given_up", [])
+            given_up.append([shape, weight_format, setting, str(reason)])
         self.save()
 
     def save(self, ended: str = RUNNING) -> None:
@@ -98,36 +135,39 @@ class Report:
             write_report(self._path, self.document)
 
 
-def measure_kernels(report: Report) -> None:
-    """The expert kernels alone; what fails is said, and leaves the rest of the check alone."""
+def measure_kernels(report: Report, end_s: float) -> None:
+    """The expert kernels alone, until `end_s`; what fails leaves the others alone."""
     rows = report.document["kernels"] = []
     try:
         from benchmarks.gpu_kernels import kernel_rows  # Triton
 
         for row in kernel_rows():
             rows.append(row)
+            report.save()
             print(", ".join(f"{k} {_rounded(v)}" for k, v in row.items()), flush=True)
+            if time.monotonic() > end_s:
+                raise TimeoutError("out of time")
     except Exception as error:
         traceback.print_exc()
         report.document["kernels_ended"] = repr(error)
-    torch.cuda.empty_cache()
-    report.save()
 
 
 def measure_memory(report: Report, most_bytes: float, device: str) -> None:
     """Loading and pinning experts of Mixtral's shape in bf16, of which a layer is 2.8 GB."""
     rows = report.document["memory"] = {}
     layout = mixtral_layout()
-    try:
-        rows["loading"] = loading_row(layout, min(LOADED_BYTES, most_bytes))
-        rows["pinning"] = pinning_row(layout, most_bytes, device)
-    except Exception as error:
-        traceback.print_exc()
-        rows["ended"] = repr(error)
-    for name, row in rows.items():
-        print(f"{name}: {row}", flush=True)
-    gc.collect()
-    report.save()
+    for name, measured in (
+        ("loading", lambda: loading_row(layout, min(LOADED_BYTES, most_bytes))),
+        ("pinning", lambda: pinning_row(layout, most_bytes, device)),
+    ):
+        try:
+            rows[name] = measured()
+        except Exception as error:
+            traceback.print_exc()
+            rows[name] = {"ended": repr(error)}
+        print(f"{name}: {rows[name]}", flush=True)
+        gc.collect()
+        report.save()
 
 
 def _rounded(value: object) -> object:
@@ -147,7 +187,6 @@ def run_shape(
 
     Once the time of this shape is up, only its core settings are still begun: others wait.
     """
-    reference = None
     options = ModelOptions(None, device=arguments.device, dummy_shape=shape)
     started_s = time.monotonic()
     share_end_s = started_s + (deadline_s - started_s) / n_left
@@ -162,28 +201,42 @@ def run_shape(
         for note in engine.notes:
             print(note, flush=True)
         routing = dummy_routing(source, arguments.trace)
+        reference = cpu_logits(engine, routing)
         size = engine.store.n_layers, source.n_experts[0]
         tried = settings(shape, *size, arguments.memory_gb)
-        tried = [setting for setting in tried if setting.name in arguments.settings]
+        core = [setting.name for setting in tried[:N_CORE_SETTINGS]]
+        if len(arguments.settings) < len(SETTINGS):
+            core = list(arguments.settings)
+        tried = [one for one in tried if report.is_open(shape, source.weight_format, one.name)]
         for number, setting in enumerate(tried):
-            end_s = share_end_s
-            if number < N_CORE_SETTINGS or len(tried) < len(SETTINGS):
-                end_s = deadline_s
+            end_s = deadline_s if setting.name in core else share_end_s
             left_s = deadline_s - time.monotonic()
             if time.monotonic() > end_s:
                 report.leave_out(shape, source.weight_format, "out of time")
                 return
             budget_s = left_s / (n_left * len(tried) - number) / 2  # half for all but decoding
+            report.begin(shape, source.weight_format, setting.name)
             try:
-                row, reference = run_setting(
+                row = run_setting(
                     engine, shape, setting, routing, reference, arguments.tokens, budget_s
                 )
             except Exception as error:  # the other settings may tell why
                 traceback.print_exc()
                 report.leave_out(shape, source.weight_format, repr(error), setting.name)
+                if not is_usable(engine.device):
+                    os._exit(LOST)  # nothing of CUDA's can be taken down either
                 continue
             report.add(row)
             print_row(row)
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether the device still computes: after some errors of a kernel a process's GPU does not."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,31 +253,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = models(arguments)
     if "models" not in arguments.parts:
         measured = []
-    report = Report(arguments.json, measured, arguments.settings)
-    report.document |= {
+    on_card = arguments.device == "cuda"
+    report = Report(arguments.json, measured, arguments.settings, arguments.go_on)
+    report.document = {
         "date": date.today().isoformat(),
         "command": sys.argv,
         "hardware": read_hardware(gpu_uuid=gpu_uuid(choose_device(arguments.device))).to_json(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "tests": None,
+        **report.document,
     }
     report.save()
-    on_card = arguments.device == "cuda"
-    tests = run_tests() if on_card and "tests" in arguments.parts else None
-    report.document["tests"] = tests
-    report.save()
-    if on_card and "kernels" in arguments.parts:
-        measure_kernels(report)
-    if "memory" in arguments.parts:
-        measure_memory(report, arguments.pin_gb * 1e9, arguments.device)
+    if on_card and "tests" in arguments.parts and not arguments.go_on:
+        report.document["tests"] = run_tests()
+        report.save()
     s_per_byte = load_s_per_byte(arguments.device)
     report.document["card"] = card_speeds(arguments.device)
     print(", ".join(f"{k} {v:.0f}" for k, v in report.document["card"].items()), flush=True)
+    after = [part for part in KEPT_S if part in arguments.parts]
+    deadline_s -= sum(KEPT_S[part] for part in after)
     for number, (shape, weight_format) in enumerate(measured):
         left_s = deadline_s - time.monotonic()
         if left_s < 0:
             report.leave_out(shape, weight_format, "out of time")
+            continue
+        if not any(report.is_open(shape, weight_format, name) for name in SETTINGS):
             continue
         shares = [*SHARES, *[1] * len(measured)][number : len(measured)]
         n_left = sum(shares) / shares[0]  # models like this one
@@ -240,11 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.leave_out(shape, weight_format, error)
         gc.collect()
         torch.cuda.empty_cache()  # the next model finds the memory free, and counts it so
+    end_s = started_s + arguments.limit_s - _SPARE_S
+    if "memory" in after:
+        left_s = end_s - time.monotonic() - (KEPT_S["kernels"] if "kernels" in after else 0)
+        most_bytes = min(arguments.pin_gb * 1e9, max(0.0, left_s) / 3 / s_per_byte)
+        measure_memory(report, most_bytes, arguments.device)
+    if on_card and "kernels" in after:
+        measure_kernels(report, end_s)
     report.save(COMPLETE)
     if report.skipped:
         print("not measured: " + "; ".join(report.skipped))
     print(f"took {time.monotonic() - started_s:.0f} s")
     right = not report.skipped and all(row.correct for row in report.rows)
+    tests = report.document["tests"]
     return 0 if right and (tests is None or tests["exit_code"] == 0) else 1
 
 

@@ -150,19 +150,23 @@ def set_up(engine: Engine, setting: Setting) -> None:
     """Serve misses as `setting` says; what is changed lasts as long as its slots do."""
     if engine.graphs is not None:
         engine.graphs.enabled = setting.graphs
+        engine.graphs.records_experts = setting.records_hits
     engine.use_cache(setting.cache)  # with the costs of steps such as the setting's
     if engine.accelerator is None:
         return
     gpu = engine.accelerator.gpu
-    launch = gpu.launch
 
-    def launch_and_wait(*arguments: Any) -> Pending:
-        pending = launch(*arguments)
-        pending.end.synchronize()
-        return pending
+    def waited_for(start: Callable[..., Pending]) -> Callable[..., Pending]:
+        def launch_and_wait(*arguments: Any) -> Pending:
+            pending = start(*arguments)
+            pending.end.synchronize()
+            return pending
+
+        return launch_and_wait
 
     if not setting.overlap:
-        gpu.launch = launch_and_wait  # type: ignore[method-assign]
+        gpu.launch = waited_for(gpu.launch)  # type: ignore[method-assign]
+        gpu.replay = waited_for(gpu.replay)  # type: ignore[method-assign]
     if not setting.tiles:
         gpu._tiles = None
 
@@ -328,31 +332,42 @@ def bound_step_us(engine: Engine, measured: Measured) -> float:
     return bound_us(costs, n_layers, hits, misses)
 
 
+def prompt_ids(engine: Engine) -> list[int]:
+    """The text before the decode steps."""
+    n = min(1000, engine.source.config.vocab_size)
+    return [(7 * i + 3) % n for i in range(PROMPT_TOKENS)]
+
+
+def cpu_logits(engine: Engine, routing: ForcedRouting) -> Tensor:
+    """What the settings' are held against: of an engine without a cache, eager."""
+    assert engine.accelerator is None
+    engine.dispatcher.forced_routing = routing
+    with eager(engine):
+        return logits(engine, prompt_ids(engine))
+
+
 def run_setting(
     engine: Engine,
     shape: str,
     setting: Setting,
     routing: ForcedRouting,
-    reference: Tensor | None,
+    reference: Tensor,
     n_steps: int,
     budget_s: float,
-) -> tuple[Row, Tensor]:
+) -> Row:
     """Measure one setting and check its layers and, with forced routing, its logits."""
     engine.notes.clear()
     engine.dispatcher.forced_routing = routing if setting.forced else None
     set_up(engine, setting)
     engine.calibrate()
     assert engine.costs is not None
-    ids = [(7 * i + 3) % min(1000, engine.source.config.vocab_size) for i in range(PROMPT_TOKENS)]
+    ids = prompt_ids(engine)
     patient = setting.cache.miss_policy == "auto"
     replayed = 0 if engine.graphs is None else engine.graphs.replayed
     with timed_between(engine) as between_us:
         measured = measure(engine, ids, setting.warm_up_steps, n_steps, budget_s, patient)
     if engine.graphs is not None:
         replayed = engine.graphs.replayed - replayed
-    if reference is None:
-        with eager(engine):
-            reference = logits(engine, ids)
     with watched(engine) as samples:
         found = logits(engine, ids)
     error = layer_error(engine, samples)
@@ -404,4 +419,4 @@ def run_setting(
         and error <= LAYER_TOLERANCE[engine.source.weight_format]
         and (logit_error is None or logit_error <= LOGIT_TOLERANCE[engine.source.weight_format]),
         notes=engine.notes + engine.learnt(),
-    ), reference
+    )

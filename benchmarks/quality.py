@@ -16,7 +16,9 @@ formats; what it leaves of them is read by our engine, as bf16. Those rows lack 
 loses by rounding activations to 8 bits, as our int8 and int4 do. As llama.cpp does, a matrix whose
 rows are no multiple of 256 gets the next plain format instead of a K-quant, and Q4_K_M gives half
 of the layers' down projections six bits. "Q4_K_M filled" fills such rows with zeros up to whole
-blocks instead and does not count these: the K-quants that a larger model would get.
+blocks instead and does not count these: the K-quants that a larger model would get. With "+text"
+the quantiser is given an importance matrix, as llama.cpp's own program makes it: the mean squares
+of what each expert's matrices see while the source reads the calibration text of int4+text.
 
 --shuffle measures another checkpoint of the same function: hidden and intermediate channels in a
 random order. Where the weights were published in groups of 32, as the demo's were in Q4_1, the
@@ -47,11 +49,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from moe_offload.checkpoint.source import open_source
 from moe_offload.commands.prepare_model import prepare_model
 from moe_offload.config import WEIGHT_FORMATS
 from moe_offload.engine.loading import load_model
+from moe_offload.kernels.oracle import apply_activation
+from moe_offload.model.sample_text import default_text, read_sample, windows_of
 
-EXPERT_MATRIX = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.(\w+)\.weight$")
+EXPERT_MATRIX = re.compile(r"\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 DOWN_PROJECTIONS = ("w2", "down_proj")
 K_BLOCK = 256
 PLAIN_INSTEAD = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
@@ -127,8 +132,31 @@ def compare(
     )
 
 
+# (layer, expert, whether of its down projection) -> mean squares of the matrix's inputs, fp32 [C].
+Importance = dict[tuple[int, int, bool], Tensor]
+
+
+@torch.inference_mode()
+def importance_of(folder: Path) -> Importance:
+    """What llama.cpp calls an importance matrix, from the default calibration text."""
+    source = open_source(folder, True, torch.bfloat16)
+    ids = AutoTokenizer.from_pretrained(folder)(default_text())["input_ids"]
+    found = {}
+    for layer, (module, inputs) in enumerate(
+        zip(source.experts, read_sample(source, windows_of(ids)), strict=True)
+    ):
+        read, site = source.weights_reader(module), inputs.site
+        for expert in range(module.n_experts):
+            x = inputs.of_expert(expert)
+            first = x @ read(expert)["gate_up"].float().t()
+            middle = apply_activation(first, site.activation, module.has_gate, site.act_module)
+            found[layer, expert, False] = x.square().mean(0)
+            found[layer, expert, True] = middle.square().mean(0)
+    return found
+
+
 class LlamaCppQuantizer:
-    """llama.cpp's own quantiser, from a shared library; no importance matrix."""
+    """llama.cpp's own quantiser, from a shared library."""
 
     def __init__(self, library: Path) -> None:
         self._chunk = ctypes.CDLL(str(library)).ggml_quantize_chunk
@@ -136,17 +164,21 @@ class LlamaCppQuantizer:
         pointer, whole = ctypes.c_void_p, ctypes.c_int64
         self._chunk.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
 
-    def round_trip(self, weight: Tensor, kind: Type, fill: bool) -> tuple[Tensor, float]:
-        """What W [R, C] becomes, in fp32, and the bytes that it takes."""
+    def round_trip(
+        self, weight: Tensor, kind: Type, fill: bool, importance: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """What W [R, C] becomes, in fp32, and the bytes that it takes; `importance` is fp32 [C]."""
         n_columns = weight.shape[1]
         if n_columns % K_BLOCK and not fill:
             kind = PLAIN_INSTEAD.get(kind, kind)
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        filled = functional.pad(weight.float(), (0, -n_columns % per_block))
-        values = np.ascontiguousarray(filled.numpy())
+        padding = (0, -n_columns % per_block)
+        values = np.ascontiguousarray(functional.pad(weight.float(), padding).numpy())
+        columns = None if importance is None else functional.pad(importance, padding, value=1.0)
         packed = np.empty((values.shape[0], values.shape[1] // per_block * block_bytes), np.uint8)
+        by_column = None if columns is None else columns.data_ptr()
         written = self._chunk(
-            int(kind), values.ctypes.data, packed.ctypes.data, 0, *values.shape, None
+            int(kind), values.ctypes.data, packed.ctypes.data, 0, *values.shape, by_column
         )
         assert written == packed.nbytes
         numbers = torch.from_numpy(gguf.dequantize(packed, kind))[:, :n_columns].contiguous()
@@ -155,15 +187,19 @@ class LlamaCppQuantizer:
     def requantized(self, source: Path, target: Path, scheme: str) -> float:
         """Copy `source`, experts as `scheme` leaves them; returns bits per expert weight."""
         n_layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
-        fill, n_bytes, n_weights = scheme.endswith("filled"), 0.0, 0
+        name_of_kind, _, text = scheme.partition("+")
+        importance: Importance = importance_of(source) if text else {}
+        fill, n_bytes, n_weights = name_of_kind.endswith("filled"), 0.0, 0
 
         def requantize(name: str, tensor: Tensor) -> Tensor:
             nonlocal n_bytes, n_weights
             found = EXPERT_MATRIX.search(name)
             if found is None:
                 return tensor
-            kind = LLAMA_CPP[scheme](int(found[1]), n_layers, found[2])
-            numbers, size = self.round_trip(tensor, kind, fill)
+            layer, expert = int(found[1]), int(found[2])
+            kind = LLAMA_CPP[name_of_kind](layer, n_layers, found[3])
+            columns = importance.get((layer, expert, found[3] in DOWN_PROJECTIONS))
+            numbers, size = self.round_trip(tensor, kind, fill, columns)
             n_bytes, n_weights = n_bytes + size, n_weights + numbers.numel()
             return numbers
 
@@ -222,7 +258,8 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=every)
     parser.add_argument("--shuffle", action="store_true")
     parser.add_argument("--llama-cpp", type=Path)
-    parser.add_argument("--schemes", nargs="+", default=[*LLAMA_CPP], choices=LLAMA_CPP)
+    schemes = [*LLAMA_CPP, *(f"{name}+text" for name in LLAMA_CPP)]
+    parser.add_argument("--schemes", nargs="+", default=schemes, choices=schemes)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     source = arguments.input_path

@@ -7,10 +7,10 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from moe_offload.errors import UserError
 
@@ -114,56 +114,16 @@ def read_json_object(
 def from_json(kind: type[T], data: Any) -> T:
     """The inverse of `dataclasses.asdict` through JSON, checked against the fields' types.
 
-    A field is a bool, int, float, str, None, Path, Literal, tuple, list, dict, another dataclass
-    or a union of these. A field that is missing takes its default. ValueError, with the field's
-    place, for what `asdict` of a `kind` cannot have given, and for what `kind` itself refuses.
+    A field that is missing takes its default. ValueError, with the field's place, for what `asdict`
+    of a `kind` cannot have given, and for what `kind` itself refuses.
     """
-    return _read(kind, data, kind.__name__)  # type: ignore[no-any-return]
-
-
-def _read(kind: Any, data: Any, place: str) -> Any:
-    origin, arguments = get_origin(kind) or kind, get_args(kind)
-    if is_dataclass(kind):
-        return _read_dataclass(kind, data, place)
-    if origin in (Union, UnionType):
-        for option in arguments:
-            with contextlib.suppress(ValueError):
-                return _read(option, data, place)
-    elif (
-        origin is Any
-        or (origin is NoneType and data is None)
-        or (origin is Literal and data in arguments)
-    ):
-        return data
-    elif origin is Path and isinstance(data, str):
-        return Path(data)
-    elif origin is float and type(data) in (int, float):
-        return float(data)
-    elif origin in (bool, int, str) and type(data) is origin:
-        return data
-    elif origin in (tuple, list) and isinstance(data, list):
-        if origin is list or arguments[1:] == (...,):
-            arguments = arguments[:1] * len(data)
-        if len(arguments) == len(data):
-            parts = zip(arguments, data, strict=True)
-            return origin(_read(of, part, f"{place}[{i}]") for i, (of, part) in enumerate(parts))
-    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(data, dict):
-        of = arguments[1] if arguments else Any
-        return {key: _read(of, value, f"{place}.{key}") for key, value in data.items()}
-    choices = f"one of {', '.join(map(str, arguments))}" if origin is Literal else None
-    expected = choices or getattr(kind, "__name__", kind)
-    raise ValueError(f"{place}: expected {expected}, found {data!r:.80}")
-
-
-def _read_dataclass(kind: Any, data: Any, place: str) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"{place}: expected an object, found {data!r:.80}")
-    types = get_type_hints(kind)
-    unknown = data.keys() - {field.name for field in fields(kind)}
-    if unknown:
-        raise ValueError(f"{place}: unknown field {min(unknown)!r:.80}")
-    values = {name: _read(types[name], value, f"{place}.{name}") for name, value in data.items()}
     try:
-        return kind(**values)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"{place}: {error}") from error
+        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, (kind.__name__, *first["loc"])))
+        said, value = first["msg"].removeprefix("Value error, "), first["input"]
+        found = "" if isinstance(value, (dict, list)) else f", found {value!r:.80}"
+        raise ValueError(f"{place}: {said}{found}") from error
+    except TypeError as error:  # of what JSON does not have, such as a date of YAML
+        raise ValueError(f"{kind.__name__}: {error}") from error

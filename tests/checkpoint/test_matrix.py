@@ -93,6 +93,24 @@ def test_other_formats_hold_a_sources_numbers_too():
     assert arrays is not None and torch.equal(layout.unpack(arrays), codes.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "scales", "kind", "unit", "offset"),
+    [
+        ("mxfp4", Scales("uint8"), "e2m1", 0.0, None),
+        ("fp8", Scales("uint8", 32), "fp8", 0.0, None),
+        ("int8", Scales("float16", 32, offset="minimum"), "affine", 1 / 3, -1.0),
+    ],
+)
+def test_zeros_stay_zeros(name, scales, kind, unit, offset):
+    """Codes of a scale of 0, which no byte is, and steps that add up to minus their offset."""
+    units, offsets = (None if one is None else torch.full((16, 1), one) for one in (unit, offset))
+    source = Codes(kind, torch.full((16, 32), 3, dtype=torch.uint8), units, offsets)
+    assert not source.values().any()
+    layout = MatrixLayout(name, 16, 32, scales)
+    arrays = layout.take_over(source)
+    assert arrays is None or not layout.unpack(arrays).any()
+
+
 def test_the_bytes_of_mxfp4_are_those_of_a_plain_loop():
     layout = MatrixLayout("mxfp4", 17, 40, Scales("uint8"))
     torch.manual_seed(0)

@@ -73,6 +73,16 @@ def test_source(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     small.engine.close()
 
 
+@pytest.mark.parametrize("name", ["fp8-transposed", "gptq-act-order", "nvfp4-modelopt"])
+def test_what_a_format_cannot_keep_is_rounded_as_its_plain_twin(name: str, tmp_path: Path) -> None:
+    found = [
+        experts_of(prepared(source, tmp_path / f"{kind}-int8", "--hf", "--expert-dtype", "int8"))
+        for kind, source in zip("qp", quantised_checkpoints.write(name, tmp_path), strict=True)
+    ]
+    for ours, expected in zip(*found, strict=True):
+        assert all(torch.equal(ours[field], expected[field]) for field in expected)
+
+
 def lazy(tensor: Tensor) -> LazyTensor:
     def read_rows(start: int, stop: int) -> Tensor:
         return tensor[start:stop] if tensor.dim() else tensor

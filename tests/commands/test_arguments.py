@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from transformers import MixtralConfig
 
 from moe_offload.checkpoint.folders import FORMAT_VERSION, MANIFEST_NAME
 from moe_offload.commands import check, draw, generate, prepare, simulate
-from moe_offload.commands.arguments import build_parser, importing, parse_config, parse_cpu_list
+from moe_offload.commands.arguments import build_parser, parse_config, parse_cpu_list
 from moe_offload.config import Config, flag_of
 from moe_offload.errors import UserError
 
@@ -131,14 +130,3 @@ def test_help_calls_the_program_as_it_was_started(
     assert ("  moe-run --model-path M --prompt" in text) == installed
     assert ("python3 src/main.py --model-path M" in text) == (not installed)
     assert ("moe-prepare has prepared" in text) == installed
-
-
-def test_imports_are_not_searched_for_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
-    with importing():
-        assert not gc.isenabled()
-    assert gc.isenabled() and gc.get_freeze_count() > 0
-    gc.unfreeze()
-    with pytest.raises(KeyboardInterrupt), importing():
-        raise KeyboardInterrupt
-    assert gc.isenabled() and gc.get_freeze_count() == 0

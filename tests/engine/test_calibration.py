@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_offload.checkpoint.block import block_layout
+from moe_offload.checkpoint.block import Activation, block_layout
 from moe_offload.engine import calibration, probes
 from moe_offload.engine.calibration import (
     MAX_AGE_S,
@@ -24,10 +24,17 @@ from moe_offload.engine.calibration import (
     MachineCosts,
     predicted_step_us,
 )
-from moe_offload.engine.probes import copier, cpu_runner, dense_costs, gpu_runner
+from moe_offload.engine.probes import (
+    copier,
+    cpu_runner,
+    cublas_crossover,
+    dense_costs,
+    gpu_runner,
+)
 from moe_offload.engine.timing import Steadiness
 from moe_offload.experts.costs import CostModel, SideCost
 from moe_offload.experts.recorder import LayerEvent, Recorder
+from moe_offload.experts.slots import GpuExperts
 from moe_offload.experts.store import ExpertStore
 from moe_offload.files import user_cache
 from moe_offload.machine.hardware import Hardware, read_hardware
@@ -134,6 +141,55 @@ def test_copies_read_every_block_in_turn(store: ExpertStore) -> None:
             copy(n_bytes)
             seen.append(int(gpu.slots[2, 0]))
     assert seen == list(range(N_BLOCKS))
+
+
+@pytest.mark.parametrize(
+    ("launch_s", "from_tokens", "tried"),
+    [(0.0, 16, (1024, 256, 64, 16)), (100.0, 256, (1024, 256, 64)), (9000.0, None, (1024,))],
+)
+def test_a_prompts_experts_are_computed_one_by_one_where_that_is_faster(
+    launch_s: float, from_tokens: int | None, tried: tuple[int, ...], monkeypatch: Any
+) -> None:
+    """On a clock: an expert by itself is a launch and half of what its tiles take."""
+    now_s = 0.0
+    gpu = GpuExperts(LAYOUT, Activation("silu"), 3, "cpu")
+    add_expert = gpu._add_expert
+
+    def alone(hidden: Tensor, slot: int, pairs: Tensor, *more: Tensor) -> None:
+        nonlocal now_s
+        now_s += launch_s + len(pairs) / 2
+        add_expert(hidden, slot, pairs, *more)
+
+    def tiled(hidden: Tensor, groups: list[Any], pairs: Tensor, *more: Tensor) -> None:
+        nonlocal now_s
+        for slot, first, n in groups:
+            now_s += n
+            add_expert(hidden, slot, pairs[first : first + n], *more)
+
+    monkeypatch.setattr(gpu, "_add_expert", alone)
+    gpu._tiles = SimpleNamespace(add=tiled)  # type: ignore[assignment]
+    monkeypatch.setattr("moe_offload.engine.timing.time.perf_counter", lambda: now_s)
+    sums: list[Tensor] = []
+    launch = gpu.launch_groups
+
+    def noted(*call: Any) -> Any:
+        pending = launch(*call[:-1], torch.zeros_like(call[-1]))
+        assert pending.end.synchronize() is None
+        sums.append(pending.out)
+        return pending
+
+    gpu.slots.copy_(torch.randint(0, 60, gpu.slots.shape, dtype=torch.uint8))
+    monkeypatch.setattr(gpu, "launch_groups", noted)
+    before = gpu.cublas_tokens
+    found = cublas_crossover(gpu, torch.float32)
+    gpu.close()
+    assert (found.from_tokens, found.tokens) == (from_tokens, tried)
+    assert "cuBLAS" in str(found) and gpu.cublas_tokens == before
+    for n_tokens in tried:  # both ways give every pair's part
+        first, *others = [one for one in sums if len(one) == n_tokens]
+        assert first.abs().sum() > 0 and others
+        for other in others:
+            torch.testing.assert_close(other, first)
 
 
 def test_a_step_is_predicted_with_one_head() -> None:

@@ -18,6 +18,7 @@ from moe_offload.engine import memory
 from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine
 from moe_offload.errors import UserError
+from moe_offload.experts.cache import ways_within
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model.loader import PreparedModel
@@ -184,12 +185,18 @@ def test_the_calibration_and_the_prediction_know_the_disk(folder: Path) -> None:
         assert predicted_us * n_steps > misses * block_bytes / disk.gbps / 1e3
 
 
-def test_what_is_left_of_a_budget_holds_more_of_the_first_layers(folder: Path) -> None:
-    engine, _ = open_engine(folder, 3)  # and a half: one more of the first of two layers
+def test_what_is_left_of_a_budget_is_places_between_layers(folder: Path) -> None:
+    engine, _ = open_engine(folder, 3)  # and a half: one block
     with engine:
         assert isinstance(engine.store, DiskTier)
-        assert [len(engine.store.memory.blocks(layer)) for layer in range(2)] == [4, 3]
-        assert any("holds 3 to 4 of 8 experts of each layer" in note for note in engine.notes)
+        assert [len(engine.store.memory.blocks(layer)) for layer in range(2)] == [3, 3]
+        assert len(engine.store._spare) == 1
         texts = greedy(engine.model, PROMPTS, N_TOKENS)
-        assert [len(engine.store.cache.ready(layer)) for layer in range(2)] == [4, 3]
+        assert [len(engine.store.cache.ready(layer)) for layer in range(2)] == [3, 3]
     assert texts == answers(folder, None, "LFRU", {}, 2).texts
+
+
+@pytest.mark.parametrize("room", range(5, 21))
+def test_what_is_left_beside_those_holds_more_of_the_first_layers(room: int) -> None:
+    ways = ways_within(room * 10 + 9, [10] * 5, [4] * 5)
+    assert sum(ways) == room and ways == sorted(ways, reverse=True) and ways[0] - ways[-1] <= 1

@@ -112,6 +112,10 @@ def test_a_layer_ends_when_what_was_read_last_is_computed():
     assert cost.decode_layer_us(0, 2, copying=False, n_reads=0) == 70 + 1420
     assert cost.decode_layer_us(0, 2, copying=False, n_reads=2) == 70 + 50 + 2000 + 720
     assert cost.decode_layer_us(0, 20, copying=False, n_reads=1) == 70 + COST.cpu.us(20, 20)
+    slow = replace(COST, disk=replace(disk, resume_us=30))
+    for n_reads, later_us in ((0, 0), (1, 30), (2, 30)):
+        one, other = (c.decode_layer_us(0, 2, copying=False, n_reads=n_reads) for c in (cost, slow))
+        assert other == one + later_us
     with pytest.raises(ValueError, match="a disk that no machine has"):
         DiskCost(0.0, 1.0)
 

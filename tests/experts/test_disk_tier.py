@@ -65,9 +65,12 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> list[MoeLayer]:
 def open_tier(layers: list[MoeLayer]) -> Iterator[Callable[..., DiskTier]]:
     opened = []
 
-    def open_one(n_ways: int, policy: str = "LRU", of: list[MoeLayer] | None = None) -> DiskTier:
+    def open_one(
+        n_ways: int, policy: str = "LRU", of: list[MoeLayer] | None = None, n_spare: int = 2
+    ) -> DiskTier:
         used = of or layers
-        opened.append(DiskTier(used, [n_ways] * len(used), make_policy(policy), load_kernels()))
+        kernels = load_kernels()
+        opened.append(DiskTier(used, [n_ways] * len(used), make_policy(policy), kernels, n_spare))
         return opened[-1]
 
     yield open_one
@@ -88,15 +91,31 @@ def computed(tier: DiskTier, layer: int, experts: list[int]) -> list[int]:
     return order
 
 
-@pytest.mark.parametrize("n_ways", [1, 2, 5, N_EXPERTS])
-def test_each_expert_comes_once_with_its_own_bytes(open_tier, n_ways):
-    tier = open_tier(n_ways)
+@pytest.mark.parametrize(("n_ways", "n_spare"), [(1, 0), (1, 3), (2, 1), (5, 0), (N_EXPERTS, 2)])
+def test_each_expert_comes_once_with_its_own_bytes(open_tier, n_ways, n_spare):
+    tier = open_tier(n_ways, n_spare=n_spare)
     chosen = random.Random(n_ways)
     for _ in range(40):
         layer = chosen.randrange(N_LAYERS)
         experts = chosen.sample(range(N_EXPERTS), chosen.randint(0, N_EXPERTS))
         assert sorted(computed(tier, layer, experts)) == sorted(experts)
     assert tier.disk.hits > 0
+
+
+@pytest.mark.parametrize("n_spare", [0, 2])
+def test_places_between_layers_are_read_into_while_a_layer_has_no_more(
+    open_tier, monkeypatch, n_spare
+):
+    tier, may_read = open_tier(1, n_spare=n_spare), threading.Event()
+    with monkeypatch.context() as patch:
+        with_reads(patch, lambda *_: may_read.wait())
+        groups = tier.arriving(0, [3, 1, 0, 2])
+        assert next(groups) == []
+        assert sorted(tier._reads) == [(0, expert) for expert in range(1 + n_spare)]
+        may_read.set()
+    assert [expert for group in groups for expert in group] == [0, 1, 2, 3]
+    assert list(tier.cache.ready(0)) == [3]
+    assert len(tier._spare) == n_spare
 
 
 def test_those_in_memory_come_first_and_misses_in_the_order_of_the_file(open_tier):
@@ -114,14 +133,15 @@ def test_both_levels_under_random_steps(open_tier):
     """Slots of an accelerator over host memory over disk: bytes right, nothing in use evicted."""
     chosen = random.Random(7)
     for n_ways, n_slots in ((1, 2), (2, 3), (4, 4)):
-        tier = open_tier(n_ways, "LFRU")
+        tier = reading_ahead(open_tier(n_ways, "LFRU"))
         slots = torch.zeros(n_slots, LAYOUT.block_bytes, dtype=torch.uint8)
         fetcher = HostFetcher(slots, before_copy=lambda _: time.sleep(chosen.random() / 2000))
         tier.copying = fetcher.sources_in_flight
         holds: dict[int, tuple[int, int]] = {}
         for _ in range(60):
-            layer = chosen.randrange(N_LAYERS)
+            layer = chosen.randrange(N_LAYERS - 1)
             experts = chosen.sample(range(N_EXPERTS), chosen.randint(1, 4))
+            tier.read_ahead_later(layer + 1, chosen.sample(range(N_EXPERTS), 2))
             for group in tier.arriving(layer, experts):
                 pointers = tier.pointers(layer)
                 for expert in group:
@@ -138,6 +158,7 @@ def test_both_levels_under_random_steps(open_tier):
                 assert all(copy.error is None for copy in fetcher.drain())
                 for slot, (of_layer, expert) in holds.items():
                     assert torch.equal(slots[slot], block_of(of_layer, expert))
+        assert tier.n_ahead_used > 0
         fetcher.close()
 
 
@@ -248,7 +269,7 @@ def test_an_interrupt_while_reads_are_in_flight_leaves_all_in_order(open_tier, m
         with_reads(patch, lambda *_: may_read.wait())
         groups = tier.arriving(0, [0, 1, 2, 3])
         assert next(groups) == []
-        patch.setattr(tier, "_wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tier, "_wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(groups)
         threading.Timer(0.02, may_read.set).start()
@@ -283,12 +304,14 @@ class Interruption:
 
 
 def test_an_interrupt_at_any_line_leaves_all_in_order(open_tier):
-    tier, chosen = open_tier(2, "LFRU"), random.Random(5)
+    tier, chosen = reading_ahead(open_tier(2, "LFRU")), random.Random(5)
     with Interruption() as counted:
         computed(tier, 0, list(range(4)))
     n_interrupts = 0
     for _ in range(150):
         layer, experts = chosen.randrange(N_LAYERS), chosen.sample(range(N_EXPERTS), 4)
+        if layer + 1 < N_LAYERS:
+            tier.read_ahead_later(layer + 1, chosen.sample(range(N_EXPERTS), 2))
         try:
             with Interruption(chosen.randrange(1, counted.n_lines)):
                 computed(tier, layer, experts)
@@ -296,6 +319,7 @@ def test_an_interrupt_at_any_line_leaves_all_in_order(open_tier):
             n_interrupts += 1
             tier.recover()
             assert not tier.cache.in_flight()
+            assert len(tier._spare) == 2
         assert sorted(computed(tier, layer, experts)) == sorted(experts)
     assert n_interrupts > 10  # of the others most ended before their line came
 
@@ -354,7 +378,7 @@ def test_where_direct_reads_are_refused_the_bytes_are_the_same(open_tier, monkey
 
 
 def reading_ahead(tier: DiskTier) -> DiskTier:
-    """With routers that name experts 0 and 1, whatever they are given."""
+    """With routers that name experts 0 and 1, whatever they are given; the trial lets it."""
     tier.read_ahead_with([lambda hidden: torch.tensor([[0, 1]])] * N_LAYERS)
     assert tier.trial is not None
     for _ in range(4):
@@ -380,17 +404,19 @@ def test_an_idle_disk_reads_ahead_what_the_next_router_chooses(open_tier):
 def test_a_miss_gives_up_what_is_read_ahead(open_tier, monkeypatch):
     tier, may_read = reading_ahead(open_tier(2)), threading.Event()
     computed(tier, 0, [4])
-    computed(tier, 1, [2])
+    computed(tier, 1, [2, 3])
     with monkeypatch.context() as patch:
         with_reads(patch, lambda *_: may_read.wait())
         tier.read_ahead_later(1, [0, 1])
         computed(tier, 0, [4])
         ahead = list(tier._reads.values())
-        assert [read.expert for read in ahead] == [0, 1]  # both ways
+        assert [read.expert for read in ahead] == [0, 1]
+        assert sorted(tier.cache.ready(1)) == [2, 3]  # nobody gave up its place for a guess
         threading.Timer(0.02, may_read.set).start()
         assert sorted(computed(tier, 1, [3, 5])) == [3, 5]
     assert all(read.is_cancelled for read in ahead)
     assert sorted(computed(tier, 1, [0, 1])) == [0, 1]
+    assert len(tier._spare) == 2
 
 
 def test_the_disk_is_measured_beside_what_memory_holds(open_tier):
@@ -398,7 +424,7 @@ def test_the_disk_is_measured_beside_what_memory_holds(open_tier):
     computed(tier, 0, [4, 5])
     before = tier.disk.n_bytes, tier._disk.busy_s
     disk = tier.measured(lambda: None)
-    assert disk.gbps > 0 <= disk.latency_us
+    assert disk.gbps > 0 <= min(disk.latency_us, disk.resume_us)
     assert (tier.disk.n_bytes, tier._disk.busy_s) == before
     assert computed(tier, 0, [4, 5]) == [4, 5]
     assert tier.disk.misses == 2

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_offload.config import WEIGHT_FORMATS, Scales
-from moe_offload.kernels import triton_experts, triton_tiles
+from moe_offload.kernels import triton_experts, triton_kernels, triton_tiles
 
 # Turing, the oldest with enough memory to matter; Ampere (A100, RTX 3090), Ada, Hopper. What a
 # program may take of shared memory there, in bytes (CUDA C++ Programming Guide, table of technical
@@ -78,7 +78,7 @@ ADD_PAIRS = {
     "row_of_pair": "*i32",
     "out": "*fp32",
 }
-UNALIGNED = (*triton_experts.VARYING, *triton_tiles.VARYING, "alpha", "limit")
+UNALIGNED = (*triton_kernels.VARYING, *triton_tiles.VARYING, "alpha", "limit")
 
 
 def kernels(

@@ -9,24 +9,33 @@ import json
 
 import torch
 
-from moe_offload.kernels.triton_combine import add_from_host
+from moe_offload.kernels.triton_combine import add_from_host, add_present
 
 CASES = [
-    (shape, dtype, has_device)
+    (shape, dtype, has_device, has_host)
     for shape in ((1, 1), (1, 1024), (3, 1365), (2, 2880))
     for dtype in (torch.float32, torch.bfloat16)
     for has_device in (False, True)
+    for has_host in (True, False)
 ]
 
 
-def error(shape: tuple[int, int], dtype: torch.dtype, has_device: bool) -> float:
-    """The largest, in units of the last place of the exact sum in `dtype`."""
+def error(shape: tuple[int, int], dtype: torch.dtype, has_device: bool, has_host: bool) -> float:
+    """The largest, in units of the last place of the exact sum in `dtype`.
+
+    A graph's sum is told of the parts when it runs; what is none of them may be anything.
+    """
     torch.manual_seed(0)
-    on_host, on_device = torch.randn(shape), torch.randn(shape)
-    out = add_from_host(on_device if has_device else None, on_host, torch.empty(shape, dtype=dtype))
+    parts = [torch.randn(shape) if there else None for there in (has_device, has_host)]
+    like, anything = torch.empty(shape, dtype=dtype), torch.full(shape, float("nan"))
+    present = torch.tensor([has_device, has_host], dtype=torch.int32)
+    on_device, on_host = (anything if part is None else part for part in parts)
+    out = add_present(on_device, on_host, present, like)
     assert out.dtype == dtype and out.shape == shape
-    exact = on_host + on_device if has_device else on_host
-    unit = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
+    if has_host:
+        assert torch.equal(out, add_from_host(parts[0], on_host, like))
+    exact = sum(part for part in parts if part is not None) + torch.zeros(shape)
+    unit = torch.finfo(dtype).eps * 2.0 ** exact.abs().clamp(min=1e-30).log2().floor()
     return float(((out.float() - exact).abs() / unit).max())
 
 

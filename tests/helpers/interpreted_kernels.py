@@ -75,6 +75,8 @@ def run(case: Case) -> dict[str, object]:
     hidden, slots, weights = case.routing()
     pairs = slots.flatten().tolist()
     out = gpu.launch(hidden, pairs, weights, fetcher).result()
+    by_memory = gpu._kernels.grouped_by(hidden, slots.flatten().int(), weights)
+    assert torch.equal(by_memory, gpu._kernels.grouped(hidden, pairs, weights)), case.name
     bf16 = gpu.launch(hidden.bfloat16(), pairs, weights.bfloat16(), fetcher).result()
     expected = case.oracle(blocks, hidden, slots, weights)
     rounded = hidden.bfloat16().float(), slots, weights.bfloat16().float()

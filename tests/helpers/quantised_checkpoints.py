@@ -122,6 +122,13 @@ def gpt_oss_experts(weight: Tensor) -> Stored:
     return {end: torch.stack(parts) for end, parts in tensors.items()}, torch.stack(values)
 
 
+def fp8_experts(weight: Tensor) -> Stored:
+    """Experts [E, R, C] in one tensor, in the order in which the model stores them."""
+    each = [fp8((16, 32), torch.float32, "_scale_inv")(expert) for expert in weight]
+    codes, scales = (torch.stack([one[0][end] for one in each]) for end in ("weight", "_scale_inv"))
+    return {"": codes, "_scale_inv": scales}, torch.stack([numbers for _, numbers in each])
+
+
 def deepseek_v4(weight: Tensor, is_expert: bool) -> Stored:
     """Experts in packed e2m1, the rest in FP8 blocks of 128; E8M0 scales both."""
     if is_expert:
@@ -290,6 +297,10 @@ SOURCES: dict[str, Source] = {
         lambda: tiny_models.gpt_oss(hidden_size=64, intermediate_size=96),
         {"quant_method": "mxfp4"}, gpt_oss_experts, "mxfp4", files=3,
     ),
+    "fp8-transposed": Source(
+        lambda: tiny_models.gpt_oss(hidden_size=64, intermediate_size=96),
+        {**_FP8, "weight_block_size": [16, 32]}, fp8_experts, "bf16",
+    ),
     "fp8-blocks": Source(
         lambda: tiny_models.deepseek_v3(hidden_size=64), {**_FP8, "weight_block_size": [16, 32]},
         fp8((16, 32), torch.float32, "weight_scale_inv"), "fp8",
@@ -360,9 +371,9 @@ def write(name: str, folder: Path) -> tuple[Path, Path]:
     quantised: dict[str, Tensor] = {}
     for key, tensor in tiny_models.hub_state_dict(model).items():
         stem, _, leaf = key.rpartition(".")
-        if source.write is gpt_oss_experts:
+        if source.write in (gpt_oss_experts, fp8_experts):
             if leaf in ("gate_up_proj", "down_proj"):
-                stored, plain[key] = gpt_oss_experts(tensor)
+                stored, plain[key] = source.write(tensor)
                 quantised |= {key + end: part for end, part in stored.items()}
                 continue
         elif leaf == "weight" and tensor.dim() == 2 and not _is_left_alone(stem):

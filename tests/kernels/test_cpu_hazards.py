@@ -308,11 +308,11 @@ def test_every_entry_point_refuses_what_cannot_be():
     x, y = torch.ones(1, 8), torch.full((1, 8), NAN)
     index = torch.zeros(1, 8, dtype=torch.int64)
     weight = x.data_ptr()
-    matrix = {"weight_format": 0, "rows": 8, "cols": 1, "weight": weight}
+    matrix = {"weight_format": 0, "rows": 8, "cols": 1, "w": weight}
     norm = {"form": 0, "epsilon": 1e-5, "width": 8, "weight": weight}
     attention = {"n_batch": 1, "n_heads": 2, "n_kv_heads": 1, "n_queries": 1, "n_keys": 1}
     attention |= {"key_size": 4, "value_size": 4, "query": weight, "keys": weight, "values": weight}
-    for change in ({"weight_format": 2}, {"rows": 0}, {"cols": -1}, {"weight": None}):
+    for change in ({"weight_format": 2}, {"rows": 0}, {"cols": -1}, {"w": None}):
         bad = library.MatrixArguments(**matrix | change)
         with pytest.raises(ValueError, match="linear"):
             NATIVE.call("linear", bad, x, False, 1, y)

@@ -202,7 +202,7 @@ def test_the_limit_is_the_least_that_wins_by_the_margin(
     assert found.from_tokens == from_tokens
     assert found.tokens == (256, 64, 16)[:n_measured]
     assert found.kernels_us == pytest.approx([n * 1e6 for n in found.tokens])
-    assert found.onednn_us == pytest.approx([n * ratios[n] * 1e6 for n in found.tokens])
+    assert found.library_us == pytest.approx([n * ratios[n] * 1e6 for n in found.tokens])
 
 
 def test_a_choice_in_words() -> None:

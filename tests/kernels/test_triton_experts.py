@@ -122,7 +122,7 @@ class Launches:
 
     def __getitem__(self, grid):
         def launch(*values, **constants) -> None:
-            assert constants.pop("enable_fp_fusion")
+            assert constants.pop("enable_fp_fusion", self.kernel.fn.__name__ == "take_slots_kernel")
             constants.pop("num_warps", None)
             named = dict(zip(self.kernel.arg_names, values, strict=False)) | constants
             varying = {p.name for p in self.kernel.params if p.do_not_specialize}
@@ -156,6 +156,7 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
     variants: set = set()
     for module, names in (
         (triton_experts, ("first_kernel", "second_kernel", "unpack_kernel", "unpack_fp8_kernel")),
+        (triton_experts, ("take_slots_kernel",)),
         (triton_tiles, ("first_tiles_kernel", "second_tiles_kernel", "add_pairs_kernel")),
     ):
         for name in names:
@@ -174,7 +175,9 @@ def test_nothing_is_compiled_after_the_warm_up(monkeypatch, kind, weight_format,
         for base in (-1, 0, 15, 39):
             slots = [base] * (n_tokens * top_k)
             hidden = torch.randn(n_tokens, 64, dtype=dtype)
-            triton.grouped(hidden, slots, torch.rand(n_tokens, top_k).to(dtype))
+            weights = torch.rand(n_tokens, top_k)
+            triton.grouped(hidden, slots, weights.to(dtype))
+            triton.grouped_by(hidden, torch.tensor(slots, dtype=torch.int32), weights)
             n_launches += 1
     for slot, n_tokens in ((0, 1), (1, 16), (39, 500)):
         triton.expert(slot, torch.randn(n_tokens, 64, dtype=dtype))

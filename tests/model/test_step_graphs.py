@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from moe_offload.experts.recorded import RecordedStep
 from moe_offload.experts.recorder import Recorder
 from moe_offload.model import step_graphs
 from moe_offload.model.generation import Request, cache_argument, generate
-from moe_offload.model.kv_cache import make_cache
+from moe_offload.model.kv_cache import PrefixCache, make_cache
 from moe_offload.model.loader import PreparedModel
 
 FIRST, SECOND = [5, 17, 40, 8, 22, 71], [9, 33, 12]
@@ -237,6 +238,50 @@ def test_experts_that_cannot_be_recorded_are_launched_between_graphs(folder, mon
             assert engine.graphs.replayed > N_TOKENS
 
 
+@pytest.mark.parametrize("n_replays", [1, 2, 6])
+def test_a_graph_that_finds_no_room_when_first_replayed_is_done_without(
+    n_replays, folder, monkeypatch
+):
+    """A layer's routing, its hits, the next one's sum."""
+    expected = on_cpu(folder, [FIRST], [SECOND])
+    replay, calls = HostGraph.replay, []
+
+    def fails_once(graph: HostGraph) -> None:
+        calls.append(graph)
+        if len(calls) == n_replays:
+            raise RuntimeError("CUDA out of memory")
+        replay(graph)
+
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        monkeypatch.setattr(HostGraph, "replay", fails_once)
+        with load(folder) as engine:
+            calls.clear()  # a calibration's
+            texts = [greedy(engine.model, [text], N_TOKENS) for text in (FIRST, SECOND)]
+            assert texts == expected
+            (note,) = graph_notes(engine)
+            assert note == "experts are not recorded as CUDA graphs: CUDA out of memory"
+            assert engine.graphs.replayed > N_TOKENS
+
+
+def test_what_a_broken_off_step_has_begun_ends_before_its_memory_is_anothers(folder, monkeypatch):
+    """Hits read their slots from it: anything else there would be an address."""
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        with load(folder) as engine, torch.inference_mode():
+            steps(engine, FIRST, 4)
+            assert engine.graphs._recorded.memory is not None
+
+            def interrupted(*_: Any) -> None:
+                seen.waits.clear()
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(RecordedStep, "combine", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                steps(engine, FIRST, 4)
+            assert seen.waits == ["stream"] and engine.graphs._recorded is None
+
+
 def test_another_cache_is_served_by_graphs_of_its_own(folder, monkeypatch):
     """The old ones read slots that are gone."""
     expected = on_cpu(folder, [FIRST], [FIRST])
@@ -244,12 +289,17 @@ def test_another_cache_is_served_by_graphs_of_its_own(folder, monkeypatch):
         pretend_kernels(monkeypatch, seen)
         with load(folder) as engine:
             texts = [greedy(engine.model, [FIRST], N_TOKENS)]
+            old, allocate = weakref.ref(engine.accelerator.gpu), engine._slots
+
+            def alone(n_slots: int) -> Any:
+                assert old() is None  # else there may be no room for both
+                return allocate(n_slots)
+
+            engine._slots = alone
             engine.use_cache(CacheOptions(n_indexes=2, n_ways=1, policy="FIFO"))
             texts.append(greedy(engine.model, [FIRST], N_TOKENS))
             assert texts == expected
-            slots = engine.accelerator.gpu.slots
             engine.use_cache(CacheOptions())
-            del slots
             assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected[:1]
             assert engine.graphs.replayed > 0
 
@@ -416,6 +466,35 @@ def test_conversations_in_turn_keep_their_keys(folder, monkeypatch):
     expected = turns("cpu")
     with pretended_gpu(monkeypatch):
         assert turns("cuda") == expected
+
+
+@pytest.mark.parametrize("again", [FIRST, FIRST[:3]])
+def test_a_conversation_begun_again_keeps_the_keys_that_it_shares(again, folder, monkeypatch):
+    """All but its last token are held, where the graphs read: that token alone is evaluated."""
+
+    def answers(device: str) -> list[list[int]]:
+        found = []
+        with load(folder, device) as engine, torch.inference_mode():
+            lent = PrefixCache(engine.model, 100)
+            for prompt in (FIRST, again):
+                text = list(prompt)
+                cache, n_held = lent.take(text)
+                while len(text) < len(prompt) + N_TOKENS:
+                    output = engine.model(
+                        input_ids=torch.tensor([text[n_held:]], device=engine.device),
+                        position_ids=torch.arange(n_held, len(text), device=engine.device)[None],
+                        use_cache=True, **{cache_argument(engine.model): cache},
+                    )  # fmt: skip
+                    n_held = len(text)
+                    text.append(int(output.logits[0, -1].argmax()))
+                lent.keep(cache, text)
+                found.append(text)
+            assert device == "cpu" or engine.graphs.replayed == 2 * N_TOKENS - 3
+        return found
+
+    expected = answers("cpu")
+    with pretended_gpu(monkeypatch):
+        assert answers("cuda") == expected
 
 
 def test_an_answers_scores_are_not_written_by_the_next_step(folder, monkeypatch):

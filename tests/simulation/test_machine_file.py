@@ -134,19 +134,19 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda d: d["cpu"].pop("cores"), "Machine.cpu: .* missing .* 'cores'"),
-        (lambda d: d.pop("gpu"), "Machine: .* missing .* 'gpu'"),
-        (lambda d: d.update(step=5), "Machine: unknown field 'step'"),
+        (lambda d: d["cpu"].pop("cores"), "Machine.cpu.cores: Field required"),
+        (lambda d: d.pop("gpu"), "Machine.gpu: Field required"),
+        (lambda d: d.update(step=5), "Machine.step: Unexpected"),
         (
             lambda d: d["cpu"].update(core_gbps="fast"),
-            "cpu.core_gbps: expected float, found 'fast'",
+            "cpu.core_gbps: .* a valid number, found 'fast'",
         ),
-        (lambda d: d["cpu"].update(core_gbps=True), "cpu.core_gbps: expected float, found True"),
-        (lambda d: d["cpu"].update(core_gbps=10**400), "too large"),
+        (lambda d: d["cpu"].update(core_gbps=True), "cpu.core_gbps: .* a valid number, found True"),
+        (lambda d: d["cpu"].update(core_gbps=10**400), "cpu.core_gbps: .* found inf"),
         (lambda d: d["cpu"].update(core_gbps=0), "cpu.core_gbps: expected 1e-06 to 1e.09, found 0"),
         (lambda d: d["cpu"].update(core_gbps=float("nan")), "cpu.core_gbps: .* found nan"),
         (lambda d: d["cpu"].update(cores=0), "cpu.cores: expected 1 to 1e.09, found 0"),
-        (lambda d: d["cpu"].update(cores=2.5), "cpu.cores: expected int, found 2.5"),
+        (lambda d: d["cpu"].update(cores=2.5), "cpu.cores: .* a valid integer, found 2.5"),
         (lambda d: d["gpu"].update(gbps=float("inf")), "gpu.gbps: .* found inf"),
         (lambda d: d["gpu"].update(tflops=1e-300), "gpu.tflops: .* found 1e-300"),
         (lambda d: d.update(layer_us=1e300), "layer_us: expected 0 to 1e.09"),
@@ -155,11 +155,11 @@ def test_a_calibration_becomes_a_file_that_predicts_the_same(tmp_path):
         (lambda d: d["bus"].update(shared=-1), "bus.shared: expected 1e-06 to 1, found -1"),
         (lambda d: d["bus"].update(shared=7), "bus.shared: expected 1e-06 to 1, found 7"),
         (lambda d: d["bus"].update(cpu_shared_factor=0.9), "bus.cpu_shared_factor: expected 1 to"),
-        (lambda d: d["bus"].update(gbps=25), "bus.gbps: expected Mapping, found 25"),
+        (lambda d: d["bus"].update(gbps=25), "bus.gbps: .* an object, found 25"),
         (lambda d: d["bus"].update(pcie=6), "bus.gbps: .* by PCIe generation, 6 among them"),
-        (lambda d: d["bus"].update(gbps={4: None}), "bus.gbps.4: expected float, found None"),
+        (lambda d: d["bus"].update(gbps={4: None}), "bus.gbps.4: .* a valid number, found None"),
         (lambda d: d["bus"].update(gbps={4: float("inf")}), "bus.gbps: .* found inf"),
-        (lambda d: d["bus"].update(gbps={4: 25, "fast": 50}), "by PCIe generation"),
+        (lambda d: d["bus"].update(gbps={4: 25, "fast": 50}), "bus.gbps.fast.*a valid integer"),
     ],
 )
 def test_a_wrong_file_is_a_sentence(tmp_path, change, sentence):
@@ -186,7 +186,7 @@ def test_missing_files_and_impossible_variants(tmp_path):
     with pytest.raises(UserError, match="in YAML"):
         load_machine(tmp_path / "m.yaml")
     (tmp_path / "m.yaml").write_text("just text")
-    with pytest.raises(UserError, match="expected an object, found 'just text'"):
+    with pytest.raises(UserError, match="an object, found 'just text'"):
         load_machine(tmp_path / "m.yaml")
     for endless in ("/dev/zero", tmp_path / "pipe"):
         with pytest.raises(UserError, match="found a folder, device or pipe"):

@@ -383,23 +383,6 @@ def test_mistakes_are_one_sentence(capsys, trace_file, arguments, sentence):
     assert sentence in out and "Traceback" not in out
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("Qwen3-30B-A3B-Q4_K_M", "? Qwen3-30B-A3B-Q4_K_M has the shape --model qwen3-30b-a3b"),
-        ("Mixtral-8x7B-Instruct-v0.1", " --model mixtral-8x7b"),
-        ("gpt-oss-120b", " --model gpt-oss-120b"),
-        ("my-own", "does the machine compute?"),
-    ],
-)
-def test_a_trace_that_names_its_model_tells_the_shape(capsys, tmp_path, trace, name, hint):
-    path = tmp_path / "trace.jsonl"
-    write_trace(path, replace(trace.info, model=name), trace.passes)
-    out = printed(capsys, str(path), "--hardware", HARDWARE, code=2)
-    assert out.splitlines()[-1].startswith("error: --hardware needs --model")
-    assert out.endswith(f"{hint}\n")
-
-
 def page_commands() -> list[str]:
     """The simulator's commands on the page that reproduces the paper, in its order."""
     page = (ROOT / "docs" / "REPRODUCING_THE_PAPER.md").read_text().replace("\\\n", " ")

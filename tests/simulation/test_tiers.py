@@ -83,14 +83,13 @@ def test_the_engine_has_the_same_hits(tmp_path: Path) -> None:
     each_bytes = sum(layout.block_bytes for layout in model.layouts)
     for n_ways, policy in ((4, "LRU"), (5, "LFRU"), (6, "FIFO")):
         recorder, gb = Recorder(), (n_ways + 0.5) * each_bytes / 1e9
-        ways = [n_ways + 1, n_ways]  # what is left holds one more of the first layer
         options = ModelOptions(folder, device="cpu", host_memory_gb=gb, host_policy=policy)
         with load_engine(model, options, CacheOptions(), recorder) as engine:
             assert isinstance(engine.store, DiskTier)
             engine.store.trial = None  # the simulator does not read ahead
             greedy(engine.model, [[5]], 24)  # a longer prompt's evictions depend on timing
         info, passes = recorded_routing(recorder, "m", 8, synthetic=False)
-        result = replay_tiers(Trace(info, Routing(passes)), ways, policy, COSTS)
+        result = replay_tiers(Trace(info, Routing(passes)), [n_ways] * 2, policy, COSTS)
         layers = recorder.layer_table()[2:]  # without the prompt
         assert result.misses > 0
         assert (result.hits, result.misses) == (

@@ -46,12 +46,11 @@ def test_there_and_back(example: Outer) -> None:
         ({"name": 3}, "Outer.name"),
         ({"ratio": "x"}, "Outer.ratio"),
         ({"ratio": True}, "Outer.ratio"),
-        ({"few": [[1]]}, r"Outer.few\[0\]"),
-        ({"few": [[1.5, 2]]}, r"Outer.few\[0\]\[0\]"),
+        ({"few": [[1]]}, r"Outer.few.0.1"),
+        ({"few": [[1.5, 2]]}, r"Outer.few.0.0"),
         ({"inner": {"size": True}}, "Outer.inner"),
-        ({"others": [{"size": 1, "kind": "z"}]}, r"Outer.others\[0\].kind"),
+        ({"others": [{"size": 1, "kind": "z"}]}, r"Outer.others.0.kind"),
         ({"facts": {"a": "b"}}, "Outer.facts"),
-        ({"more": 1}, "unknown field 'more'"),
     ],
 )
 def test_another_form_is_refused_with_its_place(change: dict[str, Any], place: str) -> None:

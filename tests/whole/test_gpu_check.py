@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from pretended_gpu import pretended_gpu
+from pretended_kernels import pretend_kernels
 from tiny_models import TINY_SHAPE
 
 from benchmarks import gpu_check, gpu_measurements, gpu_models, gpu_one_setting, gpu_tests
@@ -59,16 +60,17 @@ def test_every_setting_is_measured_and_right(tiny_shape, tmp_path, monkeypatch, 
     assert list(rows) == [
         ("cpu only", "forced"),
         ("paper", "forced"),
-        ("paper, no graphs", "forced"),
+        ("paper, hits launched", "forced"),
         ("paper, serial", "forced"),
         ("--cache-auto", "forced"),
-        ("paper, quota 4", "forced"),
         ("fetch on demand", "forced"),
         ("next-layer prefetch", "model"),
+        ("paper, no graphs", "forced"),
+        ("paper, quota 4", "forced"),
+        ("paper, one by one", "forced"),
         ("fetch, cached", "model"),
         ("paper, auto misses", "forced"),
         ("fetch on demand, cached", "forced"),
-        ("paper, one by one", "forced"),
     ]
     assert code == 0
     assert report["skipped"] == []
@@ -114,11 +116,46 @@ def test_a_prompt_that_does_not_end_in_time_is_not_begun(tiny_shape, monkeypatch
         assert list(gpu_one_setting.prompt_speeds(engine, 1e9)) == [80, 120]
 
 
+def watched_waits(seen, waits):
+    """A setting's run that notes whether a layer of a replayed step waited for its hits."""
+
+    def run(engine, shape, setting, *more):
+        waits[setting.name] = 0
+        set_up = gpu_one_setting.set_up
+
+        def watched(engine, setting):
+            set_up(engine, setting)
+            if engine.accelerator is None:
+                return
+            replay = engine.accelerator.gpu.replay
+
+            def noted(*launch):
+                seen.waits.clear()
+                pending = replay(*launch)
+                waits[setting.name] += seen.waits == ["event"]
+                return pending
+
+            engine.accelerator.gpu.replay = noted
+
+        gpu_one_setting.set_up = watched
+        try:
+            return run_setting(engine, shape, setting, *more)
+        finally:
+            gpu_one_setting.set_up = set_up
+
+    run_setting = gpu_measurements.run_setting
+    return run
+
+
 def test_every_setting_runs_on_a_gpu_of_pretence(tiny_shape, tmp_path, monkeypatch, capsys):
     report = tmp_path / "report.json"
     flags = ["--device", "cuda", "--parts", "models", "--tokens", "4", "--memory-gb", "0.0001"]
-    with pretended_gpu(monkeypatch):
+    with pretended_gpu(monkeypatch) as seen:
+        pretend_kernels(monkeypatch, seen)
+        monkeypatch.setattr(gpu_measurements, "run_setting", watched_waits(seen, waits := {}))
         code = gpu_measurements.main([*flags, "--json", str(report)])
+    # Hits that a graph computes are waited for as well where nothing is to overlap.
+    assert waits["paper, serial"] and not waits["paper"] and not waits["paper, hits launched"]
     document = json.loads(report.read_text())
     assert [row["setting"] for row in document["rows"]] == SETTINGS
     assert all(row["correct"] for row in document["rows"])
@@ -197,6 +234,10 @@ def test_kernels_alone_are_measured_each_way(tiny_shape, monkeypatch):
             assert all(size > 0 for size in grid)
             return lambda *_, **__: None
 
+    class TooLarge:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resource: shared memory")
+
     for module in (triton_experts, triton_tiles):
         for name in [one for one in vars(module) if one.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Nothing())
@@ -208,10 +249,13 @@ def test_kernels_alone_are_measured_each_way(tiny_shape, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "N_TOKENS", (16,))
     rows = list(gpu_kernels.kernel_rows("cpu"))
     decoded = [row for row in rows if "hits" in row]
-    assert len(decoded) == 5 * 2 + 3
+    assert len(decoded) == 6 * 2 + 4
     assert all(row["gbps"] > 0 and row["us"] == 500 / 16 for row in decoded)
     prompted = [row["way"] for row in rows if "tokens" in row]
     assert prompted == ["tiles of 64 x 64", "tiles of 128 x 64", "tiles of 128 x 128", "cuBLAS"]
+    monkeypatch.setattr(triton_tiles, "first_tiles_kernel", TooLarge())
+    *failed, last = [row for row in gpu_kernels.kernel_rows("cpu") if "tokens" in row]
+    assert all("shared memory" in row["error"] for row in failed) and last["tflops"] > 0
 
 
 def test_out_of_time_is_said(tiny_shape, tmp_path, capsys):
@@ -418,7 +462,7 @@ measure, calls = gpu_one_setting.measure, []
 
 def third_time(*arguments):
     calls.append(1)
-    if len(calls) == 3:
+    if len(calls) == 3 and not Path({folder!r}, "child").exists():
         child = subprocess.Popen(["sleep", "1000"])
         Path({folder!r}, "child.part").write_text(str(child.pid))
         os.replace(Path({folder!r}, "child.part"), Path({folder!r}, "child"))
@@ -426,6 +470,7 @@ def third_time(*arguments):
     return measure(*arguments)
 
 gpu_one_setting.measure = third_time
+gpu_measurements.is_usable = lambda device: False
 sys.exit(gpu_measurements.main())
 """
 
@@ -443,14 +488,15 @@ def is_over(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("then", "ended"),
+    ("then", "reason"),
     [
-        ("time.sleep(1000)", "ended at the time limit"),
+        ("time.sleep(1000)", None),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
-        ("os._exit(0)", "ended before it was done"),
+        ("raise RuntimeError('an illegal address')", "RuntimeError('an illegal address')"),
     ],
 )
-def test_what_was_measured_is_kept_however_it_ends(tmp_path, monkeypatch, capsys, then, ended):
+def test_what_was_measured_is_kept_however_it_ends(tmp_path, monkeypatch, capsys, then, reason):
+    """And where it died of a setting the others are measured by another process."""
     script, child = tmp_path / "measuring.py", tmp_path / "child"
     tests = str(Path(__file__).parents[1] / "helpers")
     script.write_text(MEASURING.format(tests=tests, folder=str(tmp_path), then=then))
@@ -468,10 +514,19 @@ def test_what_was_measured_is_kept_however_it_ends(tmp_path, monkeypatch, capsys
     code = gpu_check.main([*flags, "--json", str(tmp_path / "report.json")])
     assert code == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["setting"] for row in report["rows"]] == SETTINGS[:2]
-    assert report["skipped"] == [f"tiny bf16 {name}" for name in SETTINGS[2:]]
-    assert report["ended"] == ended
-    assert f"{ended}; not measured: tiny bf16 {SETTINGS[2]}" in capsys.readouterr().out
+    third = f"tiny bf16 {SETTINGS[2]}"
+    if reason is None:
+        ended = "ended at the time limit"
+        assert [row["setting"] for row in report["rows"]] == SETTINGS[:2]
+        assert report["skipped"] == [f"tiny bf16 {name}" for name in SETTINGS[2:]]
+        assert report["ended"] == ended
+        assert f"{ended}; not measured: {third}" in capsys.readouterr().out
+    else:
+        others = [*SETTINGS[:2], *SETTINGS[3:]]
+        assert [row["setting"] for row in report["rows"]] == others
+        assert all(row["correct"] for row in report["rows"])
+        assert report["skipped"] == [f"{third} ({reason})"]
+        assert report["ended"] == gpu_check.COMPLETE
     assert report["hardware"]["cpu"]
     assert is_over(int(child.read_text()))
 

@@ -45,9 +45,10 @@ class Codes:
 
     @property
     def unit_columns(self) -> int:
-        """g."""
-        columns, units = self.codes.shape[1], self.units.shape[1]
-        return next(g for g in UNIT_COLUMNS if -(-columns // g) == units)
+        """g; 0 where the units lie otherwise than the codes, as of a matrix that was transposed."""
+        (rows, columns), units = self.codes.shape, self.units.shape
+        fitting = (g for g in UNIT_COLUMNS if (rows, -(-columns // g)) == units)
+        return next(fitting, 0)
 
     def values(self) -> Tensor:
         """W in fp32, by just these operations."""

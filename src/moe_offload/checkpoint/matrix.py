@@ -21,7 +21,7 @@ already keeps its codes and scales (`codes.py`) where the format has such, every
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -131,12 +131,12 @@ class MatrixLayout:
                 return {"": stored, "_scale": self._scales_of(source)}
             levels, offsets = self._levels_of(source)
             arrays = {"": packer.pack_levels(levels, self._bits)}
-            scales = {"_scale": self._scales_of(source)}
+            arrays["_scale"] = _tile_scales(self._scales_of(source))
             if offsets is not None:
-                scales[f"_{self.scales.offset}"] = self._one_per_scale(offsets)
+                arrays[f"_{self.scales.offset}"] = _tile_scales(self._one_per_scale(offsets))
         except _InexactError:
             return None
-        return arrays | {suffix: _tile_scales(values) for suffix, values in scales.items()}
+        return arrays
 
     def _levels_of(self, source: Codes) -> tuple[Tensor, Tensor | None]:
         """Levels [R, C], and with offsets what to store of them, for each unit."""
@@ -169,14 +169,15 @@ class MatrixLayout:
         try:
             return _stored(units, self.scales.dtype)
         except _InexactError:  # the scale of zeros may be anything
-            if self.scales.rows != 1:
+            if self.scales.rows != 1 or source.kind == "affine":
                 raise
             n_scales = units.shape[1]
             group = self.scales.group or self.n_columns
             padding = n_scales * group - self.n_columns
-            used = torch.nn.functional.pad(source.values() != 0, (0, padding))
+            numbers = replace(source, units=torch.ones_like(source.units)).values()
+            used = torch.nn.functional.pad(numbers != 0, (0, padding))
             used = used.unflatten(1, (n_scales, group)).any(2)
-            return _stored(torch.where(used, units, 0.0), self.scales.dtype)
+            return _stored(torch.where(used, units, 1.0), self.scales.dtype)
 
     def _one_per_scale(self, per_unit: Tensor) -> Tensor:
         """[ceil(R / rows), S] of [R, units]; _InexactError where a scale is to cover several."""
@@ -286,10 +287,9 @@ def _stored(values: Tensor, dtype: str) -> Tensor:
         exponent = torch.frexp(values).exponent + 126  # 2^(e - 1) has exponent e
         values_back = torch.ldexp(torch.ones_like(values), exponent - 127)
         inside = (exponent >= 0) & (exponent <= 254) & (values_back == values)
-        # A scale of weights that are all zero may be anything.
-        if not bool((inside | (values == 0)).all()):
+        if not bool(inside.all()):
             raise _InexactError
-        return torch.where(values == 0, 0, exponent).to(torch.uint8)
+        return exponent.to(torch.uint8)
     stored = values.to(getattr(torch, dtype))
     if not torch.equal(stored.float(), values):
         raise _InexactError

@@ -94,7 +94,7 @@ class SourceCheckpoint:
     def expert_reader(self, module: ExpertsModule) -> Callable[[int], dict[str, Tensor | Codes]]:
         """The same, where matrices of a quantised source are its codes if these are to be had."""
         read = self._field_reader(module)
-        codes = {name: self.plan.codes_reader(module.parameters[name]) for name in MATRIX_NAMES}
+        codes = {name: self._codes_reader(module, name) for name in MATRIX_NAMES}
 
         def read_expert(expert: int) -> dict[str, Tensor | Codes]:
             weights: dict[str, Tensor | Codes] = {
@@ -106,10 +106,24 @@ class SourceCheckpoint:
                     weights[name] = read(name, expert)
                 else:
                     _require_finite(kept.is_finite(), f"{name} of expert {expert} in {module.name}")
-                    weights[name] = kept.map(partial(module.normalise, name))
+                    weights[name] = kept
             return weights
 
         return read_expert
+
+    def _codes_reader(self, module: ExpertsModule, field: str) -> Callable[[int], Codes | None]:
+        """What reads the codes of an expert's matrix in normal form; None where there are none.
+
+        Blocks of the matrix that the model stores transposed are not those of rows and groups.
+        """
+        read = self.plan.codes_reader(module.parameters[field])
+
+        def read_codes(expert: int) -> Codes | None:
+            stored = read(expert)
+            found = stored and stored.map(partial(module.normalise, field))
+            return found if found is not None and found.unit_columns else None
+
+        return read_codes
 
     def _field_reader(self, module: ExpertsModule) -> Callable[[str, int], Tensor]:
         readers = {
@@ -136,8 +150,9 @@ class SourceCheckpoint:
                 grids = self.plan.grids(module.parameters[field])
                 if grids is None:
                     return "bf16", None, None
+                has_codes = self._codes_reader(module, field)(0) is not None
                 for grid in grids:
-                    if not exact.add(grid):
+                    if not has_codes or not exact.add(grid):
                         return "bf16", None, None if grid.is_bf16 else grid.name
         n_rows = math.gcd(*(module.intermediate_size for module in self.experts))
         interleaved = not all(module.is_concatenated for module in self.experts)

@@ -3,9 +3,9 @@
 A line for each prompt, written when its answer is finished:
 index, id (where the prompt has one), prompt or messages, response, stop, prompt_tokens,
 generated_tokens, prefill_s, decode_s, and settings: all that the answer depends on. A prompt in
-OpenAI's batch format is answered in that (`batch_format.py`); the line's id then stands for prompt,
-model and settings. A prompt that failed has a line with its error, and is done again by a resume:
-of several lines the last one counts.
+OpenAI's batch format is answered in that; the line's id then stands for prompt, model and settings.
+A prompt that failed has a line with its error, and is done again by a resume: of several lines the
+last one counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_offload.checkpoint.folders import MANIFEST_NAME
-from moe_offload.commands.batch_format import answer_line, error_line
+from moe_offload.commands.openai_format import answer_line, error_line
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config
 from moe_offload.errors import UserError

@@ -6,13 +6,11 @@ Flags that set a field of `config` are made from it.
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
@@ -113,24 +111,6 @@ def require_model(options: ModelOptions) -> None:
         raise refused_cpus(cpus)
     if options.cpu_isa != "auto" and options.cpu_kernel != "torch":
         require_isa(open_library(), options.cpu_isa)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Inside, torch and transformers load without Python's looking for cycles meanwhile.
-
-    Imports make a million objects and no garbage: to look for it is time lost.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-        gc.freeze()  # nor are they looked at later, but for the end, when libraries count leaks
-        atexit.register(gc.unfreeze)
-    finally:
-        gc.enable()
 
 
 def started_as(script: str) -> str:

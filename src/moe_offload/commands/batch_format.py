@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from typing import Any, Final, Literal, get_args
 
-from moe_offload.commands.api_requests import RequestError, read_body
 from moe_offload.errors import UserError
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
@@ -35,6 +34,9 @@ def read_request(
     Where the body's temperature, or else the run's, is 0, its other settings of sampling ask for
     nothing. UserError, to be read after the line's name, for what cannot be served.
     """
+    # Not at the top: pydantic takes a tenth of a second, and few prompts are in this format.
+    from moe_offload.commands.api_requests import RequestError, read_body
+
     name, body = line.get("custom_id"), line.get("body")
     url = next((one for one in _ENDPOINTS if one == line.get("url")), None)
     if not isinstance(name, str) or not name:

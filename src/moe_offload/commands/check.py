@@ -13,10 +13,10 @@ from moe_offload.commands.arguments import (
     a_path,
     add_flags,
     chosen,
-    importing,
     require_model,
     run_command,
 )
+from moe_offload.commands.imports import importing
 from moe_offload.config import CacheOptions, ModelOptions, require_range
 from moe_offload.machine.terminal import say, show
 

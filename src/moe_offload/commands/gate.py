@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_offload.commands.api_requests import (
+from moe_offload.commands.openai_format import (
     POSTED_PATHS,
     Asked,
     RequestError,

@@ -18,13 +18,13 @@ from moe_offload import VERSION
 from moe_offload.commands.answers import Answers
 from moe_offload.commands.arguments import (
     build_parser,
-    importing,
     make_writable,
     parse_config,
     require_model,
     run_command,
     started_as,
 )
+from moe_offload.commands.imports import importing
 from moe_offload.commands.prompts import LeftOut, read_prompts
 from moe_offload.config import Config
 from moe_offload.errors import UserError

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from moe_offload import VERSION
 from moe_offload.checkpoint.folders import is_hub_name, require_source
-from moe_offload.commands.arguments import ArgumentParser, a_path, importing, run_command
+from moe_offload.commands.arguments import ArgumentParser, a_path, run_command
+from moe_offload.commands.imports import importing
 from moe_offload.config import DENSE_FORMATS, PACKED_FORMATS, WEIGHT_FORMATS
 from moe_offload.errors import UserError
 from moe_offload.files import LARGEST_JSON_BYTES, require_regular

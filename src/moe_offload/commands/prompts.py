@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from moe_offload.commands.batch_format import Endpoint, is_request, read_request
+from moe_offload.commands.openai_format import Endpoint, is_request, read_request
 from moe_offload.config import GenerationOptions, PromptOptions, flag_of
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import say

@@ -12,9 +12,15 @@ from typing import Literal
 
 import torch
 
-from moe_offload.commands.answer_text import ThinkingView, view_of
 from moe_offload.commands.answers import Answers
-from moe_offload.commands.conversations import Conversation, Encoded, converse, encode_prompts
+from moe_offload.commands.conversations import (
+    Conversation,
+    Encoded,
+    ThinkingView,
+    converse,
+    encode_prompts,
+    view_of,
+)
 from moe_offload.commands.prompts import LeftOut, Prompt
 from moe_offload.config import Config, ModelOptions
 from moe_offload.engine.engine import Engine

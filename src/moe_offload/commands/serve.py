@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 
-from moe_offload.commands.api_requests import is_loopback
 from moe_offload.commands.arguments import (
     ArgumentParser,
     a_text,
     add_flags,
     chosen,
-    importing,
     require_model,
     run_command,
 )
+from moe_offload.commands.imports import importing
+from moe_offload.commands.openai_format import is_loopback
 from moe_offload.config import LARGEST, CacheOptions, ModelOptions, flag_of, require_range
 from moe_offload.errors import UserError
 from moe_offload.machine.terminal import Interruption, say

@@ -30,9 +30,9 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 from transformers.utils import logging
 
-from moe_offload.commands.answer_text import UpToStop
-from moe_offload.commands.api_requests import error_body
+from moe_offload.commands.conversations import UpToStop
 from moe_offload.commands.gate import TICKET, ClientGone, Gate, Metrics, Ticket
+from moe_offload.commands.openai_format import error_body
 from moe_offload.config import CacheOptions, ModelOptions
 from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine, open_prepared

@@ -23,7 +23,7 @@ from moe_offload.experts.costs import CostModel
 from moe_offload.simulation.machine_file import Disk, Machine, load_machine
 from moe_offload.simulation.paper import CACHES, paper_table
 from moe_offload.simulation.replay import Replay, most_hits
-from moe_offload.simulation.shapes import ModelShape, load_shape, shape_named_in
+from moe_offload.simulation.shapes import ModelShape, load_shape
 from moe_offload.simulation.tiers import bound_tokens_per_s, replay_tiers
 from moe_offload.simulation.trace_files import read_trace
 from moe_offload.simulation.traces import Trace
@@ -160,11 +160,7 @@ def _simulate(options: argparse.Namespace) -> None:
     on = None
     if machine is not None:
         if shape is None:
-            known = shape_named_in(trace.info.model)
-            hint = f" {trace.info.model} has the shape --model {known}" if known else ""
-            raise UserError(
-                f"--hardware needs --model: whose experts does the machine compute?{hint}"
-            )
+            raise UserError("--hardware needs --model: whose experts does the machine compute?")
         on = _Host(machine, shape, options.expert_dtype or "bf16")
     elif options.expert_dtype is not None and shape is None:
         raise UserError("--expert-dtype needs --model: experts of which size?")

@@ -3,7 +3,8 @@
 About ten numbers: what an expert costs on the CPU and on the accelerator, what a copy costs alone
 and beside the CPU's experts, what the rest of a decode layer costs, how fast plain reading is, and
 from how many tokens on torch's oneDNN multiplies bf16 faster than our kernels. Only a CPU with AMX
-or AVX512-BF16 is asked for the last; where oneDNN is not clearly faster it is never used.
+or AVX512-BF16 is asked for the last; where oneDNN is not clearly faster it is never used. Likewise
+cuBLAS and a GPU's tiles for prompts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from moe_offload.engine.probes import (
     Crossover,
     copier,
     cpu_runner,
+    cublas_crossover,
     dense_costs,
     gpu_runner,
     has_bf16_products,
@@ -46,7 +48,7 @@ from moe_offload.engine.timing import (
     fit_line,
 )
 from moe_offload.errors import UserError
-from moe_offload.experts.costs import CostModel, SideCost
+from moe_offload.experts.costs import CostModel, DiskCost, SideCost
 from moe_offload.experts.disk_tier import DiskTier
 from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.recorder import Recorder
@@ -68,7 +70,8 @@ class MachineCosts:
 
     And how quiet the machine was while both were measured, and where oneDNN is faster than the
     kernels, for experts and for a layer's dense part: None where that is out of the question, by
-    another format, a forced kernel or a CPU without bf16 products.
+    another format, a forced kernel or a CPU without bf16 products. And cuBLAS, for experts on a
+    GPU: None without the kernels for prompts there.
     """
 
     model: CostModel
@@ -76,6 +79,7 @@ class MachineCosts:
     steadiness: Steadiness
     onednn_experts: Crossover | None = None
     onednn_dense: Crossover | None = None
+    cublas_experts: Crossover | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.read_gbps < inf:
@@ -83,8 +87,9 @@ class MachineCosts:
 
     @property
     def crossovers(self) -> list[Crossover]:
-        """Of oneDNN and the kernels: those that were measured."""
-        return [one for one in (self.onednn_experts, self.onednn_dense) if one is not None]
+        """Of libraries and the kernels: those that were measured."""
+        found = self.onednn_experts, self.onednn_dense, self.cublas_experts
+        return [one for one in found if one is not None]
 
     def to_json(self) -> dict[str, Any]:
         """As run.json has it: the cost model is its `costs`."""
@@ -131,7 +136,8 @@ class MachineCosts:
         if costs.disk is not None:
             lines.append(
                 f"disk: {costs.disk.gbps:.2f} GB/s of experts, checked; one alone "
-                f"{_time(costs.disk.us(costs.block_bytes))}"
+                f"{_time(costs.disk.us(costs.block_bytes))}, and experts behind a wait "
+                f"{_time(costs.disk.resume_us)} longer"
             )
         return [*lines, f"while measuring: {self.steadiness}"]
 
@@ -201,7 +207,7 @@ class Calibration:
             "n_experts": self.store.n_experts[0],
             "cpu": self.cpu.description,
             "onednn": [self.cpu.suits_onednn, len(self.linears), torch.__version__],
-            "gpu": None if self.gpu is None else self.gpu.description,
+            "gpu": None if self.gpu is None else [self.gpu.description, self.gpu.has_tiles],
             "threads": torch.get_num_threads(),
             "dtype": str(self.dtype),
             "dense": self.dense,
@@ -209,7 +215,9 @@ class Calibration:
             "emulate_pcie_gbps": self.emulate_pcie_gbps,
             "disk": None if self.disk is None else self.disk.device,
             # Another version's is another.
-            "measured": [each.name for each in (*fields(CostModel), *fields(SideCost))],
+            "measured": [
+                each.name for one in (CostModel, SideCost, DiskCost) for each in fields(one)
+            ],
         }
 
     def _measure(self) -> MachineCosts:
@@ -233,8 +241,12 @@ class Calibration:
             dense_us_per_layer=layer_us,
             step_us=step_us,
         )
+        cublas = None
         if self.gpu is not None:
             with gpu_runner(self.store, self.gpu, self.dtype) as run_gpu:
+                if self.gpu.has_tiles:
+                    cublas = cublas_crossover(self.gpu, self.dtype)
+                    self.gpu.cublas_tokens = cublas.from_tokens
                 calls = [counts for counts in calls if len(counts) <= self.gpu.n_slots]
                 model = replace(model, gpu=calibrate_side(run_gpu, calls))
             with copier(self.store, self.gpu, self.emulate_pcie_gbps) as copy_bytes:
@@ -244,7 +256,7 @@ class Calibration:
             model = replace(model, disk=self.disk.measured(two_experts))
         read_gbps = plain_read_gbps(self.store, self.cpu)
         watch.burst()
-        return MachineCosts(model, read_gbps, watch.result())
+        return MachineCosts(model, read_gbps, watch.result(), cublas_experts=cublas)
 
     def _with_onednn(self, costs: MachineCosts) -> MachineCosts:
         if self.cpu.suits_onednn and self.dtype == torch.bfloat16:
@@ -259,7 +271,7 @@ class Calibration:
             found = measure_crossover(what, experts(None), experts(1))
             costs = replace(costs, onednn_experts=found)
             if found.from_tokens is not None:
-                fixed_us, token_us = fit_line(found.tokens, found.onednn_us)
+                fixed_us, token_us = fit_line(found.tokens, found.library_us)
                 many = SideCost(0.0, fixed_us / n, token_us / n)
                 model = replace(costs.model, cpu_many=many, cpu_many_tokens=found.from_tokens)
                 costs = replace(costs, model=model)

@@ -87,6 +87,8 @@ class Engine:
         if self.accelerator is not None:
             self.accelerator.close()
             self.dispatcher.accelerator = None
+            if self.graphs is not None:  # they read the slots
+                self.graphs.forget()
             gc.collect()  # an error that was kept holds its frames, and those the slots
             # Else what is allocated meanwhile may sit in the old slots' memory for good, and the
             # new ones, one allocation, find no room beside it.
@@ -155,6 +157,8 @@ class Engine:
                 self.graphs.forget()
         found = (self.costs.onednn_experts, self.costs.onednn_dense)
         self.use_onednn(*(None if one is None else one.from_tokens for one in found))
+        if gpu is not None and self.costs.cublas_experts is not None:
+            gpu.cublas_tokens = self.costs.cublas_experts.from_tokens
         return self.costs
 
     @property

@@ -20,7 +20,7 @@ from moe_offload.engine.engine import Engine
 from moe_offload.engine.memory import kv_cache_bytes, make_budget
 from moe_offload.engine.setup import (
     fitted_cache,
-    host_ways,
+    host_places,
     open_experts,
     read_ahead,
     read_favourites,
@@ -97,10 +97,14 @@ def load_engine(
         kv_bytes=kv_bytes,
         slot_bytes=(n_slots + N_STAGING_SLOTS) * source.layouts[0].block_bytes if n_slots else 0,
     )
-    ways = host_ways(options, source, budget, notes)
-    if ways is not None:
-        held = zip(ways, source.layouts, strict=True)
-        budget = budget.with_experts(sum(n * layout.block_bytes for n, layout in held))
+    places = host_places(options, source, budget, notes)
+    ways = () if places is None else places.ways
+    if places is not None:
+        n_bytes = sum(
+            n * layout.block_bytes for n, layout in zip(ways, source.layouts, strict=True)
+        )
+        n_bytes += places.n_between * source.layouts[0].block_bytes
+        budget = budget.with_experts(n_bytes)
     if say is not None:
         say(budget.table())
     budget.check(source.weight_format, context_tokens, dummy=options.dummy_shape is not None)
@@ -108,9 +112,9 @@ def load_engine(
     favourites: list[list[int]] = []
     if options.warm_start is not None:
         favourites = read_favourites(options.warm_start, source.n_experts)
-        if ways is None:
+        if places is None:
             notes.append("all experts are in host memory: --warm-start has nothing to choose")
-    store = open_experts(ways, options, source, notes)
+    store = open_experts(places, options, source, notes)
     cpu = [
         CpuExperts(
             source.layouts[site.layer],
@@ -132,7 +136,7 @@ def load_engine(
         block._is_hf_initialized = True
     expert_bytes = [
         min(len(experts), n) * layout.block_bytes
-        for experts, layout, n in zip(favourites, source.layouts, ways or (), strict=False)
+        for experts, layout, n in zip(favourites, source.layouts, ways, strict=False)
     ]
     if isinstance(store, ExpertStore):
         expert_bytes = [store.total_bytes]

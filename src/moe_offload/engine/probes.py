@@ -1,6 +1,7 @@
 """What a calibration runs: experts on either side, copies, the rest of a step, plain reading.
 
-`engine/timing.py` times it. And which of oneDNN and our kernels is faster for many tokens.
+`engine/timing.py` times it. And from how many tokens on a vendor's library is faster than our
+kernels: oneDNN on the CPU, cuBLAS on a GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,12 +22,14 @@ from moe_offload.errors import UserError
 from moe_offload.experts.dispatcher import MoeDispatcher
 from moe_offload.experts.fetcher import ExpertFetcher, make_fetcher
 from moe_offload.experts.layer import HostHandoff
-from moe_offload.experts.slots import GpuExperts
+from moe_offload.experts.slots import GpuExperts, Group
 from moe_offload.experts.store import ExpertStore
 from moe_offload.kernels.cpu_experts import CpuExperts
 
 # From the most: where oneDNN loses, nothing less is measured.
 CROSSOVER_TOKENS = (256, 64, 16)
+_CUBLAS_TOKENS = (1024, 256, 64, 16)
+_CUBLAS_EXPERTS = 8  # at once: with more, launching them one by one counts for more
 _CROSSOVER_MARGIN = 0.05
 _BF16_FLAGS = frozenset(["avx512_bf16", "amx_bf16"])
 _STEP_BUDGET_S = 0.3
@@ -211,48 +214,83 @@ def dense_costs(
 
 @dataclass(frozen=True)
 class Crossover:
-    """From how many tokens on oneDNN computes `what` faster; `from_tokens` is None for never.
+    """From how many tokens on a `library` computes `what` faster; `from_tokens` is None for never.
 
-    `tokens`, descending, are what was measured; `kernels_us` and `onednn_us` are medians.
+    `tokens`, descending, are what was measured; `kernels_us` and `library_us` are medians.
     """
 
     what: str
     from_tokens: int | None
     tokens: tuple[int, ...]
     kernels_us: tuple[float, ...]
-    onednn_us: tuple[float, ...]
+    library_us: tuple[float, ...]
+    library: str = "oneDNN"
 
     def __str__(self) -> str:
-        times = f"{self.onednn_us[0] / 1e3:.3g} ms, the kernels {self.kernels_us[0] / 1e3:.3g} ms"
-        comparison = f"({self.tokens[0]} tokens: oneDNN {times})"
+        times = f"{self.library_us[0] / 1e3:.3g} ms, the kernels {self.kernels_us[0] / 1e3:.3g} ms"
+        comparison = f"({self.tokens[0]} tokens: {self.library} {times})"
         if self.from_tokens is None:
             return f"{self.what}: the kernels {comparison}"
-        return f"{self.what}: torch's oneDNN from {self.from_tokens} tokens on {comparison}"
+        return f"{self.what}: torch's {self.library} from {self.from_tokens} tokens on {comparison}"
 
 
 def measure_crossover(
     what: str,
     kernels: Callable[[int], object],
-    onednn: Callable[[int], object],
+    library: Callable[[int], object],
     budget_s: float = 0.1,
+    tried: Sequence[int] = CROSSOVER_TOKENS,
+    name: str = "oneDNN",
 ) -> Crossover:
-    """The least of `CROSSOVER_TOKENS` from which `onednn` is faster by `_CROSSOVER_MARGIN`.
+    """The least of `tried`, descending, from which `library` is faster by `_CROSSOVER_MARGIN`.
 
     Both are called with a number of tokens, in turn, at least three times and for about `budget_s`.
     """
     from_tokens: int | None = None
     kernels_us: list[float] = []
-    onednn_us: list[float] = []
-    for n in CROSSOVER_TOKENS:
-        works = [partial(kernels, n), partial(onednn, n)]
+    library_us: list[float] = []
+    for n in tried:
+        works = [partial(kernels, n), partial(library, n)]
         ours_us, theirs_us = medians_in_turn_us(works, budget_s / 2, n_turns=3)
         kernels_us.append(ours_us)
-        onednn_us.append(theirs_us)
+        library_us.append(theirs_us)
         if theirs_us > (1 - _CROSSOVER_MARGIN) * ours_us:
             break
         from_tokens = n
-    tokens = CROSSOVER_TOKENS[: len(onednn_us)]
-    return Crossover(what, from_tokens, tokens, tuple(kernels_us), tuple(onednn_us))
+    tokens = tuple(tried[: len(library_us)])
+    return Crossover(what, from_tokens, tokens, tuple(kernels_us), tuple(library_us), name)
+
+
+def cublas_crossover(gpu: GpuExperts, dtype: torch.dtype) -> Crossover:
+    """Of a prompt's experts on the GPU, whose slots are filled: all in tiles, or one by one.
+
+    Few and large experts gain by cuBLAS from few tokens on, many small ones by one launch for all.
+    """
+    n = min(_CUBLAS_EXPERTS, gpu.n_slots)
+    width = gpu.layout.hidden_size
+
+    @cache
+    def call(n_tokens: int) -> tuple[Tensor, list[Group], Tensor, Tensor, Tensor]:
+        hidden = torch.ones(n_tokens, width, dtype=dtype, device=gpu.device)
+        pairs = torch.arange(n_tokens * n, device=gpu.device).view(n_tokens, n).T.flatten()
+        groups = [Group(slot, slot * n_tokens, n_tokens) for slot in range(n)]
+        weights = torch.ones(n_tokens, n, device=gpu.device)
+        return hidden, groups, pairs, weights, torch.zeros_like(hidden, dtype=torch.float32)
+
+    with closing(make_fetcher(gpu.device, gpu.slots)) as fetcher:
+
+        def way(cublas_tokens: int | None, n_tokens: int) -> None:
+            gpu.cublas_tokens = cublas_tokens
+            hidden, groups, pairs, weights, out = call(n_tokens)
+            gpu.launch_groups(hidden, groups, pairs, weights, fetcher, out).result()
+            gpu.synchronize()
+
+        what, before = f"{n} experts of a prompt on the GPU", gpu.cublas_tokens
+        ways = partial(way, None), partial(way, 1)
+        try:
+            return measure_crossover(what, *ways, tried=_CUBLAS_TOKENS, name="cuBLAS")
+        finally:
+            gpu.cublas_tokens = before
 
 
 def has_bf16_products(cpu_flags: Collection[str]) -> bool:

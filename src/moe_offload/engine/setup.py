@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,16 +62,27 @@ def fitted_cache(cache: CacheOptions, source: ModelSource, notes: list[str]) -> 
     return fitted
 
 
-def host_ways(
+@dataclass(frozen=True)
+class HostPlaces:
+    """Of how many experts of each layer host memory holds the blocks, and how many between them."""
+
+    ways: Sequence[int]
+    n_between: int
+
+
+def host_places(
     options: ModelOptions, source: ModelSource, budget: Budget, notes: list[str]
-) -> list[int] | None:
-    """How many experts of each layer host memory holds; None where all have room and may have it.
+) -> HostPlaces | None:
+    """The places of a host memory that cannot or may not hold all experts; else None.
+
+    What it holds beside as many of each layer are places between layers, as many as a token chooses
+    in one, and then one more of the first layers.
 
     UserError where not even one has. Random weights are on no disk, so they have no other place.
     """
     if not isinstance(source, PreparedModel):
         return None
-    room_bytes = budget.expert_room_bytes
+    room_bytes = free_bytes = budget.expert_room_bytes
     asked = options.host_memory_gb
     if asked is not None:
         room_bytes = int(asked * 1e9)
@@ -86,14 +97,20 @@ def host_ways(
             f"expected room for at least one expert of each layer in --host-memory-gb {asked:g}: "
             f"with this model that is {sum(block_bytes) / 1e9:.3g} GB or more"
         )
-    why = "" if asked is not None else f", for {room_bytes / 1e9:.1f} GB are free for them"
+    n_between = 0
+    if len(set(block_bytes)) == 1:
+        n_beside = sum(ways) - sum(min(min(ways), n) for n in source.n_experts)
+        n_between = min(n_beside, experts_per_token(source.config) or 2)
+        room_bytes -= n_between * block_bytes[0]
+        ways = ways_within(room_bytes, block_bytes, source.n_experts)
+    why = "" if asked is not None else f", for {free_bytes / 1e9:.1f} GB are free for them"
     least, most = min(ways), max(ways)
     span = f"{least}" if least == most else f"{least} to {most}"
     notes.append(
         f"host memory holds {span} of {n_experts} experts of each layer"
         f"{why}; the others are read from disk when they are needed"
     )
-    return ways
+    return HostPlaces(ways, n_between)
 
 
 def read_favourites(path: Path, n_experts: Sequence[int]) -> list[list[int]]:
@@ -129,14 +146,14 @@ def read_favourites(path: Path, n_experts: Sequence[int]) -> list[list[int]]:
 
 
 def open_experts(
-    ways: list[int] | None, options: ModelOptions, source: ModelSource, notes: list[str]
+    places: HostPlaces | None, options: ModelOptions, source: ModelSource, notes: list[str]
 ) -> ExpertStore | DiskTier:
-    """Where the experts live; without `ways`, all in host memory, which `load_experts` fills."""
+    """Where the experts live; without `places`, all in host memory, which `load_experts` fills."""
     kernels = load_kernels(options.cpu_kernel, options.cpu_isa, options.cpu_affinity)
-    if ways is None or not isinstance(source, PreparedModel):
+    if places is None or not isinstance(source, PreparedModel):
         return ExpertStore(source.layouts, source.n_experts, source.n_stored_layers, kernels)
     policy = make_policy(options.host_policy)
-    tier = DiskTier(source.manifest.moe_layers, ways, policy, kernels)
+    tier = DiskTier(source.manifest.moe_layers, places.ways, policy, kernels, places.n_between)
     if not tier.is_direct:
         notes.append(
             f"the file system of {source.folder} refuses direct reads (O_DIRECT): experts are "

@@ -58,13 +58,18 @@ class SideCost:
 
 @dataclass(frozen=True)
 class DiskCost:
-    """What reads of whole experts reach, several in flight, and how long the first one takes."""
+    """What reads of whole experts reach, several in flight, and how long the first one takes.
+
+    `resume_us`: how much longer the experts after a wait for the disk take, on threads that rested.
+    """
 
     gbps: float
     latency_us: float
+    resume_us: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.gbps < float("inf") and 0 <= self.latency_us < _NO_TIME_US):
+        times_us = self.latency_us, self.resume_us
+        if not (0 < self.gbps < float("inf") and all(0 <= us < _NO_TIME_US for us in times_us)):
             raise ValueError(f"a disk that no machine has: {self}")
 
     def us(self, n_bytes: float) -> float:
@@ -148,7 +153,8 @@ class CostModel:
         """
         if not n_reads or self.disk is None:
             return experts_us
-        return max(experts_us, self.disk.us(n_reads * self.block_bytes) + self.cpu.us(1, 1))
+        read_us = self.disk.us(n_reads * self.block_bytes) + self.cpu.us(1, 1)
+        return max(experts_us, read_us) + self.disk.resume_us
 
     def overlap_us(self, cpu_us: float, n_copies: float) -> tuple[float, float]:
         """Return when CPU work and copies that begin together each end, in us.

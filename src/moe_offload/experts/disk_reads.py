@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Final
 
@@ -105,8 +106,8 @@ class DiskReads:
     def measured(self, compute: Callable[[], None]) -> DiskCost:
         """What reads of other blocks each time cost, one alone and several at once.
 
-        Each behind a call of `compute`, for in a decode step the disk has rested meanwhile.
-        `busy_s` leaves them out.
+        Each behind a call of `compute`, for in a decode step the disk has rested meanwhile, and
+        before another, whose threads have rested then. `busy_s` leaves them out.
         """
         busy_s = self.busy_s
         layout, n_experts = self._layers[0].layout, self._layers[0].n_experts
@@ -116,19 +117,28 @@ class DiskReads:
         scratch = ExpertStore([layout], [most])
         scratch.blocks(0).zero_()
         seconds: dict[int, list[float]] = {1: [], most: []}
+        later_s: list[float] = []  # that `compute` ends behind a read
         turn, end_s = 0, time.perf_counter() + _MEASURED_S
         while turn < _MEASURED_ROUNDS or time.perf_counter() < end_s:
             for n, times_s in seconds.items():
                 turn += 1
                 compute()
-                began_s = time.perf_counter()
+                marks_s = [time.perf_counter()]
+                compute()
+                marks_s.append(time.perf_counter())
                 self._read_all(alike[turn % len(alike)], turn * most, scratch, n)
-                times_s.append(time.perf_counter() - began_s)
+                marks_s.append(time.perf_counter())
+                compute()
+                marks_s.append(time.perf_counter())
+                before_s, read_s, after_s = (b - a for a, b in pairwise(marks_s))
+                times_s.append(read_s)
+                later_s.append(after_s - before_s)
         self.busy_s = busy_s
         one_s, most_s = (median(seconds[n]) for n in (1, most))
         # Where several are no slower than one, such as of tiny experts, there is no speed to tell.
         each_s = (most_s - one_s) / (most - 1) if most_s > one_s else max(most_s / most, 1e-9)
-        return DiskCost(block_bytes / each_s / 1e9, max(0.0, 1e6 * (one_s - each_s)))
+        latency_us, resume_us = (1e6 * max(0.0, s) for s in (one_s - each_s, median(later_s)))
+        return DiskCost(block_bytes / each_s / 1e9, latency_us, resume_us)
 
     def _read_all(self, layer: int, first: int, scratch: ExpertStore, n: int) -> None:
         """`n` experts of a layer from `first` on, at once; UserError as for any."""

@@ -9,9 +9,12 @@ while reads of the others are in flight, several at a time.
 
 No expert is evicted while it is computed, copied to the accelerator or read from disk.
 
-In decode the disk may read ahead, behind all that a layer itself needs: what the next layer's
-router chooses, given this layer's input. What that layer does not ask for is given up, and the
-first steps try whether it pays (`plan.Trial`).
+Some places belong to no layer. What finds no way free, since they are still being computed, is read
+into one of these, and the place becomes its way's as soon as that is free, in exchange for the old.
+
+In decode the disk may read ahead into such places, behind all that a layer itself needs: what the
+next layer's router chooses, given this layer's input. What that layer does not ask for is given up,
+so no expert is evicted for a guess. The first steps try whether it pays (`plan.Trial`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ _COPY_WAIT_S: Final = 1e-4  # between looks whether a copy has ended that keeps 
 class DiskTier:
     """Host memory for `ways` experts of each layer, over their files; close it in the end.
 
+    `n_spare` more have room between layers, where all blocks are of one size.
+
     Takes an `ExpertStore`'s place. One thread drives it, as it does the model; threads of its own
     read, and check what they read with `kernels`. `copying` gives the addresses that copies to the
     accelerator still read from. UserError, from whatever waits for an expert, when its block cannot
@@ -52,6 +57,7 @@ class DiskTier:
         ways: Sequence[int],
         policy: ReplacementPolicy,
         kernels: CpuKernels | None = None,
+        n_spare: int = 0,
     ) -> None:
         self.layouts = tuple(layer.layout for layer in layers)
         self.n_experts = tuple(layer.n_experts for layer in layers)
@@ -66,13 +72,24 @@ class DiskTier:
         self._guess: tuple[int, Sequence[int]] = -1, ()
         self._unused: set[tuple[int, int]] = set()  # read ahead and not asked for yet
         self._addresses = [torch.zeros(n, dtype=torch.int64) for n in self.n_experts]
-        self._reads: dict[int, Read] = {}  # by slot
+        self._reads: dict[tuple[int, int], Read] = {}  # under way, by layer and expert
+        self._arrived: dict[tuple[int, int], Tensor] = {}  # whole, in places that are no way's
         self._failed: dict[tuple[int, int], Exception] = {}
         self._has_ended = threading.Event()  # a read, since somebody looked
         self.device = layers[0].file.stat().st_dev  # the number of the disk
         self._disk = DiskReads(layers, self._has_ended, kernels)
-        for layer in range(self.n_layers):
-            self.memory.blocks(layer).zero_()  # all is had now, not in the middle of an answer
+        is_one_size = len({layout.block_bytes for layout in self.layouts}) == 1
+        between = [n_spare] if n_spare and is_one_size else []
+        self._between = ExpertStore(self.layouts[: len(between)], between)
+        for store in (self.memory, self._between):
+            for layer in range(store.n_layers):
+                store.blocks(layer).zero_()  # all is had now, not in the middle of an answer
+        self._spare = _blocks(self._between)
+        self._place: dict[int, Tensor] = {  # of each slot
+            layer * self.cache.n_ways + way: block
+            for layer in range(self.n_layers)
+            for way, block in enumerate(self.memory.blocks(layer))
+        }
 
     @property
     def n_layers(self) -> int:
@@ -89,7 +106,10 @@ class DiskTier:
 
     def pin(self) -> str | None:
         """Register the memory with CUDA; returns a line for the user when it was refused."""
-        return self.memory.pin()
+        refused = self.memory.pin() or self._between.pin()
+        if refused:  # every layer keeps its own places, pinned or not
+            self._spare.clear()
+        return refused
 
     def pointers(self, layer: int) -> Tensor:
         """The addresses of one layer's blocks, int64 [E]; right for those of the latest group."""
@@ -110,7 +130,7 @@ class DiskTier:
             for _ in self.arriving(layer, [expert]):
                 slot = self.cache.slot_of(layer, expert)
         assert slot is not None
-        return self._memory_of(layer, slot)
+        return self._place[slot]
 
     def read_ahead_with(self, routers: Sequence[Router]) -> None:
         """Read ahead from now on where it pays; the layers' routers give ids [T, K] for [T, H]."""
@@ -141,17 +161,23 @@ class DiskTier:
         self._collect()
         self._failed.clear()  # of a layer that did not come to its end, as are marks of its step
         self.cache.end_step(layer)
+        self._note_use(layer, experts)
         slots = self.cache.lookup(layer, experts)
         there = [expert for expert, slot in zip(experts, slots, strict=True) if slot >= 0]
         awaited = sorted(expert for expert, slot in zip(experts, slots, strict=True) if slot < 0)
-        self.disk.hits += len(there)
-        self.disk.misses += len(awaited)
-        self._note_use(layer, experts)
+        n_missed = sum((layer, expert) not in self._arrived for expert in awaited)
+        self.disk.hits += len(experts) - n_missed
+        self.disk.misses += n_missed
         while True:
-            all_started = self._start(layer, awaited)
-            if all_started:
-                self._read_ahead(layer + 1)
-            group = there if all_started else there[:1]
+            self.cache.protect(layer, awaited)
+            has_way = self._start(layer, awaited)
+            if awaited:
+                ready = self.cache.ready(layer)
+                arrived = [expert for expert in awaited if expert in ready]
+                self.cache.protect(layer, arrived)
+                there = there + arrived
+                awaited = [expert for expert in awaited if expert not in arrived]
+            group = there if has_way else there[:1]
             yield group
             there = there[len(group) :]
             self.cache.end_step(layer)
@@ -159,16 +185,11 @@ class DiskTier:
             if not (there or awaited):
                 return
             if not there:
-                self._wait()
+                self._wait(layer, awaited)
             self._collect()
             for expert in awaited:
                 if error := self._failed.pop((layer, expert), None):
                     raise error
-            ready = self.cache.ready(layer)
-            arrived = [expert for expert in awaited if expert in ready]
-            self.cache.protect(layer, arrived)
-            there = there + arrived
-            awaited = [expert for expert in awaited if expert not in arrived]
 
     def warm(self, layer: int, experts: Sequence[int]) -> None:
         """Fill a layer's ways with the first of `experts`, which are the most wanted.
@@ -209,89 +230,129 @@ class DiskTier:
             self._collect()
         for slot in self.cache.in_flight():  # admitted, and nobody read for it
             self.cache.cancel(slot)
+        self._arrived.clear()
+        used = {place.data_ptr() for place in self._place.values()}
+        places = [*_blocks(self.memory), *_blocks(self._between)]
+        self._spare = [place for place in places if place.data_ptr() not in used]
 
     def close(self) -> None:
         """End all reads and give files and pinned memory back."""
         self._disk.close()
         self.memory.close()
+        self._between.close()
 
     def _start(self, layer: int, awaited: Sequence[int]) -> bool:
-        """Start reads for as many as there are ways; whether all of them are on their way."""
+        """Start reads of all that have a place to go to; whether each has a way of its own."""
         waiting = [expert for expert in awaited if self.cache.slot_of(layer, expert) is None]
         if waiting:
             self._protect_copied(layer)
-        return all(self._read(layer, expert) for expert in waiting)
+        n_admitted = 0
+        while n_admitted < len(waiting) and self._admit(layer, waiting[n_admitted]):
+            n_admitted += 1
+        if all(self._read_between(layer, expert, False) for expert in waiting[n_admitted:]):
+            self._read_ahead(layer + 1)
+        return n_admitted == len(waiting)
 
-    def _read(self, layer: int, expert: int, is_ahead: bool = False) -> bool:
-        """Start reading one expert; False where no way is free for it."""
+    def _admit(self, layer: int, expert: int) -> bool:
+        """Give an expert a way; False where none is free. It is read there, or was elsewhere."""
         slot = self.cache.admit(layer, expert)
         if slot is None:
             return False
-        target = self._memory_of(layer, slot)
-        self._addresses[layer][expert] = target.data_ptr()
-        read = self._reads[slot] = Read(layer, expert, target, is_ahead)
-        self._disk.start(read)
+        before, read = self._place[slot], self._reads.get((layer, expert))
+        arrived = self._arrived.get((layer, expert))
+        place = read.out if read is not None else before if arrived is None else arrived
+        # In this order, so that `recover` makes good whatever an interrupt leaves half done.
+        self._addresses[layer][expert] = place.data_ptr()
+        self._place[slot] = place
+        if place is not before:
+            self._spare.append(before)
+        elif read is None:
+            self._read(layer, expert, place, False)
+        if arrived is not None:
+            self.cache.protect(layer, [expert])  # until it has been given out
+            self.cache.mark_ready(slot)
+            del self._arrived[layer, expert]
         return True
+
+    def _read_between(self, layer: int, expert: int, is_ahead: bool) -> bool:
+        """Read an expert that has no way into a place that is no way's; False where none is."""
+        if (layer, expert) in self._reads or (layer, expert) in self._arrived:
+            return True
+        if not self._spare:
+            return False
+        self._read(layer, expert, self._spare.pop(), is_ahead)
+        return True
+
+    def _read(self, layer: int, expert: int, place: Tensor, is_ahead: bool) -> None:
+        read = self._reads[layer, expert] = Read(layer, expert, place, is_ahead)
+        self._disk.start(read)
 
     def _read_ahead(self, layer: int) -> None:
         """Start reading what was guessed of `layer` and is not there."""
         (of_layer, experts), self._guess = self._guess, (-1, ())
         if of_layer != layer:
             return
-        self._protect_copied(layer)
-        self.cache.protect(layer, experts)
         for expert in sorted(experts):
-            if self.cache.slot_of(layer, expert) is None and self._read(layer, expert, True):
+            if not self._spare:
+                return
+            if self.cache.slot_of(layer, expert) is None and (layer, expert) not in self._reads:
+                self._read(layer, expert, self._spare.pop(), True)
                 self.n_ahead += 1
                 self._unused.add((layer, expert))
-        self.cache.end_step(layer)
 
     def _note_use(self, layer: int, experts: Sequence[int]) -> None:
-        """A layer asks: what was read ahead for it was worth it or not."""
-        if not self._unused:
+        """A layer asks: what has no way, such as what was read ahead, was worth it or not."""
+        if not (self._reads or self._arrived):
             return
         asked = {(layer, expert) for expert in experts}
         self.n_ahead_used += len(asked & self._unused)
-        self._unused -= asked
-        for read in self._reads.values():
-            if (read.layer, read.expert) in asked:
+        self._unused.clear()
+        for key in self._arrived.keys() - asked:
+            self._spare.append(self._arrived.pop(key))
+        for key, read in self._reads.items():
+            if key in asked:
                 read.is_ahead = False
-            elif read.is_ahead:
+            elif self.cache.slot_of(*key) is None:
                 read.is_cancelled = True
 
     def _protect_copied(self, layer: int) -> None:
         """Keep what a copy still reads from being a victim until the layer's step ends."""
         if copied := set(self.copying()):
             ready = self.cache.ready(layer).items()
-            self.cache.protect(
-                layer, [e for e, slot in ready if self._memory_of(layer, slot).data_ptr() in copied]
-            )
+            kept = [e for e, slot in ready if self._place[slot].data_ptr() in copied]
+            self.cache.protect(layer, kept)
 
     def _collect(self) -> None:
-        """Tell the directory which reads have ended since the last call."""
-        for slot, read in list(self._reads.items()):
-            if read.is_done:
-                del self._reads[slot]
-                self.disk.busy_s = self._disk.busy_s
-                if read.is_whole:
-                    self.cache.mark_ready(slot)
-                    self.disk.n_bytes += self.layouts[read.layer].block_bytes
-                else:
-                    self.cache.cancel(slot)
-                    self._unused.discard((read.layer, read.expert))
-                    # Given up, or asked by nobody: whoever asks reads it again.
-                    if read.error is not None and not (read.is_cancelled or read.is_ahead):
-                        self._failed[read.layer, read.expert] = read.error
+        """Take note of the reads that have ended since the last call."""
+        for key, read in list(self._reads.items()):
+            if not read.is_done:
+                continue
+            del self._reads[key]
+            self.disk.busy_s = self._disk.busy_s
+            slot = self.cache.slot_of(*key)
+            has_way = slot is not None and self._place[slot] is read.out
+            if read.is_whole:
+                self.disk.n_bytes += read.out.numel()
+            # Given up, or asked by nobody: whoever asks reads it again.
+            elif read.error is not None and not (read.is_cancelled or read.is_ahead):
+                self._failed[key] = read.error
+            if slot is not None and has_way:
+                (self.cache.mark_ready if read.is_whole else self.cache.cancel)(slot)
+            elif read.is_whole and not read.is_cancelled:
+                self._arrived[key] = read.out
+            else:
+                self._spare.append(read.out)
 
-    def _wait(self) -> None:
+    def _wait(self, layer: int, awaited: Sequence[int]) -> None:
         """Until a read may have ended or, where there is none, a copy that keeps the last way."""
         began_s = time.perf_counter()
-        if self._reads:
+        if any((layer, expert) in self._reads for expert in awaited):
             self._has_ended.wait()
             self._has_ended.clear()
         else:
             time.sleep(_COPY_WAIT_S)
         self.disk.wait_s += time.perf_counter() - began_s
 
-    def _memory_of(self, layer: int, slot: int) -> Tensor:
-        return self.memory.block(layer, slot - layer * self.cache.n_ways)
+
+def _blocks(store: ExpertStore) -> list[Tensor]:
+    return [block for layer in range(store.n_layers) for block in store.blocks(layer)]

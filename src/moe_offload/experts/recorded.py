@@ -92,7 +92,13 @@ class RecordedStep(LayerStep):
         self._hits: Pending | None = None
 
     def record(self, recorded: Callable[[Callable[[], None]], Replay]) -> None:
-        """Record the hits, where there can be some, and the sum, each as `recorded` does."""
+        """Record the hits, where there can be some, and the sum, each as `recorded` does.
+
+        It replays what it has recorded, which then finds no hit, and no part to add.
+        """
+        self.begin()  # the layer before reads the same memory
+        self._slots[:] = -1
+        self._present[:] = False
         if self.accelerator is not None:
             self._replay_hits = recorded(self._record_hits)
         self._replay_sum = recorded(self._record_sum)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # Triton is slow to import, and absent on many machines
 # weight); not measured on a GPU.
 TOKENS_PER_SLOT_FOR_GEMM = 4
 # From so many tokens on an expert's weights are unpacked once, for cuBLAS; below, what counts is
-# the number of launches, and tiles need three for all of a layer's. Not measured on a GPU.
+# the number of launches, and tiles need three for all of a layer's. Until a calibration knows.
 _TOKENS_FOR_CUBLAS = 256
 # The most pairs that a launch names one by one; above, they are to be sorted by expert on the
 # device. The grouped kernels' scratch is fp32 for every pair, hit or not.
@@ -107,6 +108,9 @@ class GpuExperts:
     notice. What a run in `dtype` will launch is compiled here, so that nothing is while decoding.
     `before_compute` is called with the number of hits on the emulated accelerator's thread before
     each launch's work: it may sleep, or raise.
+
+    `cublas_tokens`: of a prompt, an expert with so many tokens or more is computed by itself; None
+    for none. Set it to what a measurement found.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class GpuExperts:
         self.act_module = act_module
         self.device = torch.device(device)
         self.notices: list[str] = []
+        self.cublas_tokens: int | None = _TOKENS_FOR_CUBLAS
         self.slots = self._allocate(n_slots)
         self.n_slots = len(self.slots)
         self._before_compute = before_compute
@@ -217,6 +222,11 @@ class GpuExperts:
         pending.end.record(stream)
         fetcher.mark_released(slots, pending.end)
         return pending
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether a prompt's experts can be computed together."""
+        return self._tiles is not None
 
     @property
     def reads_host(self) -> bool:
@@ -322,15 +332,15 @@ class GpuExperts:
         top_k_weights: Tensor,
         out: Tensor,
     ) -> None:
-        n_for_cublas = 0 if self._tiles is None else _TOKENS_FOR_CUBLAS
-        tiled = [group for group in groups if group.n < n_for_cublas]
-        if tiled:
-            assert self._tiles is not None
-            self._tiles.add(hidden, tiled, pairs, top_k_weights, out)
-        for group in groups:
-            if group.n >= n_for_cublas:
-                part = pairs[group.first : group.first + group.n]
-                self._add_expert(hidden, group.slot, part, top_k_weights, out)
+        alone = groups
+        if self._tiles is not None:
+            least = inf if self.cublas_tokens is None else self.cublas_tokens
+            alone = [group for group in groups if group.n >= least]
+            if tiled := [group for group in groups if group.n < least]:
+                self._tiles.add(hidden, tiled, pairs, top_k_weights, out)
+        for group in alone:
+            part = pairs[group.first : group.first + group.n]
+            self._add_expert(hidden, group.slot, part, top_k_weights, out)
 
     def _add_expert(
         self, hidden: Tensor, slot: int, pairs: Tensor, top_k_weights: Tensor, out: Tensor

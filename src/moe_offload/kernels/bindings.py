@@ -81,20 +81,20 @@ class CpuKernels:
     def crc32(self, data: Tensor) -> int:
         """zlib's CRC-32 of `data`, contiguous uint8 on the CPU; by zlib where that is fastest."""
         crc = ctypes.c_uint32()
-        if self.library.cpux_crc32(_address(data), data.nbytes, crc) != 0:
+        if self.library.cpux_crc32(_address(data), data.nbytes, ctypes.byref(crc)) != 0:
             return zlib_crc32(data)
         return crc.value
 
     def read_gbps(self, data: Tensor) -> float:
         """Bandwidth of one plain read of `data` (contiguous, much larger than the caches), GB/s."""
         seconds = ctypes.c_double()
-        self.call("read", data, data.nbytes, seconds)
+        self.call("read", data, data.nbytes, ctypes.byref(seconds))
         return data.nbytes / seconds.value / 1e9
 
     def fma_gflops(self, seconds: float = 0.2) -> float:
         """Peak of independent fp32 multiply-adds, GFLOP/s (two per multiply-add)."""
         flops_per_s = ctypes.c_double()
-        self.call("multiply_add", seconds, flops_per_s)
+        self.call("multiply_add", seconds, ctypes.byref(flops_per_s))
         return flops_per_s.value / 1e9
 
     def pin(self, cpus: Sequence[int]) -> None:

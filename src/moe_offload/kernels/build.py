@@ -34,7 +34,7 @@ from typing import Final
 from moe_offload.errors import UserError
 from moe_offload.files import user_cache, write_together
 
-_SOURCES: Final = Path(__file__).resolve().parent / "cpp"
+SOURCES: Final = Path(__file__).resolve().parent / "cpp"
 
 _COMMON: Final = (
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"),
@@ -204,7 +204,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 def _build_folder() -> Path:
     """`build/` of the checkout; the user's cache where there is none or it cannot be written."""
-    source, checkout = _SOURCES.parents[2:4]
+    source, checkout = SOURCES.parents[2:4]
     if source.name == "src" and (checkout / "pyproject.toml").exists():
         folder = checkout / "build"
         try:
@@ -226,7 +226,7 @@ def _digest(*parts: str) -> str:
 
 
 def _source_digest(flags: tuple[str, ...]) -> str:
-    files = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     texts = [part for path in files for part in (path.name, path.read_text("utf-8"))]
     variants = [" ".join((name, *extra)) for name, extra in _X86_VARIANTS.items()]
     return _digest(platform.machine(), *flags, *variants, *texts)
@@ -258,7 +258,7 @@ def _compile(compiler: _Compiler, flags: Sequence[str], library: Path) -> None:
     defines = tuple(f"-DCPUX_{name.removeprefix('kernels_').upper()}" for name in variants)
     units = {
         path: (*variants.get(path.stem, ()), *defines)
-        for path in sorted(_SOURCES.glob("*.cpp"))
+        for path in sorted(SOURCES.glob("*.cpp"))
         if path.stem not in _X86_VARIANTS or path.stem in variants
     }
     with tempfile.TemporaryDirectory(prefix=f"{_NAME}-build-", dir=library.parent) as scratch:

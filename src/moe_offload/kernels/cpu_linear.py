@@ -116,7 +116,7 @@ class CpuLinear(nn.Module):
         """What the kernels need, with the addresses of now: moving the layer may change them."""
         matrix, scale = self._matrix(), self._buffers["scale"]
         addresses = (matrix.data_ptr(), None if scale is None else scale.data_ptr())
-        if addresses != (self._arguments.weight, self._arguments.scale):
+        if addresses != (self._arguments.w, self._arguments.scale):
             self._arguments = self._checked(matrix, scale)
         bias = self._parameters["bias"]
         if bias is None:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels' library: its C interface (`cpp/api.h`), its instruction sets.
+"""The compiled CPU kernels' library: its C interface, as `cpp/api.h` says it, its instruction sets.
 
 Needs no torch. What computes with it goes through `bindings.py`, for the threads' sake.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
-from collections.abc import Sequence
-from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
+from collections.abc import Iterator, Mapping, Sequence
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, Final
 
 import psutil
@@ -34,140 +35,93 @@ ACTIVATION_CODES: Final = {
 MOST_THREADS: Final = 1024
 
 
-def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
+# The types of api.h. A pointer is an address, but to a structure: then it is checked whose.
+_NUMBERS: Final[dict[str, Any]] = {
+    "int": c_int,
+    "int32_t": c_int32,
+    "int64_t": c_int64,
+    "float": c_float,
+    "double": c_double,
+}
+_HEADER: Final = re.sub("//.*", "", (build_module.SOURCES / "api.h").read_text("utf-8"))
+_DECLARED: Final = re.compile(r"(?:const )?(\w+)([ *]+)(.+)", re.DOTALL)
+
+
+def _declared(text: str, structures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The names and types of `int64_t a, b[3]` and the like, by value where it is a structure."""
+    found = _DECLARED.fullmatch(text.strip())
+    assert found is not None, text
+    for name in map(str.strip, found[3].split(",")):
+        name, _, size = name.rstrip("]").partition("[")
+        if "*" in found[2] + name:
+            kind: Any = c_char_p if found[1] == "char" else c_void_p
+        else:
+            kind = _NUMBERS[found[1]] if found[1] in _NUMBERS else structures[found[1]]
+        yield name.strip("* "), kind * int(size) if size else kind
+
+
+def _members(name: str, **structures: Any) -> list[tuple[str, Any]]:
+    """The fields of a structure of api.h, which may hold others of `structures`."""
+    found = re.search(rf"struct {name} {{(.*?)}};", _HEADER, re.DOTALL)
+    assert found is not None, name
+    lines = found[1].strip().removesuffix(";").split(";")
+    return [member for line in lines for member in _declared(line, structures)]
 
 
 class LayerArguments(ctypes.Structure):
-    """`cpux_layer` of api.h."""
-
-    _fields_ = (
-        *_fields(c_int32, "weight_format activation has_gate"),
-        *_fields(c_float, "alpha limit"),
-        *_fields(c_int64, "hidden_size intermediate_size"),
-        *_fields(c_int64, "gate_up gate_up_scale gate_up_offset gate_up_bias"),
-        *_fields(c_int64, "down down_scale down_offset down_bias"),
-        *_fields(c_int32, "scale_type offset_type"),
-        *_fields(c_int64, "scale_group scale_rows"),
-    )
+    _fields_ = _members("cpux_layer")
 
 
 class TokenArguments(ctypes.Structure):
-    """`cpux_tokens` of api.h."""
-
-    _fields_ = (
-        *_fields(c_void_p, "hidden"),
-        *_fields(c_int32, "hidden_is_bf16"),
-        *_fields(c_int64, "n_tokens top_k n_experts"),
-        *_fields(c_void_p, "index weight blocks on_cpu"),
-    )
+    _fields_ = _members("cpux_tokens")
 
 
 class MatrixArguments(ctypes.Structure):
-    """`cpux_matrix` of api.h."""
-
-    _fields_ = (
-        *_fields(c_int32, "weight_format"),
-        *_fields(c_int64, "rows cols"),
-        *_fields(c_void_p, "weight scale bias"),
-    )
+    _fields_ = _members("cpux_matrix")
 
 
 class WeightsArguments(ctypes.Structure):
-    """`cpux_weights` of api.h."""
-
-    _fields_ = (
-        *_fields(c_void_p, "weight"),
-        *_fields(c_int32, "is_bf16"),
-        *_fields(c_int64, "rows cols row_stride col_stride"),
-    )
+    _fields_ = _members("cpux_weights")
 
 
 class AttentionArguments(ctypes.Structure):
-    """`cpux_attention` of api.h."""
-
-    _fields_ = (
-        *_fields(c_int32, "is_bf16"),
-        *_fields(c_int64, "n_batch n_heads n_kv_heads n_queries n_keys key_size value_size"),
-        *_fields(c_float, "scale softcap"),
-        *_fields(c_void_p, "sinks query keys values"),
-        *_fields(c_int64 * 3, "query_strides"),
-        *_fields(c_int64 * 2, "key_strides value_strides"),
-        *_fields(c_void_p, "mask"),
-        *_fields(c_int64 * 2, "mask_strides"),
-    )
+    _fields_ = _members("cpux_attention")
 
 
 class NormArguments(ctypes.Structure):
-    """`cpux_norm` of api.h."""
-
-    _fields_ = (
-        *_fields(c_int32, "form weight_is_bf16"),
-        *_fields(c_float, "epsilon"),
-        *_fields(c_int64, "width"),
-        *_fields(c_void_p, "weight"),
-    )
+    _fields_ = _members("cpux_norm")
 
 
 class StepArguments(ctypes.Structure):
-    """`cpux_attention_step` of api.h."""
-
-    _fields_ = (
-        *_fields(c_void_p, "before query_norm key_norm after query key value output"),
-        *_fields(c_int64, "n_heads n_kv_heads head_size"),
-        *_fields(c_float, "scale"),
-        *_fields(c_void_p, "keys values"),
-        *_fields(c_int64 * 2, "key_strides value_strides"),
-        *_fields(c_int64, "n_keys"),
-    )
+    _fields_ = _members("cpux_attention_step")
 
 
 class RouterArguments(ctypes.Structure):
-    """`cpux_router` of api.h."""
-
-    _fields_ = (
-        *_fields(MatrixArguments, "matrix"),
-        *_fields(c_int32, "is_bf16 scores_are_bf16 normalise"),
-        *_fields(c_int64, "top_k"),
-    )
+    _fields_ = _members("cpux_router", cpux_matrix=MatrixArguments)
 
 
-_LAYER: Final = ctypes.POINTER(LayerArguments)
-_TOKENS: Final = ctypes.POINTER(TokenArguments)
-# Functions that take an instruction set and a number of threads, then these, and give a code.
-_COMPUTING: Final = {
-    "run": (_LAYER, _TOKENS, c_void_p),
-    "first": (_LAYER, _TOKENS, c_void_p),
-    "second": (_LAYER, _TOKENS, c_void_p, c_void_p),
-    "activate": (_LAYER, c_void_p, c_void_p, c_int64, c_void_p),
-    "add": (_LAYER, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
-    "linear": (ctypes.POINTER(MatrixArguments), c_void_p, c_int, c_int64, c_void_p),
-    "quantise": (ctypes.POINTER(WeightsArguments), c_int, c_void_p, c_void_p),
-    "pack": (c_void_p, *(c_int64,) * 4, c_int, c_void_p),
-    "attend": (ctypes.POINTER(AttentionArguments), c_void_p),
-    "attend_step": (
-        *(ctypes.POINTER(StepArguments), c_void_p, c_void_p, c_void_p, c_int64),
-        *(c_void_p, c_void_p),
-    ),
-    "rms_norm": (ctypes.POINTER(NormArguments), c_void_p, c_int, c_int64, c_void_p),
-    "rotate": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
-    "route": (
-        *(ctypes.POINTER(RouterArguments), c_void_p, c_int64),
-        *(c_void_p, c_void_p, c_void_p),
-    ),
-    "read": (c_void_p, c_int64, ctypes.POINTER(c_double)),
-    "multiply_add": (c_double, ctypes.POINTER(c_double)),
+_STRUCTURES: Final = {
+    "cpux_layer": LayerArguments,
+    "cpux_tokens": TokenArguments,
+    "cpux_matrix": MatrixArguments,
+    "cpux_weights": WeightsArguments,
+    "cpux_attention": AttentionArguments,
+    "cpux_norm": NormArguments,
+    "cpux_attention_step": StepArguments,
+    "cpux_router": RouterArguments,
 }
-# Name -> what a function gives and takes.
-_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    **{name: (c_int, (c_int, c_int, *rest)) for name, rest in _COMPUTING.items()},
-    "count_pairs": (c_int64, (_TOKENS,)),
-    "crc32": (c_int, (c_void_p, c_int64, ctypes.POINTER(c_uint32))),
-    "n_isas": (c_int, ()),
-    "isa_name": (c_char_p, (c_int,)),
-    "isa_supported": (c_int, (c_int,)),
-    "pin_threads": (c_int, (ctypes.POINTER(c_int32), c_int)),
-}
+
+
+def _signatures() -> Iterator[tuple[str, Any, list[Any]]]:
+    """Name, result and arguments of each function of api.h."""
+    functions = re.finditer(r"^CPUX_EXPORT (.+?)(\w+)\((.*?)\);", _HEADER, re.DOTALL | re.MULTILINE)
+    pointers = {f"{name}*": ctypes.POINTER(kind) for name, kind in _STRUCTURES.items()}
+    for result, name, arguments in (found.groups() for found in functions):
+        kinds = []
+        for one in arguments.split(",") if arguments != "void" else []:
+            pointer = pointers.get(" ".join(one.split()[:-1]).removeprefix("const "))
+            kinds.append(pointer or next(_declared(one, {}))[1])
+        yield name, next(_declared(result + name, {}))[1], kinds
 
 
 def open_library() -> ctypes.CDLL:
@@ -179,8 +133,8 @@ def open_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise UserError(f"expected the compiled kernels {path} to load, but {error}") from None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, f"cpux_{name}")
+    for name, result, arguments in _signatures():
+        function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
 

@@ -43,17 +43,17 @@ def combine_kernel(
 def present_kernel(
     on_device,  # fp32 [n]
     on_host,  # fp32 [n], pinned, as is
-    present,  # int32 [2]: whether there is a part in each of them
+    present,  # int32 [2], pinned: 1 where there is a part in each of them, else 0
     out,  # [n]
     n,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    has_device = tl.load(present, cache_modifier=".cv") != 0
-    has_host = tl.load(present + 1, cache_modifier=".cv") != 0
-    total = tl.load(on_host + at, mask=inside & has_host, other=0.0, cache_modifier=".cv")
-    total += tl.load(on_device + at, mask=inside & has_device, other=0.0)
+    n_device = n * tl.load(present, cache_modifier=".cv")
+    n_host = n * tl.load(present + 1, cache_modifier=".cv")
+    total = tl.load(on_host + at, mask=at < n_host, other=0.0, cache_modifier=".cv")
+    total += tl.load(on_device + at, mask=at < n_device, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 

@@ -25,10 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.kernels.oracle import apply_activation
-from moe_offload.kernels.triton_experts import (
-    TritonExperts,
+from moe_offload.kernels.triton_experts import TritonExperts
+from moe_offload.kernels.triton_kernels import (
     activate,
     decode_fp8,
+    in_slot,
     level,
     load_offsets,
     load_scales,
@@ -78,22 +79,10 @@ def _tile_of(tiles, slot, first, n_tokens, ONE: tl.constexpr, TOKENS: tl.constex
 @triton.jit
 def _product(
     x,  # [TOKENS, 1] addresses of rows
-    there,
-    matrix,
-    scales,
-    offsets,
-    rows,
-    valid,
-    n_columns,
-    CODES: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    there, matrix, scales, offsets, rows, valid, n_columns, CODES: tl.constexpr,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr, OFFSET: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     """fp32 [TOKENS, ROWS]: the rows of x times rows of the matrix, whose weights get x's dtype."""
     acc = tl.zeros([TOKENS, ROWS], tl.float32)
     if CODES == "float" or CODES == "fp8":
@@ -145,89 +134,39 @@ def first_tiles_kernel(
     x,  # [T, H]
     pairs,  # int64: t * K + k, sorted by expert
     tiles,  # int32 [tiles, 4]: slot, first and last place in `pairs`, row of `middle`; unless ONE
-    slot,
-    first,
-    n_tokens,
+    slot, first, n_tokens,
     matrix,  # the slots, as in first_kernel
-    scales,
-    offsets,
-    biases,
+    scales, offsets, biases,
     middle,  # [rows, I] in x's dtype, or [rows, R] for KIND "module"
-    n_columns,
-    intermediate,
-    top_k,
-    block_words,
-    matrix_offset,
-    scale_offset,
-    offset_offset,
-    bias_offset,
-    alpha,
-    limit,
-    CODES: tl.constexpr,
-    MATRIX_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    OFFSET_BYTES: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KIND: tl.constexpr,
-    ONE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    n_columns, intermediate, top_k, block_words, matrix_offset, scale_offset, offset_offset,
+    bias_offset, alpha, limit, CODES: tl.constexpr, MATRIX_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, OFFSET_BYTES: tl.constexpr, GROUP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, OFFSET: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KIND: tl.constexpr, ONE: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     slot, place, there, out_row = _tile_of(tiles, slot, first, n_tokens, ONE, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = row < intermediate
     token = tl.load(pairs + place, mask=there, other=0) // top_k
     x += token[:, None] * n_columns
-    matrix += slot * (block_words * (4 // MATRIX_BYTES)) + matrix_offset
-    scales += slot * (block_words * (4 // SCALE_BYTES)) + scale_offset
-    offsets += slot * (block_words * (4 // OFFSET_BYTES)) + offset_offset
-    biases += slot * block_words + bias_offset
+    matrix, scales, offsets, biases = in_slot(
+        slot, matrix, scales, offsets, biases,
+        block_words, matrix_offset, scale_offset, offset_offset, bias_offset,
+        MATRIX_BYTES, SCALE_BYTES, OFFSET_BYTES,
+    )  # fmt: skip
     gate = _product(
-        x,
-        there,
-        matrix,
-        scales,
-        offsets,
-        row,
-        valid,
-        n_columns,
-        CODES,
-        GROUP,
-        SCALE_ROWS,
-        OFFSET,
-        TOKENS,
-        ROWS,
-        COLUMNS,
-        WORDS,
-    )
+        x, there, matrix, scales, offsets, row, valid, n_columns,
+        CODES, GROUP, SCALE_ROWS, OFFSET, TOKENS, ROWS, COLUMNS, WORDS,
+    )  # fmt: skip
     if HAS_BIAS:
         gate += tl.load(biases + row, mask=valid, other=0.0)[None, :]
     up = gate
     if HAS_GATE:
         up = _product(
-            x,
-            there,
-            matrix,
-            scales,
-            offsets,
-            row + intermediate,
-            valid,
-            n_columns,
-            CODES,
-            GROUP,
-            SCALE_ROWS,
-            OFFSET,
-            TOKENS,
-            ROWS,
-            COLUMNS,
-            WORDS,
-        )
+            x, there, matrix, scales, offsets, row + intermediate, valid, n_columns,
+            CODES, GROUP, SCALE_ROWS, OFFSET, TOKENS, ROWS, COLUMNS, WORDS,
+        )  # fmt: skip
         if HAS_BIAS:
             up += tl.load(biases + intermediate + row, mask=valid, other=0.0)[None, :]
     mask = there[:, None] & valid[None, :]
@@ -251,64 +190,29 @@ def first_tiles_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def second_tiles_kernel(
     middle,  # [rows, I]
-    pairs,
-    tiles,
-    slot,
-    first,
-    n_tokens,
-    matrix,
-    scales,
-    offsets,
-    biases,
+    pairs, tiles, slot, first, n_tokens, matrix, scales, offsets, biases,
     weights,  # fp32 [T * K]
     out,  # fp32 [rows, H]
     row_of_pair,  # int32 [T * K], which row a pair's is
     n_columns,  # I
-    hidden_size,
-    block_words,
-    matrix_offset,
-    scale_offset,
-    offset_offset,
-    bias_offset,
-    CODES: tl.constexpr,
-    MATRIX_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    OFFSET_BYTES: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ONE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WORDS: tl.constexpr,
-):
+    hidden_size, block_words, matrix_offset, scale_offset, offset_offset, bias_offset,
+    CODES: tl.constexpr, MATRIX_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    OFFSET_BYTES: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr, ONE: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     slot, place, there, in_row = _tile_of(tiles, slot, first, n_tokens, ONE, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = row < hidden_size
-    matrix += slot * (block_words * (4 // MATRIX_BYTES)) + matrix_offset
-    scales += slot * (block_words * (4 // SCALE_BYTES)) + scale_offset
-    offsets += slot * (block_words * (4 // OFFSET_BYTES)) + offset_offset
-    biases += slot * block_words + bias_offset
+    matrix, scales, offsets, biases = in_slot(
+        slot, matrix, scales, offsets, biases,
+        block_words, matrix_offset, scale_offset, offset_offset, bias_offset,
+        MATRIX_BYTES, SCALE_BYTES, OFFSET_BYTES,
+    )  # fmt: skip
     value = _product(
-        middle + in_row[:, None] * n_columns,
-        there,
-        matrix,
-        scales,
-        offsets,
-        row,
-        valid,
-        n_columns,
-        CODES,
-        GROUP,
-        SCALE_ROWS,
-        OFFSET,
-        TOKENS,
-        ROWS,
-        COLUMNS,
-        WORDS,
-    )
+        middle + in_row[:, None] * n_columns, there, matrix, scales, offsets, row, valid, n_columns,
+        CODES, GROUP, SCALE_ROWS, OFFSET, TOKENS, ROWS, COLUMNS, WORDS,
+    )  # fmt: skip
     if HAS_BIAS:
         value += tl.load(biases + row, mask=valid, other=0.0)[None, :]
     pair = tl.load(pairs + place, mask=there, other=0)

@@ -289,7 +289,7 @@ class CpuRouter:
             "index": torch.empty(n_tokens, self._top_k, dtype=torch.int64),
         }
         arguments = self._arguments
-        arguments.matrix.weight = self._parameters["weight"].data_ptr()  # of now
+        arguments.matrix.w = self._parameters["weight"].data_ptr()  # of now
         self._kernels.call("route", arguments, hidden_states, n_tokens, *parts.values())
         return tuple(parts[part] for part in self._order)
 

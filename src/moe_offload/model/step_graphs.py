@@ -18,6 +18,7 @@ steps cannot be recorded stay eager, and a note says why.
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -151,7 +152,10 @@ class StepGraphs:
             self._dispatcher.begin_pass(args, kwargs)
             return self._eager(*args, **kwargs)
         except BaseException:
-            self._recorded = None  # nobody knows how far it came
+            broken, self._recorded = self._recorded, None  # nobody knows how far it came
+            with suppress(RuntimeError):  # what went wrong on the GPU is said already
+                torch.cuda.current_stream(self._device).synchronize()
+            del broken  # not before: a kernel would read slots from memory that is another's
             raise
         return recorded.output(cache)
 
@@ -329,9 +333,12 @@ class _Recorded:
             self._place_in_window.fill_(n_held % self._window)
 
     def _take_in(self, cache: DynamicCache, n_held: int) -> None:
-        """Let `cache` lie in the memory of these graphs; another that does gets its own again."""
+        """Let `cache` lie in the memory of these graphs; one that did gets its own again first.
+
+        It may be the same one, whose layers left with views of that memory: a crop does so.
+        """
         owner = self._owner()
-        if owner is not None and owner is not cache:
+        if owner is not None:
             for layer in owner.layers:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         self.extent = Extent(n_held)
@@ -389,14 +396,24 @@ class _Recorded:
         memory = self.memory
         segments: list[tuple[Callable[[], None], _ExpertsCall | _EagerCall]] = []
 
+        def ended() -> Callable[[], None]:
+            with _or_not_recorded():  # a GPU takes room for a graph when it is first replayed
+                replay = recorder.end()
+                replay()
+            return replay
+
+        def recorded(work: Callable[[], None]) -> Callable[[], None]:
+            recorder.begin()
+            work()
+            return ended()
+
         def between(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             step = None
             if memory is not None:
                 step = dispatcher.recorded_step(memory, layer, hidden, index, weights)
-            replay = recorder.end()
-            replay()
+            replay = ended()
             if step is not None:
-                step.record(functools.partial(_graph_of, recorder))
+                step.record(recorded)
             out = torch.empty_like(hidden) if step is None else step.out
             call = _ExpertsCall(layer, hidden, index, weights, out, step)
             call.run(dispatcher)
@@ -418,8 +435,7 @@ class _Recorded:
             return out
 
         def asked(_: nn.Module, forward: _Forward, *args: Any, **kwargs: Any) -> Any:
-            replay = recorder.end()
-            replay()
+            replay = ended()
             out = _cloned(forward(*args, **kwargs))
             segments.append((replay, _EagerCall(forward, args, kwargs, out)))
             recorder.begin()
@@ -427,6 +443,7 @@ class _Recorded:
 
         modules = (self._asking, asked) if self._rehearsed else (parts, rehearsed)
         with (
+            _without_collections(),
             _working_in(self._stream, self._device),
             dispatcher.experts_called_by(between),
             _forwards(*modules),
@@ -440,8 +457,7 @@ class _Recorded:
                     **{self._cache_name: self._cache},
                     **self.options,
                 )
-                last = recorder.end()
-                last()
+                last = ended()
             except Exception as error:  # whatever it is, the model's own way may do without
                 if not recorder.is_open:  # the experts' own
                     raise
@@ -477,8 +493,8 @@ class _Rehearsal:
     is_open = False
 
     def begin(self) -> None:
-        torch.cuda.set_sync_debug_mode("error")
         self.is_open = True
+        torch.cuda.set_sync_debug_mode("error")
 
     def end(self) -> Callable[[], None]:
         self.abandon()
@@ -521,12 +537,6 @@ class _CudaRecorder:
                 graph.capture_end()
 
 
-def _graph_of(recorder: _CudaRecorder | _Rehearsal, work: Callable[[], None]) -> Callable[[], None]:
-    recorder.begin()
-    work()
-    return recorder.end()
-
-
 @contextmanager
 def _working_in(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
     """Inside, work goes to `stream`, as recording wants, in order with the current one's."""
@@ -537,6 +547,19 @@ def _working_in(stream: torch.cuda.Stream, device: torch.device) -> Iterator[Non
             yield
     finally:
         before.wait_stream(stream)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Inside, no cycle is collected: with it another's graph or pinned memory might be given back,
+    which does to CUDA what it forbids while it records."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

@@ -157,7 +157,8 @@ def _own_backend(folder: Path) -> Any:
         if all((folder / name).is_file() for name in ("tokenizer.json", "tekken.json")):
             # AutoTokenizer would take Mistral's file for the checkpoint's own
             return PreTrainedTokenizerFast.from_pretrained(folder, **settings)
-        return AutoTokenizer.from_pretrained(folder, **settings)
+        with _no_search_for_mistrals(folder):
+            return AutoTokenizer.from_pretrained(folder, **settings)
     except Exception as error:  # of as many kinds as there are ways for its files to be wrong
         config_path = folder / "tokenizer_config.json"
         has_code = config_path.is_file() and "auto_map" in read_json_object(config_path)
@@ -173,6 +174,23 @@ def _own_backend(folder: Path) -> Any:
             f"{folder} holds no tokenizer that transformers can read ({_said(error)}): copy "
             "the model's tokenizer files there"
         ) from error
+
+
+@contextmanager
+def _no_search_for_mistrals(folder: Path) -> Iterator[None]:
+    """AutoTokenizer loads mistral-common to look for a file that is not there: 0.2 s."""
+    from transformers.models.auto import tokenization_auto
+
+    auto: Any = tokenization_auto
+    search = getattr(auto, "_use_mistral_format", None)
+    if search is None or (folder / "tekken.json").is_file():
+        yield
+        return
+    auto._use_mistral_format = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        auto._use_mistral_format = search
 
 
 @contextmanager

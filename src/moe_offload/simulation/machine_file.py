@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ConfigDict
 
 from moe_offload.errors import UserError
 from moe_offload.experts.costs import CostModel, DiskCost, SideCost
@@ -21,7 +22,9 @@ from moe_offload.simulation.shapes import ModelShape
 
 
 class _Part:
-    """Numbers in a range: beyond, clocks and costs mean nothing."""
+    """Numbers in a range, of known names: beyond, clocks and costs mean nothing."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -73,7 +76,7 @@ class Bus(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pcie not in self.gbps or not all(isinstance(one, int) for one in self.gbps):
+        if self.pcie not in self.gbps:
             raise ValueError(
                 f"bus.gbps: expected GB/s by PCIe generation, {self.pcie} among them, found "
                 f"{self.gbps!r:.80}"

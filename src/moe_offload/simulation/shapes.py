@@ -55,12 +55,6 @@ def known_shapes() -> dict[str, dict[str, Any]]:
     return shapes
 
 
-def shape_named_in(model: str) -> str | None:
-    """The shape whose name begins a model's, as files of weights are called; None without one."""
-    plain = model.lower().replace("_", "-")
-    return next((name for name in known_shapes() if plain.startswith(name)), None)
-
-
 def shape_config(name: str, n_layers: int | None = None) -> dict[str, Any]:
     """The transformers configuration of the shape called `name`, cut to `n_layers` where given.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_offload.commands.answer_text import ThinkingView, UpToStop
+from moe_offload.commands.conversations import ThinkingView, UpToStop
 
 DIM, NORMAL = "\x1b[2m", "\x1b[22m"
 ANSWERS = [
