@@ -44,8 +44,8 @@ float element(const void* data, int format, int64_t at) {
                          : static_cast<const float*>(data)[at];
 }
 
-void score_keys(const void* keys, int format, int64_t cols, int n_keys, const void*, const float* query,
-                int n_heads, float* y, int64_t ldy) {
+void score_keys(const void* keys, int format, int64_t cols, int n_keys, const void*,
+                const float* query, int n_heads, float* y, int64_t ldy) {
   for (int h = 0; h < n_heads; ++h)
     for (int k = 0; k < n_keys; ++k) {
       float sum = 0.0f;
@@ -55,8 +55,8 @@ void score_keys(const void* keys, int format, int64_t cols, int n_keys, const vo
     }
 }
 
-void mix_values(const void* values, int format, int64_t cols, int n_keys, const void*, const float* weight,
-                int64_t ldw, int n_heads, float* y, int64_t ldy) {
+void mix_values(const void* values, int format, int64_t cols, int n_keys, const void*,
+                const float* weight, int64_t ldw, int n_heads, float* y, int64_t ldy) {
   for (int h = 0; h < n_heads; ++h)
     for (int k = 0; k < n_keys; ++k)
       for (int64_t d = 0; d < cols; ++d)
