@@ -83,10 +83,15 @@ void Attention::chunk(int64_t item, float* scores) {
       a_.mask == nullptr ? nullptr : a_.mask + batch * a_.mask_strides[0] + first;
   const int n_heads = static_cast<int>(group_);
   const int64_t first_row = batch * a_.n_heads + kv_head * group_;
-  for (int64_t k = 0; k < n_keys; k += kBlockKeys)
-    kernels_.score_keys(keys + k * a_.key_size * element, format, a_.key_size,
-                        static_cast<int>(std::min(kBlockKeys, n_keys - k)),
-                        query_ + first_row * a_.key_size, n_heads, scores + k, kChunkKeys);
+  const auto block = [&](int64_t k) { return static_cast<int>(std::min(kBlockKeys, n_keys - k)); };
+  const char* after = at + 1 < n_chunks_ ? keys + n_keys * a_.key_size * element : nullptr;
+  for (int64_t k = 0; k < n_keys; k += kBlockKeys) {
+    const char* block_keys = keys + k * a_.key_size * element;
+    const char* next = block_keys + block(k) * a_.key_size * element;
+    kernels_.score_keys(block_keys, format, a_.key_size, block(k),
+                        k + kBlockKeys < n_keys ? next : values, query_ + first_row * a_.key_size,
+                        n_heads, scores + k, kChunkKeys);
+  }
   float* partial = partial_ + (first_row * n_chunks_ + at) * a_.value_size;
   const int64_t stride = n_chunks_ * a_.value_size;
   for (int64_t h = 0; h < group_; ++h) {
@@ -96,10 +101,13 @@ void Attention::chunk(int64_t item, float* scores) {
     largest_[row] = kernels_.exponentials(x, n_keys, -INFINITY, total_ + row);
     std::fill(partial + h * stride, partial + h * stride + a_.value_size, 0.0f);
   }
-  for (int64_t k = 0; k < n_keys; k += kBlockKeys)
-    kernels_.mix_values(values + k * a_.value_size * element, format, a_.value_size,
-                        static_cast<int>(std::min(kBlockKeys, n_keys - k)), scores + k, kChunkKeys,
-                        n_heads, partial, stride);
+  for (int64_t k = 0; k < n_keys; k += kBlockKeys) {
+    const char* block_values = values + k * a_.value_size * element;
+    const char* next = block_values + block(k) * a_.value_size * element;
+    kernels_.mix_values(block_values, format, a_.value_size, block(k),
+                        k + kBlockKeys < n_keys ? next : after, scores + k, kChunkKeys, n_heads,
+                        partial, stride);
+  }
 }
 
 // Adds the chunks of one sequence and head.

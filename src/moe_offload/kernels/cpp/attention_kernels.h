@@ -6,6 +6,8 @@
 // key is read and widened once for all.
 #pragma once
 
+#include <algorithm>
+
 #include "float_kernels.h"
 
 namespace cpux {
@@ -73,12 +75,28 @@ inline float exponentials(float* x, int64_t n, float least, float* sum) {
   return top;
 }
 
-// Keys so far ahead, and the next block of values, are asked for into the first level: eight heads on
-// a key take as long as reading it, so that what waits for the second level is lost (8,192 keys of
-// Qwen3-30B's heads, AVX512: 694 us from there, 554 from the first; 3 KiB ahead 565, 1.5 KiB 559; the
-// keys packed into panels as a prompt's are, 1,640).
-constexpr int64_t kKeysAheadBytes = 6144;
-constexpr int kFirstLevel = 3;  // of __builtin_prefetch
+// What is read next, asked for into the first level: eight heads on a key take as long as reading it, so
+// that what waits for the second level is lost. The calls on a block of keys or values ask for shares of
+// it: memory works all the time that the block is computed on (Zen 3, AVX2, 32,768 keys of Qwen3-30B's
+// heads: 8.7 ms where the first heads ask for all of it, 7.9 so).
+class NextBlock {
+ public:
+  // `row_bytes` for each key of a block of n_keys, in `shares`.
+  NextBlock(const void* next, int64_t row_bytes, int n_keys, int64_t shares)
+      : at_(reinterpret_cast<uintptr_t>(next)),
+        step_(next == nullptr ? 0 : row_bytes / shares),
+        share_(step_ * n_keys) {}
+  // The share's part that goes with keys [k, k + n).
+  void ask(int64_t share, int k, int n) const {
+    const uintptr_t from = at_ + share * share_ + k * step_;
+    for (int64_t byte = 0; byte < n * step_; byte += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(from + byte), 0, 3);
+  }
+
+ private:
+  const uintptr_t at_;
+  const int64_t step_, share_;
+};
 
 template <class V, class W, int kKeys, int kHeads>
 inline void score_block(const W* keys, int64_t cols, const float* query, float* y, int64_t ldy) {
@@ -87,9 +105,6 @@ inline void score_block(const W* keys, int64_t cols, const float* query, float* 
   for (int k = 0; k < kKeys; ++k)
 #pragma GCC unroll 8
     for (int h = 0; h < kHeads; ++h) acc[k][h] = V::zero();
-  const uintptr_t next = reinterpret_cast<uintptr_t>(keys) + kKeysAheadBytes;
-  for (int64_t line = 0; line < kKeys * cols * static_cast<int64_t>(sizeof(W)); line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, kFirstLevel);
   int64_t d = 0;
   for (; d + V::lanes <= cols; d += V::lanes) {
     typename V::Type key[kKeys];
@@ -124,31 +139,32 @@ inline void score_block(const W* keys, int64_t cols, const float* query, float* 
     for (int k = 0; k < kKeys; ++k) y[h * ldy + k] = sum[k][h];
 }
 
+// Heads h to h + kHeads.
 template <class V, class W, int kKeys, int kHeads>
-inline void score_heads(const W* keys, int64_t cols, int n_keys, const float* query, float* y,
-                        int64_t ldy) {
+inline void score_heads(const W* keys, int64_t cols, int n_keys, const NextBlock& next, int h,
+                        const float* query, float* y, int64_t ldy) {
+  query += h * cols;
+  y += h * ldy;
   int k = 0;
-  for (; k + kKeys <= n_keys; k += kKeys)
+  for (; k + kKeys <= n_keys; k += kKeys) {
+    for (int i = 0; i < kHeads; ++i) next.ask(h + i, k, kKeys);
     score_block<V, W, kKeys, kHeads>(keys + k * cols, cols, query, y + k, ldy);
+  }
   for (; k < n_keys; ++k)
     score_block<V, W, 1, kHeads>(keys + k * cols, cols, query, y + k, ldy);
 }
 
-// kHeads heads of the values of kVectors vectors of columns. What lies `ahead` elements on is asked for
-// meanwhile, unless that is 0.
+// kHeads heads of the values of kVectors vectors of columns; `share` of the next block.
 template <class V, class W, int kHeads, int kVectors>
-inline void mix_columns(const W* values, int64_t cols, int n_keys, int64_t ahead,
-                        const float* weight, int64_t ldw, float* y, int64_t ldy) {
+inline void mix_columns(const W* values, int64_t cols, int n_keys, const NextBlock& next,
+                        int64_t share, const float* weight, int64_t ldw, float* y, int64_t ldy) {
   typename V::Type acc[kHeads][kVectors];
 #pragma GCC unroll 8
   for (int h = 0; h < kHeads; ++h)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) acc[h][v] = V::load(y + h * ldy + v * V::lanes);
   for (int k = 0; k < n_keys; ++k, values += cols) {
-    const uintptr_t next = reinterpret_cast<uintptr_t>(values) + ahead * sizeof(W);
-    if (ahead != 0)
-      for (int line = 0; line < kVectors * V::lanes * static_cast<int>(sizeof(W)); line += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, kFirstLevel);
+    next.ask(share, k, 1);
     typename V::Type value[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) value[v] = load_weight<V>(values + v * V::lanes);
@@ -165,72 +181,78 @@ inline void mix_columns(const W* values, int64_t cols, int n_keys, int64_t ahead
     for (int v = 0; v < kVectors; ++v) V::store(y + h * ldy + v * V::lanes, acc[h][v]);
 }
 
+// Heads h to h + kHeads of n_heads.
 template <class V, class W, int kHeads, int kVectors>
-inline void mix_heads(const W* values, int64_t cols, int n_keys, const float* weight, int64_t ldw,
-                      float* y, int64_t ldy) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(W));
+inline void mix_heads(const W* values, int64_t cols, int n_keys, const void* next_block, int h,
+                      int n_heads, const float* weight, int64_t ldw, float* y, int64_t ldy) {
+  weight += h * ldw;
+  y += h * ldy;
+  constexpr int64_t kColumns = kVectors * V::lanes;
+  const int64_t calls = cols / kColumns;
+  const NextBlock next(next_block, cols * static_cast<int64_t>(sizeof(W)), n_keys,
+                       std::max<int64_t>(1, calls * n_heads / kHeads));
   int64_t c = 0;
-  for (; c + kVectors * V::lanes <= cols; c += kVectors * V::lanes)
-    mix_columns<V, W, kHeads, kVectors>(values + c, cols, n_keys,
-                                        c % kLine < kVectors * V::lanes ? n_keys * cols : 0, weight,
-                                        ldw, y + c, ldy);
+  for (; c + kColumns <= cols; c += kColumns)
+    mix_columns<V, W, kHeads, kVectors>(values + c, cols, n_keys, next,
+                                        h / kHeads * calls + c / kColumns, weight, ldw, y + c, ldy);
+  const NextBlock nothing(nullptr, 0, 0, 1);
   for (; c + V::lanes <= cols; c += V::lanes)
-    mix_columns<V, W, kHeads, 1>(values + c, cols, n_keys, 0, weight, ldw, y + c, ldy);
+    mix_columns<V, W, kHeads, 1>(values + c, cols, n_keys, nothing, 0, weight, ldw, y + c, ldy);
   for (; c < cols; ++c)
-    for (int h = 0; h < kHeads; ++h)
+    for (int i = 0; i < kHeads; ++i)
       for (int k = 0; k < n_keys; ++k)
-        y[h * ldy + c] += weight[h * ldw + k] * scalar_weight(values + k * cols + c);
+        y[i * ldy + c] += weight[i * ldw + k] * scalar_weight(values + k * cols + c);
 }
 
 // As many heads as the registers hold sums of, for all that there are.
 template <class V, class W>
-inline void score_keys_of(const W* keys, int64_t cols, int n_keys, const float* query, int n_heads,
-                          float* y, int64_t ldy) {
+inline void score_keys_of(const W* keys, int64_t cols, int n_keys, const void* next_block,
+                          const float* query, int n_heads, float* y, int64_t ldy) {
   constexpr bool kWide = V::registers == 32;
+  const NextBlock next(next_block, cols * static_cast<int64_t>(sizeof(W)), n_keys, n_heads);
   int h = 0;
-  const auto next = [&](int n) { return h + n <= n_heads; };
-  const auto q = [&] { return query + h * cols; };
-  const auto out = [&] { return y + h * ldy; };
-  if constexpr (kWide)
-    for (; next(8); h += 8) score_heads<V, W, 3, 8>(keys, cols, n_keys, q(), out(), ldy);
-  for (; next(4); h += 4) score_heads<V, W, kWide ? 4 : 3, 4>(keys, cols, n_keys, q(), out(), ldy);
-  for (; next(2); h += 2) score_heads<V, W, 4, 2>(keys, cols, n_keys, q(), out(), ldy);
-  for (; next(1); ++h) score_heads<V, W, 8, 1>(keys, cols, n_keys, q(), out(), ldy);
+  const auto heads = [&](int n, auto score) {
+    for (; h + n <= n_heads; h += n) score(keys, cols, n_keys, next, h, query, y, ldy);
+  };
+  if constexpr (kWide) heads(8, score_heads<V, W, 3, 8>);
+  heads(4, score_heads<V, W, kWide ? 4 : 3, 4>);
+  heads(2, score_heads<V, W, 4, 2>);
+  heads(1, score_heads<V, W, 8, 1>);
 }
 
 template <class V>
-inline void score_keys(const void* keys, int format, int64_t cols, int n_keys, const float* query,
-                       int n_heads, float* y, int64_t ldy) {
+inline void score_keys(const void* keys, int format, int64_t cols, int n_keys, const void* next,
+                       const float* query, int n_heads, float* y, int64_t ldy) {
   if (format == kBf16)
-    score_keys_of<V>(static_cast<const uint16_t*>(keys), cols, n_keys, query, n_heads, y, ldy);
+    score_keys_of<V>(static_cast<const uint16_t*>(keys), cols, n_keys, next, query, n_heads, y, ldy);
   else
-    score_keys_of<V>(static_cast<const float*>(keys), cols, n_keys, query, n_heads, y, ldy);
+    score_keys_of<V>(static_cast<const float*>(keys), cols, n_keys, next, query, n_heads, y, ldy);
 }
 
 template <class V, class W>
-inline void mix_values_of(const W* values, int64_t cols, int n_keys, const float* weight,
-                          int64_t ldw, int n_heads, float* y, int64_t ldy) {
+inline void mix_values_of(const W* values, int64_t cols, int n_keys, const void* next,
+                          const float* weight, int64_t ldw, int n_heads, float* y, int64_t ldy) {
   constexpr bool kWide = V::registers == 32;
   int h = 0;
-  const auto next = [&](int n) { return h + n <= n_heads; };
-  const auto w = [&] { return weight + h * ldw; };
-  const auto out = [&] { return y + h * ldy; };
-  if constexpr (kWide)
-    for (; next(8); h += 8) mix_heads<V, W, 8, 2>(values, cols, n_keys, w(), ldw, out(), ldy);
-  for (; next(4); h += 4)
-    mix_heads<V, W, 4, kWide ? 4 : 2>(values, cols, n_keys, w(), ldw, out(), ldy);
-  for (; next(2); h += 2) mix_heads<V, W, 2, 4>(values, cols, n_keys, w(), ldw, out(), ldy);
-  for (; next(1); ++h) mix_heads<V, W, 1, 4>(values, cols, n_keys, w(), ldw, out(), ldy);
+  const auto heads = [&](int n, auto mix) {
+    for (; h + n <= n_heads; h += n)
+      mix(values, cols, n_keys, next, h, n_heads, weight, ldw, y, ldy);
+  };
+  if constexpr (kWide) heads(8, mix_heads<V, W, 8, 2>);
+  heads(4, mix_heads<V, W, 4, kWide ? 4 : 2>);
+  heads(2, mix_heads<V, W, 2, 4>);
+  heads(1, mix_heads<V, W, 1, 4>);
 }
 
 template <class V>
-inline void mix_values(const void* values, int format, int64_t cols, int n_keys,
+inline void mix_values(const void* values, int format, int64_t cols, int n_keys, const void* next,
                        const float* weight, int64_t ldw, int n_heads, float* y, int64_t ldy) {
   if (format == kBf16)
-    mix_values_of<V>(static_cast<const uint16_t*>(values), cols, n_keys, weight, ldw, n_heads, y,
-                     ldy);
+    mix_values_of<V>(static_cast<const uint16_t*>(values), cols, n_keys, next, weight, ldw, n_heads,
+                     y, ldy);
   else
-    mix_values_of<V>(static_cast<const float*>(values), cols, n_keys, weight, ldw, n_heads, y, ldy);
+    mix_values_of<V>(static_cast<const float*>(values), cols, n_keys, next, weight, ldw, n_heads, y,
+                     ldy);
 }
 
 }  // namespace

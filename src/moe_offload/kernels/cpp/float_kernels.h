@@ -28,31 +28,61 @@ inline float scalar_weight(const uint16_t* w) { return float_of_bf16(*w); }
 //   one token, longer rows: two rows at a time, so that a load of x serves both
 //   more tokens: four or three rows at a time, as many as 16 registers hold sums and weights of; a
 //   weight is widened once for all tokens of a call, a token's vector loaded once for all rows
-// Several rows at a time prefetch the next ones. Distances that are multiples of 4 KiB fall on the
-// cache sets in use and are slower.
+// Several rows at a time prefetch whole rows, as many of their steps ahead as 6 KiB take. Distances that are
+// multiples of 4 KiB fall on the cache sets in use and are slower. The last rows ask for what is read next.
 constexpr int64_t kStreamAheadBytes = 6144;
 constexpr int64_t kResidentBytes = 16384;
 constexpr int kSecondLevel = 2;  // of __builtin_prefetch
 
+// What a product reads: `rows` rows at w, then those at `next`.
+struct Stream {
+  uintptr_t w;
+  int64_t row_bytes, rows;
+  uintptr_t next;
+
+  uintptr_t row(int64_t index) const {
+    return index < rows ? w + index * row_bytes : next + (index - rows) * row_bytes;
+  }
+};
+
+// What rows [first, first + kRows) of a stream ask for meanwhile. As integers: a prefetch may point past
+// the matrix, C++ pointers may not.
+template <int kRows>
+class RowsAhead {
+ public:
+  RowsAhead(const Stream& stream, int64_t first) {
+    const int64_t step = kRows * stream.row_bytes;
+    const int64_t steps = (kStreamAheadBytes + (kRows > 1 ? step - 1 : 0)) / step;
+    const int64_t shift = kRows > 1 ? 0 : kStreamAheadBytes % step;
+    for (int r = 0; r < kRows; ++r) start_[r] = stream.row(first + steps * kRows + r) + shift;
+    turn_ = stream.row_bytes - shift;
+    then_ = stream.row(first + steps + 1) - turn_;
+  }
+  void ask(int r, int64_t byte) const {
+    const uintptr_t from = kRows == 1 && byte >= turn_ ? then_ : start_[r];
+    __builtin_prefetch(reinterpret_cast<const void*>(from + byte), 0, kSecondLevel);
+  }
+
+ private:
+  uintptr_t start_[kRows], then_;
+  int64_t turn_;
+};
+
 template <class V, class W, int kRows, int kTokens>
-inline void dot_block(const W* w, int64_t cols, const float* const* x, float* y, int64_t ldy) {
+inline void dot_block(const W* w, int64_t cols, const RowsAhead<kRows>& ahead,
+                      const float* const* x, float* y, int64_t ldy) {
   constexpr int kUnroll = 4;
   constexpr int kSets = kTokens == 1 ? 4 : 1;  // independent chains of additions
   constexpr int kLineElements = 64 / static_cast<int>(sizeof(W));
-  const int64_t ahead = kRows == 1 ? kStreamAheadBytes / static_cast<int64_t>(sizeof(W))
-                                   : kRows * cols;
   typename V::Type acc[kSets][kRows][kTokens];
   for (int s = 0; s < kSets; ++s)
     for (int r = 0; r < kRows; ++r)
       for (int t = 0; t < kTokens; ++t) acc[s][r][t] = V::zero();
   int64_t k = 0;
   for (; k + kUnroll * V::lanes <= cols; k += kUnroll * V::lanes) {
-    for (int r = 0; r < kRows; ++r) {
-      // As an integer: a prefetch may point past the matrix, C++ pointers may not.
-      const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead * sizeof(W);
+    for (int r = 0; r < kRows; ++r)
       for (int line = 0; line < kUnroll * V::lanes; line += kLineElements)
-        __builtin_prefetch(reinterpret_cast<const void*>(next + line * sizeof(W)), 0, kSecondLevel);
-    }
+        ahead.ask(r, (k + line) * static_cast<int64_t>(sizeof(W)));
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = k + u * V::lanes;
@@ -86,36 +116,37 @@ inline void dot_block(const W* w, int64_t cols, const float* const* x, float* y,
 }
 
 template <class V, class W, int kRows, int kTokens>
-inline void dot_tokens(const W* w, int64_t cols, int rows, const float* const* x, float* y,
-                       int64_t ldy) {
-  int r = 0;
+inline void dot_tokens(const W* w, int64_t cols, int from, int rows, uintptr_t next,
+                       const float* const* x, float* y, int64_t ldy) {
+  const Stream stream{reinterpret_cast<uintptr_t>(w), cols * static_cast<int64_t>(sizeof(W)), rows,
+                      next};
+  int r = from;
   for (; r + kRows <= rows; r += kRows)
-    dot_block<V, W, kRows, kTokens>(w + r * cols, cols, x, y + r, ldy);
-  if constexpr (kRows > 1)
-    dot_tokens<V, W, 1, kTokens>(w + r * cols, cols, rows - r, x, y + r, ldy);
+    dot_block<V, W, kRows, kTokens>(w + r * cols, cols, RowsAhead<kRows>(stream, r), x, y + r, ldy);
+  if constexpr (kRows > 1) dot_tokens<V, W, 1, kTokens>(w, cols, r, rows, next, x, y, ldy);
 }
 
 template <class V, class W>
-inline void dot_rows_of(const W* w, int64_t cols, int rows, const float* const* x, int n_tokens,
-                        float* y, int64_t ldy) {
+inline void dot_rows_of(const W* w, int64_t cols, int rows, uintptr_t next, const float* const* x,
+                        int n_tokens, float* y, int64_t ldy) {
   switch (n_tokens) {
     case 1:
       if (cols * static_cast<int64_t>(sizeof(float)) <= kResidentBytes)
-        return dot_tokens<V, W, 1, 1>(w, cols, rows, x, y, ldy);
-      return dot_tokens<V, W, 2, 1>(w, cols, rows, x, y, ldy);
-    case 2: return dot_tokens<V, W, 4, 2>(w, cols, rows, x, y, ldy);
-    case 3: return dot_tokens<V, W, 3, 3>(w, cols, rows, x, y, ldy);
-    default: return dot_tokens<V, W, 3, 4>(w, cols, rows, x, y, ldy);
+        return dot_tokens<V, W, 1, 1>(w, cols, 0, rows, next, x, y, ldy);
+      return dot_tokens<V, W, 2, 1>(w, cols, 0, rows, next, x, y, ldy);
+    case 2: return dot_tokens<V, W, 4, 2>(w, cols, 0, rows, next, x, y, ldy);
+    case 3: return dot_tokens<V, W, 3, 3>(w, cols, 0, rows, next, x, y, ldy);
+    default: return dot_tokens<V, W, 3, 4>(w, cols, 0, rows, next, x, y, ldy);
   }
 }
 
 template <class V>
-inline void dot_rows(const void* w, int format, int64_t cols, int rows, const float* const* x,
-                     int n_tokens, float* y, int64_t ldy) {
+inline void dot_rows(const void* w, int format, int64_t cols, int rows, uintptr_t next,
+                     const float* const* x, int n_tokens, float* y, int64_t ldy) {
   if (format == kBf16)
-    dot_rows_of<V>(static_cast<const uint16_t*>(w), cols, rows, x, n_tokens, y, ldy);
+    dot_rows_of<V>(static_cast<const uint16_t*>(w), cols, rows, next, x, n_tokens, y, ldy);
   else
-    dot_rows_of<V>(static_cast<const float*>(w), cols, rows, x, n_tokens, y, ldy);
+    dot_rows_of<V>(static_cast<const float*>(w), cols, rows, next, x, n_tokens, y, ldy);
 }
 
 // fp8: sums of each scale's columns apart. A scale covers whole pairs of vectors, but for the last.
@@ -123,10 +154,11 @@ inline void dot_rows(const void* w, int format, int64_t cols, int rows, const fl
 // subnormal, the sums the other half. (In the weights, of which the smallest are subnormal, it halves
 // the speed of a matrix that has many of those: Zen 5.)
 template <class V, int kRows, int kTokens>
-inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float* y, int64_t ldy) {
+inline void fp8_block(const Matrix& m, int64_t row, const RowsAhead<kRows>& ahead,
+                      const float* const* x, float* y, int64_t ldy) {
   constexpr int kPair = 2 * V::lanes, kLine = 64;
   constexpr int kSets = kTokens == 1 ? 2 : 1;  // chains of additions
-  const int64_t cols = m.cols, ahead = kRows * cols;
+  const int64_t cols = m.cols;
   const uint8_t* w = m.w + row * cols;
   const typename V::Type half = V::broadcast(&kFp8Half);
   typename V::Type total[kRows][kTokens];
@@ -159,10 +191,7 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
         }
     };
     for (; k + kLine <= end; k += kLine) {
-      for (int r = 0; r < kRows; ++r) {
-        const uintptr_t next = reinterpret_cast<uintptr_t>(w + r * cols + k) + ahead;
-        __builtin_prefetch(reinterpret_cast<const void*>(next), 0, kSecondLevel);
-      }
+      for (int r = 0; r < kRows; ++r) ahead.ask(r, k);
 #pragma GCC unroll 4
       for (int at = 0; at < kLine; at += kPair) add_pair(k + at);
     }
@@ -189,24 +218,25 @@ inline void fp8_block(const Matrix& m, int64_t row, const float* const* x, float
 }
 
 template <class V, int kRows, int kTokens>
-inline void fp8_tokens(const Matrix& m, int64_t row, int rows, const float* const* x, float* y,
-                       int64_t ldy) {
-  int r = 0;
+inline void fp8_tokens(const Matrix& m, int64_t row, int from, int rows, uintptr_t next,
+                       const float* const* x, float* y, int64_t ldy) {
+  const Stream stream{reinterpret_cast<uintptr_t>(m.w) + row * m.cols, m.cols, rows, next};
+  int r = from;
   for (; r + kRows <= rows; r += kRows)
-    fp8_block<V, kRows, kTokens>(m, row + r, x, y + r, ldy);
+    fp8_block<V, kRows, kTokens>(m, row + r, RowsAhead<kRows>(stream, r), x, y + r, ldy);
   if constexpr (kRows > 1)
-    if (r < rows) fp8_tokens<V, kRows - 1, kTokens>(m, row + r, rows - r, x, y + r, ldy);
+    if (r < rows) fp8_tokens<V, kRows - 1, kTokens>(m, row, r, rows, next, x, y, ldy);
 }
 
 // As many rows at a time as 16 registers hold sums and weights of.
 template <class V>
-inline void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
-                    float* y, int64_t ldy) {
+inline void dot_fp8(const Matrix& m, int64_t row, int rows, uintptr_t next, const float* const* x,
+                    int n_tokens, float* y, int64_t ldy) {
   switch (n_tokens) {
-    case 1: return fp8_tokens<V, 3, 1>(m, row, rows, x, y, ldy);
-    case 2: return fp8_tokens<V, 3, 2>(m, row, rows, x, y, ldy);
-    case 3: return fp8_tokens<V, 3, 3>(m, row, rows, x, y, ldy);
-    default: return fp8_tokens<V, 2, 4>(m, row, rows, x, y, ldy);
+    case 1: return fp8_tokens<V, 3, 1>(m, row, 0, rows, next, x, y, ldy);
+    case 2: return fp8_tokens<V, 3, 2>(m, row, 0, rows, next, x, y, ldy);
+    case 3: return fp8_tokens<V, 3, 3>(m, row, 0, rows, next, x, y, ldy);
+    default: return fp8_tokens<V, 2, 4>(m, row, 0, rows, next, x, y, ldy);
   }
 }
 

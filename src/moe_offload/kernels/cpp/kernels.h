@@ -94,8 +94,8 @@ struct Ahead {
   int step_bytes;     // k_step weights of a row
 };
 
-// Where a product reads on after a row block of tiles: weights and scales, asked for as the block's own
-// run out. Addresses, for they may lie past a matrix; `w` 0: nothing is asked for.
+// Where a product reads on after a row block of tiles, or after rows: weights, and tiles' scales, asked for
+// as its own run out. Addresses, for they may lie past a matrix; `w` 0: nothing is asked for.
 struct Next {
   uintptr_t w, scales;
 };
@@ -136,20 +136,22 @@ struct Kernels {
   const char* name;
 
   // y[t*ldy + r] = sum_k w[r, k] * x[t][k], t < n_tokens <= kMaxDotTokens, r < rows.
-  void (*dot_rows)(const void* w, int format, int64_t cols, int rows, const float* const* x,
-                   int n_tokens, float* y, int64_t ldy);
+  // `next`: the rows that are read next.
+  void (*dot_rows)(const void* w, int format, int64_t cols, int rows, uintptr_t next,
+                   const float* const* x, int n_tokens, float* y, int64_t ldy);
 
   // The same for rows [row, row + rows) of an fp8 matrix; x: the activations times kFp8Half.
-  void (*dot_fp8)(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens,
-                  float* y, int64_t ldy);
+  void (*dot_fp8)(const Matrix& m, int64_t row, int rows, uintptr_t next, const float* const* x,
+                  int n_tokens, float* y, int64_t ldy);
 
   // Attention of one token for heads that share keys [n_keys, cols] or values; formats as in dot_rows.
+  // `next`: what is read next, of as many bytes, asked for meanwhile; null: nothing.
   // y[h*ldy + k] = sum_d keys[k, d] * query[h*cols + d]
-  void (*score_keys)(const void* keys, int format, int64_t cols, int n_keys, const float* query,
-                     int n_heads, float* y, int64_t ldy);
+  void (*score_keys)(const void* keys, int format, int64_t cols, int n_keys, const void* next,
+                     const float* query, int n_heads, float* y, int64_t ldy);
   // y[h*ldy + d] += sum_k weight[h*ldw + k] * values[k, d]
-  void (*mix_values)(const void* values, int format, int64_t cols, int n_keys, const float* weight,
-                     int64_t ldw, int n_heads, float* y, int64_t ldy);
+  void (*mix_values)(const void* values, int format, int64_t cols, int n_keys, const void* next,
+                     const float* weight, int64_t ldw, int n_heads, float* y, int64_t ldy);
 
   Gemm gemm;              // fp32 panels, exact widening of bf16
   Gemm gemm_bf16;         // bf16 panels; element_bytes 0 where the instruction is missing

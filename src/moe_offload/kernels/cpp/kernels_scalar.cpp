@@ -6,7 +6,7 @@
 namespace cpux {
 namespace {
 
-void dot_rows(const void* w, int format, int64_t cols, int rows, const float* const* x,
+void dot_rows(const void* w, int format, int64_t cols, int rows, uintptr_t, const float* const* x,
               int n_tokens, float* y, int64_t ldy) {
   for (int r = 0; r < rows; ++r) {
     for (int t = 0; t < n_tokens; ++t) {
@@ -44,8 +44,8 @@ float element(const void* data, int format, int64_t at) {
                          : static_cast<const float*>(data)[at];
 }
 
-void score_keys(const void* keys, int format, int64_t cols, int n_keys, const float* query,
-                int n_heads, float* y, int64_t ldy) {
+void score_keys(const void* keys, int format, int64_t cols, int n_keys, const void*,
+                const float* query, int n_heads, float* y, int64_t ldy) {
   for (int h = 0; h < n_heads; ++h)
     for (int k = 0; k < n_keys; ++k) {
       float sum = 0.0f;
@@ -55,15 +55,15 @@ void score_keys(const void* keys, int format, int64_t cols, int n_keys, const fl
     }
 }
 
-void mix_values(const void* values, int format, int64_t cols, int n_keys, const float* weight,
-                int64_t ldw, int n_heads, float* y, int64_t ldy) {
+void mix_values(const void* values, int format, int64_t cols, int n_keys, const void*,
+                const float* weight, int64_t ldw, int n_heads, float* y, int64_t ldy) {
   for (int h = 0; h < n_heads; ++h)
     for (int k = 0; k < n_keys; ++k)
       for (int64_t d = 0; d < cols; ++d)
         y[h * ldy + d] += weight[h * ldw + k] * element(values, format, k * cols + d);
 }
 
-void dot_fp8(const Matrix& m, int64_t row, int rows, const float* const* x, int n_tokens, float* y,
+void dot_fp8(const Matrix& m, int64_t row, int rows, uintptr_t, const float* const* x, int n_tokens, float* y,
              int64_t ldy) {
   for (int r = 0; r < rows; ++r) {
     const uint8_t* w = m.w + (row + r) * m.cols;

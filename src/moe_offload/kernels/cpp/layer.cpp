@@ -234,17 +234,15 @@ void Chunk::gather(const Item& item) {
   pack_panel(kernels_, e.x, item.index, rows);
 }
 
-// Where tiles are read after a tile of the first pass, if this thread takes the following one, or
+// Where weights are read after a tile of the first pass, if this thread takes the following one, or
 // after an expert's in the second.
 Next Chunk::after_gate_tile(int64_t tile) const {
-  if (!quantised_) return {};
   const int64_t per_expert = tiles(layer_.intermediate_size);
   if (++tile == groups_.n_experts * per_expert) return place_of(down(groups_.experts[0]), 0);
   return place_of(gate_up(groups_.experts[tile / per_expert]), tile % per_expert * tile_);
 }
 
 Next Chunk::after_down(const Expert* e, int64_t tile) const {
-  if (!quantised_) return {};
   if (++e == groups_.end()) return place_of(down(groups_.experts[0]), (tile + 1) * tile_);
   return place_of(down(*e), tile * tile_);
 }
@@ -259,7 +257,7 @@ void Chunk::gate_tile(int64_t tile, const Scratch& s) {
   const bool has_gate = layer_.has_gate != 0;
   const int64_t up = layer_.intermediate_size;
   const Next then = after_gate_tile(tile);
-  const Next then_up = has_gate && quantised_ ? place_of(m, up + i0) : then;
+  const Next then_up = has_gate ? place_of(m, up + i0) : then;
   const int gate_offset = product(kernels_, m, e.x, i0, i1, s.c, s, then_up);
   int up_offset = 0;
   if (has_gate) up_offset = product(kernels_, m, e.x, up + i0, up + i1, s.other, s, then);

@@ -54,23 +54,27 @@ int64_t group_at(const QuantFormat& format, const Activations& a, int64_t t, int
   return first * a.groups() + g * tokens + (t - first);
 }
 
+int64_t element_bytes(const Matrix& m) {
+  return m.format == kFp32 ? 4 : m.format == kBf16 ? 2 : 1;
+}
+
 int product_dot(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
-                int64_t r1, float* c, int64_t stride) {
-  const int64_t element = m.format == kBf16 ? 2 : 4;
+                int64_t r1, const Next& next, float* c, int64_t stride) {
   // More tokens than one call takes: few rows at a time, which wait in the cache for the next call,
   // and calls of about as many tokens (a call for one or two is worth little).
   const int64_t step = a.n <= kMaxDotTokens ? r1 - r0 : kDotRows;
   for (int64_t r = r0; r < r1; r += step) {
     const int rows = static_cast<int>(std::min(step, r1 - r));
+    const uintptr_t then = r + rows < r1 || next.w == 0 ? place_of(m, r + rows).w : next.w;
     int64_t t = 0;
     for (int64_t calls = (a.n + kMaxDotTokens - 1) / kMaxDotTokens; calls > 0; --calls) {
       const int64_t tokens = (a.n - t + calls - 1) / calls;
       float* y = c + t * stride + (r - r0);
       if (m.format == kFp8)
-        kernels.dot_fp8(m, r, rows, a.rows + t, static_cast<int>(tokens), y, stride);
+        kernels.dot_fp8(m, r, rows, then, a.rows + t, static_cast<int>(tokens), y, stride);
       else
-        kernels.dot_rows(m.w + r * m.cols * element, m.format, m.cols, rows, a.rows + t,
-                         static_cast<int>(tokens), y, stride);
+        kernels.dot_rows(m.w + r * m.cols * element_bytes(m), m.format, m.cols, rows, then,
+                         a.rows + t, static_cast<int>(tokens), y, stride);
       t += tokens;
     }
   }
@@ -133,7 +137,7 @@ int64_t slice_depth(int64_t cols, int element_bytes) {
 void product_panels(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0,
                     int64_t r1, float* c, void* slice) {
   const Gemm& gemm = gemm_of(kernels, a.form);
-  const int64_t element = m.format == kFp32 ? 4 : m.format == kBf16 ? 2 : 1;
+  const int64_t element = element_bytes(m);
   const int64_t cols = padded_cols(gemm, a);
   const int64_t depth_max = slice_depth(cols, gemm.element_bytes);
   const auto weights = [&](int64_t row, int64_t k) -> const uint8_t* {
@@ -306,6 +310,8 @@ void copy_quantised(const Kernels& kernels, const Activations& a, int64_t t,
 }
 
 Next place_of(const Matrix& m, int64_t row, int64_t group) {
+  if (!is_tiled(m.format))
+    return {reinterpret_cast<uintptr_t>(m.w) + row * m.cols * element_bytes(m), 0};
   const int64_t block = row / kTileRows;
   const int64_t groups = (m.cols + kGroup - 1) / kGroup;
   const int64_t scales = block * m.scales.per_row(m.cols) + group * kGroup / m.scales.group;
@@ -318,7 +324,7 @@ int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64
             float* c, const Scratch& s, const Next& next) {
   int offset = 0;
   if (a.form == Form::kDot)
-    offset = product_dot(kernels, m, a, r0, r1, c, s.stride);
+    offset = product_dot(kernels, m, a, r0, r1, next, c, s.stride);
   else if (a.form == Form::kQuantised)
     offset = product_quantised(kernels, m, a, r0, r1, next, c, s.stride);
   else

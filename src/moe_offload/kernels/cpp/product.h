@@ -85,10 +85,10 @@ Scratch* allocate_scratch(int threads, int64_t n_tokens, int64_t tile, Arena& ar
 // Product of rows [r0, r1), a tile, with bias.
 //   kDot, kQuantised: value of (t, r) at c[t * s.stride + r - r0 + offset]; returns offset < 16
 //   panels:           panel p at c + first * (r1 - r0), fp32 [r1 - r0][width]
-// `c` is s.c or s.other. `next`: where the thread's next product reads tiles, if it is not below.
+// `c` is s.c or s.other. `next`: where the thread's next product reads, if it is not below.
 int product(const Kernels& kernels, const Matrix& m, const Activations& a, int64_t r0, int64_t r1,
             float* c, const Scratch& s, const Next& next = {});
-// Where a product of the rows from `row` on begins to read tiles, from a group of columns on.
+// Where a product of the rows from `row` on begins to read; tiles from a group of columns on.
 Next place_of(const Matrix& m, int64_t row, int64_t group = 0);
 
 // Calls f(t, y) for each token of a product of `rows` rows at s.c + offset, y [rows] contiguous.
