@@ -138,7 +138,7 @@ def test_staging_memory_that_cannot_be_pinned_is_pageable(monkeypatch, capsys):
     assert not handoff.is_mapped  # no kernel may read it
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("warning: no memory could be pinned to hand layers over (CUDA error: o")
-    memory, is_pinned = layer_module._staging(7, torch.uint8)
+    memory, is_pinned = layer_module.staging(7, torch.uint8)
     assert (memory.shape, is_pinned) == ((7,), False)
 
 
