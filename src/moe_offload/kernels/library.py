@@ -166,10 +166,21 @@ def require_isa(library: ctypes.CDLL, name: str) -> None:
 
 def refused_cpus(cpus: Sequence[int]) -> UserError:
     """The error for CPUs that threads cannot be bound to."""
-    usable, found = (",".join(map(str, one)) for one in (sorted(os.sched_getaffinity(0)), cpus))
     return UserError(
-        f"expected --cpu-affinity to list CPUs this process may use ({usable}), found {found}"
+        f"expected --cpu-affinity to list CPUs this process may use "
+        f"({_span(sorted(os.sched_getaffinity(0)))}), found {_span(cpus)}"
     )
+
+
+def _span(cpus: Sequence[int]) -> str:
+    """CPU numbers as --cpu-affinity takes them: 0-7,16."""
+    runs: list[list[int]] = []
+    for cpu in cpus:
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def default_threads() -> int:
