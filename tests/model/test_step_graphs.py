@@ -24,7 +24,7 @@ from moe_offload.engine.engine import Engine
 from moe_offload.engine.loading import load_engine
 from moe_offload.experts.recorded import RecordedStep
 from moe_offload.experts.recorder import Recorder
-from moe_offload.model import step_graphs
+from moe_offload.model import graph_recorder, graphed_step, step_graphs
 from moe_offload.model.generation import Request, cache_argument, generate
 from moe_offload.model.kv_cache import PrefixCache, make_cache
 from moe_offload.model.loader import PreparedModel
@@ -342,7 +342,7 @@ def test_what_only_static_keys_break_stays_eager(folder, monkeypatch):
         raise TypeError("no such keyword")
 
     expected = on_cpu(folder, [FIRST])
-    monkeypatch.setattr(step_graphs._StaticLayer, "update", update)
+    monkeypatch.setattr(graphed_step._StaticLayer, "update", update)
     with pretended_gpu(monkeypatch), load(folder) as engine:
         assert [greedy(engine.model, [FIRST], N_TOKENS)] == expected
         assert graph_notes(engine) == [
@@ -351,7 +351,7 @@ def test_what_only_static_keys_break_stays_eager(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(step_graphs, "_Recorded"), (step_graphs._Recorded, "_take_in")]
+    ("owner", "name"), [(step_graphs, "GraphedStep"), (graphed_step.GraphedStep, "_take_in")]
 )
 def test_without_room_for_what_graphs_read_steps_stay_eager(owner, name, folder, monkeypatch):
     """For their inputs, or for the keys."""
@@ -368,7 +368,7 @@ def test_without_room_for_what_graphs_read_steps_stay_eager(owner, name, folder,
         ]
 
 
-@pytest.mark.parametrize("error", [step_graphs.NotRecordedError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [graphed_step.NotRecordedError, KeyboardInterrupt])
 def test_what_follows_a_failed_recording_waits_for_its_work(error, monkeypatch):
     """It was launched on another stream, and the memory it uses is free for the next."""
     waits: list[tuple[str, str]] = []
@@ -383,7 +383,7 @@ def test_what_follows_a_failed_recording_waits_for_its_work(error, monkeypatch):
     with pretended_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("before"))
         device = torch.device("cuda", 0)
-        with pytest.raises(error), step_graphs._working_in(Stream("recorded"), device):
+        with pytest.raises(error), graph_recorder.working_in(Stream("recorded"), device):
             raise error
     assert waits == [("recorded", "before"), ("before", "recorded")]
 
@@ -407,8 +407,8 @@ def test_graphs_take_no_more_room_for_keys_than_was_reserved(folder, monkeypatch
 
 
 def test_a_text_outgrows_its_graphs_and_they_are_recorded_anew(folder, monkeypatch):
-    monkeypatch.setattr(step_graphs, "_FEWEST_KEYS", 8)
-    monkeypatch.setattr(step_graphs, "_SPARE_KEYS", 4)
+    monkeypatch.setattr(graphed_step, "_FEWEST_KEYS", 8)
+    monkeypatch.setattr(graphed_step, "_SPARE_KEYS", 4)
     n_tokens = 30
     with load(folder, "cpu") as engine:
         expected = greedy(engine.model, [FIRST], n_tokens)
