@@ -37,7 +37,9 @@ def test_there_is_a_file_for_each_promised_gpu():
     assert {path.stem for path in FILES} >= {"rtx3080", "rtx4080", "rtx4090"}
 
 
-@pytest.mark.parametrize("path", sorted(HARDWARE.glob("desktop-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(HARDWARE.glob("desktop-*.yaml")), ids=lambda path: path.stem
+)
 def test_a_desktops_numbers_are_the_shares_that_its_file_says(path):
     """Two channels of 8 bytes, lanes of 8, 16 and 32 GT/s, 512 operations a cycle and SM."""
     machine, text = load_machine(path), path.read_text()
